@@ -1,0 +1,115 @@
+"""The model card of an exported student."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from onestill.teachers.base import TeacherSpec
+
+TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
+NO_TABLE = "Not evaluated yet: `onestill evaluate --student RUN` writes the table here."
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says besides what the teacher's spec knows.
+
+    Attributes:
+        guidance: How guidance was distilled, in words.
+        training: Steps, batch, time and hardware, in words.
+        settings: Command or settings that made it.
+        license: The teacher's license; read from its card if empty.
+    """
+
+    guidance: str = "none"
+    training: str = ""
+    settings: str = ""
+    license: str = ""
+
+
+def write_card(folder: Path, spec: TeacherSpec, facts: Facts, self_check: float) -> Path:
+    """Write README.md into an exported folder and return its path."""
+    text = f"---\n{yaml.safe_dump(_front_matter(spec, facts), sort_keys=False)}---\n\n{_body(spec, facts, self_check)}"
+    path = folder / "README.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_table(folder: Path, table: str) -> None:
+    """Put a measured table into the card of an exported folder, in place of the one there."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    pattern = re.compile(re.escape(TABLE_START) + ".*?" + re.escape(TABLE_END), re.DOTALL)
+    if pattern.search(text):
+        path.write_text(pattern.sub(lambda _: f"{TABLE_START}\n{table}\n{TABLE_END}", text), encoding="utf-8")
+
+
+def teacher_license(source: str) -> str:
+    """Return the license named in the card of a teacher's folder, or ""."""
+    path = Path(source) / "README.md"
+    if not source or not path.is_file():
+        return ""
+    match = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.DOTALL)
+    try:
+        front = yaml.safe_load(match.group(1)) if match else None
+    except yaml.YAMLError:
+        return ""
+    return str(front.get("license", "")) if isinstance(front, dict) else ""
+
+
+def _front_matter(spec: TeacherSpec, facts: Facts) -> dict[str, object]:
+    front: dict[str, object] = {
+        "library_name": "diffusers" if spec.family == "unet2d" else "onestill",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusers", "distillation", "one-step", "data-free", "onestill"],
+    }
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", spec.source) and not Path(spec.source).exists()
+    if is_id:
+        front |= {"base_model": spec.source, "base_model_relation": "finetune"}
+    if name := facts.license or teacher_license(spec.source):
+        front["license"] = name
+    return front
+
+
+def _body(spec: TeacherSpec, facts: Facts, self_check: float) -> str:
+    shape = " x ".join(map(str, spec.sample_shape))
+    if spec.family == "unet2d":
+        classes = f"pipe(batch_size=4, class_labels={spec.labels[:4]}).images" if spec.num_classes else "pipe(batch_size=4).images"
+        call = (
+            "from diffusers import DiffusionPipeline\n\n"
+            'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
+            f"images = {classes}  # one network evaluation"
+        )
+    else:
+        call = (
+            "from onestill.export import load_module\n\n"
+            'generate = load_module("path/to/this/folder", MyNetwork())\n'
+            "images = generate(noise, {})  # one network evaluation"
+        )
+    name = Path(spec.source).name or "a network"
+    return f"""# One-step student of {name}
+
+Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}) by BOOT
+(Gu et al., arXiv 2306.05544). **No training data was used**: only noise{" and class labels" if spec.num_classes else ""}.
+
+```python
+{call}
+```
+
+- Guidance distilled in: {facts.guidance} (u + w (c - u)). Do not guide again.
+- Training: {facts.training or "not recorded"}.
+- Settings: {facts.settings or "see config.yaml of the run"}.
+- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
+
+## Measured
+
+{TABLE_START}
+{NO_TABLE}
+{TABLE_END}
+"""

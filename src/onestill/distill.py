@@ -1,0 +1,359 @@
+"""A whole run: check everything, train, export."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from onestill import card
+from onestill.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
+from onestill.conditions import Conditions, check_labels
+from onestill.config import DistillConfig, changed_settings, make_config, write_yaml
+from onestill.export import export_student
+from onestill.student import Student
+from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
+from onestill.teachers.guidance import Guided, Thresholded
+from onestill.teachers.load import load_teacher
+from onestill.trainer import StepLog, Trainer
+
+CONFIG_FILE, PIPELINE_FOLDER = "config.yaml", "pipeline"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        output_dir: The run's folder.
+        step: The last step done.
+        pipeline: The exported folder, or None if the run was stopped before its end or only checked.
+        checkpoint: The newest checkpoint.
+        export_error: Largest difference between the exported folder and the student.
+        stopped_by: Number of the signal that stopped the run, if one did.
+    """
+
+    output_dir: Path
+    step: int = 0
+    pipeline: Path | None = None
+    checkpoint: Path | None = None
+    export_error: float | None = None
+    stopped_by: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose every setting has been checked, before anything is written."""
+
+    config: DistillConfig
+    base: NetworkTeacher
+    teacher: Teacher
+    conditions: Conditions
+    student: Student
+    fingerprint: str
+    resume: tuple[Path, Checkpoint] | None
+    messages: tuple[str, ...]
+
+
+def distill(
+    teacher: str | Path | NetworkTeacher,
+    output_dir: str | Path,
+    *,
+    config_file: str | Path | None = None,
+    network: nn.Module | None = None,
+    dry_run: bool = False,
+    show_progress: bool = True,
+    on_step: Callable[[StepLog], None] | None = None,
+    **settings: Any,
+) -> RunResult:
+    """Distil a teacher into a one-step student and export it to `output_dir`/pipeline.
+
+    Args:
+        teacher: A pipeline folder, a hub id, an embedded teacher's name, or a teacher object.
+        output_dir: Folder of the run.
+        config_file: YAML file of settings; `settings` win over it.
+        network: A module to train as the student, for teachers that are plain callables.
+        dry_run: Check everything, write nothing, train nothing.
+        show_progress: Print progress to standard error.
+        on_step: Called after each optimiser step.
+        **settings: Fields of `onestill.DistillConfig`; an unknown name is refused.
+
+    Returns:
+        What the run left behind.
+
+    Raises:
+        ValueError: If any input is unusable; nothing has been written then.
+        NonFiniteLossError: If the loss stays non-finite; names the last good checkpoint.
+    """
+    given = {**settings, "output_dir": Path(output_dir)}
+    given["teacher"] = (teacher.spec.source or "python object") if isinstance(teacher, NetworkTeacher) else str(teacher)
+    config = make_config(given, Path(config_file) if config_file else None)
+    prepared = prepare(config, teacher if isinstance(teacher, NetworkTeacher) else None, network)
+    if show_progress:
+        for message in prepared.messages:
+            print(message, file=sys.stderr)
+    return RunResult(config.output_dir) if dry_run else run(prepared, show_progress=show_progress, on_step=on_step)
+
+
+def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, network: nn.Module | None = None) -> Prepared:
+    """Check every setting against the machine, the teacher and the output folder; write nothing.
+
+    Raises:
+        ValueError: If anything does not fit, saying what and which flag.
+    """
+    check_device(config.device)
+    check_tracker(config.report_to)
+    check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
+    base = teacher or load_teacher(
+        config.teacher,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        local_files_only=config.local_files_only,
+        null_class=config.null_class,
+        t_max=config.t_max,
+    )
+    if teacher is not None and config.t_max is not None:
+        base.spec = replace(base.spec, t_max=config.t_max, t_max_reason="given with --t_max")
+    check_times(config, base)
+    fitted = fit_teacher(base, config)
+    labels = check_labels(config.class_labels, base.spec)
+    student = Student(base, guidance_range=config.guidance_range, network=network)
+    if config.gradient_checkpointing and not hasattr(student.network, "enable_gradient_checkpointing"):
+        raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
+    fingerprint = base.fingerprint()
+    resume, messages = find_resume(config, fingerprint)
+    conditions = Conditions(labels, config.guidance_range)
+    return Prepared(config, base, fitted, conditions, student, fingerprint, resume, messages)
+
+
+def fit_teacher(base: Teacher, config: DistillConfig) -> Teacher:
+    """Return the teacher guided and thresholded as the configuration says."""
+    guided = Guided(base, config.guidance_scale, drawn=config.guidance_range is not None)
+    threshold = base.spec.threshold
+    if config.thresholding != "teacher":
+        threshold = Threshold(config.thresholding, config.threshold_limit, config.threshold_ratio)
+    return guided if threshold.mode == "none" else Thresholded(guided, threshold)
+
+
+def run(
+    prepared: Prepared, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None
+) -> RunResult:
+    """Train a prepared run to its end, or until SIGINT or SIGTERM, and export it."""
+    config = prepared.config
+    trainer = Trainer(config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprint)
+    prepared.base.to(trainer.device)
+    if trainer.accelerator.is_main_process:
+        make_output_dir(config.output_dir)
+        write_yaml(config, config.output_dir / CONFIG_FILE)
+    if config.report_to:
+        trainer.accelerator.init_trackers(config.tracker_project_name)
+    checkpoint = None
+    if prepared.resume is not None:
+        checkpoint = prepared.resume[0]
+        trainer.restore(prepared.resume[1])
+    first, started = trainer.progress.step, time.monotonic()
+    with _stopping(trainer) as signals, _bar(trainer, show_progress) as bar:
+        for log in trainer.steps():
+            checkpoint = log.checkpoint or checkpoint
+            bar.update()
+            if log.step % 10 == 0 or log.picture:
+                bar.set_postfix(loss=f"{log.loss:.4g}", refresh=False)
+            if on_step is not None:
+                on_step(log)
+        if trainer.stop_requested and trainer.progress.step < config.max_train_steps:
+            checkpoint = trainer.save()
+    seconds = time.monotonic() - started
+    if config.report_to:
+        trainer.accelerator.end_training()
+    if trainer.progress.step < config.max_train_steps:
+        return RunResult(config.output_dir, trainer.progress.step, checkpoint=checkpoint, stopped_by=signals[0])
+    return _finish(trainer, prepared, checkpoint, trainer.progress.step - first, seconds)
+
+
+def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
+    config, folder = prepared.config, prepared.config.output_dir / PIPELINE_FOLDER
+    error = None
+    if trainer.accelerator.is_main_process:
+        with trainer.averaged():
+            error = export_student(prepared.student, folder, t=config.t_min, facts=card_facts(prepared, num_steps, seconds), overwrite=True)
+    trainer.accelerator.wait_for_everyone()
+    return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error)
+
+
+def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts:
+    """Return what the model card says of a run."""
+    config = prepared.config
+    guidance = f"w = {config.guidance_scale:g}" if config.guidance_scale != 1 else "none"
+    if config.guidance_range is not None:
+        low, high = config.guidance_range
+        guidance = f"w = {(low + high) / 2:g}, of a student trained on {low:g} to {high:g}"
+    images = config.train_batch_size * config.gradient_accumulation_steps
+    device = next(prepared.student.parameters()).device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
+    settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
+    return card.Facts(guidance=guidance, training=training, settings=settings)
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError if `name` is no device of this machine."""
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown device; use auto, cpu, cuda, cuda:N or mps") from None
+    usable = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not usable.get(device.type, False):
+        raise ValueError(f"--device {name} is not available on this machine (CUDA devices: {torch.cuda.device_count()}); use auto or cpu")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a checked name stands for."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise ValueError if the tracker is unknown to accelerate or not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name is None or name in [str(getattr(t, "value", t)) for t in get_available_trackers()]:
+        return
+    known = name in LOGGER_TYPE_TO_CLASS
+    hint = f"is not installed: pip install {name}" if known else f"is unknown; accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+    raise ValueError(f"--report_to {name} {hint}")
+
+
+def check_times(config: DistillConfig, teacher: Teacher) -> None:
+    """Raise ValueError if the step size or the cleanest time does not fit the teacher's start level."""
+    t_max = teacher.spec.t_max
+    if config.t_min >= t_max:
+        raise ValueError(f"--t_min {config.t_min:g} must be below the teacher's start level t_max = {t_max:.4g}")
+    if config.delta >= t_max - config.t_min:
+        raise ValueError(f"--delta {config.delta:g} must be below t_max - t_min = {t_max - config.t_min:.4g}")
+    if config.delta < teacher.spec.process.t_min:
+        raise ValueError(f"--delta {config.delta:g} is below {teacher.spec.process.t_min:g}, one time step of the teacher")
+
+
+def check_output_dir(folder: Path, *, resuming: bool) -> None:
+    """Raise ValueError if a run cannot be written to `folder`, or would overwrite something there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not is_run(folder):
+            raise ValueError(f"--output_dir {folder} holds other files; name a new or empty folder")
+        if not resuming:
+            raise ValueError(
+                f"--output_dir {folder} holds another run; name a new folder, or go on with it: --resume_from_checkpoint latest"
+            )
+    parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise ValueError(f"--output_dir {folder} cannot be written: {parent} is not writable")
+
+
+def make_output_dir(folder: Path) -> None:
+    """Create the run's folder; ValueError if the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is (the beginning of) a run."""
+    return (folder / CONFIG_FILE).is_file() or bool(list_checkpoints(folder))
+
+
+def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Checkpoint] | None, tuple[str, ...]]:
+    """Return (the checkpoint to go on from or None, messages).
+
+    "latest" in a folder without any checkpoint starts from the beginning, so that one command can be re-queued.
+
+    Raises:
+        ValueError: If no checkpoint is usable, or its teacher or settings are not this run's.
+    """
+    source = config.resume_from_checkpoint
+    if source is None:
+        return None, ()
+    if source == "latest":
+        if not list_checkpoints(config.output_dir):
+            return None, (f"{config.output_dir} holds no checkpoint yet: starting from the beginning",)
+        folder, checkpoint, warnings = read_latest(config.output_dir)
+    else:
+        folder, warnings = Path(source), []
+        if not folder.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {source}: no such folder; give 'latest' or a checkpoint-N folder")
+        checkpoint = read_checkpoint(folder)
+    values = checkpoint.values
+    if values["teacher_fingerprint"] != fingerprint:
+        raise ValueError(
+            f"--resume_from_checkpoint {source}: {folder} was trained on a teacher with other weights "
+            f"({values['config']['teacher']}) than --teacher {config.teacher}"
+        )
+    if changes := changed_settings(values["config"], config):
+        raise ValueError(f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}")
+    newer = [p.name for p in list_checkpoints(config.output_dir) if step_of(p) > step_of(folder)] if source != "latest" else []
+    if newer:
+        raise ValueError(
+            f"--resume_from_checkpoint {source}: {config.output_dir} holds newer checkpoints ({', '.join(newer)}) that going on "
+            "from here would overwrite; move them away first, or use 'latest'"
+        )
+    return (folder, checkpoint), (*warnings, f"resuming from {folder}")
+
+
+@contextmanager
+def _stopping(trainer: Trainer) -> Iterator[list[int]]:
+    """Turn SIGINT and SIGTERM into a stop after the current step; yield the list of those received."""
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        trainer.stop_requested = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _bar(trainer: Trainer, show: bool) -> Iterator[Any]:
+    hidden = not show or not trainer.accelerator.is_main_process
+    with tqdm(
+        total=trainer.config.max_train_steps,
+        initial=trainer.progress.step,
+        disable=hidden,
+        desc="distilling",
+        unit="step",
+        dynamic_ncols=True,
+        # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    ) as bar:
+        yield bar

@@ -1,0 +1,1 @@
+"""Evaluation: features, metrics, speed and the report that carries its protocol."""

@@ -1,0 +1,202 @@
+"""Metrics: pure functions of features, real [N, D] and generated [M, D].
+
+All are computed in double precision and without touching the global random state. None of them knows where
+the features come from: the protocol beside the numbers says that.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+_CHUNK = 4096
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    r"""Return the Fréchet distance between Gaussians fitted to the two sets of features.
+
+    |mu_r - mu_f|^2 + Tr(S_r + S_f - 2 (S_r S_f)^(1/2)), with sample means mu and unbiased covariances S;
+    computed by torchmetrics. It shrinks as N and M grow: compare numbers of equal counts only, and see
+    `sample_warning`.
+
+    Args:
+        real: [N, D], N >= 2.
+        fake: [M, D], M >= 2.
+
+    Returns:
+        The squared distance; 0 for identical features.
+
+    Raises:
+        ValueError: If a set has fewer than 2 rows, the shapes do not fit, or a feature is not finite.
+
+    Source:
+        Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+        Equilibrium" (there with Inception features: FID).
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    real, fake = _checked(real, fake)
+    # Without sync_on_compute=False, torchmetrics would add up the ranks under torchrun, or wait for them.
+    metric = FrechetInceptionDistance(_Identity(real.shape[1]), sync_on_compute=False).to(real.device)
+    # The distance knows no origin; centring keeps large means from eating the covariance's digits.
+    origin = real.mean(dim=0)
+    for features, is_real in ((real, True), (fake, False)):
+        for chunk in torch.split(features, _CHUNK):
+            metric.update(chunk - origin, real=is_real)
+    return max(float(metric.compute()), 0.0)
+
+
+def kernel_distance(
+    real: Tensor, fake: Tensor, *, subset_size: int = 1000, num_subsets: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    r"""Return mean and standard deviation, over random subsets, of the unbiased kernel distance.
+
+    MMD^2 with the kernel k(a, b) = (a . b / D + 1)^3; computed by torchmetrics. Unbiased at any number of
+    images, so its expectation is 0 for equal distributions and single values may be negative.
+
+    Args:
+        real: [N, D].
+        fake: [M, D].
+        subset_size: Rows per subset, 2 <= `subset_size` <= min(N, M).
+        num_subsets: Subsets that are averaged.
+        seed: Seed of the subsets.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+
+    Raises:
+        ValueError: If a set has fewer than 2 or `subset_size` rows, the shapes do not fit, a feature is not
+            finite, or a count is too small.
+
+    Source:
+        Bińkowski et al. 2018, "Demystifying MMD GANs" (there with Inception features: KID).
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    real, fake = _checked(real, fake)
+    if not 2 <= subset_size <= min(len(real), len(fake)):
+        raise ValueError(
+            f"subset_size must lie between 2 and the smaller set, got {subset_size} for {len(real)} real and "
+            f"{len(fake)} generated images: lower it or generate more images"
+        )
+    if num_subsets < 1:
+        raise ValueError(f"num_subsets must be at least 1, got {num_subsets}")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
+        # torchmetrics draws the subsets from the CPU's global generator.
+        torch.manual_seed(seed)
+        metric = KernelInceptionDistance(
+            _Identity(real.shape[1]), subsets=num_subsets, subset_size=subset_size, sync_on_compute=False
+        )
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> tuple[float, float]:
+    """Return improved precision (quality) and recall (diversity), both in [0, 1].
+
+    A set's manifold is the union of balls around its features, each reaching to the k-th nearest neighbour
+    within the set. Precision is the share of generated features inside the real manifold; recall is the
+    share of real features inside the generated one. Distances are taken in chunks, so memory grows with
+    N + M and not with N * M.
+
+    Args:
+        real: [N, D], N > k.
+        fake: [M, D], M > k.
+        k: Which neighbour sets a ball's radius.
+
+    Raises:
+        ValueError: If a set has no more than `k` rows, the shapes do not fit, or a feature is not finite.
+
+    Source:
+        Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models".
+    """
+    real, fake = _checked(real, fake)
+    if not 1 <= k < min(len(real), len(fake)):
+        raise ValueError(
+            f"k must lie between 1 and the smaller set less one, got k={k} for {len(real)} real and "
+            f"{len(fake)} generated images"
+        )
+    origin = real.mean(dim=0)
+    real, fake = real - origin, fake - origin
+    return _share_inside(fake, real, k), _share_inside(real, fake, k)
+
+
+def label_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of images that a classifier assigns to the label they were generated for.
+
+    Args:
+        logits: [N, num_classes], of the generated images.
+        labels: [N], integers, the labels that the images were asked to show.
+
+    Raises:
+        ValueError: If the shapes do not fit, there is no image, or a label is no class of the classifier.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
+        raise ValueError(
+            f"logits must be [N, num_classes] and labels [N] with N >= 1, got {list(logits.shape)} and "
+            f"{list(labels.shape)}"
+        )
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"labels must lie in 0..{logits.shape[1] - 1} for this classifier, got "
+            f"{int(labels.min())}..{int(labels.max())}"
+        )
+    return float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
+
+
+def sample_warning(num_real: int, num_fake: int, feature_dim: int) -> str | None:
+    """Return why a Fréchet distance of so few images is not to be trusted, or None where there are enough.
+
+    With no more images than feature dimensions the covariance is singular, and the distance is mostly bias.
+    """
+    fewest = min(num_real, num_fake)
+    if fewest > feature_dim:
+        return None
+    return (
+        f"the Fréchet distance rests on {num_real} real and {num_fake} generated images in {feature_dim} "
+        f"feature dimensions: with no more images than dimensions it is mostly bias; read the kernel distance"
+    )
+
+
+class _Identity(nn.Module):
+    """torchmetrics' door for features that exist already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _checked(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both sets in double precision (on the CPU where the device has none), or say what is wrong."""
+    for name, features in (("real", real), ("generated", fake)):
+        if features.ndim != 2:
+            raise ValueError(f"{name} features must be [N, D], got shape {list(features.shape)}")
+        if len(features) < 2:
+            raise ValueError(f"at least 2 {name} images are needed, got {len(features)}")
+        if not features.isfinite().all():
+            raise ValueError(f"{name} features hold NaN or infinity: look at the images before measuring")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"real and generated features must come from one extractor, got {real.shape[1]} and "
+            f"{fake.shape[1]} dimensions"
+        )
+    device = torch.device("cpu") if real.device.type == "mps" else real.device
+    return real.detach().to(device, torch.float64), fake.detach().to(device, torch.float64)
+
+
+def _share_inside(points: Tensor, manifold: Tensor, k: int) -> float:
+    """Return the share of points that lie in a ball around some point of the manifold."""
+    # Each row's nearest neighbour is itself, at distance 0: hence the (k + 1)-th smallest.
+    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in _rows(manifold)])
+    inside = [(torch.cdist(rows, manifold) <= radii).any(dim=1) for rows in _rows(points)]
+    return float(torch.cat(inside).double().mean())
+
+
+def _rows(features: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.split(features, _CHUNK // 4))

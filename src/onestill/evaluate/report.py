@@ -1,0 +1,286 @@
+"""The report: a table of samplers beside each other, and always the protocol beneath it."""
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JSON_NAME = "report.json"
+MARKDOWN_NAME = "report.md"
+_MISSING = "–"
+
+
+class _Record(BaseModel):
+    """Immutable, no unknown fields, no NaN: a report that loads is a report that says something."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class EvaluationProtocol(_Record):
+    """How the numbers were made: what has to be equal before two numbers may be compared.
+
+    Attributes:
+        teacher: The teacher's name or path.
+        student: The student's name or path.
+        extractor: The extractor's name (`FeatureExtractor.name`).
+        feature_dim: D, the length of a feature.
+        num_images: Generated images per row.
+        reference: What the generated images are compared with.
+        num_reference_images: How many of those.
+        seeds: The seeds of the generated images, for example `0..4999`.
+        guidance_scale: w in u + w (c - u); 1 is no guidance, None is an unconditional teacher.
+        device: What the speeds were measured on.
+        dtype: Precision of the networks.
+        large_batch_size: The batch size of `Row.images_per_second_large`.
+        kernel_subset_size: Rows per subset of the kernel distance.
+        kernel_num_subsets: Subsets of the kernel distance.
+        neighbours: k of precision and recall.
+        speedup_over: The row that `Row.speedup` is relative to.
+        versions: Versions of the packages that were involved.
+        notes: Anything else that a reader has to know.
+    """
+
+    teacher: str
+    student: str | None = None
+    extractor: str
+    feature_dim: int
+    num_images: int
+    reference: str
+    num_reference_images: int
+    seeds: str
+    guidance_scale: float | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    large_batch_size: int | None = None
+    kernel_subset_size: int | None = None
+    kernel_num_subsets: int | None = None
+    neighbours: int | None = None
+    speedup_over: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Return the protocol as short lines of text, as printed beneath every table."""
+        scale = self.guidance_scale
+        guidance = "" if scale is None else f", guidance scale {scale:g} (1 = none)"
+        lines = [f"teacher {self.teacher}" + (f", student {self.student}" if self.student else "")]
+        lines.append(f"{self.num_images:,} images per row, seeds {self.seeds}{guidance}")
+        lines.append(f"compared with {self.num_reference_images:,} images: {self.reference}")
+        lines.append(f"features {self.extractor}, D = {self.feature_dim}{self._metric_settings()}")
+        large = f", batches of 1 and {self.large_batch_size:,}" if self.large_batch_size else ""
+        lines.append(f"speed on {self.device}, {self.dtype}{large}")
+        if self.versions:
+            lines.append(", ".join(f"{name} {number}" for name, number in self.versions.items()))
+        return lines + list(self.notes)
+
+    def _metric_settings(self) -> str:
+        kernel = ""
+        if self.kernel_subset_size and self.kernel_num_subsets:
+            kernel = f", KD over {self.kernel_num_subsets} subsets of {self.kernel_subset_size:,}"
+        return kernel + (f", k = {self.neighbours}" if self.neighbours else "")
+
+
+class Row(_Record):
+    """One sampler's numbers; None where something was not measured.
+
+    Attributes:
+        name: For example `teacher DDIM` or `student`.
+        is_student: Whether this is the distilled student; such rows are set in bold.
+        num_steps: Steps of the sampler.
+        network_evaluations: Evaluations of the network per image; guidance makes two of one step.
+        frechet_distance: Lower is better.
+        kernel_distance: Lower is better; may be negative.
+        kernel_distance_std: Its standard deviation over the subsets.
+        precision: Share of generated images within the real manifold.
+        recall: Share of real images within the generated manifold.
+        label_accuracy: Share of images that show their label.
+        images_per_second: At batch 1.
+        images_per_second_large: At `EvaluationProtocol.large_batch_size`.
+        speedup: How many times faster than `EvaluationProtocol.speedup_over`, measured in turns with it.
+    """
+
+    name: str
+    is_student: bool = False
+    num_steps: int
+    network_evaluations: int
+    frechet_distance: float | None = None
+    kernel_distance: float | None = None
+    kernel_distance_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    label_accuracy: float | None = None
+    images_per_second: float | None = None
+    images_per_second_large: float | None = None
+    speedup: float | None = None
+
+
+class Report(_Record):
+    """Rows, the protocol they share, and warnings about both."""
+
+    kind: Literal["onestill.Report"] = "onestill.Report"
+    protocol: EvaluationProtocol
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_markdown(self) -> str:
+        """Return the table, the warnings and the protocol as GitHub-flavoured Markdown."""
+        columns = _columns(self)
+        cells = [[column.cell(row) for column in columns] for row in self.rows]
+        lines = [
+            _markdown_row([column.title.replace("\n", " ") for column in columns]),
+            _markdown_row([":---" if column.left else "---:" for column in columns]),
+        ]
+        for row, texts in zip(self.rows, cells, strict=True):
+            lines.append(_markdown_row([f"**{text}**" if row.is_student else text for text in texts]))
+        blocks = ["\n".join(lines)]
+        if self.warnings:
+            blocks.append("\n".join(f"> **Warning:** {warning}" for warning in self.warnings))
+        blocks.append("\n".join(["Protocol:", ""] + [f"- {line}" for line in self.protocol.lines()]))
+        blocks.append(_legend(columns))
+        return "\n\n".join(blocks) + "\n"
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> tuple[Path, Path]:
+        """Write `report.json` and `report.md` into the folder and return their paths.
+
+        Args:
+            folder: Where to; made if missing.
+            overwrite: Replace a report that is there already.
+
+        Raises:
+            ValueError: If there is a report already and `overwrite` is not set.
+        """
+        target = Path(folder)
+        paths = (target / JSON_NAME, target / MARKDOWN_NAME)
+        existing = [path.name for path in paths if path.exists()]
+        if existing and not overwrite:
+            raise ValueError(
+                f"{target} already holds {' and '.join(existing)}: choose another --output_dir, or allow "
+                "overwriting (overwrite=True)"
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        texts = (self.model_dump_json(indent=2) + "\n", self.to_markdown())
+        for path, text in zip(paths, texts, strict=True):
+            path.write_text(text, encoding="utf-8")
+        return paths
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Report":
+        """Return the report of a `report.json`, or of the folder that holds one.
+
+        Raises:
+            ValueError: If there is no such file or it is not a report.
+        """
+        source = Path(path)
+        source = source / JSON_NAME if source.is_dir() else source
+        if not source.is_file():
+            raise ValueError(f"no report at {source}: give a {JSON_NAME} or the folder that holds one")
+        try:
+            return cls.model_validate_json(source.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise ValueError(f"{source} is not a report of onestill: {error}") from error
+
+
+def package_versions(names: Sequence[str] = ("onestill", "torch", "diffusers")) -> dict[str, str]:
+    """Return the installed versions of the packages, for `EvaluationProtocol.versions`."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def print_report(report: Report, console: "Console") -> None:
+    """Print the table, the warnings and the protocol on a rich console; made for 100 columns."""
+    from rich.box import HORIZONTALS
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = _columns(report)
+    table = Table(
+        box=HORIZONTALS, header_style="bold", border_style="dim", padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for column in columns:
+        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not column.left)
+    for row in report.rows:
+        cells = [Text(column.cell(row)) for column in columns]
+        table.add_row(*cells, style="bold green" if row.is_student else "")
+    console.print(table)
+    for warning in report.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    for line in [*report.protocol.lines(), _legend(columns)]:
+        console.print(Text(line, style="dim"))
+
+
+class _Column(NamedTuple):
+    title: str
+    cell: Callable[[Row], str]
+    legend: str = ""
+    left: bool = False
+
+
+def _columns(report: Report) -> list[_Column]:
+    """Return the columns that this report has something to say in."""
+    large, baseline = report.protocol.large_batch_size, report.protocol.speedup_over
+    columns = [
+        _Column("sampler", lambda row: row.name, left=True),
+        _Column("steps", lambda row: f"{row.num_steps:,}"),
+        _Column("NFE", lambda row: f"{row.network_evaluations:,}", "NFE: network evaluations per image"),
+        _Column("FD ↓", lambda row: _number(row.frechet_distance), "FD: Fréchet distance"),
+        _Column("KD ↓\n×10³", _kernel_cell, "KD: kernel distance ± deviation over subsets"),
+        _Column("prec ↑", lambda row: _share(row.precision)),
+        _Column("rec ↑", lambda row: _share(row.recall)),
+        _Column("label ↑", lambda row: _share(row.label_accuracy), "label: share that shows its label"),
+        _Column(
+            "img/s\n×1", lambda row: _number(row.images_per_second), "×B: images per second in batches of B"
+        ),
+        _Column(
+            f"img/s\n×{large:,}" if large else "img/s\nlarge",
+            lambda row: _number(row.images_per_second_large),
+        ),
+        _Column("speedup", lambda row: _times(row.speedup), f"speedup over {baseline}" if baseline else ""),
+    ]
+    always = 3
+    return [
+        column
+        for index, column in enumerate(columns)
+        if index < always or any(column.cell(row) != _MISSING for row in report.rows)
+    ]
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, never an exponent for what a reader compares by eye."""
+    if value is None:
+        return _MISSING
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{decimals}f}"
+
+
+def _share(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.3f}"
+
+
+def _times(value: float | None) -> str:
+    return _MISSING if value is None else f"{_number(value)}×"
+
+
+def _kernel_cell(row: Row) -> str:
+    if row.kernel_distance is None:
+        return _MISSING
+    deviation = "" if row.kernel_distance_std is None else f" ± {row.kernel_distance_std * 1e3:,.1f}"
+    return _number(row.kernel_distance * 1e3) + deviation
+
+
+def _legend(columns: Sequence[_Column]) -> str:
+    return "; ".join(column.legend for column in columns if column.legend)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

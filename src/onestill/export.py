@@ -1,0 +1,243 @@
+"""From a trained student to a folder that stock diffusers loads and samples in one network evaluation.
+
+The target time is baked into the weights, eq. (13), so the network ignores the time it is given. What is left is
+the head at the start level, y = A eps + B network(eps), eq. (19). Where A = 0 (v-prediction at zero terminal SNR,
+x_0-prediction) B is folded into the last convolution and the scheduler does nothing ("sample"). Elsewhere the
+head is a stock DDIM step of a schedule with one level: "epsilon" where A = 1 / alpha, else "v_prediction", with
+the rest of B folded. Each export is loaded afresh and compared with the student before it gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from onestill import card
+from onestill.process import head
+from onestill.sampler import Generate, noise, student_generator
+from onestill.student import Student, TimeEmbeddingInjection
+from onestill.tensors import Cond
+
+SELF_CHECK_TOLERANCE = 1e-4
+# A single level is written as the product of this many equal factors: 1 - beta is rounded to float32, and for
+# alpha^2 near 0 one factor would lose its digits.
+LEVEL_FACTORS = 8
+MODULE_FILE, MODULE_WEIGHTS = "onestill.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class StartHead:
+    """y = a eps + b network(c eps) at the start level, eq. (19)."""
+
+    a: float
+    b: float
+    c: float
+    net_time: float
+
+
+def start_head(student: Student) -> StartHead:
+    """Return the head of a student as plain numbers."""
+    spec = student.spec
+    t = torch.tensor([spec.t_max], dtype=torch.float64)
+    alpha, sigma = spec.process.alpha_sigma(t)
+    c_in, c_skip, c_out = head(spec.prediction_type, alpha, sigma, spec.sigma_data)
+    scale = torch.hypot(alpha, sigma)
+    return StartHead(float(c_skip * scale), float(c_out), float(c_in * scale), float(spec.process.net_time(t)))
+
+
+def export_student(
+    student: Student,
+    folder: Path,
+    *,
+    t: float = 0.0,
+    guidance_scale: float | None = None,
+    facts: card.Facts | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Write the student as a stock diffusers folder (or, for modules, as safetensors and JSON).
+
+    Args:
+        student: The student, with the weights to export.
+        folder: Where to; must not exist unless `overwrite`.
+        t: Target time to bake in; 0 is the finished image.
+        guidance_scale: w to bake in, for students that take it.
+        facts: What the model card says besides; nothing more if None.
+        overwrite: Replace an existing folder, in one rename, after the new one passed its check.
+
+    Returns:
+        The largest difference between the reloaded folder's samples and the student's, same noise.
+
+    Raises:
+        ValueError: If `folder` exists.
+        RuntimeError: If the self-check fails; nothing is left under the folder's name then.
+    """
+    if folder.exists() and not overwrite:
+        raise ValueError(f"--output {folder} exists; name another folder, or give --overwrite to replace it")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    facts = facts or card.Facts()
+    if student.spec.family == "unet2d":
+        _write_unet2d(student, partial, t, guidance_scale)
+        error = _check_pipeline(student, partial, t, guidance_scale)
+    else:
+        _write_module(student, partial, t, guidance_scale)
+        error = 0.0
+    if not error <= SELF_CHECK_TOLERANCE:
+        shutil.rmtree(partial)
+        raise RuntimeError(
+            f"export self-check failed: the reloaded folder's images differ from the student's by {error:.1e} "
+            f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
+        )
+    card.write_card(partial, student.spec, facts, error)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(partial, folder)
+    return error
+
+
+def _write_unet2d(student: Student, folder: Path, t: float, guidance_scale: float | None) -> None:
+    from diffusers import ConsistencyModelPipeline
+
+    network: Any = student.bake(t, guidance_scale).cpu()
+    _drop_null_class(network, student.spec.null_class)
+    scheduler = _fold_head(network, start_head(student), student.spec.prediction_type)
+    ConsistencyModelPipeline(unet=network, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+
+
+def _drop_null_class(network: Any, null_class: int | None) -> None:
+    """Remove a null class that stands last, so that random labels of the stock pipeline are all classes."""
+    if null_class is None or null_class != network.config.num_class_embeds - 1:
+        return
+    network.class_embedding = nn.Embedding.from_pretrained(network.class_embedding.weight.detach()[:null_class].clone())
+    network.register_to_config(num_class_embeds=null_class)
+
+
+def _fold_head(network: Any, at_start: StartHead, prediction_type: str) -> Any:
+    """Fold what a convolution can hold of y = a eps + b network(c eps); return the scheduler that does the rest."""
+    from diffusers import DDIMScheduler
+
+    common = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": True}
+    with torch.no_grad():
+        network.conv_in.weight.mul_(at_start.c)
+        if at_start.a == 0:
+            _scale_output(network, at_start.b)
+            return DDIMScheduler(prediction_type="sample", **common)
+        if prediction_type == "epsilon":
+            alpha = 1 / at_start.a
+        else:
+            alpha = at_start.a
+            _scale_output(network, -at_start.b / (1 - alpha**2) ** 0.5)
+    betas = [1 - (alpha**2) ** (1 / LEVEL_FACTORS)] * LEVEL_FACTORS
+    kind = "epsilon" if prediction_type == "epsilon" else "v_prediction"
+    return DDIMScheduler(num_train_timesteps=LEVEL_FACTORS, trained_betas=betas, prediction_type=kind, **common)
+
+
+def _scale_output(network: Any, factor: float) -> None:
+    network.conv_out.weight.mul_(factor)
+    network.conv_out.bias.mul_(factor)
+
+
+@torch.no_grad()
+def _check_pipeline(student: Student, folder: Path, t: float, guidance_scale: float | None, num: int = 4) -> float:
+    """Return the largest difference of images in [-1, 1] between the folder, loaded afresh, and the student."""
+    spec = student.spec
+    labels = [spec.labels[i % len(spec.labels)] for i in range(num)] if spec.num_classes else None
+    cond: Cond = {} if labels is None else {"class_labels": torch.tensor(labels)}
+    if student.guidance_range is not None:
+        w = sum(student.guidance_range) / 2 if guidance_scale is None else guidance_scale
+        cond["guidance_scale"] = torch.full((num,), w)
+    device = next(student.parameters()).device
+    expected = student_generator(student, t=t, device=device)(noise(range(num), spec.sample_shape), cond).cpu()
+    images = call_pipeline(load_pipeline(folder, "cpu"), range(num), labels)
+    return float((images - expected.clamp(-1, 1)).abs().max())
+
+
+def load_pipeline(folder: Path, device: torch.device | str) -> Any:
+    """Return the stock pipeline in `folder`; safetensors only, no remote code, no network."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call_pipeline(pipeline: Any, seeds: Sequence[int], labels: list[int] | None) -> Tensor:
+    """Return the images of an exported pipeline's plain call, [N, C, H, W] in [-1, 1] on the CPU; one seed each."""
+    images: Tensor = pipeline(
+        batch_size=len(seeds),
+        class_labels=labels,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    return images.cpu() * 2 - 1
+
+
+def _write_module(student: Student, folder: Path, t: float, guidance_scale: float | None) -> None:
+    network, spec = student.bake(t, guidance_scale), student.spec
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(weights, folder / MODULE_WEIGHTS)
+    at_start = start_head(student)
+    reached = isinstance(student.injection, TimeEmbeddingInjection)
+    description = {
+        "kind": "onestill.module",
+        "sample_shape": list(spec.sample_shape),
+        "num_classes": spec.num_classes,
+        "time_is_baked": reached,
+        "head": {"a": at_start.a, "b": at_start.b, "c": at_start.c, "net_time": at_start.net_time},
+    }
+    (folder / MODULE_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
+
+
+def load_module(folder: str | Path, network: nn.Module) -> Generate:
+    """Return one-step generation by a module student that `export_student` wrote.
+
+    Args:
+        folder: The exported folder.
+        network: A fresh instance of the network that the teacher had; it receives the student's weights.
+
+    Raises:
+        ValueError: If the folder is no exported module, or the weights are not of this network.
+    """
+    folder = Path(folder)
+    if not (folder / MODULE_FILE).is_file():
+        raise ValueError(f"{folder} is no exported module: it has no {MODULE_FILE}")
+    at_start = StartHead(**json.loads((folder / MODULE_FILE).read_text(encoding="utf-8"))["head"])
+    _add_missing_biases(network, weights := load_file(folder / MODULE_WEIGHTS))
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: the weights are not of this network: {str(error).splitlines()[1].strip()}") from error
+    network.eval()
+
+    @torch.no_grad()
+    def generate(eps: Tensor, cond: Cond) -> Tensor:
+        net_time = torch.full((len(eps),), at_start.net_time, dtype=eps.dtype, device=eps.device)
+        output: Tensor = network(at_start.c * eps, net_time, **cond)
+        return at_start.a * eps + at_start.b * output
+
+    return generate
+
+
+def _add_missing_biases(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give layers without a bias the one that baking wrote for them."""
+    for name, layer in network.named_modules():
+        key = f"{name}.bias"
+        if key in weights and getattr(layer, "bias", key) is None:
+            layer.bias = nn.Parameter(weights[key].clone())

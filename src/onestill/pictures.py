@@ -1,0 +1,93 @@
+"""Samples as pictures: captioned rows of images, or scatter plots for points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_INK, _PAPER, _GAP = (40, 40, 40), (255, 255, 255), 4
+
+
+def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
+    """Return images [N, C, H, W] in [-1, 1] as pictures; enlarged smoothly to `size` pixels if that is given.
+
+    Raises:
+        ValueError: If the samples have no shape of a picture (1 or 3 channels).
+    """
+    if not is_picture(images.shape[1:]):
+        raise ValueError(f"samples of shape {list(images.shape[1:])} are no pictures; --output can hold them as .safetensors")
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert("RGB") for p in pixels]
+    return [p.resize((size, size), Image.Resampling.BICUBIC) for p in pictures] if size else pictures
+
+
+def is_picture(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Return whether a sample of this shape can be drawn as an image."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def save_rows(rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: int = 56) -> Path:
+    """Write one PNG with a captioned row of samples per entry; the columns share their noise.
+
+    Args:
+        rows: Caption to samples [N, C, H, W] in [-1, 1]; points [N, D] become scatter plots.
+        path: The PNG.
+        title: A line above.
+        size: Side of one image in the picture, in pixels.
+
+    Returns:
+        `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = next(iter(rows.values()))
+    if not is_picture(first.shape[1:]):
+        return _save_scatter(rows, path, title)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    side = max(size, first.shape[-1])
+    margin = 12 + max(int(small.getlength(line)) for caption in rows for line in caption.split("\n"))
+    top = 30 if title else _GAP
+    num = max(len(images) for images in rows.values())
+    width = max(margin + num * (side + _GAP) + 8, int(font.getlength(title)) + 16)
+    sheet = Image.new("RGB", (width, top + len(rows) * (side + _GAP) + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 7), title, fill=_INK, font=font)
+    for i, (caption, images) in enumerate(rows.items()):
+        y = top + i * (side + _GAP)
+        draw.text((8, y + side / 2), caption, fill=_INK, font=small, anchor="lm")
+        for j, picture in enumerate(to_pil(images, side)):
+            sheet.paste(picture, (margin + j * (side + _GAP), y))
+    sheet.save(path)
+    return path
+
+
+def save_grid(images: Tensor, path: Path, *, size: int | None = None) -> Path:
+    """Write images as one near-square PNG grid and return `path`."""
+    from diffusers.utils import make_image_grid
+
+    pictures = to_pil(images, size)
+    columns = min(len(pictures), max(1, round(len(pictures) ** 0.5)), 16)
+    while len(pictures) % columns:
+        columns -= 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(pictures, rows=len(pictures) // columns, cols=columns).save(path)
+    return path
+
+
+def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(rows), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (caption, points) in enumerate(rows.items()):
+        axes = figure.add_subplot(1, len(rows), i + 1)
+        flat = points.flatten(1).float()
+        axes.scatter(flat[:, 0].numpy(), flat[:, min(1, flat.shape[1] - 1)].numpy(), s=4, alpha=0.5)
+        axes.set_title(caption, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,306 @@
+"""Noise processes x_t = alpha_t x_0 + sigma_t eps, and what a network may predict on them.
+
+t = 0 is clean and t = 1 is noise. A process gives alpha, sigma, the log-SNR and its inverse, and the number
+the network is handed for a time. A prediction type gives the linear map between the network's output and x_0,
+in one form for all: denoised = c_skip x_t + c_out network(c_in x_t). Everything here is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPSILON_MIN_ALPHA = 0.05
+"""Smallest signal level at which an epsilon head may start: it divides by alpha."""
+
+
+class Process(ABC):
+    """x_t = alpha_t x_0 + sigma_t eps for t in [0, 1], eq. (1) of docs/method.md.
+
+    Subclasses return float64 tensors of the shape of `t`; alpha / sigma falls strictly with t, from infinity
+    at t = 0 (sigma_0 = 0).
+    """
+
+    name: str
+    t_min: float
+    """The smallest time the network was trained at; below it, only the clean end t = 0 is meaningful."""
+
+    @abstractmethod
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha_t, sigma_t)."""
+
+    @abstractmethod
+    def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Return the t at which log(alpha_t^2 / sigma_t^2) = log_snr."""
+
+    @abstractmethod
+    def net_time(self, t: Tensor) -> Tensor:
+        """Return the number that the network takes for the time t."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Return log(alpha_t^2 / sigma_t^2); +inf at t = 0 and -inf where alpha is 0."""
+        alpha, sigma = self.alpha_sigma(t)
+        return 2 * (alpha.log() - sigma.log())
+
+    def level(self, t: float) -> tuple[float, float]:
+        """Return (alpha_t, sigma_t) of one time as plain numbers."""
+        alpha, sigma = self.alpha_sigma(torch.tensor([t], dtype=torch.float64))
+        return float(alpha), float(sigma)
+
+
+class DiscreteVP(Process):
+    """A variance-preserving process given by a scheduler's `alphas_cumprod`, continuous in time.
+
+    Index i of N is the time (i + 1) / N, so the network's time is N t - 1, and DDIM with "trailing" spacing is
+    a uniform grid in t. Between indices log(sigma / alpha) is linear in t. The two ends, where it is infinite,
+    are linear in the ratio that is finite there: sigma / alpha below the first index, alpha / sigma above the
+    last but one index when the terminal SNR is zero.
+
+    Args:
+        alphas_cumprod: alpha^2 at the N training times, in [0, 1), falling. [N]
+
+    Raises:
+        ValueError: If the values are not a falling sequence in [0, 1).
+    """
+
+    name = "vp"
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        squares = alphas_cumprod.detach().to(device="cpu", dtype=torch.float64)
+        falling = squares.ndim == 1 and len(squares) > 0 and bool((squares[1:] < squares[:-1]).all())
+        if not falling or not bool(((squares >= 0) & (squares < 1)).all()):
+            raise ValueError("alphas_cumprod must be a one-dimensional falling sequence in [0, 1)")
+        self.num_train_timesteps = len(squares)
+        self.t_min = 1 / self.num_train_timesteps
+        # Knots of alpha and sigma; knot 0 is the clean end, which no scheduler stores.
+        self._alpha = torch.cat([torch.ones(1, dtype=torch.float64), squares.sqrt()])
+        self._sigma = torch.cat([torch.zeros(1, dtype=torch.float64), (1 - squares).sqrt()])
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        place = t.to(torch.float64).clamp(0, 1) * self.num_train_timesteps
+        low = place.floor().long().clamp(max=self.num_train_timesteps - 1)
+        part = place - low
+        a_0, a_1 = self._alpha[low], self._alpha[low + 1]
+        s_0, s_1 = self._sigma[low], self._sigma[low + 1]
+        # A pair (alpha, sigma) up to its norm, in each of the three kinds of cell.
+        geometric = ((a_0.log() * (1 - part) + a_1.log() * part).exp(), (s_0.log() * (1 - part) + s_1.log() * part).exp())
+        clean = (torch.ones_like(part), part * s_1 / a_1)
+        noisy = ((1 - part) * a_0 / s_0, torch.ones_like(part))
+        pick = lambda i: torch.where(s_0 == 0, clean[i], torch.where(a_1 == 0, noisy[i], geometric[i]))  # noqa: E731
+        alpha, sigma = pick(0), pick(1)
+        norm = torch.hypot(alpha, sigma)
+        return alpha / norm, sigma / norm
+
+    def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
+        log_ratio = -log_snr.to(torch.float64) / 2
+        knots = self._sigma.log() - self._alpha.log()
+        low = (torch.searchsorted(knots, log_ratio.contiguous(), right=True) - 1).clamp(0, self.num_train_timesteps - 1)
+        k_0, k_1 = knots[low], knots[low + 1]
+        geometric = (log_ratio - k_0) / (k_1 - k_0)
+        clean = (log_ratio - k_1).exp()
+        noisy = 1 - (k_0 - log_ratio).exp()
+        part = torch.where(k_0.isinf(), clean, torch.where(k_1.isinf(), noisy, geometric))
+        return ((low + part.clamp(0, 1)) / self.num_train_timesteps).clamp(0, 1)
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return (t * self.num_train_timesteps - 1).clamp(min=0)
+
+
+class CosineVP(Process):
+    """The continuous cosine process alpha = cos(pi t / 2), sigma = sin(pi t / 2); zero terminal SNR.
+
+    Args:
+        net_scale: The network's time is net_scale * t.
+    """
+
+    name = "cosine"
+    t_min = 0.0
+
+    def __init__(self, net_scale: float = 1.0) -> None:
+        self.net_scale = net_scale
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = t.to(torch.float64) * (math.pi / 2)
+        # sin of the complement is exactly 0 at t = 1, where cos(pi / 2) is 6e-17.
+        return torch.sin(math.pi / 2 - angle), torch.sin(angle)
+
+    def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-log_snr.to(torch.float64) / 2)) * (2 / math.pi)
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return t * self.net_scale
+
+
+class VE(Process):
+    """The variance-exploding process of EDM (Karras et al., arXiv 2206.00364): alpha = 1, sigma on the rho-warp.
+
+    sigma(t) = (sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho with u the position of t in
+    [t_min, 1]; below t_min sigma falls linearly to 0, the clean end.
+
+    Args:
+        sigma_min: Noise level at t_min, in units of the data.
+        sigma_max: Noise level at t = 1.
+        rho: Exponent of the warp.
+        time_input: What the network takes as its time: "log_sigma" is log(sigma) / 4, as EDM's raw network;
+            "sigma" is sigma itself, as EDM's wrapped networks D(x; sigma).
+    """
+
+    name = "ve"
+    t_min = 1e-3
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, time_input: str = "log_sigma"
+    ) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        if time_input not in ("log_sigma", "sigma"):
+            raise ValueError(f"time_input must be 'log_sigma' or 'sigma', got {time_input!r}")
+        self.sigma_min, self.sigma_max, self.rho, self.time_input = sigma_min, sigma_max, rho, time_input
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.to(torch.float64)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        warped = (low + (t - self.t_min).clamp(min=0) / (1 - self.t_min) * (high - low)) ** self.rho
+        return torch.ones_like(t), torch.where(t < self.t_min, t / self.t_min * self.sigma_min, warped)
+
+    def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
+        sigma = torch.exp(-log_snr.to(torch.float64) / 2)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        warped = self.t_min + (sigma ** (1 / self.rho) - low) / (high - low) * (1 - self.t_min)
+        return torch.where(sigma < self.sigma_min, sigma / self.sigma_min * self.t_min, warped)
+
+    def net_time(self, t: Tensor) -> Tensor:
+        sigma = self.alpha_sigma(t)[1].clamp(min=self.sigma_min)
+        return sigma if self.time_input == "sigma" else sigma.log() / 4
+
+
+class FlowMatching(Process):
+    """The linear path alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t).
+
+    Args:
+        shift: Time shift as in diffusers' FlowMatchEulerDiscreteScheduler; 1 is none.
+        net_scale: The network's time is net_scale * u.
+    """
+
+    name = "flow"
+    t_min = 0.0
+
+    def __init__(self, shift: float = 1.0, net_scale: float = 1000.0) -> None:
+        if shift <= 0:
+            raise ValueError(f"shift must be positive, got {shift}")
+        self.shift, self.net_scale = shift, net_scale
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.to(torch.float64)
+        below = 1 + (self.shift - 1) * t
+        return (1 - t) / below, self.shift * t / below
+
+    def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
+        sigma = torch.sigmoid(-log_snr.to(torch.float64) / 2)
+        return sigma / (self.shift - (self.shift - 1) * sigma)
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return self.alpha_sigma(t)[1] * self.net_scale
+
+
+class Head(NamedTuple):
+    """denoised = c_skip x_t + c_out network(c_in x_t), eq. (3); one number per image each."""
+
+    c_in: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+
+
+def output_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (a, b) with network output = a x_0 + b eps, eq. (2).
+
+    sample (1, 0) · epsilon (0, 1) · v_prediction (-sigma, alpha) · velocity (-1, 1).
+
+    Raises:
+        ValueError: If the prediction type is not one of these.
+    """
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    match prediction_type:
+        case "sample":
+            return one, zero
+        case "epsilon":
+            return zero, one
+        case "v_prediction":
+            return -sigma, alpha
+        case "velocity":
+            return -one, one
+    raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+
+
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction", "velocity", "edm")
+
+
+def head(prediction_type: str, alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Head:
+    """Return the linear head that turns a network's output into x_0, eq. (3).
+
+    With output = a x_0 + b eps and x_t = alpha x_0 + sigma eps: x_0 = (b x_t - sigma output) / (alpha b - sigma a).
+    "edm" is the preconditioning of Karras et al. (2206.00364, table 1) for a network that is not yet wrapped:
+    c_in = 1 / sqrt(sigma^2 + sigma_data^2), c_skip = sigma_data^2 c_in^2, c_out = sigma sigma_data c_in.
+
+    Args:
+        prediction_type: One of `PREDICTION_TYPES`.
+        alpha: Signal level, [B].
+        sigma: Noise level, [B].
+        sigma_data: Standard deviation of the data, "edm" only.
+    """
+    one = torch.ones_like(alpha)
+    if prediction_type == "sample":
+        return Head(one, torch.zeros_like(alpha), one)
+    if prediction_type == "edm":
+        c_in = (sigma**2 + sigma_data**2).rsqrt()
+        return Head(c_in, (sigma_data * c_in) ** 2, sigma * sigma_data * c_in)
+    a, b = output_coefficients(prediction_type, alpha, sigma)
+    determinant = alpha * b - sigma * a
+    return Head(one, b / determinant, -sigma / determinant)
+
+
+def convert(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: str, target: str) -> Tensor:
+    """Return the network output `output` of type `source` as the type `target`, for the same x_t.
+
+    Args:
+        output: Network output of type `source`; [B, ...].
+        x_t: The state it was predicted from; [B, ...].
+        alpha: Signal level, broadcastable to x_t.
+        sigma: Noise level, broadcastable to x_t; positive unless the target is "sample".
+        source: One of sample, epsilon, v_prediction, velocity.
+        target: Likewise.
+    """
+    _, c_skip, c_out = head(source, alpha, sigma)
+    x_0 = c_skip * x_t + c_out * output
+    a, b = output_coefficients(target, alpha, sigma)
+    return x_0 if target == "sample" else a * x_0 + b * (x_t - alpha * x_0) / sigma
+
+
+def choose_t_max(process: Process, prediction_type: str) -> tuple[float, str]:
+    """Return the start level for a teacher, and the reason in a few words.
+
+    x_0, v, velocity and EDM heads stay bounded at pure noise and start at t = 1. The head of an epsilon network
+    divides by alpha, so it starts at the noisiest time with alpha >= 0.05.
+
+    Raises:
+        ValueError: If an epsilon network meets zero terminal SNR: its output at t = 1 carries no image.
+    """
+    alpha_end, _ = process.level(1.0)
+    if prediction_type != "epsilon":
+        return 1.0, f"{prediction_type} stays bounded at pure noise"
+    if alpha_end == 0 and process.name == "vp":
+        raise ValueError(
+            "an epsilon-prediction teacher with zero terminal SNR cannot be distilled: at pure noise x_0 = (x - eps) / 0. "
+            "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
+        )
+    if alpha_end >= EPSILON_MIN_ALPHA:
+        return 1.0, f"alpha = {alpha_end:.3f} at t = 1 is large enough for an epsilon head"
+    ratio = torch.tensor([EPSILON_MIN_ALPHA], dtype=torch.float64)
+    sigma = 1 - ratio if process.name == "flow" else (1 - ratio**2).sqrt()
+    t_max = float(process.time_at_log_snr(2 * (ratio / sigma).log()))
+    return t_max, f"the epsilon head divides by alpha: {alpha_end:.2g} at t = 1, {EPSILON_MIN_ALPHA} here"

@@ -1,0 +1,82 @@
+"""Seeds to images: one seed is one image, for the student in one step and for the teacher in many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from onestill.student import Student
+from onestill.teachers.base import Teacher
+from onestill.tensors import Cond
+from onestill.trajectory import STEPS, solve, uniform_times
+
+Generate = Callable[[Tensor, Cond], Tensor]
+"""(eps [B, *sample_shape], cond) -> images [B, *sample_shape] in [-1, 1]."""
+
+
+def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Return standard normal noise [N, *shape], row i from its own generator seeded by seeds[i].
+
+    Drawn on the CPU in float32, as diffusers draws for a list of CPU generators: the same seed is the same
+    image here, there, on any device, and in any batch.
+    """
+    rows = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(rows) if rows else torch.empty(0, *shape)
+
+
+def student_generator(student: Student, *, t: float = 0.0, device: torch.device | str = "cpu") -> Generate:
+    """Return one-step generation by the student, at the target time t (0 is the finished image)."""
+
+    @torch.no_grad()
+    def generate(eps: Tensor, cond: Cond) -> Tensor:
+        x_a = student.spec.trajectory.start(eps.to(device))
+        return student(x_a, t, to_device(cond, device))
+
+    return generate
+
+
+def teacher_generator(
+    teacher: Teacher, *, num_steps: int, solver: str = "ddim", device: torch.device | str = "cpu"
+) -> Generate:
+    """Return multi-step generation by the teacher on a uniform grid of times, as DDIM's "trailing" spacing.
+
+    Args:
+        teacher: The teacher, guided and thresholded as wanted.
+        num_steps: Steps; each costs `CALLS_PER_STEP[solver] * teacher.calls` network evaluations.
+        solver: One of `onestill.trajectory.STEPS`.
+        device: Where the teacher is.
+    """
+    times = uniform_times(teacher.spec.t_max, num_steps)
+
+    @torch.no_grad()
+    def generate(eps: Tensor, cond: Cond) -> Tensor:
+        x_a = teacher.spec.trajectory.start(eps.to(device))
+        return solve(teacher.spec.trajectory, teacher.denoiser(to_device(cond, device)), x_a, times, STEPS[solver])
+
+    return generate
+
+
+def generate_images(
+    generate: Generate, seeds: Sequence[int], shape: Sequence[int], cond: Cond, *, batch_size: int = 64
+) -> Tensor:
+    """Return the images of `seeds`, [N, *shape] on the CPU; row i of `cond` belongs to seeds[i].
+
+    Args:
+        generate: The generator.
+        seeds: One for each image.
+        shape: Shape of one sample.
+        cond: Conditions with as many rows as seeds.
+        batch_size: Images in one network call; it changes no image beyond the last float digits.
+    """
+    batches = [
+        generate(noise(seeds[i : i + batch_size], shape), {name: value[i : i + batch_size] for name, value in cond.items()}).cpu()
+        for i in range(0, len(seeds), batch_size)
+    ]
+    return torch.cat(batches) if batches else torch.empty(0, *shape)
+
+
+def to_device(cond: Cond, device: torch.device | str) -> Cond:
+    """Return the conditions on `device`."""
+    return {name: value.to(device) for name, value in cond.items()}

@@ -1,0 +1,69 @@
+"""Classifier-free guidance and thresholding as wrappers of any teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onestill.teachers.base import Teacher, Threshold
+from onestill.tensors import Cond, broadcast
+
+
+class Guided(Teacher):
+    """u + w (c - u), eq. (14): u is the prediction for the null class, c for the class, w the guidance scale.
+
+    w = 1 is no guidance and costs one evaluation; anything else costs two, in one batch. A "guidance_scale"
+    in the conditions (one w for each image) takes the place of the fixed one.
+
+    Args:
+        teacher: The teacher to guide.
+        guidance_scale: w, as in diffusers.
+
+    Raises:
+        ValueError: If guidance is asked of a teacher without a null class.
+    """
+
+    def __init__(self, teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False) -> None:
+        if (drawn or guidance_scale != 1) and teacher.spec.null_class is None:
+            raise ValueError(
+                f"--guidance_scale {guidance_scale:g} needs a teacher with a null class, and this one has "
+                f"{'no classes' if teacher.spec.num_classes is None else 'none that is known'}. "
+                "Name it with --null_class if one of the labels means 'no class', or leave --guidance_scale at 1"
+            )
+        self.teacher, self.spec, self.guidance_scale, self.drawn = teacher, teacher.spec, guidance_scale, drawn
+
+    @property
+    def calls(self) -> int:
+        return self.teacher.calls * (1 if self.guidance_scale == 1 and not self.drawn else 2)
+
+    def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
+        drawn = cond.get("guidance_scale")
+        cond = {name: value for name, value in cond.items() if name != "guidance_scale"}
+        if drawn is None and self.guidance_scale == 1:
+            return self.teacher.denoised(x_t, t, cond)
+        labels = cond["class_labels"]
+        null = torch.full_like(labels, self.spec.null_class or 0)
+        times = t.repeat(2) if isinstance(t, Tensor) and t.ndim else t
+        both = self.teacher.denoised(torch.cat([x_t, x_t]), times, {"class_labels": torch.cat([labels, null])})
+        with_class, without = both.chunk(2)
+        scale = self.guidance_scale if drawn is None else broadcast(drawn, both)
+        return without + scale * (with_class - without)
+
+
+class Thresholded(Teacher):
+    """The teacher's prediction after its sampler's thresholding, eq. (15).
+
+    Args:
+        teacher: The teacher, guided already if it is to be.
+        threshold: Static clipping, dynamic thresholding, or none.
+    """
+
+    def __init__(self, teacher: Teacher, threshold: Threshold) -> None:
+        self.teacher, self.spec, self.threshold = teacher, teacher.spec, threshold
+
+    @property
+    def calls(self) -> int:
+        return self.teacher.calls
+
+    def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
+        return self.threshold(self.teacher.denoised(x_t, t, cond))

@@ -1,0 +1,142 @@
+"""From a path, a hub id or an embedded name to a teacher; what cannot be one is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
+from onestill.teachers.unet2d import load_unet2d
+
+Loader = Callable[[Path, dict[str, Any], str, str | None, int | None], NetworkTeacher]
+FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
+
+REFUSED = {
+    "ScoreSdeVePipeline": "score-SDE networks divide their output by sigma; wrap yours with onestill.module_teacher",
+    "KarrasVePipeline": "its scheduler is a stochastic one without alphas_cumprod; wrap yours with onestill.module_teacher",
+    "VQDiffusionPipeline": "it predicts discrete tokens, not a continuous signal",
+    "AmusedPipeline": "it predicts masked tokens, not a continuous signal",
+    "WuerstchenDecoderPipeline": "its cascade has no single trajectory from noise to image",
+    "WuerstchenCombinedPipeline": "its cascade has no single trajectory from noise to image",
+}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A teacher shipped inside the package."""
+
+    folder: Path
+    null_class: int | None
+
+
+EMBEDDED = {"digits": Embedded(Path(__file__).parent.parent / "embedded" / "digits", null_class=10)}
+
+
+def load_teacher(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    null_class: int | None = None,
+    t_max: float | None = None,
+    device: str = "cpu",
+) -> NetworkTeacher:
+    """Return the teacher in a diffusers pipeline folder, of a hub id, or embedded under a name.
+
+    Only safetensors are read and no remote code runs. Nothing is downloaded unless `source` is a hub id.
+
+    Args:
+        source: A folder, a hub id "owner/name", or an embedded teacher ("digits").
+        revision: Branch, tag or commit of the hub id.
+        variant: Weights' variant such as "fp16".
+        cache_dir: Where downloads go; diffusers' own default if None.
+        local_files_only: Never use the network.
+        null_class: The label that means "no class"; known for embedded teachers.
+        t_max: Start level in (0, 1]; chosen from the process and the prediction type if None.
+        device: Where the network goes.
+
+    Raises:
+        ValueError: If there is no such teacher, the folder is no pipeline, the pipeline is not supported, its
+            weights are pickles, missing or of the wrong shape, or the self-check against its scheduler fails.
+    """
+    source = str(source)
+    if source in EMBEDDED and not Path(source).exists():
+        folder = EMBEDDED[source].folder
+        null_class = EMBEDDED[source].null_class if null_class is None else null_class
+    else:
+        folder = _find_folder(source, revision, variant, cache_dir, local_files_only)
+    index = _read_index(folder, source)
+    class_name = index["_class_name"]
+    if class_name not in FAMILIES:
+        supported = ", ".join(sorted(FAMILIES))
+        reason = REFUSED.get(class_name, "no adapter knows where it keeps its network and its schedule")
+        raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
+    teacher = FAMILIES[class_name](folder, index, source, variant, null_class)
+    if t_max is not None:
+        teacher.spec = replace(teacher.spec, t_max=_check_t_max(teacher, t_max), t_max_reason="given with --t_max")
+    return teacher.to(device)
+
+
+def _check_t_max(teacher: NetworkTeacher, t_max: float) -> float:
+    process = teacher.spec.process
+    if not process.t_min < t_max <= 1:
+        raise ValueError(f"--t_max must be above {process.t_min:g} and at most 1, got {t_max:g}")
+    if teacher.spec.prediction_type == "epsilon" and process.level(t_max)[0] == 0:
+        raise ValueError(f"--t_max {t_max:g} is pure noise, where an epsilon network says nothing of x_0; choose a smaller one")
+    return t_max
+
+
+def _find_folder(source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"--teacher {source} is a file; give the folder of a diffusers pipeline (the one with model_index.json)")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ValueError(
+            f"no such teacher: {source}. Give a folder of a diffusers pipeline, a hub id 'owner/name', "
+            f"or an embedded teacher ({', '.join(EMBEDDED)})"
+        )
+    return _download(source, revision, variant, cache_dir, offline)
+
+
+def _download(source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool) -> Path:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                source,
+                revision=revision,
+                variant=variant,
+                cache_dir=cache_dir,
+                local_files_only=offline,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        )
+    except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
+        raise ValueError(
+            f"no such teacher: {source} is no folder here, and the hub gave no pipeline of that name "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:160]})"
+        ) from error
+
+
+def _read_index(folder: Path, source: str) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise ValueError(f"{source} is no diffusers pipeline: it has no model_index.json")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source}: model_index.json does not parse: {error}") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{source}: model_index.json names no pipeline class (_class_name)")
+    return index

@@ -1,0 +1,238 @@
+"""Pixel teachers: diffusers pipelines around a `UNet2DModel`, unconditional or with class labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler, UNet2DModel
+from torch import Tensor
+
+from onestill.process import VE, DiscreteVP, Process, choose_t_max
+from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
+from onestill.tensors import Cond
+from onestill.trajectory import Trajectory
+
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+SELF_CHECK_TOLERANCE = 1e-4
+
+
+def call_unet2d(network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+    """Call a `UNet2DModel`; of a network with learned variance the first half of the channels is the prediction."""
+    output = network(x_t, net_time, class_labels=cond.get("class_labels")).sample
+    return output[:, : x_t.shape[1]]
+
+
+def scheduler_process(scheduler: Any) -> tuple[Process, str, float]:
+    """Return (process, prediction type, sigma_data) of a constructed scheduler.
+
+    The schedule is read from `alphas_cumprod`, never from the betas' configuration, which may be overridden.
+
+    Raises:
+        ValueError: If the scheduler is of a kind that is not supported, by name.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    prediction = config.get("prediction_type", "epsilon")
+    if name.startswith("EDM"):
+        if prediction != "epsilon" or config.get("sigma_schedule", "karras") != "karras":
+            raise ValueError(f"{name} is supported with prediction_type='epsilon' and sigma_schedule='karras'")
+        return VE(config.sigma_min, config.sigma_max, config.get("rho", 7.0)), "edm", float(config.sigma_data)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"the scheduler {name} is not supported for pixel teachers: it has no alphas_cumprod. "
+            "Save the pipeline with the DDPMScheduler or DDIMScheduler it was trained with, or wrap the network "
+            "with onestill.module_teacher(network, process, prediction_type, sample_shape)"
+        )
+    if prediction not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"the scheduler's prediction_type {prediction!r} is not supported; known: epsilon, sample, v_prediction")
+    return DiscreteVP(scheduler.alphas_cumprod), prediction, 0.5
+
+
+def scheduler_threshold(scheduler: Any) -> Threshold:
+    """Return what the scheduler's own `step` does to the predicted x_0."""
+    config = scheduler.config
+    if config.get("thresholding", False):
+        return Threshold("dynamic", config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995))
+    if config.get("clip_sample", False):
+        return Threshold("static", config.get("clip_sample_range", 1.0))
+    return Threshold()
+
+
+def load_unet2d(folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None) -> NetworkTeacher:
+    """Return the teacher in a pipeline folder; `index` is its model_index.json."""
+    for part in ("unet", "scheduler"):
+        if not isinstance(index.get(part), list):
+            raise ValueError(f"{source}: model_index.json names no {part!r}, which a {index['_class_name']} must have")
+    if index["unet"][1] != "UNet2DModel":
+        raise ValueError(f"{source}: the network is a {index['unet'][1]}; {index['_class_name']} teachers need a UNet2DModel")
+    network = _load_network(folder, source, variant)
+    scheduler = _load_scheduler(folder, index["scheduler"][1], source)
+    return unet2d_teacher(network, scheduler, source=source, null_class=null_class)
+
+
+def unet2d_teacher(
+    network: UNet2DModel, scheduler: Any, *, source: str = "", null_class: int | None = None
+) -> NetworkTeacher:
+    """Return the teacher made of a `UNet2DModel` and its scheduler, after the self-check.
+
+    Raises:
+        ValueError: If the network or the scheduler is of a kind that cannot be a teacher, if an epsilon network
+            meets zero terminal SNR, if the null class is no label of the network, or if two DDIM steps of ours
+            do not agree with the scheduler's own.
+    """
+    config = network.config
+    process, prediction, sigma_data = scheduler_process(scheduler)
+    _refuse_unknown_parts(config)
+    num_classes = _count_classes(config, null_class)
+    t_max, reason = choose_t_max(process, prediction)
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    spec = TeacherSpec(
+        family="unet2d",
+        source=source,
+        process=process,
+        prediction_type=prediction,
+        sample_shape=(config.in_channels, height, width),
+        t_max=t_max,
+        t_max_reason=reason,
+        num_classes=num_classes,
+        null_class=null_class,
+        threshold=scheduler_threshold(scheduler),
+        sigma_data=sigma_data,
+    )
+    teacher = NetworkTeacher(network, spec, call_unet2d)
+    self_check(teacher, scheduler)
+    return teacher
+
+
+@torch.no_grad()
+def self_check(teacher: NetworkTeacher, scheduler: Any) -> float:
+    """Compare two deterministic steps of ours with the scheduler's own `step`; return the largest difference.
+
+    The states are compared relative to their size. Steps 4 to 6 of 10, where neither end hides an error.
+
+    Raises:
+        ValueError: If they differ by more than 1e-4.
+    """
+    spec = teacher.spec
+    stock = EDMEulerScheduler.from_config(scheduler.config) if isinstance(spec.process, VE) else _plain_ddim(scheduler)
+    stock.set_timesteps(10)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *spec.sample_shape, generator=generator)
+    cond = {"class_labels": torch.tensor([0, 0])} if spec.num_classes else {}
+    device = next(teacher.network.parameters()).device if isinstance(teacher.network, torch.nn.Module) else "cpu"
+    x, cond = x.to(device), {name: value.to(device) for name, value in cond.items()}
+    levels = _times_of(stock, spec.process)
+    x = x * (spec.process.level(levels[4])[1] ** 2 + 1) ** 0.5 if isinstance(spec.process, VE) else x
+    ours = theirs = x
+    if hasattr(stock, "set_begin_index"):
+        stock.set_begin_index(4)
+    for i in (4, 5):
+        t, s = levels[i], levels[i + 1]
+        step = Trajectory(spec.process, t)
+        ours = step.state(teacher.denoised(ours, t, cond), ours, torch.tensor([s], dtype=torch.float64))
+        scaled = stock.scale_model_input(theirs, stock.timesteps[i])
+        output = teacher.call(teacher.network, scaled, stock.timesteps[i].expand(2).to(device), cond)
+        theirs = stock.step(output, stock.timesteps[i], theirs).prev_sample
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error <= SELF_CHECK_TOLERANCE:
+        raise ValueError(
+            f"self-check failed: two steps of onestill and of {type(scheduler).__name__} differ by {error:.1e} "
+            f"(allowed {SELF_CHECK_TOLERANCE:.0e}). Either the weights hold non-finite numbers or the scheduler's "
+            f"configuration does not say what it does (prediction_type={spec.prediction_type!r})"
+        )
+    return error
+
+
+def _plain_ddim(scheduler: Any) -> DDIMScheduler:
+    """Return DDIM on the scheduler's constructed schedule, without clipping."""
+    betas = 1 - scheduler.alphas_cumprod.double() / torch.cat([torch.ones(1), scheduler.alphas_cumprod[:-1]]).double()
+    ddim = DDIMScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=betas.tolist(),
+        prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    return ddim
+
+
+def _times_of(stock: Any, process: Process) -> list[float]:
+    """Return our times of the stock scheduler's steps, and of the end."""
+    if isinstance(process, VE):
+        log_snr = -2 * torch.as_tensor(stock.sigmas[:-1], dtype=torch.float64).cpu().log()
+        return [float(t) for t in process.time_at_log_snr(log_snr)] + [0.0]
+    num = stock.config.num_train_timesteps
+    return [(int(t) + 1) / num for t in stock.timesteps] + [0.0]
+
+
+def _refuse_unknown_parts(config: Any) -> None:
+    if config.get("time_embedding_type") != "positional":
+        raise ValueError(
+            f"UNet2DModel with time_embedding_type={config.get('time_embedding_type')!r} is not supported: its time "
+            "input is not continuous or divides the output; only 'positional' is"
+        )
+    if config.get("class_embed_type") is not None:
+        raise ValueError(
+            f"UNet2DModel with class_embed_type={config.class_embed_type!r} is not supported; only num_class_embeds is"
+        )
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"a UNet2DModel with {config.in_channels} input and {config.out_channels} output channels takes more than "
+            "a noisy image (super-resolution or inpainting) and is not supported"
+        )
+    if config.sample_size is None:
+        raise ValueError("the UNet2DModel's config has no sample_size, so the shape of an image is unknown; add it to unet/config.json")
+
+
+def _count_classes(config: Any, null_class: int | None) -> int | None:
+    num = config.num_class_embeds
+    if null_class is None:
+        return int(num) if num else None
+    if not num:
+        raise ValueError(f"--null_class {null_class} was given, but the teacher is unconditional")
+    if not 0 <= null_class < num:
+        raise ValueError(f"--null_class {null_class} is not a label of the teacher, which has {num} (0 to {num - 1})")
+    return int(num) - 1
+
+
+def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel:
+    weights = folder / "unet"
+    name = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
+    present = sorted(p.name for p in weights.glob("*")) if weights.is_dir() else []
+    if not any(p.startswith(name) and ".safetensors" in p for p in present):
+        pickles = [p for p in present if p.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickles:
+            raise ValueError(
+                f"{source}: unet/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it once where "
+                "you trust it: UNet2DModel.from_pretrained(folder, subfolder='unet').save_pretrained(folder + '/unet')"
+            )
+        raise ValueError(f"{source}: missing weights unet/{name}.safetensors; the folder holds {present or 'nothing'}")
+    try:
+        network, info = UNet2DModel.from_pretrained(
+            folder, subfolder="unet", use_safetensors=True, variant=variant, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(f"{source}: the UNet2DModel's weights or config do not load: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{source}: the weights lack {len(info['missing_keys'])} of the network's tensors, such as {info['missing_keys'][0]!r}"
+        )
+    if info["unexpected_keys"]:
+        raise ValueError(f"{source}: the weights hold tensors that unet/config.json has no place for, such as {info['unexpected_keys'][0]!r}")
+    return network
+
+
+def _load_scheduler(folder: Path, class_name: str, source: str) -> Any:
+    cls = getattr(diffusers, class_name, None)
+    if cls is None or not class_name.endswith("Scheduler"):
+        raise ValueError(f"{source}: {class_name!r} is no scheduler of diffusers {diffusers.__version__}")
+    try:
+        return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{source}: scheduler/scheduler_config.json does not load: {str(error).splitlines()[0]}") from error
+
+

@@ -1,0 +1,41 @@
+"""Small helpers on tensors and modules.
+
+Times and the coefficients computed from them live on the CPU in float64 (they are one number per image);
+`broadcast` brings them to the images only at the end, so no coefficient loses digits to the images' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Cond = dict[str, Tensor]
+"""What conditions an image: named tensors with the batch as first axis. Empty for unconditional teachers."""
+
+
+def as_times(t: float | Tensor, num: int) -> Tensor:
+    """Return `t` as a float64 CPU tensor of shape [num]."""
+    times = torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1)
+    if times.numel() not in (1, num):
+        raise ValueError(f"{times.numel()} times were given for {num} images; give one, or one for each image")
+    return times.expand(num)
+
+
+def broadcast(values: Tensor, x: Tensor) -> Tensor:
+    """Return `values` [B] as [B, 1, ..., 1] with the dtype and device of `x` [B, ...]."""
+    return values.to(device=x.device, dtype=x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def float32_or_more(x: Tensor) -> Tensor:
+    """Return `x` in float32, or untouched where it is float64: heads, losses and steps never run lower."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def first_rows(cond: Cond, num: int) -> Cond:
+    """Return the first `num` rows of every condition."""
+    return {name: value[:num] for name, value in cond.items()}
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Return the number of scalar parameters of `module`."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,377 @@
+"""The training loop over accelerate: draws, losses, updates, averages, checkpoints, and what it shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from onestill import objective, pictures
+from onestill.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, rotate, write_checkpoint
+from onestill.conditions import Conditions
+from onestill.config import DistillConfig
+from onestill.sampler import generate_images, student_generator, teacher_generator, to_device
+from onestill.student import Student
+from onestill.teachers.base import Teacher
+from onestill.tensors import Cond
+from onestill.trajectory import STEPS
+
+VALIDATION_SEED = 1_000_000
+
+
+@dataclass
+class Progress:
+    """Where the training is; part of every checkpoint."""
+
+    step: int = 0
+    nonfinite_in_row: int = 0
+    nonfinite_total: int = 0
+
+
+@dataclass
+class StepLog:
+    """What is known after an optimiser step; written to logs/metrics.jsonl every `logging_steps`.
+
+    `residual_by_time` is the mean squared residual in units of f over equal bins of target time, cleanest first,
+    since the last line; None for a bin without a draw.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds_per_step: float
+    images_per_second: float
+    nonfinite_steps: int
+    residual_by_time: list[float | None] = field(default_factory=list)
+    validation_rms: float | None = None
+    picture: Path | None = None
+    checkpoint: Path | None = None
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss was not finite too many times in a row."""
+
+
+class Trainer:
+    """Distils a teacher into a student.
+
+    Every random draw of the training comes from one CPU generator, which is part of the checkpoint, so a run that
+    was interrupted and resumed is the run that was not.
+
+    Args:
+        config: The run.
+        teacher: The teacher, guided and thresholded as wanted.
+        student: The student.
+        conditions: Where conditions are drawn from.
+        teacher_fingerprint: Hash of the teacher's weights, kept with every checkpoint.
+    """
+
+    def __init__(
+        self, config: DistillConfig, teacher: Teacher, student: Student, conditions: Conditions, teacher_fingerprint: str
+    ) -> None:
+        self.config, self.teacher, self.conditions = config, teacher, conditions
+        self.teacher_fingerprint = teacher_fingerprint
+        self.accelerator = make_accelerator(config)
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        if config.gradient_checkpointing:
+            _enable_checkpointing(student)
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.student = student.to(self.device)
+        self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+        )
+        self.ema = _average(parameters, config.ema_decay)
+        self.target_ema = _average(parameters, config.ema_target_decay, fixed=True)
+        self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.accelerator.process_index)
+        self.progress = Progress()
+        self.stop_requested = False
+        self._bins = torch.zeros(2, config.num_time_bins, dtype=torch.float64)
+        self._teacher_images: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.accelerator.device
+
+    def steps(self) -> Iterator[StepLog]:
+        """Yield after each optimiser step until `max_train_steps`, or until `stop_requested` is set.
+
+        Raises:
+            NonFiniteLossError: After `max_nonfinite_steps` non-finite losses in a row; names the last checkpoint.
+        """
+        config, progress = self.config, self.progress
+        last: Path | None = None
+        started = time.perf_counter()
+        while progress.step < config.max_train_steps and not self.stop_requested:
+            loss, grad_norm, rate = self.update()
+            progress.step += 1
+            self._count_nonfinite(loss, grad_norm, last)
+            now = time.perf_counter()
+            seconds, started = now - started, now
+            images = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+            log = StepLog(progress.step, loss, grad_norm, rate, seconds, images / seconds, progress.nonfinite_total)
+            ends = progress.step == config.max_train_steps
+            if ends or progress.step % config.validation_steps == 0:
+                log.picture, log.validation_rms = self.validate()
+            if ends or progress.step % config.logging_steps == 0 or log.picture:
+                self._write_log(log)
+            if ends or progress.step % config.checkpointing_steps == 0:
+                log.checkpoint = last = self.save()
+            if log.picture or log.checkpoint:
+                started = time.perf_counter()
+            yield log
+
+    def update(self) -> tuple[float, float, float]:
+        """Do one optimiser step and return (loss, gradient norm, learning rate); skipped if not finite."""
+        rate, grad_norm = self.optimizer.param_groups[0]["lr"], torch.zeros(())
+        losses = []
+        for _ in range(self.config.gradient_accumulation_steps):
+            with self.accelerator.accumulate(self.model):
+                batch_loss = self._loss()
+                self.accelerator.backward(batch_loss)
+                losses.append(batch_loss.detach())
+                if self.accelerator.sync_gradients:
+                    grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+                    # One synchronisation a step: the loss and the norm are read together. After all-reduce the
+                    # norm is the same on every process, so all skip or none does.
+                    loss_value, norm_value = torch.stack([torch.stack(losses).mean().float(), torch.as_tensor(grad_norm).to(losses[0]).float()]).tolist()
+                    if math.isfinite(norm_value) or self.accelerator.scaler is not None:
+                        self.optimizer.step()
+                self.optimizer.zero_grad()
+        # The schedule follows the step count whether or not the step was skipped, so it ends where it says.
+        self.lr_scheduler.step()
+        if math.isfinite(norm_value):
+            for average in (self.ema, self.target_ema):
+                if average is not None:
+                    average.step(p for p in self.student.parameters() if p.requires_grad)
+        return loss_value, norm_value, rate
+
+    def _loss(self) -> Tensor:
+        """Draw one batch and return its loss, eqs. (10) and (11)."""
+        config, spec = self.config, self.teacher.spec
+        num, num_boundary = config.train_batch_size, config.num_boundary_rows
+        eps = torch.randn(num, *spec.sample_shape, generator=self.generator)
+        u = torch.rand(num, generator=self.generator, dtype=torch.float64)
+        cond = to_device(self.conditions.draw(num, self.generator), self.device)
+        share = self.progress.step / config.max_train_steps
+        t, s = objective.draw_times(u, config.time_sampling, config.delta, config.t_min, spec.t_max, share)
+        is_boundary = torch.arange(num) < num_boundary
+        t, s = (torch.where(is_boundary, spec.t_max, times) for times in (t, s))
+
+        x_a = spec.trajectory.start(eps.to(self.device))
+        with torch.no_grad(), self.accelerator.autocast():
+            y_t = self._student_at(x_a, t, cond)
+            target = objective.bootstrap_target(
+                STEPS[config.solver], spec.trajectory, self.teacher.denoiser(cond), x_a, y_t, t, s
+            )
+        y_s = self.model(x_a, s, cond)
+        residuals = objective.squared_residuals(y_s.float(), target.float())
+        weights = objective.row_weights(config.bootstrap_weight, spec.trajectory, t, s)
+        self._count_residuals(residuals[num_boundary:], spec.trajectory.rho(t, s)[num_boundary:], s[num_boundary:])
+        return objective.loss(residuals, weights, is_boundary.to(self.device), config.boundary_weight)
+
+    def _student_at(self, x_a: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return y_t for the target: the student's own, or its average's."""
+        if self.target_ema is None:
+            return self.student(x_a, t, cond)
+        names = [name for name, p in self.student.named_parameters() if p.requires_grad]
+        averaged = dict(zip(names, self.target_ema.shadow_params, strict=True))
+        return torch.func.functional_call(self.student, averaged, (x_a, t, cond))
+
+    def _count_residuals(self, residuals: Tensor, rho: Tensor, s: Tensor) -> None:
+        sums, counts = objective.residual_by_time(residuals, rho, s, self.config.num_time_bins, self.teacher.spec.t_max)
+        self._bins += torch.stack([sums, counts])
+
+    def _count_nonfinite(self, loss: float, grad_norm: float, last: Path | None) -> None:
+        progress, limit = self.progress, self.config.max_nonfinite_steps
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None):
+            progress.nonfinite_in_row = 0
+            return
+        progress.nonfinite_in_row += 1
+        progress.nonfinite_total += 1
+        if progress.nonfinite_in_row >= limit:
+            good = f"the last good checkpoint is {last}" if last else "no checkpoint was written in this session"
+            raise NonFiniteLossError(
+                f"the loss was not finite {limit} times in a row, up to step {progress.step}; {good}. "
+                "Lower --learning_rate, or use --mixed_precision bf16 or no"
+            )
+
+    # What is shown
+
+    def validate(self) -> tuple[Path | None, float]:
+        """Draw student beside teacher from the same noise; return (picture, RMS difference of the two)."""
+        config, spec = self.config, self.teacher.spec
+        seeds = range(VALIDATION_SEED, VALIDATION_SEED + config.num_validation_images)
+        cond = self.conditions.grid(len(seeds))
+        with self.accelerator.autocast():
+            if self._teacher_images is None:
+                generate = teacher_generator(self.teacher, num_steps=config.num_teacher_steps, device=self.device)
+                self._teacher_images = generate_images(generate, seeds, spec.sample_shape, cond)
+            with self.averaged():
+                generate = student_generator(self.student, t=config.t_min, device=self.device)
+                images = generate_images(generate, seeds, spec.sample_shape, cond)
+        rms = float((images - self._teacher_images).square().mean().sqrt())
+        if not self.accelerator.is_main_process:
+            return None, rms
+        rows = {f"teacher, {config.num_teacher_steps} steps": self._teacher_images, "student, 1 step": images}
+        path = config.output_dir / "samples" / f"step-{self.progress.step:06d}.png"
+        return pictures.save_rows(rows, path, title=f"step {self.progress.step}"), rms
+
+    def averaged(self) -> Any:
+        """Return a context in which the student has its averaged weights."""
+        return _Averaged(self.ema, self.student)
+
+    def _write_log(self, log: StepLog) -> None:
+        sums, counts = self._bins
+        log.residual_by_time = [float(a / n) if n else None for a, n in zip(sums, counts, strict=True)]
+        self._bins.zero_()
+        if not self.accelerator.is_main_process:
+            return
+        record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(log).items() if v is not None}
+        path = self.config.output_dir / "logs" / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record)) + "\n")
+        if self.config.report_to:
+            scalars = {k: v for k, v in record.items() if isinstance(v, float) and k != "step"}
+            bins = {f"residual/{i}": v for i, v in enumerate(log.residual_by_time) if v is not None}
+            self.accelerator.log({**scalars, **bins}, step=log.step)
+
+    # Checkpoints
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything the run needs to go on exactly; return its folder."""
+        generators = self.accelerator.gather(self.generator.get_state()[None].to(self.device)).cpu()
+        folder = self.config.output_dir / f"checkpoint-{self.progress.step}"
+        if self.accelerator.is_main_process:
+            names = [name for name, p in self.student.named_parameters() if p.requires_grad]
+            tensors = {
+                "student": {name: p for name, p in self.student.named_parameters() if p.requires_grad},
+                "optimizer": flatten_optimizer(self.optimizer),
+                "random": {str(i): state for i, state in enumerate(generators)},
+            }
+            averages = {"ema": self.ema, "target_ema": self.target_ema}
+            for group, average in averages.items():
+                if average is not None:
+                    tensors[group] = dict(zip(names, average.shadow_params, strict=True))
+            values = {
+                "progress": asdict(self.progress),
+                "averages": {group: a.optimization_step for group, a in averages.items() if a is not None},
+                "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "teacher_fingerprint": self.teacher_fingerprint,
+                "num_processes": self.accelerator.num_processes,
+                "config": self.config.model_dump(mode="json"),
+            }
+            write_checkpoint(self.config.output_dir, self.progress.step, Checkpoint(tensors, values))
+            rotate(self.config.output_dir, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint whose settings have been compared."""
+        tensors, values = checkpoint.tensors, checkpoint.values
+        load_student(self.student, tensors["student"])
+        restore_optimizer(self.optimizer, tensors["optimizer"], values["learning_rates"])
+        self.progress = Progress(**values["progress"])
+        self.generator.set_state(tensors["random"][str(self.accelerator.process_index)])
+        for group, average in {"ema": self.ema, "target_ema": self.target_ema}.items():
+            if average is not None:
+                average.shadow_params = [value.to(self.device) for value in tensors[group].values()]
+                average.optimization_step = values["averages"][group]
+        if self.accelerator.scaler is not None and values["scaler"]:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+        self.lr_scheduler.last_epoch = self.progress.step
+        self.lr_scheduler._step_count = self.progress.step + 1
+
+
+def load_student(student: Student, tensors: dict[str, Tensor]) -> None:
+    """Put trained parameters into a student.
+
+    Raises:
+        ValueError: If they are not this student's.
+    """
+    trained = dict(student.named_parameters())
+    if set(tensors) != {name for name, p in trained.items() if p.requires_grad}:
+        raise ValueError("the checkpoint's tensors are not this student's: another teacher, or other settings")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            trained[name].copy_(value)
+
+
+def make_accelerator(config: DistillConfig) -> Accelerator:
+    """Return the accelerator for a run; `config.device` has been checked."""
+    # accelerate keeps one global state and refuses a second run of other precision in the same process.
+    if AcceleratorState._shared_state and not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if config.device.startswith("cuda:"):
+        torch.cuda.set_device(config.device)
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to,
+        project_dir=config.output_dir / "logs",
+    )
+
+
+class _Averaged:
+    """Swaps the averaged weights in and the trained ones back."""
+
+    def __init__(self, ema: EMAModel | None, student: Student) -> None:
+        self.ema, self.parameters = ema, [p for p in student.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *_: object) -> None:
+        if self.ema is not None:
+            self.ema.restore(self.parameters)
+
+
+def _average(parameters: list[torch.nn.Parameter], decay: float, *, fixed: bool = False) -> EMAModel | None:
+    if decay == 0:
+        return None
+    return EMAModel(parameters, decay=decay, min_decay=decay if fixed else 0.0, foreach=True)
+
+
+def _enable_checkpointing(student: Student) -> None:
+    enable = getattr(student.network, "enable_gradient_checkpointing", None)
+    if enable is None:
+        raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
+    enable()
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with non-finite floats as strings, since JSON has none."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+

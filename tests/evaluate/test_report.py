@@ -1,0 +1,169 @@
+"""The report: round trips, no silent overwriting, and the protocol under every table."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from onestill.evaluate.report import EvaluationProtocol, Report, Row, package_versions, print_report
+
+
+def make_report(*, student_name: str = "student") -> Report:
+    protocol = EvaluationProtocol(
+        teacher="digits",
+        student="runs/digits",
+        extractor="ConvFeatures (64-d, sha256 01234567)",
+        feature_dim=64,
+        num_images=5000,
+        reference="the real digits",
+        num_reference_images=1797,
+        seeds="0..4999",
+        guidance_scale=2.0,
+        device="NVIDIA H200",
+        large_batch_size=256,
+        kernel_subset_size=1000,
+        kernel_num_subsets=100,
+        neighbours=3,
+        speedup_over="teacher DDIM",
+        versions={"torch": "2.13.0", "diffusers": "0.42.1"},
+        notes=("prompts from a file",),
+    )
+    teacher = Row(
+        name="teacher DDIM",
+        num_steps=250,
+        network_evaluations=500,
+        frechet_distance=7.6,
+        kernel_distance=0.0192,
+        kernel_distance_std=0.0013,
+        precision=0.79,
+        recall=0.48,
+        label_accuracy=0.99,
+        images_per_second=0.21,
+        images_per_second_large=1234.5,
+        speedup=1.0,
+    )
+    student = Row(
+        name=student_name,
+        is_student=True,
+        num_steps=1,
+        network_evaluations=1,
+        frechet_distance=225.4,
+        kernel_distance=-0.0001,
+        kernel_distance_std=0.0113,
+        precision=0.1,
+        recall=0.0,
+        images_per_second=54.0,
+        images_per_second_large=23950.0,
+        speedup=257.1,
+    )
+    return Report(protocol=protocol, rows=(teacher, student), warnings=("few images",))
+
+
+def rendered(report: Report, width: int = 100) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_report(report, console)
+    return console.export_text()
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    report = make_report()
+    json_path, markdown_path = report.save(tmp_path / "evaluation")
+    assert (json_path.name, markdown_path.name) == ("report.json", "report.md")
+    assert Report.load(json_path) == report == Report.load(tmp_path / "evaluation")
+    assert markdown_path.read_text(encoding="utf-8") == report.to_markdown()
+
+
+def test_nothing_is_overwritten_silently(tmp_path: Path) -> None:
+    make_report().save(tmp_path)
+    other = make_report(student_name="another")
+    with pytest.raises(ValueError, match=r"already holds report.json and report.md: .*--output_dir"):
+        other.save(tmp_path)
+    assert Report.load(tmp_path) == make_report()
+    other.save(tmp_path, overwrite=True)
+    assert Report.load(tmp_path) == other
+
+
+def test_half_a_report_counts_as_one(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(ValueError, match="already holds report.md"):
+        make_report().save(tmp_path)
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_load_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no report at .*report.json"):
+        Report.load(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps({"kind": "something"}))
+    with pytest.raises(ValueError, match="is not a report of onestill"):
+        Report.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"frechet_distance": float("nan")}, {"fid": 1.0}])
+def test_rows_refuse_nan_and_unknown_columns(change: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Row.model_validate({"name": "x", "num_steps": 1, "network_evaluations": 1, **change})
+
+
+def test_markdown_table() -> None:
+    text = make_report().to_markdown()
+    lines = text.splitlines()
+    titles = "sampler,steps,NFE,FD ↓,KD ↓ ×10³,prec ↑,rec ↑,label ↑,img/s ×1,img/s ×256,speedup"
+    assert lines[0] == "| " + titles.replace(",", " | ") + " |"
+    assert lines[2] == (
+        "| teacher DDIM | 250 | 500 | 7.60 | 19.2 ± 1.3 | 0.790 | 0.480 | 0.990 | 0.210 | 1,234 | 1.00× |"
+    )
+    assert lines[3].startswith("| **student** | **1** | **1** | **225** | **-0.100 ± 11.3** |")
+    assert len({line.count("|") for line in lines[:4]}) == 1
+
+
+def test_protocol_and_warnings_stand_beneath_every_table() -> None:
+    report = make_report()
+    for text in (report.to_markdown(), rendered(report, width=300)):
+        for line in report.protocol.lines():
+            assert line in text
+        for words in (
+            "few images",
+            "5,000 images per row, seeds 0..4999, guidance scale 2 (1 = none)",
+            "compared with 1,797 images: the real digits",
+            "sha256 01234567",
+            "KD over 100 subsets of 1,000, k = 3",
+            "NVIDIA H200",
+            "torch 2.13.0",
+            "prompts from a file",
+            "speedup over teacher DDIM",
+        ):
+            assert words in text
+
+
+def test_cells_cannot_break_the_markdown_table() -> None:
+    lines = make_report(student_name="a|b").to_markdown().splitlines()
+    assert "**a\\|b**" in lines[3]
+
+
+def test_columns_without_a_number_are_left_out() -> None:
+    bare = Row(name="student", num_steps=1, network_evaluations=1, frechet_distance=3.0)
+    report = make_report().model_copy(update={"rows": (bare,)})
+    header = report.to_markdown().splitlines()[0]
+    assert header == "| sampler | steps | NFE | FD ↓ |"
+    assert "label:" not in report.to_markdown()
+
+
+def test_terminal_table_fits_100_columns() -> None:
+    lines = rendered(make_report()).splitlines()
+    assert max(map(len, lines)) <= 100
+    (teacher,) = (line for line in lines if line.startswith(" teacher DDIM"))
+    for number in ("250", "500", "7.60", "19.2 ± 1.3", "0.790", "0.480", "0.990", "0.210", "1,234", "1.00×"):
+        assert number in teacher
+    assert not any("…" in line for line in lines)
+
+
+def test_markup_in_names_is_printed_as_it_is() -> None:
+    assert "[red]student" in rendered(make_report(student_name="[red]student"))
+
+
+def test_package_versions() -> None:
+    versions = package_versions(("torch", "no-such-package"))
+    assert versions["torch"] and versions["no-such-package"] == "not installed"
