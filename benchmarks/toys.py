@@ -10,8 +10,8 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
-from onestill.distill import prepare, run
 from onestill.config import make_config
+from onestill.distill import prepare, run
 from onestill.process import CosineVP
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
@@ -53,7 +53,12 @@ def mixture() -> MixtureTeacher:
 
 def as_network_teacher(exact: Teacher) -> NetworkTeacher:
     """Return the exact teacher as any callable is given to onestill."""
-    return module_teacher(lambda x, net_time: exact.denoised(x, net_time, {}), exact.spec.process, "sample", exact.spec.sample_shape)
+    return module_teacher(
+        lambda x, net_time: exact.denoised(x, net_time, {}),
+        exact.spec.process,
+        "sample",
+        exact.spec.sample_shape,
+    )
 
 
 def exact_map(exact: Teacher, eps: Tensor, num_steps: int = 400) -> Tensor:

@@ -7,7 +7,7 @@ is the null class that makes classifier-free guidance possible.
 
     python examples/teachers/digits.py --output_dir src/onestill/embedded/digits
 
-The shipped weights: seed 0, 8,000 steps, batch 128, on 2 CPU cores.
+The shipped weights: seed 0, 6,000 steps of 128 images, 23 minutes on 2 busy CPU cores.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def build_pipeline() -> ConsistencyModelPipeline:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=8000)
+    parser.add_argument("--max_train_steps", type=int, default=6000)
     parser.add_argument("--train_batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--label_dropout", type=float, default=0.1)

@@ -124,11 +124,7 @@ def main() -> None:
     save_file(
         {"images": pixels.contiguous(), "labels": labels.to(torch.uint8), "held_out": held_out},
         args.images_output,
-        {
-            "onestill": json.dumps(
-                {"kind": "onestill.Images", "max_value": 16, "source": "scikit-learn digits"}
-            )
-        },
+        {"onestill": json.dumps({"kind": "onestill.Images", "max_value": 16, "source": "scikit-learn digits"})},
     )
     print(f"held-out accuracy {accuracy:.4f}, Fréchet distance held-out to training images {floor:.3f}")
     seconds = time.monotonic() - started

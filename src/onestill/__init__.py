@@ -1,1 +1,76 @@
-"""onestill: one-step generators from pre-trained diffusion models, without a training image."""
+"""onestill: one-step generators from pre-trained diffusion models, without a training image.
+
+    import onestill
+    onestill.distill("path/to/teacher", "run", max_train_steps=10_000)
+    images = onestill.sample("run", num_images=16)
+
+t = 0 is clean and t = 1 is noise, everywhere; images are floats in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onestill.api import evaluate, sample
+    from onestill.config import DistillConfig
+    from onestill.distill import RunResult, distill
+    from onestill.export import export_student, load_module
+    from onestill.inspection import inspect_teacher
+    from onestill.process import VE, CosineVP, DiscreteVP, FlowMatching
+    from onestill.student import Student
+    from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
+    from onestill.teachers.load import load_teacher
+    from onestill.teachers.module import module_teacher
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `import onestill` stays fast and loads nothing optional.
+_HOMES = {
+    "evaluate": "api",
+    "sample": "api",
+    "DistillConfig": "config",
+    "RunResult": "distill",
+    "distill": "distill",
+    "export_student": "export",
+    "load_module": "export",
+    "inspect_teacher": "inspection",
+    "CosineVP": "process",
+    "DiscreteVP": "process",
+    "FlowMatching": "process",
+    "VE": "process",
+    "Student": "student",
+    "GaussianTeacher": "teachers.closed_form",
+    "MixtureTeacher": "teachers.closed_form",
+    "load_teacher": "teachers.load",
+    "module_teacher": "teachers.module",
+}
+
+__all__ = [
+    "VE",
+    "CosineVP",
+    "DiscreteVP",
+    "DistillConfig",
+    "FlowMatching",
+    "GaussianTeacher",
+    "MixtureTeacher",
+    "RunResult",
+    "Student",
+    "distill",
+    "evaluate",
+    "export_student",
+    "inspect_teacher",
+    "load_module",
+    "load_teacher",
+    "module_teacher",
+    "sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onestill' has no attribute {name!r}")
+    value = getattr(import_module(f"onestill.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -80,7 +80,11 @@ def _front_matter(spec: TeacherSpec, facts: Facts) -> dict[str, object]:
 def _body(spec: TeacherSpec, facts: Facts, self_check: float) -> str:
     shape = " x ".join(map(str, spec.sample_shape))
     if spec.family == "unet2d":
-        classes = f"pipe(batch_size=4, class_labels={spec.labels[:4]}).images" if spec.num_classes else "pipe(batch_size=4).images"
+        classes = (
+            f"pipe(batch_size=4, class_labels={spec.labels[:4]}).images"
+            if spec.num_classes
+            else "pipe(batch_size=4).images"
+        )
         call = (
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'

@@ -118,7 +118,9 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], learning_rates: list[float]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], learning_rates: list[float]
+) -> None:
     """Put a flattened state back; hyper-parameters stay the optimiser's own but for the learning rate."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -23,7 +23,9 @@ class DistillConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
     # Teacher
-    teacher: str = _field(..., TEACHER, "Folder of a diffusers pipeline, hub id, or embedded teacher (digits).", min_length=1)
+    teacher: str = _field(
+        ..., TEACHER, "Folder of a diffusers pipeline, hub id, or embedded teacher (digits).", min_length=1
+    )
     revision: str | None = _field(None, TEACHER, "Branch, tag or commit of the hub id.")
     variant: str | None = _field(None, TEACHER, "Weights' variant, such as fp16.")
     cache_dir: Path | None = _field(None, TEACHER, "Where downloads of a hub id go.")
@@ -31,7 +33,9 @@ class DistillConfig(BaseModel):
     null_class: int | None = _field(None, TEACHER, "Label that means 'no class'; needed for guidance.", ge=0)
     t_max: float | None = _field(None, TEACHER, "Start level; chosen from the teacher if not given.", gt=0, le=1)
     guidance_scale: float = _field(1.0, TEACHER, "w in u + w (c - u), distilled into the student; 1 is none.", ge=0)
-    guidance_scale_min: float | None = _field(None, TEACHER, "Draw w per image from here ... and give it to the student.", ge=0)
+    guidance_scale_min: float | None = _field(
+        None, TEACHER, "Draw w per image from here ... and give it to the student.", ge=0
+    )
     guidance_scale_max: float | None = _field(None, TEACHER, "... up to here.", ge=0)
     class_labels: tuple[int, ...] = _field((), TEACHER, "Labels to distil; all if not given.")
     thresholding: Literal["teacher", "none", "static", "dynamic"] = _field(
@@ -41,14 +45,20 @@ class DistillConfig(BaseModel):
     threshold_ratio: float = _field(0.995, TEACHER, "Quantile, for dynamic.", gt=0, le=1)
 
     # Objective
-    time_sampling: Literal["uniform", "s_first", "progressive"] = _field("s_first", OBJECTIVE, "How step times are drawn.")
+    time_sampling: Literal["uniform", "s_first", "progressive"] = _field(
+        "s_first", OBJECTIVE, "How step times are drawn."
+    )
     delta: float = _field(1 / 25, OBJECTIVE, "Step size in t.", gt=0, lt=1)
     t_min: float = _field(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
     solver: Literal["ddim", "heun", "midpoint"] = _field("ddim", OBJECTIVE, "Step that makes the bootstrap target.")
-    bootstrap_weight: Literal["inverse_rho", "velocity", "none"] = _field("inverse_rho", OBJECTIVE, "Weight of the residuals.")
+    bootstrap_weight: Literal["inverse_rho", "velocity", "none"] = _field(
+        "inverse_rho", OBJECTIVE, "Weight of the residuals."
+    )
     boundary_weight: float = _field(1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0)
     boundary_fraction: float = _field(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)
-    ema_target_decay: float = _field(0.0, OBJECTIVE, "Decay of an EMA student used in the target; 0 is the student itself.", ge=0, lt=1)
+    ema_target_decay: float = _field(
+        0.0, OBJECTIVE, "Decay of an EMA student used in the target; 0 is the student itself.", ge=0, lt=1
+    )
 
     # Optimisation
     max_train_steps: int = _field(10_000, OPTIMISATION, "Optimiser steps.", ge=1)
@@ -65,7 +75,13 @@ class DistillConfig(BaseModel):
     adam_weight_decay: float = _field(0.0, OPTIMISATION, "AdamW weight decay.", ge=0)
     adam_epsilon: float = _field(1e-8, OPTIMISATION, "AdamW epsilon.", gt=0)
     max_grad_norm: float = _field(1.0, OPTIMISATION, "Gradient norm to clip to.", gt=0)
-    ema_decay: float = _field(0.9999, OPTIMISATION, "Largest decay of the averaged weights that are exported; 0 is none.", ge=0, lt=1)
+    ema_decay: float = _field(
+        0.9999,
+        OPTIMISATION,
+        "Largest decay of the averaged weights that are exported; 0 is none.",
+        ge=0,
+        lt=1,
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = _field("no", OPTIMISATION, "Precision of the networks.")
     allow_tf32: bool = _field(False, OPTIMISATION, "Allow TF32 matrix products on NVIDIA GPUs.")
     max_nonfinite_steps: int = _field(20, OPTIMISATION, "Stop after this many non-finite losses in a row.", ge=1)
@@ -105,9 +121,13 @@ class DistillConfig(BaseModel):
             if "guidance_scale" in self.model_fields_set and self.guidance_scale != 1:
                 raise ValueError("--guidance_scale fixes w and --guidance_scale_min/max draw it: give one or the other")
         if self.boundary_weight > 0 and not 1 <= self.num_boundary_rows < self.train_batch_size:
-            raise ValueError(f"--boundary_fraction {self.boundary_fraction:g} leaves no bootstrap rows in a batch of {self.train_batch_size}")
+            raise ValueError(
+                f"--boundary_fraction {self.boundary_fraction:g} leaves no bootstrap rows in a batch of {self.train_batch_size}"
+            )
         if self.lr_scheduler != "constant" and self.lr_warmup_steps >= self.max_train_steps:
-            raise ValueError(f"--lr_warmup_steps {self.lr_warmup_steps} must be below --max_train_steps {self.max_train_steps}")
+            raise ValueError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} must be below --max_train_steps {self.max_train_steps}"
+            )
         return self
 
     @property

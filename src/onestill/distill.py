@@ -189,7 +189,13 @@ def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_s
     error = None
     if trainer.accelerator.is_main_process:
         with trainer.averaged():
-            error = export_student(prepared.student, folder, t=config.t_min, facts=card_facts(prepared, num_steps, seconds), overwrite=True)
+            error = export_student(
+                prepared.student,
+                folder,
+                t=config.t_min,
+                facts=card_facts(prepared, num_steps, seconds),
+                overwrite=True,
+            )
     trainer.accelerator.wait_for_everyone()
     return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error)
 
@@ -197,16 +203,25 @@ def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_s
 def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts:
     """Return what the model card says of a run."""
     config = prepared.config
-    guidance = f"w = {config.guidance_scale:g}" if config.guidance_scale != 1 else "none"
-    if config.guidance_range is not None:
-        low, high = config.guidance_range
-        guidance = f"w = {(low + high) / 2:g}, of a student trained on {low:g} to {high:g}"
     images = config.train_batch_size * config.gradient_accumulation_steps
     device = next(prepared.student.parameters()).device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
     settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
-    return card.Facts(guidance=guidance, training=training, settings=settings)
+    return card.Facts(guidance=guidance_words(config), training=training, settings=settings)
+
+
+def guidance_words(config: DistillConfig, guidance_scale: float | None = None) -> str:
+    """Return what guidance an exported student has, for its card."""
+    if config.guidance_range is None:
+        return f"w = {config.guidance_scale:g}" if config.guidance_scale != 1 else "none"
+    low, high = config.guidance_range
+    w = (low + high) / 2 if guidance_scale is None else guidance_scale
+    return f"w = {w:g}, of a student trained on {low:g} to {high:g}"
 
 
 def check_device(name: str) -> None:
@@ -223,7 +238,9 @@ def check_device(name: str) -> None:
         "mps": torch.backends.mps.is_available(),
     }
     if not usable.get(device.type, False):
-        raise ValueError(f"--device {name} is not available on this machine (CUDA devices: {torch.cuda.device_count()}); use auto or cpu")
+        raise ValueError(
+            f"--device {name} is not available on this machine (CUDA devices: {torch.cuda.device_count()}); use auto or cpu"
+        )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -242,7 +259,11 @@ def check_tracker(name: str | None) -> None:
     if name is None or name in [str(getattr(t, "value", t)) for t in get_available_trackers()]:
         return
     known = name in LOGGER_TYPE_TO_CLASS
-    hint = f"is not installed: pip install {name}" if known else f"is unknown; accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+    hint = (
+        f"is not installed: pip install {name}"
+        if known
+        else f"is unknown; accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+    )
     raise ValueError(f"--report_to {name} {hint}")
 
 
@@ -254,7 +275,9 @@ def check_times(config: DistillConfig, teacher: Teacher) -> None:
     if config.delta >= t_max - config.t_min:
         raise ValueError(f"--delta {config.delta:g} must be below t_max - t_min = {t_max - config.t_min:.4g}")
     if config.delta < teacher.spec.process.t_min:
-        raise ValueError(f"--delta {config.delta:g} is below {teacher.spec.process.t_min:g}, one time step of the teacher")
+        raise ValueError(
+            f"--delta {config.delta:g} is below {teacher.spec.process.t_min:g}, one time step of the teacher"
+        )
 
 
 def check_output_dir(folder: Path, *, resuming: bool) -> None:
@@ -304,7 +327,9 @@ def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Ch
     else:
         folder, warnings = Path(source), []
         if not folder.is_dir():
-            raise ValueError(f"--resume_from_checkpoint {source}: no such folder; give 'latest' or a checkpoint-N folder")
+            raise ValueError(
+                f"--resume_from_checkpoint {source}: no such folder; give 'latest' or a checkpoint-N folder"
+            )
         checkpoint = read_checkpoint(folder)
     values = checkpoint.values
     if values["teacher_fingerprint"] != fingerprint:
@@ -313,8 +338,14 @@ def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Ch
             f"({values['config']['teacher']}) than --teacher {config.teacher}"
         )
     if changes := changed_settings(values["config"], config):
-        raise ValueError(f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}")
-    newer = [p.name for p in list_checkpoints(config.output_dir) if step_of(p) > step_of(folder)] if source != "latest" else []
+        raise ValueError(
+            f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}"
+        )
+    newer = (
+        [p.name for p in list_checkpoints(config.output_dir) if step_of(p) > step_of(folder)]
+        if source != "latest"
+        else []
+    )
     if newer:
         raise ValueError(
             f"--resume_from_checkpoint {source}: {config.output_dir} holds newer checkpoints ({', '.join(newer)}) that going on "

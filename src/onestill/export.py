@@ -223,7 +223,9 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights are not of this network: {str(error).splitlines()[1].strip()}") from error
+        raise ValueError(
+            f"{folder}: the weights are not of this network: {str(error).splitlines()[1].strip()}"
+        ) from error
     network.eval()
 
     @torch.no_grad()

@@ -19,7 +19,9 @@ def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
         ValueError: If the samples have no shape of a picture (1 or 3 channels).
     """
     if not is_picture(images.shape[1:]):
-        raise ValueError(f"samples of shape {list(images.shape[1:])} are no pictures; --output can hold them as .safetensors")
+        raise ValueError(
+            f"samples of shape {list(images.shape[1:])} are no pictures; --output can hold them as .safetensors"
+        )
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     pictures = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert("RGB") for p in pixels]
     return [p.resize((size, size), Image.Resampling.BICUBIC) for p in pictures] if size else pictures
@@ -90,4 +92,31 @@ def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
         axes.set_title(caption, fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
+    return path
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise ValueError if samples cannot be written to `path`, or would overwrite something."""
+    if path.suffix not in (".png", ".safetensors", ""):
+        raise ValueError(f"--output {path}: give a .png, a .safetensors, or a folder")
+    if path.suffix and path.is_dir():
+        raise ValueError(f"--output {path} is a folder")
+    taken = path.exists() if path.suffix else path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if taken and not overwrite:
+        raise ValueError(f"--output {path} exists; name another, or give --overwrite")
+
+
+def save_samples(images: Tensor, path: Path, seed: int) -> Path:
+    """Write samples as a grid (.png), as they are (.safetensors), or one PNG for each seed (a folder)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({"images": images.contiguous()}, path)
+        return path
+    if path.suffix == ".png":
+        return save_grid(images, path, size=max(64, images.shape[-1]))
+    path.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(to_pil(images)):
+        picture.save(path / f"{seed + i:06d}.png")
     return path

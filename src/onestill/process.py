@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -88,7 +87,10 @@ class DiscreteVP(Process):
         a_0, a_1 = self._alpha[low], self._alpha[low + 1]
         s_0, s_1 = self._sigma[low], self._sigma[low + 1]
         # A pair (alpha, sigma) up to its norm, in each of the three kinds of cell.
-        geometric = ((a_0.log() * (1 - part) + a_1.log() * part).exp(), (s_0.log() * (1 - part) + s_1.log() * part).exp())
+        geometric = (
+            (a_0.log() * (1 - part) + a_1.log() * part).exp(),
+            (s_0.log() * (1 - part) + s_1.log() * part).exp(),
+        )
         clean = (torch.ones_like(part), part * s_1 / a_1)
         noisy = ((1 - part) * a_0 / s_0, torch.ones_like(part))
         pick = lambda i: torch.where(s_0 == 0, clean[i], torch.where(a_1 == 0, noisy[i], geometric[i]))  # noqa: E731
@@ -154,7 +156,11 @@ class VE(Process):
     t_min = 1e-3
 
     def __init__(
-        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, time_input: str = "log_sigma"
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        time_input: str = "log_sigma",
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")

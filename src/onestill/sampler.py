@@ -71,7 +71,10 @@ def generate_images(
         batch_size: Images in one network call; it changes no image beyond the last float digits.
     """
     batches = [
-        generate(noise(seeds[i : i + batch_size], shape), {name: value[i : i + batch_size] for name, value in cond.items()}).cpu()
+        generate(
+            noise(seeds[i : i + batch_size], shape),
+            {name: value[i : i + batch_size] for name, value in cond.items()},
+        ).cpu()
         for i in range(0, len(seeds), batch_size)
     ]
     return torch.cat(batches) if batches else torch.empty(0, *shape)

@@ -230,7 +230,9 @@ class Student(nn.Module):
         ]
         weight = next(network.parameters())
         probe = torch.zeros(1, *self.spec.sample_shape, device=weight.device, dtype=weight.dtype)
-        labels = {"class_labels": torch.zeros(1, dtype=torch.long, device=weight.device)} if self.spec.num_classes else {}
+        labels = (
+            {"class_labels": torch.zeros(1, dtype=torch.long, device=weight.device)} if self.spec.num_classes else {}
+        )
         self._teacher.denoised_by(network, probe, self.spec.t_max, labels)
         for hook in hooks:
             hook.remove()

@@ -79,7 +79,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: DistillConfig, teacher: Teacher, student: Student, conditions: Conditions, teacher_fingerprint: str
+        self,
+        config: DistillConfig,
+        teacher: Teacher,
+        student: Student,
+        conditions: Conditions,
+        teacher_fingerprint: str,
     ) -> None:
         self.config, self.teacher, self.conditions = config, teacher, conditions
         self.teacher_fingerprint = teacher_fingerprint
@@ -100,7 +105,10 @@ class Trainer:
         self.student = student.to(self.device)
         self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.lr_scheduler = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
         )
         self.ema = _average(parameters, config.ema_decay)
         self.target_ema = _average(parameters, config.ema_target_decay, fixed=True)
@@ -156,7 +164,9 @@ class Trainer:
                     grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
                     # One synchronisation a step: the loss and the norm are read together. After all-reduce the
                     # norm is the same on every process, so all skip or none does.
-                    loss_value, norm_value = torch.stack([torch.stack(losses).mean().float(), torch.as_tensor(grad_norm).to(losses[0]).float()]).tolist()
+                    loss_value, norm_value = torch.stack(
+                        [torch.stack(losses).mean().float(), torch.as_tensor(grad_norm).to(losses[0]).float()]
+                    ).tolist()
                     if math.isfinite(norm_value) or self.accelerator.scaler is not None:
                         self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -373,5 +383,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-

@@ -347,9 +347,7 @@ def test_incomplete_weights_are_refused(vit_folder: Path, tmp_path: Path) -> Non
 def test_text_models_are_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
+    config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"--features: .*\(BertModel\) does not take images"):
         load_features(str(tmp_path))

@@ -26,7 +26,8 @@ def exactly_gaussian(num: int, mean: Tensor, covariance: Tensor, seed: int = 0) 
     x = normal(num, len(mean), seed)
     x = x - x.mean(dim=0)
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False)
-    return (torch.linalg.cholesky(covariance) @ white).T + mean
+    coloured: Tensor = (torch.linalg.cholesky(covariance) @ white).T + mean
+    return coloured
 
 
 def golden(num: int, dim: int, phase: float) -> Tensor:
@@ -94,9 +95,7 @@ def test_golden_values() -> None:
     real, fake = golden(80, 6, 0.0), golden(70, 6, 0.5) * 1.3
     assert frechet_distance(real, fake) == pytest.approx(GOLDEN_FRECHET, rel=1e-8)
     # All rows in one subset: no random draw that another version of torch might make differently.
-    assert kernel_distance(real[:70], fake, subset_size=70, num_subsets=1)[0] == pytest.approx(
-        GOLDEN_KERNEL, rel=1e-8
-    )
+    assert kernel_distance(real[:70], fake, subset_size=70, num_subsets=1)[0] == pytest.approx(GOLDEN_KERNEL, rel=1e-8)
     assert precision_recall(real, fake) == pytest.approx(GOLDEN_PRECISION_RECALL, abs=1e-12)
 
 
@@ -204,9 +203,7 @@ def test_precision_says_what_is_wrong_with_k(k: int) -> None:
         (torch.zeros(5, 4), torch.full((5, 4), torch.inf), "generated features hold NaN or infinity"),
     ],
 )
-def test_metrics_say_what_is_wrong_with_features(
-    metric: object, real: Tensor, fake: Tensor, message: str
-) -> None:
+def test_metrics_say_what_is_wrong_with_features(metric: object, real: Tensor, fake: Tensor, message: str) -> None:
     assert callable(metric)
     with pytest.raises(ValueError, match=message):
         metric(real, fake)

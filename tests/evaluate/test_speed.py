@@ -54,9 +54,7 @@ def test_images_per_second_of_something_faster_than_the_clock(clock: Clock) -> N
         (1, 1.0, -1, "must not be negative, got 1.0 and -1"),
     ],
 )
-def test_images_per_second_says_what_is_wrong(
-    batch_size: int, min_seconds: float, warmup: int, message: str
-) -> None:
+def test_images_per_second_says_what_is_wrong(batch_size: int, min_seconds: float, warmup: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         images_per_second(lambda _: None, batch_size, min_seconds=min_seconds, warmup=warmup)
 
@@ -69,9 +67,7 @@ def test_compare_takes_turns_and_medians(clock: Clock) -> None:
         # Something else hogs the machine once, in the middle of one call.
         clock.work(50.0 if len(order) == 5 else seconds)
 
-    seconds = compare(
-        {"slow": lambda: candidate("slow", 3.0), "fast": lambda: candidate("fast", 1.0)}, repeats=5
-    )
+    seconds = compare({"slow": lambda: candidate("slow", 3.0), "fast": lambda: candidate("fast", 1.0)}, repeats=5)
     assert seconds == pytest.approx({"slow": 3.0, "fast": 1.0})
     assert list(seconds) == ["slow", "fast"]
     assert order[:2] == ["slow", "fast"], "the warm-up"

@@ -237,9 +237,7 @@ class MiddleFeatures:
         finally:
             handle.remove()
         if len(seen) != 1:
-            raise ValueError(
-                f"{self.name}: run(images) must pass through the submodule once, it did {len(seen)} times"
-            )
+            raise ValueError(f"{self.name}: run(images) must pass through the submodule once, it did {len(seen)} times")
         features = _pooled(_first_tensor(seen[0], self.name), self.name)
         if len(features) != len(images):
             raise ValueError(
@@ -249,9 +247,7 @@ class MiddleFeatures:
         return features
 
 
-def load_features(
-    spec: str, *, local_files_only: bool = False, device: str | torch.device = "cpu"
-) -> FeatureExtractor:
+def load_features(spec: str, *, local_files_only: bool = False, device: str | torch.device = "cpu") -> FeatureExtractor:
     """Return the extractor that `--features` names.
 
     Args:
@@ -298,8 +294,7 @@ def _load_transformers(source: str, revision: str | None, local_files_only: bool
     except (OSError, ValueError) as error:
         offline = " (local files only: nothing was downloaded)" if local_files_only else ""
         raise ValueError(
-            f"--features: cannot load {source!r} as a transformers model with safetensors weights{offline}: "
-            f"{error}"
+            f"--features: cannot load {source!r} as a transformers model with safetensors weights{offline}: {error}"
         ) from error
     vision = getattr(model, "vision_model", model)
     if getattr(vision, "main_input_name", None) != "pixel_values":

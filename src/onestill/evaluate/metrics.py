@@ -83,8 +83,8 @@ def kernel_distance(
         raise ValueError(f"num_subsets must be at least 1, got {num_subsets}")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        # torchmetrics draws the subsets from the CPU's global generator.
-        torch.manual_seed(seed)
+        # torchmetrics draws from the CPU's global generator; torch.manual_seed would reseed CUDA's as well.
+        torch.default_generator.manual_seed(seed)
         metric = KernelInceptionDistance(
             _Identity(real.shape[1]), subsets=num_subsets, subset_size=subset_size, sync_on_compute=False
         )

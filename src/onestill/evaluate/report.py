@@ -204,9 +204,7 @@ def print_report(report: Report, console: "Console") -> None:
     from rich.text import Text
 
     columns = _columns(report)
-    table = Table(
-        box=HORIZONTALS, header_style="bold", border_style="dim", padding=(0, 1, 0, 0), pad_edge=False
-    )
+    table = Table(box=HORIZONTALS, header_style="bold", border_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
         table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not column.left)
     for row in report.rows:
@@ -238,9 +236,7 @@ def _columns(report: Report) -> list[_Column]:
         _Column("prec ↑", lambda row: _share(row.precision)),
         _Column("rec ↑", lambda row: _share(row.recall)),
         _Column("label ↑", lambda row: _share(row.label_accuracy), "label: share that shows its label"),
-        _Column(
-            "img/s\n×1", lambda row: _number(row.images_per_second), "×B: images per second in batches of B"
-        ),
+        _Column("img/s\n×1", lambda row: _number(row.images_per_second), "×B: images per second in batches of B"),
         _Column(
             f"img/s\n×{large:,}" if large else "img/s\nlarge",
             lambda row: _number(row.images_per_second_large),

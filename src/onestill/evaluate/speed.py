@@ -40,9 +40,7 @@ def images_per_second(
     return batch_size * num_calls / elapsed
 
 
-def compare(
-    candidates: Mapping[str, Callable[[], object]], *, repeats: int = 10, warmup: int = 1
-) -> dict[str, float]:
+def compare(candidates: Mapping[str, Callable[[], object]], *, repeats: int = 10, warmup: int = 1) -> dict[str, float]:
     """Return the median seconds of each candidate, timed in turns.
 
     Round after round each candidate runs once, and each round starts with another one, so that whatever else

@@ -74,7 +74,7 @@ class TeacherSpec:
 
     @property
     def conditioning(self) -> str:
-        """"class" or "none"."""
+        """ "class" or "none"."""
         return "none" if self.num_classes is None else "class"
 
     @property
@@ -137,7 +137,9 @@ class NetworkTeacher(Teacher):
     def denoised_by(self, network: Callable[..., object], x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         """Return `denoised` with another network in this one's place, such as a student's copy."""
         times = as_times(t, len(x_t))
-        c_in, c_skip, c_out = head(self.spec.prediction_type, *self.spec.process.alpha_sigma(times), self.spec.sigma_data)
+        c_in, c_skip, c_out = head(
+            self.spec.prediction_type, *self.spec.process.alpha_sigma(times), self.spec.sigma_data
+        )
         net_time = self.spec.process.net_time(times).to(device=x_t.device, dtype=x_t.dtype)
         output = float32_or_more(self.call(network, broadcast(c_in, x_t) * x_t, net_time, cond))
         x_t = float32_or_more(x_t)

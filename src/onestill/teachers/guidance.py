@@ -30,7 +30,12 @@ class Guided(Teacher):
                 f"{'no classes' if teacher.spec.num_classes is None else 'none that is known'}. "
                 "Name it with --null_class if one of the labels means 'no class', or leave --guidance_scale at 1"
             )
-        self.teacher, self.spec, self.guidance_scale, self.drawn = teacher, teacher.spec, guidance_scale, drawn
+        self.teacher, self.spec, self.guidance_scale, self.drawn = (
+            teacher,
+            teacher.spec,
+            guidance_scale,
+            drawn,
+        )
 
     @property
     def calls(self) -> int:

@@ -89,16 +89,22 @@ def _check_t_max(teacher: NetworkTeacher, t_max: float) -> float:
     if not process.t_min < t_max <= 1:
         raise ValueError(f"--t_max must be above {process.t_min:g} and at most 1, got {t_max:g}")
     if teacher.spec.prediction_type == "epsilon" and process.level(t_max)[0] == 0:
-        raise ValueError(f"--t_max {t_max:g} is pure noise, where an epsilon network says nothing of x_0; choose a smaller one")
+        raise ValueError(
+            f"--t_max {t_max:g} is pure noise, where an epsilon network says nothing of x_0; choose a smaller one"
+        )
     return t_max
 
 
-def _find_folder(source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool) -> Path:
+def _find_folder(
+    source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool
+) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"--teacher {source} is a file; give the folder of a diffusers pipeline (the one with model_index.json)")
+        raise ValueError(
+            f"--teacher {source} is a file; give the folder of a diffusers pipeline (the one with model_index.json)"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ValueError(
             f"no such teacher: {source}. Give a folder of a diffusers pipeline, a hub id 'owner/name', "
@@ -107,7 +113,9 @@ def _find_folder(source: str, revision: str | None, variant: str | None, cache_d
     return _download(source, revision, variant, cache_dir, offline)
 
 
-def _download(source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool) -> Path:
+def _download(
+    source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool
+) -> Path:
     from diffusers import DiffusionPipeline
 
     try:

@@ -47,7 +47,9 @@ def scheduler_process(scheduler: Any) -> tuple[Process, str, float]:
             "with onestill.module_teacher(network, process, prediction_type, sample_shape)"
         )
     if prediction not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(f"the scheduler's prediction_type {prediction!r} is not supported; known: epsilon, sample, v_prediction")
+        raise ValueError(
+            f"the scheduler's prediction_type {prediction!r} is not supported; known: epsilon, sample, v_prediction"
+        )
     return DiscreteVP(scheduler.alphas_cumprod), prediction, 0.5
 
 
@@ -55,19 +57,25 @@ def scheduler_threshold(scheduler: Any) -> Threshold:
     """Return what the scheduler's own `step` does to the predicted x_0."""
     config = scheduler.config
     if config.get("thresholding", False):
-        return Threshold("dynamic", config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995))
+        return Threshold(
+            "dynamic", config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
+        )
     if config.get("clip_sample", False):
         return Threshold("static", config.get("clip_sample_range", 1.0))
     return Threshold()
 
 
-def load_unet2d(folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None) -> NetworkTeacher:
+def load_unet2d(
+    folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None
+) -> NetworkTeacher:
     """Return the teacher in a pipeline folder; `index` is its model_index.json."""
     for part in ("unet", "scheduler"):
         if not isinstance(index.get(part), list):
             raise ValueError(f"{source}: model_index.json names no {part!r}, which a {index['_class_name']} must have")
     if index["unet"][1] != "UNet2DModel":
-        raise ValueError(f"{source}: the network is a {index['unet'][1]}; {index['_class_name']} teachers need a UNet2DModel")
+        raise ValueError(
+            f"{source}: the network is a {index['unet'][1]}; {index['_class_name']} teachers need a UNet2DModel"
+        )
     network = _load_network(folder, source, variant)
     scheduler = _load_scheduler(folder, index["scheduler"][1], source)
     return unet2d_teacher(network, scheduler, source=source, null_class=null_class)
@@ -185,7 +193,9 @@ def _refuse_unknown_parts(config: Any) -> None:
             "a noisy image (super-resolution or inpainting) and is not supported"
         )
     if config.sample_size is None:
-        raise ValueError("the UNet2DModel's config has no sample_size, so the shape of an image is unknown; add it to unet/config.json")
+        raise ValueError(
+            "the UNet2DModel's config has no sample_size, so the shape of an image is unknown; add it to unet/config.json"
+        )
 
 
 def _count_classes(config: Any, null_class: int | None) -> int | None:
@@ -213,16 +223,25 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
         raise ValueError(f"{source}: missing weights unet/{name}.safetensors; the folder holds {present or 'nothing'}")
     try:
         network, info = UNet2DModel.from_pretrained(
-            folder, subfolder="unet", use_safetensors=True, variant=variant, local_files_only=True, output_loading_info=True
+            folder,
+            subfolder="unet",
+            use_safetensors=True,
+            variant=variant,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{source}: the UNet2DModel's weights or config do not load: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{source}: the UNet2DModel's weights or config do not load: {str(error).splitlines()[0]}"
+        ) from error
     if info["missing_keys"]:
         raise ValueError(
             f"{source}: the weights lack {len(info['missing_keys'])} of the network's tensors, such as {info['missing_keys'][0]!r}"
         )
     if info["unexpected_keys"]:
-        raise ValueError(f"{source}: the weights hold tensors that unet/config.json has no place for, such as {info['unexpected_keys'][0]!r}")
+        raise ValueError(
+            f"{source}: the weights hold tensors that unet/config.json has no place for, such as {info['unexpected_keys'][0]!r}"
+        )
     return network
 
 
@@ -233,6 +252,6 @@ def _load_scheduler(folder: Path, class_name: str, source: str) -> Any:
     try:
         return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{source}: scheduler/scheduler_config.json does not load: {str(error).splitlines()[0]}") from error
-
-
+        raise ValueError(
+            f"{source}: scheduler/scheduler_config.json does not load: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,321 @@
+"""What users call in Python, beside `load_teacher` and `distill`: `sample` and `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onestill import card, pictures
+from onestill.config import DistillConfig
+from onestill.distill import PIPELINE_FOLDER, check_device, guidance_words, is_run, resolve_device
+from onestill.evaluate import run as evaluation
+from onestill.evaluate.report import Report
+from onestill.export import export_student
+from onestill.runs import (
+    Source,
+    check_student_request,
+    open_student,
+    open_teacher,
+    read_run_config,
+    restore_student,
+    run_teacher,
+    teacher_source,
+)
+from onestill.sampler import generate_images
+from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.guidance import Guided, Thresholded
+from onestill.teachers.load import EMBEDDED, load_teacher
+
+
+def sample(
+    student: str | Path | None = None,
+    *,
+    teacher: str | Path | NetworkTeacher | None = None,
+    num_images: int = 16,
+    seed: int = 0,
+    class_labels: Sequence[int] = (),
+    guidance_scale: float | None = None,
+    target_time: float = 0.0,
+    num_inference_steps: int | None = None,
+    solver: str = "ddim",
+    null_class: int | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    local_files_only: bool = False,
+) -> Tensor:
+    """Return images [num_images, *sample_shape] in [-1, 1]: by a student in one step, or by a teacher in many.
+
+    Image i has seed `seed + i` and does not depend on the batch it came in.
+
+    Args:
+        student: A run's folder, a checkpoint-N folder, or an exported pipeline. Either this or `teacher`.
+        teacher: A teacher, for its multi-step baseline.
+        num_images: How many.
+        seed: Seed of the first image.
+        class_labels: Labels to go round; all classes if empty.
+        guidance_scale: w; for a student only if it was distilled to take it.
+        target_time: The student's target time; 0 is the finished image.
+        num_inference_steps: Steps of the teacher (50 if None); a student has one.
+        solver: Step of the teacher: ddim, heun or midpoint.
+        null_class: The teacher's label for "no class".
+        batch_size: Images per network call.
+        device: auto, cpu, cuda, cuda:N or mps.
+        local_files_only: Never use the network.
+
+    Raises:
+        ValueError: If the source does not exist or cannot do what is asked.
+    """
+    if (student is None) == (teacher is None):
+        raise ValueError("give --student (one step) or --teacher (many steps), not both and not neither")
+    for flag, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {value}")
+    check_device(device)
+    place = resolve_device(device)
+    if student is not None:
+        if num_inference_steps not in (None, 1):
+            raise ValueError(
+                f"--num_inference_steps {num_inference_steps}: a student has one step; give --teacher for more"
+            )
+        source = open_student(student, device=place, target_time=target_time, guidance_scale=guidance_scale)
+    else:
+        if target_time != 0:
+            raise ValueError(f"--target_time {target_time:g} is the student's; a teacher goes to the finished image")
+        source = open_teacher(
+            teacher,  # type: ignore[arg-type]  # one of the two is given
+            device=place,
+            num_steps=50 if num_inference_steps is None else num_inference_steps,
+            guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+            solver=solver,
+            local_files_only=local_files_only,
+            null_class=null_class,
+        )
+    cond = source.conditions(num_images, tuple(class_labels))
+    seeds = range(seed, seed + num_images)
+    return generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=batch_size)
+
+
+def evaluate(
+    student: str | Path,
+    *,
+    teacher: str | Path | NetworkTeacher | None = None,
+    num_samples: int = 2000,
+    steps: Sequence[int] = (50, 10, 4, 1),
+    reference: str | Path = "auto",
+    num_reference_steps: int = 100,
+    features: str | evaluation.FeatureExtractor = "auto",
+    guidance_scale: float | None = None,
+    class_labels: Sequence[int] = (),
+    seed: int = 0,
+    batch_size: int = 64,
+    measure_speed: bool = True,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    local_files_only: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Compare a student's one step with its teacher's many; return the report, and write it if `output` is given.
+
+    Args:
+        student: A run's folder or an exported pipeline.
+        teacher: The teacher; that of the run if None.
+        num_samples: Images per row of the table.
+        steps: DDIM steps of the teacher's rows.
+        reference: "teacher" (its own many-step samples: no data needed), an embedded teacher's name (its real
+            images), a folder of images, or "auto": the embedded images where the teacher is embedded, else "teacher".
+        num_reference_steps: DDIM steps of the teacher as reference.
+        features: "teacher" (its own middle features), an embedded teacher's name (its classifier), a .safetensors
+            file of `ConvFeatures`, a transformers vision model by folder or id, an extractor, or "auto".
+        guidance_scale: w of the teacher's rows; what was distilled if None.
+        class_labels: Labels to go round; all classes if empty.
+        seed: Seed of the first image.
+        batch_size: Images per network call, and the large batch of the speeds.
+        measure_speed: Whether to time the rows.
+        output: Folder for report.json, report.md and samples.png.
+        overwrite: Replace a report that is there.
+        device: auto, cpu, cuda, cuda:N or mps.
+        local_files_only: Never use the network.
+        say: Called with a line before each slow part.
+
+    Raises:
+        ValueError: If any input is unusable; nothing has been written then.
+    """
+    check_device(device)
+    place = resolve_device(device)
+    _check_evaluation(num_samples, steps, batch_size, num_reference_steps, output, overwrite)
+    one_step = open_student(student, device=place)
+    base, fitted = _teacher_of(one_step, teacher, guidance_scale, place, local_files_only)
+    if base.spec.sample_shape != one_step.sample_shape:
+        raise ValueError(
+            f"--teacher makes samples of shape {base.spec.sample_shape}, --student of {one_step.sample_shape}"
+        )
+    if not set(one_step.labels) <= set(base.spec.labels):
+        raise ValueError(
+            f"--student has {len(one_step.labels)} classes and --teacher {base.spec.num_classes or 0}: not the same teacher"
+        )
+    name = base.spec.source
+    extractor = features
+    if isinstance(extractor, str):
+        chosen = evaluation.default_features(name) if extractor == "auto" else extractor
+        extractor = evaluation.choose_features(chosen, base, local_files_only=local_files_only, device=place)
+    settings = evaluation.Settings(
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        class_labels=tuple(class_labels),
+        measure_speed=measure_speed,
+        guidance_scale=_guidance_of(one_step.config, guidance_scale, base),
+        device=str(place),
+    )
+    images = _reference(str(reference), base, fitted, settings, num_reference_steps, place, say)
+    rows: list[tuple[str, Source, bool]] = [
+        (f"teacher, DDIM-{n}", teacher_source(fitted, num_steps=n, device=place), False) for n in steps
+    ]
+    report, shown = evaluation.compare_sources(
+        [*rows, ("student", one_step, True)], images, extractor, settings, teacher=name, say=say
+    )
+    if output is not None:
+        report.save(output, overwrite=overwrite)
+        pictures.save_rows(
+            {k: v[:16] for k, v in shown.items()},
+            Path(output) / "samples.png",
+            title="same noise in every column",
+        )
+    folder = one_step.folder
+    if folder is not None and output is not None and folder.parent in (Path(student), Path(student).parent):
+        card.write_table(folder, report.to_markdown())
+    return report
+
+
+def _check_evaluation(
+    num_samples: int,
+    steps: Sequence[int],
+    batch_size: int,
+    num_reference_steps: int,
+    output: str | Path | None,
+    overwrite: bool,
+) -> None:
+    if num_samples < 10:
+        raise ValueError(
+            f"--num_samples must be at least 10 (hundreds for numbers that mean something), got {num_samples}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
+    if not steps or min(steps) < 1 or len(set(steps)) != len(steps):
+        raise ValueError(f"--steps must be different numbers of at least 1, got {list(steps)}")
+    if num_reference_steps < 1:
+        raise ValueError(f"--num_reference_steps must be at least 1, got {num_reference_steps}")
+    if output is None:
+        return
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output {path} is a file; give a folder")
+    if (path / "report.json").exists() and not overwrite:
+        raise ValueError(f"--output {path} holds a report; name another folder, or give --overwrite")
+
+
+def _teacher_of(
+    student: Source,
+    teacher: str | Path | NetworkTeacher | None,
+    guidance_scale: float | None,
+    device: torch.device,
+    offline: bool,
+) -> tuple[NetworkTeacher, Teacher]:
+    config = student.config
+    if teacher is None and config is None:
+        raise ValueError("--student is an exported folder that does not know its teacher; name it with --teacher")
+    if teacher is None and config is not None and guidance_scale is None and config.guidance_range is None:
+        return run_teacher(config, device)
+    if isinstance(teacher, NetworkTeacher):
+        base = teacher
+    elif teacher is not None:
+        base = load_teacher(teacher, local_files_only=offline, device=str(device))
+    else:
+        assert config is not None
+        base, _ = run_teacher(config, device)
+    scale = _guidance_of(config, guidance_scale, base)
+    guided = Guided(base, 1.0 if scale is None else scale)
+    return base, guided if base.spec.threshold.mode == "none" else Thresholded(guided, base.spec.threshold)
+
+
+def _guidance_of(config: DistillConfig | None, guidance_scale: float | None, teacher: Teacher) -> float | None:
+    if teacher.spec.num_classes is None and guidance_scale is None:
+        return None
+    if guidance_scale is not None or config is None:
+        return guidance_scale
+    return config.guidance_scale if config.guidance_range is None else sum(config.guidance_range) / 2
+
+
+def _reference(
+    reference: str,
+    base: NetworkTeacher,
+    fitted: Teacher,
+    settings: evaluation.Settings,
+    num_steps: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> evaluation.Reference:
+    if reference == "auto":
+        reference = base.spec.source if base.spec.source in EMBEDDED else "teacher"
+    if reference == "teacher":
+        say(f"reference: {settings.num_samples:,} samples of the teacher at {num_steps} steps")
+        return evaluation.teacher_reference(
+            teacher_source(fitted, num_steps=num_steps, device=device), settings.num_samples, settings
+        )
+    if reference in EMBEDDED and not Path(reference).exists():
+        return evaluation.embedded_reference(reference)
+    return evaluation.folder_reference(Path(reference), base.spec.sample_shape)
+
+
+def default_report_folder(student: str | Path) -> Path:
+    """Return where the report of a student goes if nothing is said: its run's folder, or beside the pipeline."""
+    path = Path(student)
+    run = path if is_run(path) else path.parent if path.name == PIPELINE_FOLDER and is_run(path.parent) else None
+    return (run or Path(".")) / "evaluation"
+
+
+def export(
+    student: str | Path,
+    output: str | Path,
+    *,
+    guidance_scale: float | None = None,
+    target_time: float | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> float:
+    """Write the student of a run, or of one of its checkpoint-N folders, as a stock diffusers folder.
+
+    Args:
+        student: A run's folder or a checkpoint-N folder.
+        output: Folder to write.
+        guidance_scale: w to bake in, for students that take it; the middle of their range if None.
+        target_time: Target time to bake in; the run's t_min if None.
+        device: auto, cpu, cuda, cuda:N or mps.
+        overwrite: Replace `output`.
+
+    Returns:
+        The largest difference between the reloaded folder's images and the student's.
+
+    Raises:
+        ValueError: If there is no such run, the student cannot do what is asked, or `output` exists.
+    """
+    check_device(device)
+    path, output = Path(student), Path(output)
+    run = path if is_run(path) else path.parent
+    if not path.is_dir() or not is_run(run):
+        raise ValueError(f"--student {path} is no run and no checkpoint-N folder of one")
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output {output} exists; name another folder, or give --overwrite to replace it")
+    config = read_run_config(run)
+    restored = restore_student(path, config, resolve_device(device))
+    check_student_request(restored, config, target_time or 0.0, guidance_scale)
+    facts = card.Facts(
+        guidance=guidance_words(config, guidance_scale),
+        training=f"{config.max_train_steps:,} steps planned, exported from {path.name}, seed {config.seed}",
+    )
+    t = config.t_min if target_time is None else max(target_time, config.t_min)
+    return export_student(restored, output, t=t, guidance_scale=guidance_scale, facts=facts, overwrite=overwrite)

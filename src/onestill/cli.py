@@ -1,0 +1,456 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import inspect as signatures
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_args, get_origin
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from onestill import __version__
+from onestill.config import DistillConfig, make_config
+
+# Flags have underscores, as in diffusers' scripts; dashes mean the same.
+CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    help="One-step generators from pre-trained diffusion models, without a training image.",
+    context_settings=CONTEXT,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+TeacherOption = Annotated[
+    str,
+    typer.Option("--teacher", help="Folder of a diffusers pipeline, hub id, or embedded teacher (digits)."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image; image i has seed + i.")]
+LabelsOption = Annotated[list[int], typer.Option("--class_labels", help="Label; repeat for more. All if not given.")]
+OfflineOption = Annotated[bool, typer.Option("--local_files_only", help="Never use the network.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+BatchOption = Annotated[int, typer.Option("--batch_size", help="Images in one network call.")]
+StudentOption = Annotated[
+    str, typer.Option("--student", help="Folder of a run, a checkpoint-N folder, or an exported pipeline.")
+]
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one clear line and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        for line in str(error).splitlines():
+            err.print(f"[red]error:[/red] {_escape(line)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(f"onestill {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """One-step generators from pre-trained diffusion models, without a training image."""
+
+
+def _from_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(settings, ...)` one flag per field of `DistillConfig`, so that flags and model cannot differ.
+
+    A flag that is not given is absent from `settings`: then the YAML file or the model's default holds.
+    """
+    found = signatures.signature(command, eval_str=True).parameters.values()
+    own = [p.replace(kind=signatures.Parameter.KEYWORD_ONLY) for p in found if p.name != "settings"]
+
+    def wrapped(**given: Any) -> None:
+        settings = {name: given.pop(name) for name in DistillConfig.model_fields}
+        given_settings = {name: value for name, value in settings.items() if value is not None and value != []}
+        command(given_settings, **given)
+
+    parameters = [_parameter(name, info) for name, info in DistillConfig.model_fields.items()]
+    wrapped.__signature__ = signatures.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    return wrapped
+
+
+def _parameter(name: str, info: Any) -> signatures.Parameter:
+    """Return the keyword parameter, and with it the flag, of one field."""
+    kind = _plain_type(info.annotation)
+    names = [f"--{name}", *ALIASES.get(name, [])]
+    if kind is bool:
+        names = [f"--{name}/--no_{name}"]
+    required = info.is_required()
+    shown = "" if required or info.default in (None, ()) else f" [default: {_short(info.default)}]"
+    option = typer.Option(
+        *names,
+        help=f"{info.description}{' [required]' if required else ''}{shown}",
+        rich_help_panel=(info.json_schema_extra or {}).get("panel"),
+        show_default=False,
+    )
+    annotation = Annotated[Optional[kind], option]  # noqa: UP045 - a runtime type cannot be written with |
+    return signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+ALIASES = {"teacher": ["--pretrained_model_name_or_path"]}
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return what typer should parse for a field's type: X of X | None, list[int] of tuple[int, ...]."""
+    if get_origin(annotation) is tuple:
+        return list[get_args(annotation)[0]]  # type: ignore[misc]
+    options = [a for a in get_args(annotation) if a is not type(None)]
+    return options[0] if type(None) in get_args(annotation) else annotation
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+@_from_config
+def distill(
+    settings: dict[str, Any],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything, train nothing.")] = False,
+) -> None:
+    """Distil a teacher into a one-step student and export it to OUTPUT_DIR/pipeline."""
+    from onestill import distill as room
+    from onestill.trainer import NonFiniteLossError
+
+    _quiet()
+    prepared = room.prepare(make_config(settings, config))
+    spec, made = prepared.base.spec, prepared.config
+    for message in prepared.messages:
+        err.print(_escape(message), highlight=False, soft_wrap=True)
+    classes = f", {spec.num_classes} classes" if spec.num_classes else ""
+    shape = "x".join(map(str, spec.sample_shape))
+    err.print(
+        f"teacher {_escape(made.teacher)}: {spec.family}, {spec.prediction_type}, {shape}{classes}, "
+        f"start level t = {spec.t_max:.4g} ({spec.t_max_reason})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if dry_run:
+        err.print(
+            f"dry run: everything fits, nothing was written to {_escape(str(made.output_dir))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    room.make_output_dir(made.output_dir)
+    try:
+        result = room.run(prepared)
+    except NonFiniteLossError as error:
+        err.print(f"[red]stopped:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except ValueError as error:
+        raise RuntimeError("distillation failed") from error
+    if result.stopped_by is not None:
+        again = f"onestill distill ... --output_dir {made.output_dir} --resume_from_checkpoint latest"
+        err.print(
+            f"stopped at step {result.step}; state saved in {result.checkpoint}. Go on with: {again}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(128 + result.stopped_by)
+    folder = _escape(str(result.pipeline))
+    out.print(
+        f"[bold]{folder}[/bold]: loads with plain diffusers, one network evaluation per image",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(f"  self-check against the student: {result.export_error:.1e}", highlight=False)
+    out.print(f"  pictures: {_escape(str(made.output_dir / 'samples'))}", highlight=False, soft_wrap=True)
+    out.print(
+        f"  next: onestill evaluate --student {_escape(str(made.output_dir))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+@_from_config
+def inspect(
+    settings: dict[str, Any],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a teacher is, and what distilling it would cost with these settings."""
+    from onestill.distill import check_device, check_times
+    from onestill.inspection import inspect_teacher
+    from onestill.teachers.load import load_teacher
+
+    _quiet()
+    made = make_config({"output_dir": Path("run"), **settings}, config)
+    check_device(made.device)
+    teacher = load_teacher(
+        made.teacher,
+        revision=made.revision,
+        variant=made.variant,
+        cache_dir=made.cache_dir,
+        local_files_only=made.local_files_only,
+        null_class=made.null_class,
+        t_max=made.t_max,
+    )
+    check_times(made, teacher)
+    found = inspect_teacher(teacher, made)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    classes = (
+        ""
+        if found.num_classes is None
+        else f" ({found.num_classes} classes, null class {'none' if found.null_class is None else found.null_class})"
+    )
+    rows = {
+        "teacher": found.teacher,
+        "family": found.family,
+        "process": found.process,
+        "prediction": found.prediction_type,
+        "conditioning": found.conditioning + classes,
+        "sample shape": " x ".join(map(str, found.sample_shape)),
+        "parameters": f"{found.num_parameters:,}",
+        "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}: {found.t_max_reason}",
+        "thresholding": f"{found.thresholding} (of the teacher's own scheduler)",
+        "target time enters": found.target_time_enters,
+        "estimate": f"{found.estimated_memory_gb:.2f} GB and {found.estimated_seconds_per_step:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}",
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", _escape(value))
+    out.print(table)
+
+
+@app.command()
+def sample(
+    student: Annotated[
+        str | None, typer.Option("--student", help="Run, checkpoint-N or exported pipeline: one step.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="A teacher instead: many steps.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", help="A .png (grid), a .safetensors, or a folder (one PNG per seed).")
+    ] = Path("samples.png"),
+    num_images: Annotated[int, typer.Option("--num_images", help="How many.")] = 16,
+    seed: SeedOption = 0,
+    class_labels: LabelsOption = [],  # noqa: B006 - typer copies it
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance_scale", help="w, for teachers and students that take it.")
+    ] = None,
+    target_time: Annotated[
+        float, typer.Option("--target_time", help="The student's target time; 0 is the finished image.")
+    ] = 0.0,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num_inference_steps", help="Steps of a teacher [default: 50].")
+    ] = None,
+    solver: Annotated[str, typer.Option("--solver", help="Step of a teacher: ddim, heun or midpoint.")] = "ddim",
+    null_class: Annotated[int | None, typer.Option("--null_class", help="A teacher's label for 'no class'.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="For text teachers; the families here take none.")
+    ] = None,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+    local_files_only: OfflineOption = False,
+) -> None:
+    """Generate images: a student's in one step, or a teacher's in many."""
+    from onestill import api, pictures
+    from onestill.trajectory import STEPS
+
+    _quiet()
+    if prompt is not None:
+        raise ValueError("--prompt was given, but this teacher takes no text; use --class_labels where it has classes")
+    if solver not in STEPS:
+        raise ValueError(f"--solver {solver}: choose one of {', '.join(STEPS)}")
+    pictures.check_output(output, overwrite=overwrite)
+    images = api.sample(
+        student,
+        teacher=teacher,
+        num_images=num_images,
+        seed=seed,
+        class_labels=class_labels,
+        guidance_scale=guidance_scale,
+        target_time=target_time,
+        num_inference_steps=num_inference_steps,
+        solver=solver,
+        null_class=null_class,
+        batch_size=batch_size,
+        device=device,
+        local_files_only=local_files_only,
+    )
+    written = pictures.save_samples(images, output, seed)
+    out.print(
+        f"{num_images} images, seeds {seed}..{seed + num_images - 1} -> {_escape(str(written))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def evaluate(
+    student: StudentOption,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="The teacher; that of the run if not given.")] = None,
+    num_samples: Annotated[int, typer.Option("--num_samples", help="Images per row of the table.")] = 2000,
+    steps: Annotated[str, typer.Option("--steps", help="DDIM steps of the teacher's rows, with commas.")] = "50,10,4,1",
+    reference: Annotated[
+        str,
+        typer.Option("--reference", help="teacher (its own samples), an embedded teacher's images, a folder, or auto."),
+    ] = "auto",
+    num_reference_steps: Annotated[
+        int, typer.Option("--num_reference_steps", help="DDIM steps of the teacher as reference.")
+    ] = 100,
+    features: Annotated[
+        str,
+        typer.Option("--features", help="teacher, digits, a .safetensors file, a transformers model, or auto."),
+    ] = "auto",
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance_scale", help="w of the teacher's rows; as distilled if not given."),
+    ] = None,
+    class_labels: LabelsOption = [],  # noqa: B006 - typer copies it
+    seed: SeedOption = 0,
+    batch_size: BatchOption = 64,
+    speed: Annotated[bool, typer.Option("--speed/--no_speed", help="Time the rows.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder of the report [default: RUN/evaluation].")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    local_files_only: OfflineOption = False,
+) -> None:
+    """Compare a student's one step with its teacher's many, in a table with its protocol."""
+    from onestill import api
+    from onestill.evaluate.report import print_report
+
+    _quiet()
+    folder = output or api.default_report_folder(student)
+    report = api.evaluate(
+        student,
+        teacher=teacher,
+        num_samples=num_samples,
+        steps=_numbers(steps),
+        reference=reference,
+        num_reference_steps=num_reference_steps,
+        features=features,
+        guidance_scale=guidance_scale,
+        class_labels=class_labels,
+        seed=seed,
+        batch_size=batch_size,
+        measure_speed=speed,
+        output=folder,
+        overwrite=overwrite,
+        device=device,
+        local_files_only=local_files_only,
+        say=lambda line: err.print(_escape(line), highlight=False, soft_wrap=True),
+    )
+    if as_json:
+        print(report.model_dump_json())
+        return
+    print_report(report, out)
+    out.print(f"report and picture: {_escape(str(folder))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    student: StudentOption,
+    output: Annotated[Path, typer.Option("--output", help="Folder to write.")],
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance_scale", help="w to bake in, for students that take it.")
+    ] = None,
+    target_time: Annotated[
+        float | None, typer.Option("--target_time", help="Target time to bake in [default: the run's t_min].")
+    ] = None,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write the student of a run or of a checkpoint-N folder as a stock diffusers folder."""
+    from onestill import api
+
+    _quiet()
+    error = api.export(
+        student,
+        output,
+        guidance_scale=guidance_scale,
+        target_time=target_time,
+        device=device,
+        overwrite=overwrite,
+    )
+    out.print(
+        f"[bold]{_escape(str(output))}[/bold]: self-check against the student {error:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the demo.")] = Path("demo"),
+    max_train_steps: Annotated[
+        int | None, typer.Option("--max_train_steps", help="Steps, if not the demo's own.", min=1)
+    ] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Distil the embedded digits teacher in a few minutes on a CPU, and show what was gained and lost."""
+    from onestill import demo as room
+    from onestill.evaluate.report import print_report
+
+    _quiet()
+    report, picture = room.run_demo(
+        output_dir,
+        seed=seed,
+        device=device,
+        max_train_steps=max_train_steps,
+        overwrite=overwrite,
+        say=lambda line: err.print(_escape(line), highlight=False, soft_wrap=True),
+    )
+    print_report(report, out)
+    out.print(f"picture:  {_escape(str(picture))}", highlight=False, soft_wrap=True)
+    out.print(
+        f"pipeline: {_escape(str(output_dir / 'pipeline'))}  (loads with plain diffusers)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--steps {text!r} must be whole numbers with commas, such as 50,10,4,1") from None
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of the output; errors stay."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""One evaluation: the student's one step and the teacher's many, from the same noise, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from onestill.evaluate import metrics, speed
+from onestill.evaluate.classifier import ConvFeatures
+from onestill.evaluate.features import (
+    ClassifierFeatures,
+    FeatureExtractor,
+    MiddleFeatures,
+    extract,
+    load_features,
+)
+from onestill.evaluate.report import EvaluationProtocol, Report, Row, package_versions
+from onestill.sampler import generate_images, noise
+from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.load import EMBEDDED
+from onestill.tensors import Cond, as_times, broadcast
+
+REFERENCE_SEED = 10_000_000
+MIDDLE_LOG_SNR = 2.0
+SPEED_ROUNDS = 5
+
+
+class Candidate(Protocol):
+    """What is evaluated: `onestill.runs.Source` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def generate(self) -> Callable[[Tensor, Cond], Tensor]: ...
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    def conditions(self, num: int, chosen: tuple[int, ...] = ()) -> Cond: ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images to compare with, and what they are."""
+
+    images: Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate.
+
+    Attributes:
+        num_samples: Images per row.
+        batch_size: Images per network call, and the large batch of the speed columns.
+        seed: Seed of the first image; image i has seed + i, for every row.
+        class_labels: Labels to go round; all if empty.
+        neighbours: k of precision and recall.
+        measure_speed: Whether to time the rows.
+        guidance_scale: What was distilled in, for the protocol.
+        device: What the speeds are measured on, for the protocol.
+    """
+
+    num_samples: int = 2000
+    batch_size: int = 64
+    seed: int = 0
+    class_labels: tuple[int, ...] = ()
+    neighbours: int = 3
+    measure_speed: bool = True
+    guidance_scale: float | None = None
+    device: str = "cpu"
+
+
+def compare_sources(
+    sources: Sequence[tuple[str, Candidate, bool]],
+    reference: Reference,
+    extractor: FeatureExtractor,
+    settings: Settings,
+    *,
+    teacher: str,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Report, dict[str, Tensor]]:
+    """Return the report over (name, source, is it a student) and the first images of each row.
+
+    The first source is what speed-ups are relative to. All rows share seeds and conditions.
+
+    Args:
+        sources: What is evaluated.
+        reference: What it is compared with.
+        extractor: The features.
+        settings: How.
+        teacher: Name of the teacher, for the protocol.
+        say: Called with a line before each slow part.
+    """
+    say(f"features of {len(reference.images):,} reference images: {reference.name}")
+    real = extract(extractor, reference.images)
+    seconds = _speeds(sources, settings) if settings.measure_speed else {}
+    rows, shown = [], {}
+    for name, source, is_student in sources:
+        say(f"{name}: {settings.num_samples:,} images")
+        cond = source.conditions(settings.num_samples, settings.class_labels)
+        seeds = range(settings.seed, settings.seed + settings.num_samples)
+        images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
+        # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
+        images = images.clamp(-1, 1)
+        shown[name] = images[:100]
+        rows.append(_row(name, source, is_student, images, cond, real, extractor, settings, seconds))
+    size = _subset_size(len(real), settings.num_samples)
+    warning = metrics.sample_warning(len(real), settings.num_samples, real.shape[1])
+    protocol = EvaluationProtocol(
+        teacher=teacher,
+        student=next((s.name.removeprefix("the student in ") for _, s, is_student in sources if is_student), None),
+        extractor=extractor.name,
+        feature_dim=real.shape[1],
+        num_images=settings.num_samples,
+        reference=reference.name,
+        num_reference_images=len(reference.images),
+        seeds=f"{settings.seed}..{settings.seed + settings.num_samples - 1}",
+        guidance_scale=settings.guidance_scale,
+        device=f"{settings.device}, {torch.get_num_threads()} threads" if settings.device == "cpu" else settings.device,
+        large_batch_size=settings.batch_size if settings.measure_speed else None,
+        kernel_subset_size=size,
+        kernel_num_subsets=50,
+        neighbours=settings.neighbours,
+        speedup_over=sources[0][0] if settings.measure_speed else None,
+        versions=package_versions(),
+    )
+    return Report(protocol=protocol, rows=tuple(rows), warnings=(warning,) if warning else ()), shown
+
+
+def _row(
+    name: str,
+    source: Candidate,
+    is_student: bool,
+    images: Tensor,
+    cond: Cond,
+    real: Tensor,
+    extractor: FeatureExtractor,
+    settings: Settings,
+    seconds: dict[str, tuple[float, float]],
+) -> Row:
+    fake = extract(extractor, images)
+    kernel, spread = metrics.kernel_distance(real, fake, subset_size=_subset_size(len(real), len(fake)), num_subsets=50)
+    precision, recall = metrics.precision_recall(real, fake, k=settings.neighbours)
+    accuracy = None
+    if isinstance(extractor, ClassifierFeatures) and "class_labels" in cond:
+        accuracy = metrics.label_accuracy(extractor.logits(images), cond["class_labels"])
+    one, large = seconds.get(name, (None, None))
+    base = next(iter(seconds.values()), (None, None))[1]
+    return Row(
+        name=name,
+        is_student=is_student,
+        num_steps=source.num_steps,
+        network_evaluations=source.calls,
+        frechet_distance=metrics.frechet_distance(real, fake),
+        kernel_distance=kernel,
+        kernel_distance_std=spread,
+        precision=precision,
+        recall=recall,
+        label_accuracy=accuracy,
+        images_per_second=None if one is None else 1 / one,
+        images_per_second_large=None if large is None else settings.batch_size / large,
+        speedup=None if large is None or base is None else base / large,
+    )
+
+
+def _speeds(sources: Sequence[tuple[str, Candidate, bool]], settings: Settings) -> dict[str, tuple[float, float]]:
+    """Return seconds per call at batch 1 and at the large batch, all rows timed in turns."""
+
+    def call(source: Candidate, num: int) -> Callable[[], object]:
+        eps, cond = noise(range(num), source.sample_shape), source.conditions(num, settings.class_labels)
+        return lambda: source.generate(eps, cond)
+
+    one = speed.compare({name: call(source, 1) for name, source, _ in sources}, repeats=SPEED_ROUNDS)
+    large = speed.compare(
+        {name: call(source, settings.batch_size) for name, source, _ in sources}, repeats=SPEED_ROUNDS
+    )
+    return {name: (one[name], large[name]) for name in one}
+
+
+def _subset_size(num_real: int, num_fake: int) -> int:
+    return min(1000, num_real, num_fake)
+
+
+def teacher_reference(source: Candidate, num: int, settings: Settings) -> Reference:
+    """Return the teacher's own many-step samples, from seeds that no row uses."""
+    cond = source.conditions(num, settings.class_labels)
+    seeds = range(REFERENCE_SEED, REFERENCE_SEED + num)
+    images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
+    return Reference(
+        images.clamp(-1, 1), f"the teacher's own {source.num_steps}-step samples, seeds {REFERENCE_SEED}.."
+    )
+
+
+def folder_reference(folder: Path, sample_shape: Sequence[int]) -> Reference:
+    """Return the images in a folder (searched recursively), in the teacher's size.
+
+    Raises:
+        ValueError: If there is no folder, fewer than two images, or an image of another size.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"--reference {folder}: no such folder; give 'teacher', an embedded teacher's name, or a folder of images"
+        )
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    if len(paths) < 2:
+        raise ValueError(f"--reference {folder} holds {len(paths)} images; at least 2 are needed")
+    channels, height, width = sample_shape
+    images = []
+    for path in paths:
+        with Image.open(path) as picture:
+            if picture.size != (width, height):
+                raise ValueError(
+                    f"--reference: {path} is {picture.width}x{picture.height}, the teacher makes {width}x{height}; resize it first"
+                )
+            pixels = torch.tensor(
+                bytearray(picture.convert("L" if channels == 1 else "RGB").tobytes()), dtype=torch.float32
+            )
+        images.append(pixels.reshape(height, width, channels).permute(2, 0, 1) / 127.5 - 1)
+    return Reference(torch.stack(images), f"the images in {folder.name}/")
+
+
+def embedded_reference(name: str) -> Reference:
+    """Return the real images that an embedded teacher ships for evaluation."""
+    images = load_file(EMBEDDED[name].folder / "images.safetensors")["images"]
+    return Reference(images.float() / 8 - 1, f"the {len(images):,} real {name} (only ever read by evaluate)")
+
+
+def choose_features(
+    spec: str, teacher: NetworkTeacher, *, local_files_only: bool, device: torch.device
+) -> FeatureExtractor:
+    """Return the extractor for `--features`: teacher, an embedded teacher's name, a file, a folder or an id."""
+    if spec == "teacher":
+        return teacher_features(teacher, device)
+    if spec in EMBEDDED and not Path(spec).exists():
+        return ClassifierFeatures(ConvFeatures.load(EMBEDDED[spec].folder / "classifier.safetensors", device=device))
+    return load_features(spec, local_files_only=local_files_only, device=device)
+
+
+def default_features(teacher_source: str) -> str:
+    """Return the features used if none are named: an embedded teacher's classifier, else the teacher's own."""
+    return teacher_source if teacher_source in EMBEDDED else "teacher"
+
+
+def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureExtractor:
+    """Return the teacher's own middle features of slightly noised images, as an extractor.
+
+    The noise is fixed (one seed) and its level is log-SNR 2, where networks see structure more than noise.
+
+    Raises:
+        ValueError: If the teacher has no network with a middle.
+    """
+    network = teacher.network
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(
+            "--features teacher: this teacher is a plain callable without middle features; name a network file"
+        )
+    process = teacher.spec.process
+    t = float(process.time_at_log_snr(torch.tensor([MIDDLE_LOG_SNR], dtype=torch.float64)))
+    fixed = noise([0], teacher.spec.sample_shape)
+    null = teacher.spec.null_class if teacher.spec.null_class is not None else 0
+
+    def look(images: Tensor) -> None:
+        alpha, sigma = (broadcast(v, images) for v in process.alpha_sigma(as_times(t, len(images))))
+        cond: Cond = {}
+        if teacher.spec.num_classes is not None:
+            cond["class_labels"] = torch.full((len(images),), null, device=device)
+        teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
+
+    if hasattr(network, "mid_block"):
+        return MiddleFeatures(network, look, name=f"the teacher's own mid_block at log-SNR {MIDDLE_LOG_SNR:g}")
+    raise ValueError(
+        f"--features teacher: {type(network).__name__} has no mid_block; name a network file or a transformers model"
+    )
