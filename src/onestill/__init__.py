@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onestill.api import evaluate, sample
     from onestill.config import DistillConfig
-    from onestill.distill import RunResult, distill
+    from onestill.distillation import RunResult, distill
     from onestill.export import export_student, load_module
     from onestill.inspection import inspect_teacher
     from onestill.process import VE, CosineVP, DiscreteVP, FlowMatching
@@ -31,8 +31,8 @@ _HOMES = {
     "evaluate": "api",
     "sample": "api",
     "DistillConfig": "config",
-    "RunResult": "distill",
-    "distill": "distill",
+    "RunResult": "distillation",
+    "distill": "distillation",
     "export_student": "export",
     "load_module": "export",
     "inspect_teacher": "inspection",

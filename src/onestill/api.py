@@ -10,9 +10,9 @@ from torch import Tensor
 
 from onestill import card, pictures
 from onestill.config import DistillConfig
-from onestill.distill import PIPELINE_FOLDER, check_device, guidance_words, is_run, resolve_device
-from onestill.evaluate import run as evaluation
-from onestill.evaluate.report import Report
+from onestill.distillation import PIPELINE_FOLDER, check_device, guidance_words, is_run, resolve_device
+from onestill.evaluation import run as evaluation
+from onestill.evaluation.report import Report
 from onestill.export import export_student
 from onestill.runs import (
     Source,
@@ -266,7 +266,7 @@ def _reference(
         return evaluation.teacher_reference(
             teacher_source(fitted, num_steps=num_steps, device=device), settings.num_samples, settings
         )
-    if reference in EMBEDDED and not Path(reference).exists():
+    if reference in EMBEDDED:
         return evaluation.embedded_reference(reference)
     return evaluation.folder_reference(Path(reference), base.spec.sample_shape)
 

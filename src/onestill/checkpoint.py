@@ -91,7 +91,7 @@ def read_latest(output_dir: Path) -> tuple[Path, Checkpoint, list[str]]:
     Raises:
         ValueError: If there is none.
     """
-    warnings = []
+    warnings: list[str] = []
     for folder in list_checkpoints(output_dir):
         try:
             return folder, read_checkpoint(folder), warnings

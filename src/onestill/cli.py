@@ -104,7 +104,7 @@ def _parameter(name: str, info: Any) -> signatures.Parameter:
         rich_help_panel=(info.json_schema_extra or {}).get("panel"),
         show_default=False,
     )
-    annotation = Annotated[Optional[kind], option]  # noqa: UP045 - a runtime type cannot be written with |
+    annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045 - made at run time
     return signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -137,7 +137,7 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything, train nothing.")] = False,
 ) -> None:
     """Distil a teacher into a one-step student and export it to OUTPUT_DIR/pipeline."""
-    from onestill import distill as room
+    from onestill import distillation as room
     from onestill.trainer import NonFiniteLossError
 
     _quiet()
@@ -199,7 +199,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.distill import check_device, check_times
+    from onestill.distillation import check_device, check_times
     from onestill.inspection import inspect_teacher
     from onestill.teachers.load import load_teacher
 
@@ -343,7 +343,7 @@ def evaluate(
 ) -> None:
     """Compare a student's one step with its teacher's many, in a table with its protocol."""
     from onestill import api
-    from onestill.evaluate.report import print_report
+    from onestill.evaluation.report import print_report
 
     _quiet()
     folder = output or api.default_report_folder(student)
@@ -417,7 +417,7 @@ def demo(
 ) -> None:
     """Distil the embedded digits teacher in a few minutes on a CPU, and show what was gained and lost."""
     from onestill import demo as room
-    from onestill.evaluate.report import print_report
+    from onestill.evaluation.report import print_report
 
     _quiet()
     report, picture = room.run_demo(

@@ -8,8 +8,8 @@ from typing import Any
 
 from onestill import pictures
 from onestill.api import evaluate, sample
-from onestill.distill import distill
-from onestill.evaluate.report import Report
+from onestill.distillation import distill
+from onestill.evaluation.report import Report
 
 SETTINGS: dict[str, Any] = {
     "max_train_steps": 900,

@@ -123,7 +123,8 @@ def _drop_null_class(network: Any, null_class: int | None) -> None:
     """Remove a null class that stands last, so that random labels of the stock pipeline are all classes."""
     if null_class is None or null_class != network.config.num_class_embeds - 1:
         return
-    network.class_embedding = nn.Embedding.from_pretrained(network.class_embedding.weight.detach()[:null_class].clone())
+    kept = network.class_embedding.weight.detach()[:null_class].clone()
+    network.class_embedding = nn.Embedding(*kept.shape, _weight=kept)
     network.register_to_config(num_class_embeds=null_class)
 
 

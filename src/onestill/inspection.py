@@ -10,7 +10,7 @@ import torch
 
 from onestill.conditions import Conditions, check_labels
 from onestill.config import DistillConfig
-from onestill.distill import fit_teacher, resolve_device
+from onestill.distillation import fit_teacher, resolve_device
 from onestill.sampler import to_device
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher

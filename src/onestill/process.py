@@ -93,8 +93,8 @@ class DiscreteVP(Process):
         )
         clean = (torch.ones_like(part), part * s_1 / a_1)
         noisy = ((1 - part) * a_0 / s_0, torch.ones_like(part))
-        pick = lambda i: torch.where(s_0 == 0, clean[i], torch.where(a_1 == 0, noisy[i], geometric[i]))  # noqa: E731
-        alpha, sigma = pick(0), pick(1)
+        ends = zip(clean, noisy, geometric, strict=True)
+        alpha, sigma = (torch.where(s_0 == 0, c, torch.where(a_1 == 0, n, g)) for c, n, g in ends)
         norm = torch.hypot(alpha, sigma)
         return alpha / norm, sigma / norm
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.config import DistillConfig, make_config
-from onestill.distill import CONFIG_FILE, PIPELINE_FOLDER, fit_teacher, is_run
+from onestill.distillation import CONFIG_FILE, PIPELINE_FOLDER, fit_teacher, is_run
 from onestill.export import MODULE_FILE, load_pipeline
 from onestill.sampler import Generate, student_generator, teacher_generator
 from onestill.student import Student

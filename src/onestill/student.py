@@ -70,7 +70,8 @@ class TimeEmbeddingInjection(Injection):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         names = time_embeddings(network)
-        self.num_features = network.get_submodule(names[0]).linear_2.out_features  # type: ignore[union-attr]
+        first: Any = network.get_submodule(names[0])
+        self.num_features = first.linear_2.out_features
         for name in names:
             network.get_submodule(name).register_forward_hook(lambda _m, _a, out: self._add(out))
 
@@ -103,7 +104,7 @@ class BiasInjection(Injection):
         self.num_features = num_features
         self.maps = nn.ModuleDict()
         for name, layer in _weighted_layers(network):
-            channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[union-attr]
+            channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
             self.maps[name.replace(".", "/")] = zero = nn.Linear(num_features, channels)
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
@@ -126,7 +127,7 @@ class BiasInjection(Injection):
         for name, layer in _weighted_layers(network):
             bias = self.maps[name.replace(".", "/")](extra).detach()
             old = layer.bias
-            layer.bias = nn.Parameter(bias if old is None else old.detach() + bias.to(old))  # type: ignore[operator]
+            layer.bias = nn.Parameter(bias if old is None else old.detach() + bias.to(old))
 
 
 def time_embeddings(network: nn.Module) -> list[str]:
@@ -138,7 +139,7 @@ def time_embeddings(network: nn.Module) -> list[str]:
     ]
 
 
-def _weighted_layers(network: nn.Module) -> list[tuple[str, nn.Module]]:
+def _weighted_layers(network: nn.Module) -> list[tuple[str, Any]]:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)]
 

@@ -277,7 +277,7 @@ class Trainer:
         folder = self.config.output_dir / f"checkpoint-{self.progress.step}"
         if self.accelerator.is_main_process:
             names = [name for name, p in self.student.named_parameters() if p.requires_grad]
-            tensors = {
+            tensors: dict[str, dict[str, Tensor]] = {
                 "student": {name: p for name, p in self.student.named_parameters() if p.requires_grad},
                 "optimizer": flatten_optimizer(self.optimizer),
                 "random": {str(i): state for i, state in enumerate(generators)},

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -138,6 +139,6 @@ def solve(trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, times: Sequen
     At the start y is unknown and unused: rho is 1 there, and the state is x_a whatever y.
     """
     y = torch.zeros_like(x_a)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         y = step(trajectory, denoised, x_a, y, as_times(t, len(x_a)), as_times(s, len(x_a)))
     return y

@@ -42,6 +42,9 @@ class Threshold:
         return torch.minimum(torch.maximum(x_0, -bound), bound) / bound
 
 
+NO_THRESHOLD = Threshold()
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """Everything that is known of a teacher but its weights.
@@ -69,12 +72,12 @@ class TeacherSpec:
     t_max_reason: str
     num_classes: int | None = None
     null_class: int | None = None
-    threshold: Threshold = Threshold()
+    threshold: Threshold = NO_THRESHOLD
     sigma_data: float = 0.5
 
     @property
     def conditioning(self) -> str:
-        """ "class" or "none"."""
+        """Return what conditions it: "class" or "none"."""
         return "none" if self.num_classes is None else "class"
 
     @property

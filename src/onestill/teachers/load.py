@@ -53,7 +53,7 @@ def load_teacher(
     Only safetensors are read and no remote code runs. Nothing is downloaded unless `source` is a hub id.
 
     Args:
-        source: A folder, a hub id "owner/name", or an embedded teacher ("digits").
+        source: A folder, a hub id "owner/name", or an embedded teacher ("digits"; a folder of that name is "./digits").
         revision: Branch, tag or commit of the hub id.
         variant: Weights' variant such as "fp16".
         cache_dir: Where downloads go; diffusers' own default if None.
@@ -67,7 +67,7 @@ def load_teacher(
             weights are pickles, missing or of the wrong shape, or the self-check against its scheduler fails.
     """
     source = str(source)
-    if source in EMBEDDED and not Path(source).exists():
+    if source in EMBEDDED:
         folder = EMBEDDED[source].folder
         null_class = EMBEDDED[source].null_class if null_class is None else null_class
     else:

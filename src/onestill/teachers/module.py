@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from onestill.process import PREDICTION_TYPES, Process, choose_t_max
-from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
+from onestill.teachers.base import NO_THRESHOLD, NetworkTeacher, TeacherSpec, Threshold
 from onestill.tensors import Cond
 
 
@@ -29,7 +29,7 @@ def module_teacher(
     num_classes: int | None = None,
     null_class: int | None = None,
     t_max: float | None = None,
-    threshold: Threshold = Threshold(),
+    threshold: Threshold = NO_THRESHOLD,
     sigma_data: float = 0.5,
 ) -> NetworkTeacher:
     """Return a teacher around your own network.

@@ -12,16 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestill.evaluate import metrics, speed
-from onestill.evaluate.classifier import ConvFeatures
-from onestill.evaluate.features import (
+from onestill.evaluation import metrics, speed
+from onestill.evaluation.classifier import ConvFeatures
+from onestill.evaluation.features import (
     ClassifierFeatures,
     FeatureExtractor,
     MiddleFeatures,
     extract,
     load_features,
 )
-from onestill.evaluate.report import EvaluationProtocol, Report, Row, package_versions
+from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
 from onestill.sampler import generate_images, noise
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.load import EMBEDDED
@@ -242,7 +242,7 @@ def choose_features(
     """Return the extractor for `--features`: teacher, an embedded teacher's name, a file, a folder or an id."""
     if spec == "teacher":
         return teacher_features(teacher, device)
-    if spec in EMBEDDED and not Path(spec).exists():
+    if spec in EMBEDDED:
         return ClassifierFeatures(ConvFeatures.load(EMBEDDED[spec].folder / "classifier.safetensors", device=device))
     return load_features(spec, local_files_only=local_files_only, device=device)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from onestill.evaluate import metrics
-from onestill.evaluate.metrics import (
+from onestill.evaluation import metrics
+from onestill.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     label_accuracy,

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from onestill.evaluate.report import EvaluationProtocol, Report, Row, package_versions, print_report
+from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions, print_report
 
 
 def make_report(*, student_name: str = "student") -> Report:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from onestill.evaluate import speed
-from onestill.evaluate.speed import compare, images_per_second
+from onestill.evaluation import speed
+from onestill.evaluation.speed import compare, images_per_second
 
 
 class Clock:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onestill.evaluate.features import (
+from onestill.evaluation.features import (
     ClassifierFeatures,
     ConvFeatures,
     FeatureExtractor,
@@ -22,7 +22,7 @@ from onestill.evaluate.features import (
     extract,
     load_features,
 )
-from onestill.evaluate.metrics import frechet_distance, label_accuracy
+from onestill.evaluation.metrics import frechet_distance, label_accuracy
 
 DIGITS = Path(str(files("onestill"))) / "embedded" / "digits"
 

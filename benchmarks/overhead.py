@@ -1,0 +1,111 @@
+"""What onestill adds to the bare network: per training step, per sample, and in memory over 2,000 steps.
+
+python benchmarks/overhead.py            # ratios, measured in turns within one process
+python benchmarks/overhead.py --memory   # 2,000 steps, resident memory every 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import psutil
+import torch
+
+from onestill.config import make_config
+from onestill.distillation import PIPELINE_FOLDER, prepare
+from onestill.evaluation.speed import compare
+from onestill.export import export_student
+from onestill.runs import open_student
+from onestill.sampler import noise, teacher_generator
+from onestill.trainer import Trainer
+
+
+def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6) -> Trainer:
+    """Return a trainer on the embedded digits that logs, validates and saves never within a benchmark."""
+    rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 100}
+    settings = {"teacher": "digits", "output_dir": f"{folder}/run", "device": "cpu", "max_train_steps": steps}
+    prepared = prepare(make_config({**settings, "train_batch_size": batch, **rare}))
+    return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprint)
+
+
+def training_step(batch: int = 64, repeats: int = 30) -> None:
+    """Print a training step beside the sum of its bare passes."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_on_digits(folder, batch=batch)
+        network, teacher = trainer.student.network, trainer.teacher.teacher.network  # type: ignore[attr-defined]
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-12, fused=True)
+        x = torch.randn(batch, 1, 8, 8)
+        t, labels = torch.full((batch,), 500.0), torch.randint(0, 10, (batch,))
+
+        def bare() -> None:
+            with torch.no_grad():
+                network(x, t, class_labels=labels)
+                teacher(x, t, class_labels=labels)
+            network(x, t, class_labels=labels).sample.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        seconds = compare({"onestill": trainer.update, "bare": bare}, repeats=repeats, warmup=3)
+        ratio = seconds["onestill"] / seconds["bare"]
+        print(
+            f"| training step, batch {batch} | {seconds['onestill'] * 1e3:.1f} ms | {seconds['bare'] * 1e3:.1f} ms | {ratio:.3f} |"
+        )
+
+
+def sampling(batch: int = 64, repeats: int = 20) -> None:
+    """Print one-step sampling beside one bare network call, and beside the teacher's DDIM-50."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_on_digits(folder)
+        export_student(trainer.student, trainer.config.output_dir / PIPELINE_FOLDER)
+        source = open_student(trainer.config.output_dir / PIPELINE_FOLDER, device=torch.device("cpu"))
+        many = teacher_generator(trainer.teacher, num_steps=50)
+        network = trainer.student.network
+        eps, cond = noise(range(batch), (1, 8, 8)), source.conditions(batch)
+        t = torch.full((batch,), 999)
+
+        def bare() -> None:
+            with torch.no_grad():
+                network(eps, t, class_labels=cond["class_labels"])
+
+        one = {"student": lambda: source.generate(eps, cond), "bare": bare, "DDIM-50": lambda: many(eps, cond)}
+        seconds = compare(one, repeats=repeats, warmup=2)
+        print(
+            f"| one-step sampling, batch {batch} | {seconds['student'] * 1e3:.2f} ms | {seconds['bare'] * 1e3:.2f} ms | {seconds['student'] / seconds['bare']:.3f} |"
+        )
+        print(
+            f"| DDIM-50 against one step, batch {batch} | {seconds['DDIM-50'] * 1e3:.1f} ms | {seconds['student'] * 1e3:.2f} ms | {seconds['DDIM-50'] / seconds['student']:.1f} |"
+        )
+
+
+def memory(num_steps: int = 2000, batch: int = 16) -> None:
+    """Print the resident memory of this process along a training of 2,000 steps."""
+    process = psutil.Process()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_on_digits(folder, batch=batch, steps=num_steps)
+        seen = []
+        for log in trainer.steps():
+            if log.step % 200 == 0:
+                seen.append((log.step, process.memory_info().rss / 2**20))
+    print("| step | resident MiB |\n|---|---|")
+    for step, size in seen:
+        print(f"| {step} | {size:.1f} |")
+    print(f"\nfrom step 200 to {seen[-2][0]}: {seen[-2][1] - seen[0][1]:+.1f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory:
+        memory()
+        return
+    print(f"| what ({args.threads} threads) | onestill | bare | ratio |\n|---|---|---|---|")
+    training_step()
+    sampling()
+
+
+if __name__ == "__main__":
+    main()
