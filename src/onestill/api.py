@@ -12,6 +12,7 @@ from onestill import card, pictures
 from onestill.config import DistillConfig
 from onestill.distillation import PIPELINE_FOLDER, check_device, guidance_words, is_run, resolve_device
 from onestill.evaluation import run as evaluation
+from onestill.evaluation.features import FeatureExtractor
 from onestill.evaluation.report import Report
 from onestill.export import export_student
 from onestill.runs import (
@@ -106,7 +107,7 @@ def evaluate(
     steps: Sequence[int] = (50, 10, 4, 1),
     reference: str | Path = "auto",
     num_reference_steps: int = 100,
-    features: str | evaluation.FeatureExtractor = "auto",
+    features: str | FeatureExtractor = "auto",
     guidance_scale: float | None = None,
     class_labels: Sequence[int] = (),
     seed: int = 0,
@@ -173,7 +174,7 @@ def evaluate(
     )
     images = _reference(str(reference), base, fitted, settings, num_reference_steps, place, say)
     rows: list[tuple[str, Source, bool]] = [
-        (f"teacher, DDIM-{n}", teacher_source(fitted, num_steps=n, device=place), False) for n in steps
+        (f"DDIM-{n}", teacher_source(fitted, num_steps=n, device=place), False) for n in steps
     ]
     report, shown = evaluation.compare_sources(
         [*rows, ("student", one_step, True)], images, extractor, settings, teacher=name, say=say

@@ -124,7 +124,7 @@ def _drop_null_class(network: Any, null_class: int | None) -> None:
     if null_class is None or null_class != network.config.num_class_embeds - 1:
         return
     kept = network.class_embedding.weight.detach()[:null_class].clone()
-    network.class_embedding = nn.Embedding(*kept.shape, _weight=kept)
+    network.class_embedding = nn.Embedding(len(kept), kept.shape[1], _weight=kept)
     network.register_to_config(num_class_embeds=null_class)
 
 

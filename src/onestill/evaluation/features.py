@@ -328,7 +328,7 @@ def _load_processor(source: str, revision: str | None, local_files_only: bool) -
     from transformers import AutoImageProcessor
 
     try:
-        processor: _Processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        processor: _Processor = AutoImageProcessor.from_pretrained(
             source, revision=revision, trust_remote_code=False, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:

@@ -198,7 +198,7 @@ def package_versions(names: Sequence[str] = ("onestill", "torch", "diffusers")) 
 
 
 def print_report(report: Report, console: "Console") -> None:
-    """Print the table, the warnings and the protocol on a rich console; made for 100 columns."""
+    """Print the table, the warnings and the protocol on a rich console; fits 80 columns."""
     from rich.box import HORIZONTALS
     from rich.table import Table
     from rich.text import Text
@@ -206,7 +206,7 @@ def print_report(report: Report, console: "Console") -> None:
     columns = _columns(report)
     table = Table(box=HORIZONTALS, header_style="bold", border_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
-        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not column.left)
+        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=True)
     for row in report.rows:
         cells = [Text(column.cell(row)) for column in columns]
         table.add_row(*cells, style="bold green" if row.is_student else "")
@@ -231,11 +231,11 @@ def _columns(report: Report) -> list[_Column]:
         _Column("sampler", lambda row: row.name, left=True),
         _Column("steps", lambda row: f"{row.num_steps:,}"),
         _Column("NFE", lambda row: f"{row.network_evaluations:,}", "NFE: network evaluations per image"),
-        _Column("FD ↓", lambda row: _number(row.frechet_distance), "FD: Fréchet distance"),
-        _Column("KD ↓\n×10³", _kernel_cell, "KD: kernel distance ± deviation over subsets"),
-        _Column("prec ↑", lambda row: _share(row.precision)),
-        _Column("rec ↑", lambda row: _share(row.recall)),
-        _Column("label ↑", lambda row: _share(row.label_accuracy), "label: share that shows its label"),
+        _Column("FD↓", lambda row: _number(row.frechet_distance), "FD: Fréchet distance"),
+        _Column("KD↓\n×10³", _kernel_cell, "KD: kernel distance"),
+        _Column("prec↑", lambda row: _share(row.precision)),
+        _Column("rec↑", lambda row: _share(row.recall)),
+        _Column("label↑", lambda row: _share(row.label_accuracy), "label: share that shows its label"),
         _Column("img/s\n×1", lambda row: _number(row.images_per_second), "×B: images per second in batches of B"),
         _Column(
             f"img/s\n×{large:,}" if large else "img/s\nlarge",
@@ -268,10 +268,7 @@ def _times(value: float | None) -> str:
 
 
 def _kernel_cell(row: Row) -> str:
-    if row.kernel_distance is None:
-        return _MISSING
-    deviation = "" if row.kernel_distance_std is None else f" ± {row.kernel_distance_std * 1e3:,.1f}"
-    return _number(row.kernel_distance * 1e3) + deviation
+    return _number(None if row.kernel_distance is None else row.kernel_distance * 1e3)
 
 
 def _legend(columns: Sequence[_Column]) -> str:
