@@ -18,7 +18,9 @@ from onestill.evaluation.speed import compare
 from onestill.export import export_student
 from onestill.runs import open_student
 from onestill.sampler import noise, teacher_generator
+from onestill.teachers.load import load_teacher
 from onestill.trainer import Trainer
+from onestill.trajectory import CALLS_PER_STEP
 
 
 def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6) -> Trainer:
@@ -33,7 +35,7 @@ def training_step(batch: int = 64, repeats: int = 30) -> None:
     """Print a training step beside the sum of its bare passes."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_on_digits(folder, batch=batch)
-        network, teacher = trainer.student.network, trainer.teacher.teacher.network  # type: ignore[attr-defined]
+        network, teacher = trainer.student.network, load_teacher("digits").network
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-12, fused=True)
         x = torch.randn(batch, 1, 8, 8)
         t, labels = torch.full((batch,), 500.0), torch.randint(0, 10, (batch,))
@@ -41,7 +43,8 @@ def training_step(batch: int = 64, repeats: int = 30) -> None:
         def bare() -> None:
             with torch.no_grad():
                 network(x, t, class_labels=labels)
-                teacher(x, t, class_labels=labels)
+                for _ in range(CALLS_PER_STEP[trainer.config.solver]):
+                    teacher(x, t, class_labels=labels)
             network(x, t, class_labels=labels).sample.square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -154,9 +154,7 @@ CASES = [
     _unet_case("ddpm-epsilon", DDPMScheduler()),
     _unet_case("ddpm-epsilon-rgb-unclipped", DDPMScheduler(clip_sample=False), channels=3),
     _unet_case("ddpm-learned-variance", DDPMScheduler(variance_type="learned_range"), out_channels=2),
-    _unet_case(
-        "ddpm-learned-variance-rgb", DDPMScheduler(variance_type="learned_range"), channels=3, out_channels=6
-    ),
+    _unet_case("ddpm-learned-variance-rgb", DDPMScheduler(variance_type="learned_range"), channels=3, out_channels=6),
     _unet_case("ddpm-cosine-epsilon", DDPMScheduler(beta_schedule="squaredcos_cap_v2")),
     _unet_case("ddim-v", DDIMScheduler(prediction_type="v_prediction")),
     _unet_case("ddim-v-zero-snr", DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)),
@@ -179,6 +177,13 @@ CASES = [
 ]
 
 
+# Teachers that differ in more than their schedule.
+KINDS = {
+    "ddpm-epsilon", "ddpm-learned-variance-rgb", "ddim-v-zero-snr", "edm-euler", "class-null-last",
+    "module-cosine-v", "module-flow-velocity", "module-class",
+}  # fmt: skip
+
+
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     """Each teacher of the conformance suite in turn."""
@@ -186,10 +191,39 @@ def case(request: pytest.FixtureRequest) -> Case:
     return found
 
 
+@pytest.fixture(params=[case for case in CASES if case.scheduler is not None], ids=str)
+def unet_case(request: pytest.FixtureRequest) -> Case:
+    """Each teacher with a `UNet2DModel` and a scheduler of diffusers."""
+    found: Case = request.param
+    return found
+
+
+@pytest.fixture(params=[case for case in CASES if hasattr(case.scheduler, "alphas_cumprod")], ids=str)
+def vp_case(request: pytest.FixtureRequest) -> Case:
+    """Each teacher that `DDIMScheduler` can sample."""
+    found: Case = request.param
+    return found
+
+
+_BUILT: dict[str, NetworkTeacher] = {}
+
+
+def _shared(case: Case) -> NetworkTeacher:
+    if case.name not in _BUILT:
+        _BUILT[case.name] = case.build()
+    return _BUILT[case.name]
+
+
 @pytest.fixture
 def teacher(case: Case) -> NetworkTeacher:
-    """Each teacher of the conformance suite in turn, freshly built."""
-    return case.build()
+    """Each teacher of the conformance suite in turn, built once for all tests: never change it."""
+    return _shared(case)
+
+
+@pytest.fixture(params=[case for case in CASES if case.name in KINDS], ids=str)
+def kind(request: pytest.FixtureRequest) -> NetworkTeacher:
+    """One teacher of each kind of network and head, built once for all tests: never change it."""
+    return _shared(request.param)
 
 
 @pytest.fixture(scope="session")

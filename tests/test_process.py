@@ -220,9 +220,7 @@ def test_head_gives_x_0_from_the_true_output(process: Process, prediction: str) 
         ("sample", 0.0, 1.0, 0.0, 1.0),
     ],
 )
-def test_heads_are_the_known_formulas(
-    prediction: str, alpha: float, sigma: float, c_skip: float, c_out: float
-) -> None:
+def test_heads_are_the_known_formulas(prediction: str, alpha: float, sigma: float, c_skip: float, c_out: float) -> None:
     found = head(prediction, *(torch.tensor([level], dtype=torch.float64) for level in (alpha, sigma)))
     assert [float(c) for c in found] == pytest.approx([1.0, c_skip, c_out], rel=1e-12)
 

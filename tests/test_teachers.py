@@ -26,7 +26,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from onestill.process import VE, CosineVP, DiscreteVP, Process, choose_t_max
+from onestill.process import PREDICTION_TYPES, VE, CosineVP, DiscreteVP, FlowMatching, Process, choose_t_max
 from onestill.sampler import noise
 from onestill.teachers import unet2d
 from onestill.teachers.base import NetworkTeacher, Threshold
@@ -48,10 +48,15 @@ def states(teacher: NetworkTeacher, num: int = 4) -> Tensor:
 # The conformance suite
 
 
-def test_every_case_is_tried(cases: dict[str, Any]) -> None:
-    kinds = {(type(case.scheduler).__name__, case.build().spec.prediction_type) for case in cases.values()}
-    assert len(cases) >= 20
-    assert {prediction for _, prediction in kinds} == {"epsilon", "sample", "v_prediction", "velocity", "edm"}
+def test_suite_covers_every_kind(cases: dict[str, Any]) -> None:
+    specs = [case.build().spec for case in cases.values()]
+    assert {spec.prediction_type for spec in specs} == set(PREDICTION_TYPES)
+    assert {type(spec.process) for spec in specs} == {DiscreteVP, CosineVP, VE, FlowMatching}
+    assert {(spec.num_classes is None, spec.null_class is None) for spec in specs} >= {
+        (True, True),
+        (False, True),
+        (False, False),
+    }
 
 
 def test_spec_says_what_there_is(teacher: NetworkTeacher) -> None:
@@ -67,7 +72,9 @@ def test_spec_says_what_there_is(teacher: NetworkTeacher) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
-def test_prediction_is_finite_and_of_the_samples_shape(teacher: NetworkTeacher, labels_for: Labels, share: float) -> None:
+def test_prediction_is_finite_and_of_the_samples_shape(
+    teacher: NetworkTeacher, labels_for: Labels, share: float
+) -> None:
     x = states(teacher)
     f = teacher.denoised(x, share * teacher.spec.t_max, labels_for(teacher, 4))
     assert f.shape == x.shape and f.dtype == torch.float32
@@ -137,8 +144,9 @@ def test_copies_are_trainable_and_apart(teacher: NetworkTeacher) -> None:
     assert all(torch.equal(c, p) and c.data_ptr() != p.data_ptr() for c, p in pairs)
 
 
-def test_fingerprint_is_of_the_weights(case: Any) -> None:
-    one, two = case.build(), case.build()
+@pytest.mark.parametrize("name", ["ddim-v", "class", "module-cosine-v"])
+def test_fingerprint_is_of_the_weights(cases: dict[str, Any], name: str) -> None:
+    one, two = cases[name].build(), cases[name].build()
     assert one.fingerprint() == two.fingerprint()
     before = one.fingerprint()
     with torch.no_grad():
@@ -189,19 +197,18 @@ def ddim_of_diffusers(
 
 @torch.no_grad()
 @pytest.mark.parametrize("clip", [True, False], ids=["clipped", "unclipped"])
-def test_ten_steps_are_diffusers_ddim(case: Any, labels_for: Labels, clip: bool) -> None:
-    if not hasattr(case.scheduler, "alphas_cumprod"):
-        assert case.scheduler is None or "EDM" in type(case.scheduler).__name__
-        return
-    teacher = case.build()
+def test_ten_steps_are_diffusers_ddim(vp_case: Any, labels_for: Labels, clip: bool) -> None:
+    teacher = vp_case.build()
     teacher.spec = replace(teacher.spec, t_max=1.0)  # also for epsilon, so that both start at the last index
     eps, cond = noise(range(4), teacher.spec.sample_shape), labels_for(teacher, 4)
     fitted = Thresholded(teacher, Threshold("static")) if clip else teacher
-    theirs = ddim_of_diffusers(teacher, case.scheduler, eps, cond, clip=clip)
+    theirs = ddim_of_diffusers(teacher, vp_case.scheduler, eps, cond, clip=clip)
     ours = solve(fitted.spec.trajectory, fitted.denoiser(cond), eps, uniform_times(1.0, 10), ddim_step)
     # Unclipped random networks leave [-1, 1] by 1 / alpha, up to 20 000: the difference is relative to the image.
-    # Float32 networks of ten steps in two orders of summation: 3e-6 measured.
-    assert float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)) <= 1e-5
+    # Float32 sums in two orders: 5e-7 measured. Clipping the prediction of an epsilon network, x_0 = (x - sigma eps)
+    # / alpha, keeps the rounding of its first step, 6e-8 / 0.006 = 1e-5, while it bounds the image: 1e-5 measured.
+    allowed = 3e-5 if clip and teacher.spec.prediction_type == "epsilon" else 1e-5
+    assert float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)) <= allowed
 
 
 @torch.no_grad()
@@ -221,10 +228,9 @@ def test_ten_steps_are_diffusers_edm_euler(cases: dict[str, Any], name: str) -> 
     assert float((ours - x).abs().max() / x.abs().max()) <= 1e-5
 
 
-def test_self_check_passes_with_digits_to_spare(case: Any) -> None:
-    if case.scheduler is not None:
-        # The gate is 1e-4; two float32 steps differ by 1e-6 or less, so a gate of 1e-5 still tells right from wrong.
-        assert 0 <= self_check(case.build(), case.scheduler) < 1e-5
+def test_self_check_passes_with_digits_to_spare(unet_case: Any) -> None:
+    # The gate is 1e-4; two float32 steps differ by 3e-7 measured, so the gate tells right from wrong with room to spare.
+    assert 0 <= self_check(unet_case.build(), unet_case.scheduler) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["ddpm-epsilon", "ddim-v", "ddim-sample", "class-null-first"])
@@ -379,7 +385,10 @@ REFUSED_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_json(f / "model_index.json", scheduler=None),
         "names no 'scheduler'",
     ),
-    "empty network in the index": (lambda f: edit_json(f / "model_index.json", unet=[None, None]), "unet"),
+    "empty network in the index": (
+        lambda f: edit_json(f / "model_index.json", unet=[None, None]),
+        "need a UNet2DModel",
+    ),
     "half a scheduler in the index": (
         lambda f: edit_json(f / "model_index.json", scheduler=["diffusers"]),
         "scheduler",
@@ -520,7 +529,9 @@ def test_scheduler_that_needs_another_package_is_refused(
 
 @pytest.mark.parametrize("null_class", [5, -1])
 def test_null_class_must_be_a_label(class_teacher_folder: Path, null_class: int) -> None:
-    with pytest.raises(ValueError, match=rf"--null_class {null_class} is not a label of the teacher, which has 5 \(0 to 4\)"):
+    with pytest.raises(
+        ValueError, match=rf"--null_class {null_class} is not a label of the teacher, which has 5 \(0 to 4\)"
+    ):
         load_teacher(class_teacher_folder, null_class=null_class)
 
 
@@ -537,7 +548,7 @@ def test_impossible_start_levels_are_refused(uncond_teacher_folder: Path, t_max:
 
 @pytest.mark.parametrize("source", ["nope", "no/such/folder", "/no/such/folder", "a" * 5000, "with\0zero"])
 def test_what_is_not_there_is_refused(source: str) -> None:
-    with pytest.raises(ValueError, match=r"(?s)no such teacher: .*model_index|no such teacher: .*embedded teacher \(digits\)"):
+    with pytest.raises(ValueError, match=r"(?s)no such teacher: .*embedded teacher \(digits\)"):
         load_teacher(source)
 
 

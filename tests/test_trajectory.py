@@ -266,9 +266,7 @@ def test_second_order_beats_first_at_equal_cost() -> None:
 @every_start
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction", "velocity", "edm"])
 @every_process
-def test_steps_are_finite_from_pure_noise_to_clean(
-    process: Process, prediction: str, t_max: float, step: str
-) -> None:
+def test_steps_are_finite_from_pure_noise_to_clean(process: Process, prediction: str, t_max: float, step: str) -> None:
     denoised, trajectory = network_denoiser(process, prediction), Trajectory(process, t_max)
     x_a = trajectory.start(normal(4, 6))
     y = solve(trajectory, denoised, x_a, uniform_times(t_max, 3), STEPS[step])

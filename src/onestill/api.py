@@ -10,11 +10,18 @@ from torch import Tensor
 
 from onestill import card, pictures
 from onestill.config import DistillConfig
-from onestill.distillation import PIPELINE_FOLDER, check_device, guidance_words, is_run, resolve_device
+from onestill.distillation import (
+    PIPELINE_FOLDER,
+    check_device,
+    check_writable,
+    guidance_words,
+    is_run,
+    resolve_device,
+)
 from onestill.evaluation import run as evaluation
 from onestill.evaluation.features import FeatureExtractor
-from onestill.evaluation.report import Report
-from onestill.export import export_student
+from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
+from onestill.export import MODULE_FILE, export_student
 from onestill.runs import (
     Source,
     check_student_request,
@@ -29,6 +36,7 @@ from onestill.sampler import generate_images
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.trajectory import STEPS
 
 
 def sample(
@@ -71,6 +79,8 @@ def sample(
     """
     if (student is None) == (teacher is None):
         raise ValueError("give --student (one step) or --teacher (many steps), not both and not neither")
+    if solver not in STEPS:
+        raise ValueError(f"--solver {solver}: choose one of {', '.join(STEPS)}")
     for flag, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag} must be at least 1, got {value}")
@@ -109,6 +119,7 @@ def evaluate(
     num_reference_steps: int = 100,
     features: str | FeatureExtractor = "auto",
     guidance_scale: float | None = None,
+    null_class: int | None = None,
     class_labels: Sequence[int] = (),
     seed: int = 0,
     batch_size: int = 64,
@@ -132,7 +143,8 @@ def evaluate(
         features: "teacher" (its own middle features), an embedded teacher's name (its classifier), a .safetensors
             file of `ConvFeatures`, a transformers vision model by folder or id, an extractor, or "auto".
         guidance_scale: w of the teacher's rows; what was distilled if None.
-        class_labels: Labels to go round; all classes if empty.
+        null_class: The label of `teacher` that means "no class"; that of the run if None.
+        class_labels: Labels to go round; all that the student knows if empty.
         seed: Seed of the first image.
         batch_size: Images per network call, and the large batch of the speeds.
         measure_speed: Whether to time the rows.
@@ -149,7 +161,7 @@ def evaluate(
     place = resolve_device(device)
     _check_evaluation(num_samples, steps, batch_size, num_reference_steps, output, overwrite)
     one_step = open_student(student, device=place)
-    base, fitted = _teacher_of(one_step, teacher, guidance_scale, place, local_files_only)
+    base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, place, local_files_only)
     if base.spec.sample_shape != one_step.sample_shape:
         raise ValueError(
             f"--teacher makes samples of shape {base.spec.sample_shape}, --student of {one_step.sample_shape}"
@@ -167,7 +179,7 @@ def evaluate(
         num_samples=num_samples,
         batch_size=batch_size,
         seed=seed,
-        class_labels=tuple(class_labels),
+        class_labels=tuple(class_labels) or one_step.labels,
         measure_speed=measure_speed,
         guidance_scale=_guidance_of(one_step.config, guidance_scale, base),
         device=str(place),
@@ -186,9 +198,8 @@ def evaluate(
             Path(output) / "samples.png",
             title="same noise in every column",
         )
-    folder = one_step.folder
-    if folder is not None and output is not None and folder.parent in (Path(student), Path(student).parent):
-        card.write_table(folder, report.to_markdown())
+        if one_step.folder is not None:
+            card.write_table(one_step.folder, report.to_markdown())
     return report
 
 
@@ -215,7 +226,8 @@ def _check_evaluation(
     path = Path(output)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output {path} is a file; give a folder")
-    if (path / "report.json").exists() and not overwrite:
+    check_writable(path, "output")
+    if any((path / name).exists() for name in (JSON_NAME, MARKDOWN_NAME)) and not overwrite:
         raise ValueError(f"--output {path} holds a report; name another folder, or give --overwrite")
 
 
@@ -223,6 +235,7 @@ def _teacher_of(
     student: Source,
     teacher: str | Path | NetworkTeacher | None,
     guidance_scale: float | None,
+    null_class: int | None,
     device: torch.device,
     offline: bool,
 ) -> tuple[NetworkTeacher, Teacher]:
@@ -234,7 +247,8 @@ def _teacher_of(
     if isinstance(teacher, NetworkTeacher):
         base = teacher
     elif teacher is not None:
-        base = load_teacher(teacher, local_files_only=offline, device=str(device))
+        null = config.null_class if null_class is None and config is not None else null_class
+        base = load_teacher(teacher, local_files_only=offline, null_class=null, device=str(device))
     else:
         assert config is not None
         base, _ = run_teacher(config, device)
@@ -311,6 +325,10 @@ def export(
         raise ValueError(f"--student {path} is no run and no checkpoint-N folder of one")
     if output.exists() and not overwrite:
         raise ValueError(f"--output {output} exists; name another folder, or give --overwrite to replace it")
+    exported = any((output / name).is_file() for name in ("model_index.json", MODULE_FILE))
+    if output.exists() and not exported:
+        raise ValueError(f"--output {output} is no exported student, so --overwrite does not replace it")
+    check_writable(output.absolute().parent, "output")
     config = read_run_config(run)
     restored = restore_student(path, config, resolve_device(device))
     check_student_request(restored, config, target_time or 0.0, guidance_scale)

@@ -98,7 +98,7 @@ def read_latest(output_dir: Path) -> tuple[Path, Checkpoint, list[str]]:
         except ValueError as error:
             warnings.append(f"{error}; falling back to the one before")
     reason = f": {'; '.join(warnings)}" if warnings else ""
-    raise ValueError(f"--resume_from_checkpoint latest: {output_dir} holds no usable checkpoint{reason}")
+    raise ValueError(f"{output_dir} holds no usable checkpoint{reason}")
 
 
 def rotate(output_dir: Path, limit: int) -> None:

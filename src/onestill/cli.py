@@ -176,6 +176,8 @@ def distill(
             soft_wrap=True,
         )
         raise typer.Exit(128 + result.stopped_by)
+    if result.export_error is None:  # another process of this run has exported, and says so
+        return
     folder = _escape(str(result.pipeline))
     out.print(
         f"[bold]{folder}[/bold]: loads with plain diffusers, one network evaluation per image",
@@ -277,14 +279,13 @@ def sample(
 ) -> None:
     """Generate images: a student's in one step, or a teacher's in many."""
     from onestill import api, pictures
-    from onestill.trajectory import STEPS
+    from onestill.distillation import check_writable
 
     _quiet()
     if prompt is not None:
         raise ValueError("--prompt was given, but this teacher takes no text; use --class_labels where it has classes")
-    if solver not in STEPS:
-        raise ValueError(f"--solver {solver}: choose one of {', '.join(STEPS)}")
     pictures.check_output(output, overwrite=overwrite)
+    check_writable(output, "output")
     images = api.sample(
         student,
         teacher=teacher,
@@ -329,6 +330,9 @@ def evaluate(
         float | None,
         typer.Option("--guidance_scale", help="w of the teacher's rows; as distilled if not given."),
     ] = None,
+    null_class: Annotated[
+        int | None, typer.Option("--null_class", help="The teacher's label for 'no class'; that of the run.")
+    ] = None,
     class_labels: LabelsOption = [],  # noqa: B006 - typer copies it
     seed: SeedOption = 0,
     batch_size: BatchOption = 64,
@@ -356,6 +360,7 @@ def evaluate(
         num_reference_steps=num_reference_steps,
         features=features,
         guidance_scale=guidance_scale,
+        null_class=null_class,
         class_labels=class_labels,
         seed=seed,
         batch_size=batch_size,

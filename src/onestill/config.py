@@ -50,9 +50,9 @@ class DistillConfig(BaseModel):
     )
     delta: float = _field(1 / 25, OBJECTIVE, "Step size in t.", gt=0, lt=1)
     t_min: float = _field(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
-    solver: Literal["ddim", "heun", "midpoint"] = _field("ddim", OBJECTIVE, "Step that makes the bootstrap target.")
+    solver: Literal["ddim", "heun", "midpoint"] = _field("midpoint", OBJECTIVE, "Step that makes the bootstrap target.")
     bootstrap_weight: Literal["inverse_rho", "velocity", "none"] = _field(
-        "inverse_rho", OBJECTIVE, "Weight of the residuals."
+        "velocity", OBJECTIVE, "Weight of the residuals."
     )
     boundary_weight: float = _field(1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0)
     boundary_fraction: float = _field(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from onestill import pictures
 from onestill.api import evaluate, sample
-from onestill.distillation import distill
+from onestill.config import make_config, read_yaml
+from onestill.distillation import CONFIG_FILE, check_device, distill
 from onestill.evaluation.report import Report
 
 SETTINGS: dict[str, Any] = {
@@ -46,12 +48,14 @@ def run_demo(
     Raises:
         ValueError: If `output_dir` holds something else, or an earlier demo and not `overwrite`.
     """
-    _make_room(output_dir, overwrite)
     settings = SETTINGS if max_train_steps is None else {**SETTINGS, "max_train_steps": max_train_steps}
     settings = {
         **settings,
         "lr_warmup_steps": min(settings["lr_warmup_steps"], settings["max_train_steps"] - 1),
     }
+    make_config({"teacher": "digits", "output_dir": output_dir, "seed": seed, "device": device, **settings})
+    check_device(device)
+    _make_room(output_dir, overwrite)
     say(f"distilling the embedded digits teacher: {settings['max_train_steps']} steps, no image is read")
     distill("digits", output_dir, seed=seed, device=device, **settings)
     report = evaluate(
@@ -80,8 +84,10 @@ def draw(run: Path, device: str) -> Path:
 
 
 def _make_room(output_dir: Path, overwrite: bool) -> None:
-    if not overwrite or not (output_dir / "config.yaml").is_file():
+    """Remove an earlier demo; anything else that stands there is left for `distill` to refuse."""
+    config = output_dir / CONFIG_FILE
+    if not config.is_file() or read_yaml(config).get("teacher") != "digits":
         return
-    import shutil
-
+    if not overwrite:
+        raise ValueError(f"--output_dir {output_dir} holds a run; name another folder, or give --overwrite")
     shutil.rmtree(output_dir)

@@ -131,7 +131,9 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     check_times(config, base)
     fitted = fit_teacher(base, config)
     labels = check_labels(config.class_labels, base.spec)
-    student = Student(base, guidance_range=config.guidance_range, network=network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # the new layers start from random numbers too
+        student = Student(base, guidance_range=config.guidance_range, network=network)
     if config.gradient_checkpointing and not hasattr(student.network, "enable_gradient_checkpointing"):
         raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
     fingerprint = base.fingerprint()
@@ -163,7 +165,7 @@ def run(
         trainer.accelerator.init_trackers(config.tracker_project_name)
     checkpoint = None
     if prepared.resume is not None:
-        checkpoint = prepared.resume[0]
+        checkpoint = trainer.last_checkpoint = prepared.resume[0]
         trainer.restore(prepared.resume[1])
     first, started = trainer.progress.step, time.monotonic()
     with _stopping(trainer) as signals, _bar(trainer, show_progress) as bar:
@@ -180,13 +182,17 @@ def run(
     if config.report_to:
         trainer.accelerator.end_training()
     if trainer.progress.step < config.max_train_steps:
-        return RunResult(config.output_dir, trainer.progress.step, checkpoint=checkpoint, stopped_by=signals[0])
+        # The signal may have reached another process of this run only.
+        stopped_by = signals[0] if signals else int(signal.SIGTERM)
+        return RunResult(config.output_dir, trainer.progress.step, checkpoint=checkpoint, stopped_by=stopped_by)
     return _finish(trainer, prepared, checkpoint, trainer.progress.step - first, seconds)
 
 
 def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
     config, folder = prepared.config, prepared.config.output_dir / PIPELINE_FOLDER
     error = None
+    # Takes accelerate's mixed precision off the student: what is exported is compared in full precision.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.accelerator.is_main_process:
         with trainer.averaged():
             error = export_student(
@@ -291,9 +297,16 @@ def check_output_dir(folder: Path, *, resuming: bool) -> None:
             raise ValueError(
                 f"--output_dir {folder} holds another run; name a new folder, or go on with it: --resume_from_checkpoint latest"
             )
-    parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    check_writable(folder, "output_dir")
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raise ValueError if `path`, or the folder it would be made in, cannot be written to."""
+    parent = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    if parent == path.absolute() and not path.is_dir():
+        parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
-        raise ValueError(f"--output_dir {folder} cannot be written: {parent} is not writable")
+        raise ValueError(f"--{flag} {path} cannot be written: {parent} is not writable")
 
 
 def make_output_dir(folder: Path) -> None:
@@ -326,6 +339,8 @@ def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Ch
         folder, checkpoint, warnings = read_latest(config.output_dir)
     else:
         folder, warnings = Path(source), []
+        if not folder.is_dir() and (config.output_dir / folder).is_dir():
+            folder = config.output_dir / folder
         if not folder.is_dir():
             raise ValueError(
                 f"--resume_from_checkpoint {source}: no such folder; give 'latest' or a checkpoint-N folder"
@@ -337,12 +352,18 @@ def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Ch
             f"--resume_from_checkpoint {source}: {folder} was trained on a teacher with other weights "
             f"({values['config']['teacher']}) than --teacher {config.teacher}"
         )
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if values["num_processes"] != num_processes:
+        raise ValueError(
+            f"--resume_from_checkpoint {source}: {folder} was trained by {values['num_processes']} processes, not "
+            f"{num_processes}; each has its own random state, so start as many"
+        )
     if changes := changed_settings(values["config"], config):
         raise ValueError(
             f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}"
         )
     newer = (
-        [p.name for p in list_checkpoints(config.output_dir) if step_of(p) > step_of(folder)]
+        [p.name for p in list_checkpoints(config.output_dir) if step_of(p) > values["progress"]["step"]]
         if source != "latest"
         else []
     )

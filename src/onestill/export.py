@@ -91,7 +91,7 @@ def export_student(
         error = _check_pipeline(student, partial, t, guidance_scale)
     else:
         _write_module(student, partial, t, guidance_scale)
-        error = 0.0
+        error = _check_module(student, partial, t, guidance_scale)
     if not error <= SELF_CHECK_TOLERANCE:
         shutil.rmtree(partial)
         raise RuntimeError(
@@ -115,6 +115,7 @@ def _write_unet2d(student: Student, folder: Path, t: float, guidance_scale: floa
 
     network: Any = student.bake(t, guidance_scale).cpu()
     _drop_null_class(network, student.spec.null_class)
+    _drop_variance(network)
     scheduler = _fold_head(network, start_head(student), student.spec.prediction_type)
     ConsistencyModelPipeline(unet=network, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
 
@@ -126,6 +127,17 @@ def _drop_null_class(network: Any, null_class: int | None) -> None:
     kept = network.class_embedding.weight.detach()[:null_class].clone()
     network.class_embedding = nn.Embedding(len(kept), kept.shape[1], _weight=kept)
     network.register_to_config(num_class_embeds=null_class)
+
+
+def _drop_variance(network: Any) -> None:
+    """Remove the output channels of a learned variance: one step draws no noise."""
+    channels = network.config.in_channels
+    if network.config.out_channels == channels:
+        return
+    last = network.conv_out
+    network.conv_out = nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)
+    network.conv_out.load_state_dict({"weight": last.weight[:channels].clone(), "bias": last.bias[:channels].clone()})
+    network.register_to_config(out_channels=channels)
 
 
 def _fold_head(network: Any, at_start: StartHead, prediction_type: str) -> Any:
@@ -153,19 +165,39 @@ def _scale_output(network: Any, factor: float) -> None:
     network.conv_out.bias.mul_(factor)
 
 
-@torch.no_grad()
 def _check_pipeline(student: Student, folder: Path, t: float, guidance_scale: float | None, num: int = 4) -> float:
     """Return the largest difference of images in [-1, 1] between the folder, loaded afresh, and the student."""
-    spec = student.spec
-    labels = [spec.labels[i % len(spec.labels)] for i in range(num)] if spec.num_classes else None
-    cond: Cond = {} if labels is None else {"class_labels": torch.tensor(labels)}
-    if student.guidance_range is not None:
-        w = sum(student.guidance_range) / 2 if guidance_scale is None else guidance_scale
-        cond["guidance_scale"] = torch.full((num,), w)
-    device = next(student.parameters()).device
-    expected = student_generator(student, t=t, device=device)(noise(range(num), spec.sample_shape), cond).cpu()
+    _, cond, expected = _expected(student, t, guidance_scale, num)
+    labels = cond["class_labels"].tolist() if "class_labels" in cond else None
     images = call_pipeline(load_pipeline(folder, "cpu"), range(num), labels)
     return float((images - expected.clamp(-1, 1)).abs().max())
+
+
+def _check_module(student: Student, folder: Path, t: float, guidance_scale: float | None, num: int = 4) -> float:
+    """Return the largest difference of samples between the written module, loaded afresh, and the student."""
+    eps, cond, expected = _expected(student, t, guidance_scale, num)
+    fresh = student.bake(t, guidance_scale).cpu()
+    for parameter in fresh.parameters():
+        parameter.data.zero_()
+    return float((load_module(folder, fresh)(eps, cond) - expected).abs().max())
+
+
+def _expected(student: Student, t: float, guidance_scale: float | None, num: int) -> tuple[Tensor, Cond, Tensor]:
+    """Return (noise, conditions, the student's samples) of a self-check."""
+    spec, eps = student.spec, noise(range(num), student.spec.sample_shape)
+    cond: Cond = {}
+    if spec.num_classes:
+        cond["class_labels"] = torch.tensor([spec.labels[i % len(spec.labels)] for i in range(num)])
+    asked = dict(cond)
+    if student.guidance_range is not None:
+        asked["guidance_scale"] = torch.full((num,), _baked_scale(student, guidance_scale))
+    device = next(student.parameters()).device
+    return eps, cond, student_generator(student, t=t, device=device)(eps, asked).cpu()
+
+
+def _baked_scale(student: Student, guidance_scale: float | None) -> float:
+    low, high = student.guidance_range or (1.0, 1.0)
+    return (low + high) / 2 if guidance_scale is None else guidance_scale
 
 
 def load_pipeline(folder: Path, device: torch.device | str) -> Any:

@@ -14,6 +14,7 @@ from onestill.trajectory import Denoiser, Step, Trajectory
 
 TIME_SAMPLINGS = ("uniform", "s_first", "progressive")
 WEIGHTS = ("inverse_rho", "velocity", "none")
+SIGMA_FLOOR = 0.05
 
 
 def draw_times(
@@ -21,7 +22,7 @@ def draw_times(
 ) -> tuple[Tensor, Tensor]:
     """Return (t, s), the times of a bootstrap step from t to s = t - delta.
 
-    uniform: t ~ U[t_min + delta, t_max], the paper's. s_first: s ~ U[t_min, t_max] and t = min(s + delta, t_max),
+    uniform: t ~ U[t_min + delta, t_max], as reported of BOOT. s_first: s ~ U[t_min, t_max] and t = min(s + delta, t_max),
     which gives the last delta before t_max a target too. progressive: as s_first, from a window whose cleaner
     end moves from t_max to t_min with `progress`.
 
@@ -63,11 +64,11 @@ def bootstrap_target(
 
 
 def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Tensor:
-    """Return the weight of each row's squared residual, [B] float64; 1 on boundary rows.
+    """Return the weight of each row's squared residual, [B] float64.
 
-    inverse_rho: 1 / rho^2, the paper's 1 / d^2, which turns the residual into units of f. velocity: 1 / (rho
-    max(sigma_s, 0.05))^2 capped at 1 / rho_min^2-scale units of the velocity, which adds weight at the clean end
-    where detail forms. none: 1.
+    inverse_rho: 1 / rho^2 (known as BOOT's 1 / d^2), which turns the residual into units of f. velocity:
+    1 / (rho max(sigma_s, 0.05))^2, units of the ODE's velocity, which adds weight at the clean end, where detail
+    forms. none: 1. On boundary rows rho is 1.
 
     Raises:
         ValueError: If the name is not one of `WEIGHTS`.
@@ -80,7 +81,7 @@ def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Te
             return rho**-2
         case "velocity":
             sigma = trajectory.process.alpha_sigma(s)[1]
-            return (rho * sigma.clamp(min=0.05, max=1.0)) ** -2
+            return (rho * sigma.clamp(min=SIGMA_FLOOR, max=1.0)) ** -2
     raise ValueError(f"unknown weight {weight!r}; known: {', '.join(WEIGHTS)}")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -64,6 +66,12 @@ def save_rows(rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: 
             sheet.paste(picture, (margin + j * (side + _GAP), y))
     sheet.save(path)
     return path
+
+
+def read_pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return a written picture as [H, W, 3] bytes, which is what trackers take."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def save_grid(images: Tensor, path: Path, *, size: int | None = None) -> Path:

@@ -71,7 +71,7 @@ class DiscreteVP(Process):
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         squares = alphas_cumprod.detach().to(device="cpu", dtype=torch.float64)
-        falling = squares.ndim == 1 and len(squares) > 0 and bool((squares[1:] < squares[:-1]).all())
+        falling = squares.ndim == 1 and len(squares) > 1 and bool((squares[1:] < squares[:-1]).all())
         if not falling or not bool(((squares >= 0) & (squares < 1)).all()):
             raise ValueError("alphas_cumprod must be a one-dimensional falling sequence in [0, 1)")
         self.num_train_timesteps = len(squares)
@@ -294,7 +294,8 @@ def choose_t_max(process: Process, prediction_type: str) -> tuple[float, str]:
     divides by alpha, so it starts at the noisiest time with alpha >= 0.05.
 
     Raises:
-        ValueError: If an epsilon network meets zero terminal SNR: its output at t = 1 carries no image.
+        ValueError: If an epsilon network was trained on a discrete schedule with zero terminal SNR: its output
+            at the last step carries no image. Continuous processes start earlier instead.
     """
     alpha_end, _ = process.level(1.0)
     if prediction_type != "epsilon":

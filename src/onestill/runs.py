@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def open_student(
     if student.guidance_range is not None:
         w = sum(student.guidance_range) / 2 if guidance_scale is None else guidance_scale
         generate = _with_guidance(generate, w)
-    return Source(f"the student in {path}", generate, spec.sample_shape, tuple(spec.labels), config=config)
+    labels = config.class_labels or tuple(spec.labels)
+    return Source(f"the student in {path}", generate, spec.sample_shape, labels, config=config)
 
 
 def open_teacher(
@@ -164,11 +166,18 @@ def read_run_config(run: Path) -> DistillConfig:
 
 def restore_student(path: Path, config: DistillConfig, device: torch.device) -> Student:
     """Return the student of a run (its newest whole checkpoint) or of one checkpoint-N folder, averaged weights."""
-    checkpoint: Checkpoint = read_latest(path)[1] if is_run(path) else read_checkpoint(path)
+    checkpoint = _newest(path) if is_run(path) else read_checkpoint(path)
     base, _ = run_teacher(config, device)
     student = Student(base, guidance_range=config.guidance_range).to(device)
     load_student(student, checkpoint.tensors.get("ema", checkpoint.tensors["student"]))
     return student
+
+
+def _newest(run: Path) -> Checkpoint:
+    _, checkpoint, messages = read_latest(run)
+    for message in messages:
+        warnings.warn(message, stacklevel=4)
+    return checkpoint
 
 
 def _open_pipeline(folder: Path, device: torch.device, config: DistillConfig | None) -> Source:
@@ -179,7 +188,8 @@ def _open_pipeline(folder: Path, device: torch.device, config: DistillConfig | N
         raise ValueError(f"--student {folder} does not load: {str(error).splitlines()[0]}") from error
     size = network.sample_size
     shape = (network.in_channels, *((size, size) if isinstance(size, int) else size))
-    labels = tuple(range(network.num_class_embeds or 0))
+    null_class, chosen = (None, ()) if config is None else (config.null_class, config.class_labels)
+    labels = chosen or tuple(i for i in range(network.num_class_embeds or 0) if i != null_class)
     return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, config=config)
 
 

@@ -2,7 +2,7 @@
 
 Its own time input stays at the start level, the level its noise really has, and a new embedding of the target
 time (and of the guidance scale, where that is drawn) enters beside it. The new part's last layer is zero, so
-before training y(x_a, t) = f(x_a, t_max) for every t, exactly, eq. (12).
+before training y(x_a, t) = f(x_a, t_max) for every t, exactly, eq. (12); f without guidance and thresholding.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ def time_embeddings(network: nn.Module) -> list[str]:
     return [
         name
         for name, module in network.named_modules()
-        if isinstance(module, TimestepEmbedding) and name.rsplit(".", 1)[-1] in ("time_embedding", "timestep_embedder")
+        # An activation behind the last layer would undo the baking; such a network takes the fallback.
+        if isinstance(module, TimestepEmbedding)
+        and module.post_act is None
+        and name.rsplit(".", 1)[-1] in ("time_embedding", "timestep_embedder")
     ]
 
 

@@ -115,6 +115,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.accelerator.process_index)
         self.progress = Progress()
         self.stop_requested = False
+        self.last_checkpoint: Path | None = None
         self._bins = torch.zeros(2, config.num_time_bins, dtype=torch.float64)
         self._teacher_images: Tensor | None = None
 
@@ -130,12 +131,11 @@ class Trainer:
             NonFiniteLossError: After `max_nonfinite_steps` non-finite losses in a row; names the last checkpoint.
         """
         config, progress = self.config, self.progress
-        last: Path | None = None
         started = time.perf_counter()
-        while progress.step < config.max_train_steps and not self.stop_requested:
+        while progress.step < config.max_train_steps and not self._stops():
             loss, grad_norm, rate = self.update()
             progress.step += 1
-            self._count_nonfinite(loss, grad_norm, last)
+            self._count_nonfinite(loss, grad_norm)
             now = time.perf_counter()
             seconds, started = now - started, now
             images = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -146,7 +146,7 @@ class Trainer:
             if ends or progress.step % config.logging_steps == 0 or log.picture:
                 self._write_log(log)
             if ends or progress.step % config.checkpointing_steps == 0:
-                log.checkpoint = last = self.save()
+                log.checkpoint = self.save()
             if log.picture or log.checkpoint:
                 started = time.perf_counter()
             yield log
@@ -214,7 +214,14 @@ class Trainer:
         sums, counts = objective.residual_by_time(residuals, rho, s, self.config.num_time_bins, self.teacher.spec.t_max)
         self._bins += torch.stack([sums, counts])
 
-    def _count_nonfinite(self, loss: float, grad_norm: float, last: Path | None) -> None:
+    def _stops(self) -> bool:
+        """Return whether a stop was asked of any process: all stop after the same step, or they wait for each other."""
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor([float(self.stop_requested)], device=self.device)
+            self.stop_requested = bool(self.accelerator.reduce(asked, "sum").item())
+        return self.stop_requested
+
+    def _count_nonfinite(self, loss: float, grad_norm: float) -> None:
         progress, limit = self.progress, self.config.max_nonfinite_steps
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None):
             progress.nonfinite_in_row = 0
@@ -222,7 +229,8 @@ class Trainer:
         progress.nonfinite_in_row += 1
         progress.nonfinite_total += 1
         if progress.nonfinite_in_row >= limit:
-            good = f"the last good checkpoint is {last}" if last else "no checkpoint was written in this session"
+            last = self.last_checkpoint
+            good = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
             raise NonFiniteLossError(
                 f"the loss was not finite {limit} times in a row, up to step {progress.step}; {good}. "
                 "Lower --learning_rate, or use --mixed_precision bf16 or no"
@@ -247,7 +255,11 @@ class Trainer:
             return None, rms
         rows = {f"teacher, {config.num_teacher_steps} steps": self._teacher_images, "student, 1 step": images}
         path = config.output_dir / "samples" / f"step-{self.progress.step:06d}.png"
-        return pictures.save_rows(rows, path, title=f"step {self.progress.step}"), rms
+        pictures.save_rows(rows, path, title=f"step {self.progress.step}")
+        for tracker in self.accelerator.trackers if self.config.report_to else ():
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({"samples": pictures.read_pixels(path)[None]}, step=self.progress.step)
+        return path, rms
 
     def averaged(self) -> Any:
         """Return a context in which the student has its averaged weights."""
@@ -298,6 +310,7 @@ class Trainer:
             write_checkpoint(self.config.output_dir, self.progress.step, Checkpoint(tensors, values))
             rotate(self.config.output_dir, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
+        self.last_checkpoint = folder
         return folder
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -307,14 +320,28 @@ class Trainer:
         restore_optimizer(self.optimizer, tensors["optimizer"], values["learning_rates"])
         self.progress = Progress(**values["progress"])
         self.generator.set_state(tensors["random"][str(self.accelerator.process_index)])
+        # By name: a safetensors file lists its tensors in an order of its own.
+        names = [name for name, p in self.student.named_parameters() if p.requires_grad]
         for group, average in {"ema": self.ema, "target_ema": self.target_ema}.items():
             if average is not None:
-                average.shadow_params = [value.to(self.device) for value in tensors[group].values()]
+                average.shadow_params = [tensors[group][name].to(self.device) for name in names]
                 average.optimization_step = values["averages"][group]
         if self.accelerator.scaler is not None and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.lr_scheduler.last_epoch = self.progress.step
         self.lr_scheduler._step_count = self.progress.step + 1
+        self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Drop the lines that an interrupted run wrote after the checkpoint: those steps come again."""
+        path = self.config.output_dir / "logs" / "metrics.jsonl"
+        if not self.accelerator.is_main_process or not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.progress.step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
 
 
 def load_student(student: Student, tensors: dict[str, Tensor]) -> None:

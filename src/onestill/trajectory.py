@@ -42,7 +42,7 @@ class Trajectory:
         """Return the start state x_a = sqrt(alpha_a^2 + sigma_a^2) eps, eq. (4).
 
         This is what samplers start from: data of unit variance has that scale at level a. It is eps itself for
-        variance-preserving and flow processes.
+        variance-preserving processes, and for flow at t_max = 1.
         """
         alpha, sigma = self.process.level(self.t_max)
         return eps * (alpha**2 + sigma**2) ** 0.5
@@ -70,10 +70,13 @@ class Trajectory:
         return torch.where(t >= self.t_max, torch.ones_like(rho), rho)
 
     def middle(self, t: Tensor, s: Tensor) -> Tensor:
-        """Return the time half-way between s and t in log-SNR; half-way in t where either end is infinite."""
+        """Return the time half-way between s and t in log-SNR; half-way in t where either end is infinite.
+
+        Never below the process's `t_min`, where the network has not been trained.
+        """
         halfway = (self.process.log_snr(t) + self.process.log_snr(s)) / 2
         middle = self.process.time_at_log_snr(torch.where(halfway.isfinite(), halfway, torch.zeros_like(halfway)))
-        return torch.where(halfway.isfinite(), middle, (t + s) / 2)
+        return torch.where(halfway.isfinite(), middle, (t + s) / 2).clamp(min=self.process.t_min)
 
     def _mix(self, s: Tensor) -> tuple[Tensor, Tensor]:
         alpha_a, sigma_a = self.process.level(self.t_max)

@@ -20,6 +20,9 @@ from onestill.trajectory import Denoiser, Trajectory
 class Threshold:
     """What a pixel teacher's sampler does to the predicted x_0, eq. (15); never applied to the signal.
 
+    The noise of the next state is then made of the thresholded x_0 too, as in DDPM's posterior and in diffusers'
+    DDIM with `use_clipped_model_output=True`.
+
     Attributes:
         mode: "none", "static" (clip to +-limit) or "dynamic" (Saharia et al., 2205.11487: divide by the
             per-image quantile of |x_0|, kept in [1, limit], after clipping to it).
