@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onestill import pictures
-from onestill.distillation import distill, resolve_device
+from onestill.distillation import check_device, distill, resolve_device
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract
@@ -129,8 +129,8 @@ def label_accuracy(extractor: ClassifierFeatures, images: Tensor, labels: Tensor
 # The student
 
 
-def distil(args: argparse.Namespace) -> Path | None:
-    """Distil the teacher, or go on; return the run's folder, or None if a signal stopped it."""
+def distil(args: argparse.Namespace) -> Path:
+    """Distil the teacher, or go on; return the run's folder. A signal that stops it ends the script."""
     run, started, steps = args.output_dir / "student", time.monotonic(), args.max_train_steps
     result = distill(
         args.teacher,
@@ -150,9 +150,9 @@ def distil(args: argparse.Namespace) -> Path | None:
         **SETTINGS,
     )
     minutes = (time.monotonic() - started) / 60
-    if result.pipeline is None:
+    if result.stopped_by is not None:
         print(f"student: stopped at step {result.step:,} of {steps:,}; the same command goes on")
-        return None
+        raise SystemExit(128 + result.stopped_by)
     error = "" if result.export_error is None else f", export differs by {result.export_error:.1e}"
     print(f"student: step {result.step:,}, {minutes:.1f} minutes this time{error} -> {run}", flush=True)
     return run
@@ -179,7 +179,9 @@ def in_precision(generate: Generate, device: torch.device, mixed_precision: str)
     return lowered
 
 
-def measure_speeds(sources: dict[str, Source], generate: dict[str, Generate], num: int) -> dict[str, float]:
+def measure_speeds(
+    sources: dict[str, Source], generate: dict[str, Generate], num: int, rounds: int
+) -> dict[str, float]:
     """Return images per second of each row in batches of `num`, all rows timed in turns."""
 
     def call(name: str) -> Callable[[], object]:
@@ -187,7 +189,7 @@ def measure_speeds(sources: dict[str, Source], generate: dict[str, Generate], nu
         eps, cond = noise(range(num), source.sample_shape), source.conditions(num)
         return lambda: generate[name](eps, cond)
 
-    seconds = speed.compare({name: call(name) for name in sources}, repeats=5)
+    seconds = speed.compare({name: call(name) for name in sources}, repeats=rounds)
     return {name: num / value for name, value in seconds.items()}
 
 
@@ -271,7 +273,7 @@ def evaluate(args: argparse.Namespace, run: Path, extractor: ClassifierFeatures,
         started = time.monotonic()
         samples[name] = draw(args, source, generate[name], args.seed)
         print(f"{name}: {args.num_samples:,} images, {time.monotonic() - started:.0f} s", flush=True)
-    speeds = measure_speeds(sources, generate, 1), measure_speeds(sources, generate, args.batch_size)
+    one, large = (measure_speeds(sources, generate, num, args.speed_rounds) for num in (1, args.batch_size))
     references = {"evaluation": ("the CIFAR-10 test images", test)}
     if args.teacher_reference:
         name = next(iter(sources))
@@ -279,7 +281,7 @@ def evaluate(args: argparse.Namespace, run: Path, extractor: ClassifierFeatures,
         words = f"the teacher's own {name} samples, seeds {REFERENCE_SEED}.."
         references["evaluation-teacher"] = (words, images)
     for folder, reference in references.items():
-        report = make_report(args, sources, samples, speeds, reference, extractor, device)
+        report = make_report(args, sources, samples, (one, large), reference, extractor, device)
         report.save(args.output_dir / folder, overwrite=True)
         print_report(report, Console(width=100))
     rows = {name: images[: 2 * NUM_CLASSES] for name, images in samples.items()}
@@ -299,6 +301,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=1.5)
     parser.add_argument("--num_samples", type=int, default=10_000)
     parser.add_argument("--batch_size", type=int, default=500, help="images per call of a sampler")
+    parser.add_argument("--speed_rounds", type=int, default=5, help="each sampler is timed so often")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
@@ -315,6 +318,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the feature network, distil, and write the table."""
     args = parse(argv)
+    check_device(args.device)
     device = resolve_device(args.device)
     # An export is compared with its student to 1e-4, on two devices; convolutions in TF32 differ by more.
     torch.backends.cudnn.allow_tf32 = False
@@ -325,9 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_features(args, path, train, test)
     extractor = ClassifierFeatures(ConvFeatures.load(path, device=device))
     print(f"features: {extractor.name}", flush=True)
-    run = distil(args)
-    if run is not None:
-        evaluate(args, run, extractor, to_floats(test.pixels))
+    evaluate(args, distil(args), extractor, to_floats(test.pixels))
 
 
 if __name__ == "__main__":

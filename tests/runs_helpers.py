@@ -51,7 +51,7 @@ def session_folder() -> Path:
     return folder
 
 
-def tiny_network(*, channels: int = 1, num_classes: int | None = None, seed: int = 0) -> UNet2DModel:
+def tiny_network(*, channels: int = 1, num_classes: int | None = None, seed: int = 0, **config: Any) -> UNet2DModel:
     """Return a `UNet2DModel` of 8x8 images with random weights; one pass takes a few milliseconds."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -66,6 +66,7 @@ def tiny_network(*, channels: int = 1, num_classes: int | None = None, seed: int
             attention_head_dim=8,
             norm_num_groups=4,
             num_class_embeds=num_classes,
+            **config,
         )
 
 
@@ -80,26 +81,34 @@ def write_teacher(folder: Path, network: UNet2DModel, scheduler: Any = None) -> 
     return folder
 
 
-@functools.cache
 def teacher_folder(kind: str = "plain") -> Path:
-    """Return a teacher's folder: "plain", "other" (other weights), "class" (null class last), "null_first", "epsilon"."""
+    """Return a teacher's folder: "plain", "other" (other weights), "class" (4 labels, one may be null), "epsilon"."""
+    return _teacher_folder(kind)
+
+
+@functools.cache
+def _teacher_folder(kind: str) -> Path:
     folder = session_folder() / f"teacher-{kind}"
     match kind:
         case "plain":
             return write_teacher(folder, tiny_network())
         case "other":
             return write_teacher(folder, tiny_network(seed=1))
-        case "class" | "null_first":
+        case "class":
             return write_teacher(folder, tiny_network(num_classes=NUM_CLASSES + 1, seed=2))
         case "epsilon":
             return write_teacher(folder, tiny_network(seed=3), DDIMScheduler())
     raise AssertionError(kind)
 
 
-@functools.cache
 def finished_run(kind: str = "plain") -> Path:
     """Return a finished run's folder: "plain", "class" (w = 2), "drawn" (w in 1..3), "null_first"."""
-    teacher = {"plain": "plain", "null_first": "null_first"}.get(kind, "class")
+    return _finished_run(kind)
+
+
+@functools.cache
+def _finished_run(kind: str) -> Path:
+    teacher = "plain" if kind == "plain" else "class"
     settings = {
         "plain": {},
         "class": {"null_class": NULL_CLASS, "guidance_scale": 2.0},
@@ -167,7 +176,11 @@ def same_state(one: Path, two: Path) -> bool:
     return (
         set(a.tensors) == set(b.tensors)
         and all(set(a.tensors[group]) == set(b.tensors[group]) for group in a.tensors)
-        and all(torch.equal(value, b.tensors[group][name]) for group in a.tensors for name, value in a.tensors[group].items())
+        and all(
+            torch.equal(value, b.tensors[group][name])
+            for group in a.tensors
+            for name, value in a.tensors[group].items()
+        )
         and all(a.values[key] == b.values[key] for key in ("progress", "averages", "learning_rates", "scaler"))
     )
 

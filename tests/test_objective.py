@@ -202,12 +202,12 @@ def test_inverse_rho_is_the_papers_weight() -> None:
 
 
 @pytest.mark.parametrize("t_max", [1.0, 0.7])
-@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-def test_weight_of_boundary_rows_is_one(process: Process, weight: str, t_max: float) -> None:
-    at_start = as_times(t_max, 2)
-    found = row_weights(weight, Trajectory(process, t_max), at_start, at_start)
-    torch.testing.assert_close(found, torch.ones(2, dtype=torch.float64), rtol=1e-12, atol=0)
+def test_rho_is_one_in_the_weight_of_boundary_rows(process: Process, t_max: float) -> None:
+    trajectory, at_start = Trajectory(process, t_max), as_times(t_max, 2)
+    found = {weight: float(row_weights(weight, trajectory, at_start, at_start)[0]) for weight in WEIGHTS}
+    velocity = min(max(process.level(t_max)[1], 0.05), 1.0) ** -2
+    assert found == pytest.approx({"inverse_rho": 1.0, "velocity": velocity, "none": 1.0}, rel=1e-12)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

@@ -136,7 +136,7 @@ def test_large_samples_are_not_shrunk(tmp_path: Path) -> None:
     assert contains(sheet, np.asarray(to_pil(noise)[0])) == 1
 
 
-@pytest.mark.parametrize("shape", [(2,), (1,), (5,), (2, 8, 8)])
+@pytest.mark.parametrize("shape", [(2,), (1,), (2, 8, 8)])
 def test_points_are_scattered(tmp_path: Path, shape: tuple[int, ...]) -> None:
     rows = {"teacher": torch.randn(50, *shape), "student": torch.randn(50, *shape)}
     sheet = read_pixels(save_rows(rows, tmp_path / "points.png", title="step 10"))
@@ -197,9 +197,9 @@ def test_new_outputs_may_be_written(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / name).exists(), "checking writes nothing"
 
 
-@pytest.mark.parametrize("name", ["there.png", "there.safetensors", "file", "full"])
+@pytest.mark.parametrize("name", ["there.png", "there.safetensors", "full"])
 def test_what_is_there_is_not_overwritten(tmp_path: Path, name: str) -> None:
-    for file in ("there.png", "there.safetensors", "file"):
+    for file in ("there.png", "there.safetensors"):
         (tmp_path / file).touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "000000.png").touch()
@@ -207,8 +207,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=rf"--output .*{name} exists; .*--overwrite"):
         check_output(tmp_path / name, overwrite=False)
     check_output(tmp_path / "empty", overwrite=False)
-    if name != "file":
-        check_output(tmp_path / name, overwrite=True)
+    check_output(tmp_path / name, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["images.jpg", "images.pt", "images.npz"])
@@ -226,5 +225,6 @@ def test_folder_with_the_name_of_a_picture_is_refused(tmp_path: Path) -> None:
 def test_file_in_the_way_of_a_folder_is_never_overwritten(tmp_path: Path) -> None:
     # --overwrite on a file without a suffix would have to remove the file to make the folder.
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="--output"):
-        check_output(tmp_path / "file", overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"--output .*file exists"):
+            check_output(tmp_path / "file", overwrite=overwrite)

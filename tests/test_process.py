@@ -324,6 +324,7 @@ def test_epsilon_with_zero_terminal_snr_is_refused() -> None:
         torch.tensor([0.9, float("nan")]),
         torch.tensor([[0.9, 0.5]]),
         torch.tensor([]),
+        torch.tensor([0.5]),  # one level is no process
     ],
 )
 def test_impossible_schedules_are_refused(values: Tensor) -> None:

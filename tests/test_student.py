@@ -206,6 +206,18 @@ def test_way_in_is_the_networks_own_where_there_is_one(plain_network: MakeNetwor
     assert isinstance(Student(timed).injection, TimeEmbeddingInjection)
 
 
+def test_time_embedding_with_an_activation_behind_it_takes_the_fallback(timed_network: MakeNetwork) -> None:
+    # A constant bias before the activation would not be a constant added after it.
+    network: Any = timed_network()
+    network.time_embedding = TimestepEmbedding(16, 6, post_act_fn="silu")
+    teacher = module_teacher(network, CosineVP(), "sample", (1, 8, 8))
+    student = perturb(Student(teacher))
+    assert isinstance(student.injection, BiasInjection)
+    x_a = starts(teacher)
+    found = raw_output(student.bake(0.3), student, x_a, 1.0, {})
+    torch.testing.assert_close(found, student(x_a, 0.3, {}), rtol=1e-5, atol=1e-5)
+
+
 def test_fallback_reaches_every_layer(plain_network: MakeNetwork) -> None:
     injection = Student(module_teacher(plain_network(), CosineVP(), "sample", (1, 8, 8))).injection
     assert isinstance(injection, BiasInjection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -387,7 +388,7 @@ REFUSED_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "empty network in the index": (
         lambda f: edit_json(f / "model_index.json", unet=[None, None]),
-        "need a UNet2DModel",
+        "unet",
     ),
     "half a scheduler in the index": (
         lambda f: edit_json(f / "model_index.json", scheduler=["diffusers"]),
@@ -476,7 +477,7 @@ REFUSED_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_unusable_folders_are_refused(uncond_teacher_folder: Path, problem: str) -> None:
     spoil, message = REFUSED_FOLDERS[problem]
     spoil(uncond_teacher_folder)
-    with pytest.raises(ValueError, match=f"(?s){message}"):
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL | re.IGNORECASE)):
         load_teacher(uncond_teacher_folder)
 
 

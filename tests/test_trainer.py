@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ GUIDANCE = {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale
 def make_trainer(tmp_path: Path, kind: str = "plain", **settings: Any) -> tuple[Trainer, Prepared]:
     values = {**FAST, "teacher": str(teacher_folder(kind)), "output_dir": tmp_path / "run", **settings}
     prepared = prepare(make_config(values))
-    trainer = Trainer(
-        prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprint
-    )
+    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprint)
     return trainer, prepared
 
 
@@ -144,17 +143,25 @@ def test_the_teacher_is_never_touched(tmp_path: Path) -> None:
     assert mine and not mine & {p.data_ptr() for p in network.parameters()}
 
 
-def test_loss_falls_and_the_student_nears_the_teacher(tmp_path: Path) -> None:
-    trainer, _ = make_trainer(
-        tmp_path, max_train_steps=120, train_batch_size=16, learning_rate=3e-3, delta=0.25, solver="ddim",
-        ema_decay=0, num_teacher_steps=4, lr_scheduler="cosine", checkpointing_steps=1000, num_validation_images=16,
-    )  # fmt: skip
-    _, before = trainer.validate()
+TOY = {
+    "max_train_steps": 60, "train_batch_size": 8, "learning_rate": 1e-2, "lr_scheduler": "cosine", "delta": 0.25,
+    "solver": "ddim", "ema_decay": 0, "num_teacher_steps": 4, "num_validation_images": 16, "checkpointing_steps": 1000,
+}  # fmt: skip
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, bootstrap_weight="none", **TOY)
     losses = [log.loss for log in trainer.steps()]
-    _, after = trainer.validate()
-    # Measured: 0.65 to 0.25 of the first loss and of the first distance; random networks leave room for no more.
-    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
-    assert after < 0.9 * before
+    # 0.35 to 0.51 on six seeds.
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_the_student_nears_the_teacher(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, bootstrap_weight="velocity", **TOY)
+    _, before = trainer.validate()
+    list(trainer.steps())
+    # 0.55 to 0.58 on three seeds.
+    assert trainer.validate()[1] < 0.75 * before
 
 
 def test_the_schedule_of_the_learning_rate_ends_where_it_says(tmp_path: Path) -> None:
@@ -309,7 +316,7 @@ def test_corrupt_newest_checkpoint_falls_back_and_says_so(tmp_path: Path, capsys
     assert same_state(straight.checkpoint, tmp_path / "run" / "checkpoint-4")
 
 
-LONG = {**FAST, "max_train_steps": 60, "train_batch_size": 2, "checkpointing_steps": 3, "ema_target_decay": 0.9}
+LONG = {**FAST, "max_train_steps": 45, "train_batch_size": 2, "checkpointing_steps": 3, "ema_target_decay": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -325,14 +332,14 @@ def go_on(run: Path) -> Path:
         "distill", "--teacher", teacher_folder(), "--output_dir", run, "--resume_from_checkpoint", "latest", *as_flags(LONG)
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    return run / "checkpoint-60"
+    return run / "checkpoint-45"
 
 
 def test_killed_and_resumed_is_uninterrupted_bit_by_bit(tmp_path: Path, uninterrupted: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     process = start_cli(log, "distill", "--teacher", teacher_folder(), "--output_dir", run, *as_flags(LONG))
     # At a moment that no one chose: within the steps after one of the first checkpoints, often inside of a write.
-    wait_for(run / f"checkpoint-{random.SystemRandom().randrange(3, 30, 3)}", process, log)
+    wait_for(run / f"checkpoint-{random.SystemRandom().randrange(3, 27, 3)}", process, log)
     time.sleep(random.SystemRandom().uniform(0, 0.05))
     process.kill()
     process.join(60)
@@ -356,7 +363,7 @@ def test_signals_save_and_exit_cleanly(tmp_path: Path, uninterrupted: Path, numb
     assert process.exitcode == code, said
     assert "Traceback" not in said and "Error" not in said
     (folder,) = list_checkpoints(run)
-    assert 0 < step_of(folder) < 60
+    assert 0 < step_of(folder) < 45
     assert f"stopped at step {step_of(folder)}; state saved in" in said and "--resume_from_checkpoint latest" in said
     assert not (run / "pipeline").exists()
     assert same_state(go_on(run), uninterrupted)
@@ -397,7 +404,7 @@ def test_a_nonfinite_loss_is_skipped_and_counted(tmp_path: Path, monkeypatch: py
         state.append(trainer.target_ema.optimization_step)
         assert log.nonfinite_steps == [0, 1, 2, 2, 2, 3, 3, 3][log.step - 1]
     # Step 1 is at learning rate 0, the first of the warm-up.
-    unchanged = [equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    unchanged = [equal(a, b) for a, b in pairwise(weights)]
     assert unchanged == [True, True, True, False, False, True, False, False]
     assert averages == state == [1, 1, 1, 2, 3, 3, 4, 5]
     assert all(value.isfinite().all() for value in weights[-1].values())
@@ -415,7 +422,7 @@ def test_one_bad_pass_of_several_spoils_the_step_and_not_the_next(
     trainer, _ = make_trainer(tmp_path, gradient_accumulation_steps=2, lr_scheduler="constant")
     weights = [parameters(trainer)]
     weights += [parameters(trainer) for _ in trainer.steps()]
-    assert [equal(a, b) for a, b in zip(weights, weights[1:], strict=False)] == [False, True, False, False]
+    assert [equal(a, b) for a, b in pairwise(weights)] == [False, True, False, False]
 
 
 def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(
@@ -501,6 +508,7 @@ def test_tensorboard_is_written_on_request(tmp_path: Path) -> None:
     events = EventAccumulator(str(path.parent))
     events.Reload()
     assert {"loss", "learning_rate", "validation_rms"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["samples"]
     assert [event.step for event in events.Scalars("loss")] == [2, 4]
     assert any(name.startswith("residual/") for name in events.Tags()["scalars"])
     # The others are written all the same.

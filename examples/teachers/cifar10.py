@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-import onestill
 from onestill.checkpoint import (
     Checkpoint,
     flatten_optimizer,
@@ -45,8 +45,10 @@ from onestill.checkpoint import (
     rotate,
     write_checkpoint,
 )
-from onestill.distillation import resolve_device
+from onestill.distillation import check_device, resolve_device
 from onestill.pictures import save_grid
+from onestill.runs import open_teacher
+from onestill.sampler import generate_images
 
 NULL_CLASS = NUM_CLASSES
 CACHE = "images.safetensors"
@@ -59,12 +61,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         "attention_head_dim": 64,
     },
-    # 42 thousand, to try the script on a CPU.
+    # 49 thousand, to try the script on a CPU.
     "toy": {
-        "block_out_channels": (8, 16),
+        "block_out_channels": (8, 8, 16),
         "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "UpBlock2D"),
         "attention_head_dim": 8,
         "norm_num_groups": 4,
     },
@@ -224,10 +226,14 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
 @contextmanager
 def catching_signals() -> Iterator[list[int]]:
-    """Turn SIGINT and SIGTERM into entries of the list that is yielded."""
+    """Yield a list that the first SIGINT or SIGTERM is added to; a second one acts as ever."""
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    old = {number: signal.signal(number, lambda n, _frame: received.append(n)) for number in numbers}
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, old[number])
+
+    old = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -270,16 +276,12 @@ def train_piece(training: Training, deadline: float, stopped: list[int]) -> None
 def draw_samples(args: argparse.Namespace, step: int, device: torch.device) -> Path:
     """Draw images with the written pipeline, loaded afresh, in 50 DDIM steps; return the picture."""
     started = time.monotonic()
+    folder, w, seeds = args.output_dir, args.guidance_scale, range(args.num_sample_images)
+    # Loaded outside the lower precision, which its self-check would not pass.
+    source = open_teacher(folder, device=device, num_steps=50, guidance_scale=w, null_class=NULL_CLASS)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-        images = onestill.sample(
-            teacher=args.output_dir,
-            num_images=args.num_sample_images,
-            num_inference_steps=50,
-            guidance_scale=args.guidance_scale,
-            null_class=NULL_CLASS,
-            batch_size=500,
-            device=str(device),
-        )
+        cond = source.conditions(len(seeds))
+        images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=500)
     path = save_grid(images, args.output_dir / "samples" / f"step-{step:06d}.png", size=2 * SIZE)
     print(f"{len(images)} samples, {time.monotonic() - started:.0f} s -> {path}")
     return path
@@ -313,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train one piece."""
     started = time.monotonic()
     args = parse(argv)
+    check_device(args.device)
     resuming = bool(list_checkpoints(args.output_dir))
     if resuming and args.resume_from_checkpoint is None:
         raise ValueError(

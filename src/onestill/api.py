@@ -166,10 +166,11 @@ def evaluate(
         raise ValueError(
             f"--teacher makes samples of shape {base.spec.sample_shape}, --student of {one_step.sample_shape}"
         )
-    if not set(one_step.labels) <= set(base.spec.labels):
+    if bool(one_step.labels) != bool(base.spec.labels) or not set(one_step.labels) <= set(base.spec.labels):
         raise ValueError(
             f"--student has {len(one_step.labels)} classes and --teacher {base.spec.num_classes or 0}: not the same teacher"
         )
+    one_step.conditions(1, tuple(class_labels))
     name = base.spec.source
     extractor = features
     if isinstance(extractor, str):

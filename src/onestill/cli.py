@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional, get_args, get_origin
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from onestill import __version__
@@ -49,7 +50,7 @@ def main() -> None:
         app()
     except ValueError as error:
         for line in str(error).splitlines():
-            err.print(f"[red]error:[/red] {_escape(line)}", highlight=False, soft_wrap=True)
+            err.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -100,7 +101,7 @@ def _parameter(name: str, info: Any) -> signatures.Parameter:
     shown = "" if required or info.default in (None, ()) else f" [default: {_short(info.default)}]"
     option = typer.Option(
         *names,
-        help=f"{info.description}{' [required]' if required else ''}{shown}",
+        help=escape(f"{info.description}{' [required]' if required else ''}{shown}"),
         rich_help_panel=(info.json_schema_extra or {}).get("panel"),
         show_default=False,
     )
@@ -123,12 +124,6 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 @app.command()
 @_from_config
 def distill(
@@ -144,18 +139,18 @@ def distill(
     prepared = room.prepare(make_config(settings, config))
     spec, made = prepared.base.spec, prepared.config
     for message in prepared.messages:
-        err.print(_escape(message), highlight=False, soft_wrap=True)
+        err.print(escape(message), highlight=False, soft_wrap=True)
     classes = f", {spec.num_classes} classes" if spec.num_classes else ""
     shape = "x".join(map(str, spec.sample_shape))
     err.print(
-        f"teacher {_escape(made.teacher)}: {spec.family}, {spec.prediction_type}, {shape}{classes}, "
+        f"teacher {escape(made.teacher)}: {spec.family}, {spec.prediction_type}, {shape}{classes}, "
         f"start level t = {spec.t_max:.4g} ({spec.t_max_reason})",
         highlight=False,
         soft_wrap=True,
     )
     if dry_run:
         err.print(
-            f"dry run: everything fits, nothing was written to {_escape(str(made.output_dir))}",
+            f"dry run: everything fits, nothing was written to {escape(str(made.output_dir))}",
             highlight=False,
             soft_wrap=True,
         )
@@ -164,7 +159,7 @@ def distill(
     try:
         result = room.run(prepared)
     except NonFiniteLossError as error:
-        err.print(f"[red]stopped:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[red]stopped:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except ValueError as error:
         raise RuntimeError("distillation failed") from error
@@ -178,16 +173,16 @@ def distill(
         raise typer.Exit(128 + result.stopped_by)
     if result.export_error is None:  # another process of this run has exported, and says so
         return
-    folder = _escape(str(result.pipeline))
+    folder = escape(str(result.pipeline))
     out.print(
         f"[bold]{folder}[/bold]: loads with plain diffusers, one network evaluation per image",
         highlight=False,
         soft_wrap=True,
     )
     out.print(f"  self-check against the student: {result.export_error:.1e}", highlight=False)
-    out.print(f"  pictures: {_escape(str(made.output_dir / 'samples'))}", highlight=False, soft_wrap=True)
+    out.print(f"  pictures: {escape(str(made.output_dir / 'samples'))}", highlight=False, soft_wrap=True)
     out.print(
-        f"  next: onestill evaluate --student {_escape(str(made.output_dir))}",
+        f"  next: onestill evaluate --student {escape(str(made.output_dir))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -242,7 +237,7 @@ def inspect(
         "estimate": f"{found.estimated_memory_gb:.2f} GB and {found.estimated_seconds_per_step:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}",
     }
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", _escape(value))
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
     out.print(table)
 
 
@@ -265,7 +260,7 @@ def sample(
         float, typer.Option("--target_time", help="The student's target time; 0 is the finished image.")
     ] = 0.0,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--num_inference_steps", help="Steps of a teacher [default: 50].")
+        int | None, typer.Option("--num_inference_steps", help="Steps of a teacher \\[default: 50].")
     ] = None,
     solver: Annotated[str, typer.Option("--solver", help="Step of a teacher: ddim, heun or midpoint.")] = "ddim",
     null_class: Annotated[int | None, typer.Option("--null_class", help="A teacher's label for 'no class'.")] = None,
@@ -303,7 +298,7 @@ def sample(
     )
     written = pictures.save_samples(images, output, seed)
     out.print(
-        f"{num_images} images, seeds {seed}..{seed + num_images - 1} -> {_escape(str(written))}",
+        f"{num_images} images, seeds {seed}..{seed + num_images - 1} -> {escape(str(written))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -338,7 +333,7 @@ def evaluate(
     batch_size: BatchOption = 64,
     speed: Annotated[bool, typer.Option("--speed/--no_speed", help="Time the rows.")] = True,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder of the report [default: RUN/evaluation].")
+        Path | None, typer.Option("--output", help="Folder of the report \\[default: RUN/evaluation].")
     ] = None,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
@@ -369,13 +364,13 @@ def evaluate(
         overwrite=overwrite,
         device=device,
         local_files_only=local_files_only,
-        say=lambda line: err.print(_escape(line), highlight=False, soft_wrap=True),
+        say=lambda line: err.print(escape(line), highlight=False, soft_wrap=True),
     )
     if as_json:
         print(report.model_dump_json())
         return
     print_report(report, out)
-    out.print(f"report and picture: {_escape(str(folder))}", highlight=False, soft_wrap=True)
+    out.print(f"report and picture: {escape(str(folder))}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -386,7 +381,7 @@ def export(
         float | None, typer.Option("--guidance_scale", help="w to bake in, for students that take it.")
     ] = None,
     target_time: Annotated[
-        float | None, typer.Option("--target_time", help="Target time to bake in [default: the run's t_min].")
+        float | None, typer.Option("--target_time", help="Target time to bake in \\[default: the run's t_min].")
     ] = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
@@ -404,7 +399,7 @@ def export(
         overwrite=overwrite,
     )
     out.print(
-        f"[bold]{_escape(str(output))}[/bold]: self-check against the student {error:.1e}",
+        f"[bold]{escape(str(output))}[/bold]: self-check against the student {error:.1e}",
         highlight=False,
         soft_wrap=True,
     )
@@ -431,12 +426,12 @@ def demo(
         device=device,
         max_train_steps=max_train_steps,
         overwrite=overwrite,
-        say=lambda line: err.print(_escape(line), highlight=False, soft_wrap=True),
+        say=lambda line: err.print(escape(line), highlight=False, soft_wrap=True),
     )
     print_report(report, out)
-    out.print(f"picture:  {_escape(str(picture))}", highlight=False, soft_wrap=True)
+    out.print(f"picture:  {escape(str(picture))}", highlight=False, soft_wrap=True)
     out.print(
-        f"pipeline: {_escape(str(output_dir / 'pipeline'))}  (loads with plain diffusers)",
+        f"pipeline: {escape(str(output_dir / 'pipeline'))}  (loads with plain diffusers)",
         highlight=False,
         soft_wrap=True,
     )

@@ -10,17 +10,17 @@ from typing import Any
 from onestill import pictures
 from onestill.api import evaluate, sample
 from onestill.config import make_config, read_yaml
-from onestill.distillation import CONFIG_FILE, check_device, distill
+from onestill.distillation import CONFIG_FILE, check_device, check_output_dir, distill
 from onestill.evaluation.report import Report
 
 SETTINGS: dict[str, Any] = {
-    "max_train_steps": 900,
+    "max_train_steps": 640,
     "train_batch_size": 128,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 50,
-    "checkpointing_steps": 300,
-    "validation_steps": 300,
+    "checkpointing_steps": 320,
+    "validation_steps": 160,
 }
 NUM_SAMPLES = 1800
 TEACHER_STEPS = (50, 10, 4, 1)
@@ -56,6 +56,7 @@ def run_demo(
     make_config({"teacher": "digits", "output_dir": output_dir, "seed": seed, "device": device, **settings})
     check_device(device)
     _make_room(output_dir, overwrite)
+    check_output_dir(output_dir, resuming=False)
     say(f"distilling the embedded digits teacher: {settings['max_train_steps']} steps, no image is read")
     distill("digits", output_dir, seed=seed, device=device, **settings)
     report = evaluate(

@@ -100,7 +100,7 @@ def open_student(
     student = restore_student(path, config, device)
     check_student_request(student, config, target_time, guidance_scale)
     spec = student.spec
-    generate = student_generator(student, t=max(target_time, config.t_min), device=device)
+    generate = _clipped(student_generator(student, t=max(target_time, config.t_min), device=device))
     if student.guidance_range is not None:
         w = sum(student.guidance_range) / 2 if guidance_scale is None else guidance_scale
         generate = _with_guidance(generate, w)
@@ -206,6 +206,11 @@ def _one_step(pipeline: Any) -> Generate:
         return images
 
     return generate
+
+
+def _clipped(generate: Generate) -> Generate:
+    """Return the same images as an exported pipeline's scheduler leaves them, within [-1, 1]."""
+    return lambda eps, cond: generate(eps, cond).clamp(-1, 1)
 
 
 def _with_guidance(generate: Generate, guidance_scale: float) -> Generate:

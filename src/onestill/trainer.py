@@ -258,7 +258,9 @@ class Trainer:
         pictures.save_rows(rows, path, title=f"step {self.progress.step}")
         for tracker in self.accelerator.trackers if self.config.report_to else ():
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"samples": pictures.read_pixels(path)[None]}, step=self.progress.step)
+                # Of accelerate's trackers only this one expects the channels first unless told.
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pictures.read_pixels(path)[None]}, step=self.progress.step, **layout)
         return path, rms
 
     def averaged(self) -> Any:

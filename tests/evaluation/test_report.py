@@ -112,9 +112,7 @@ def test_markdown_table() -> None:
     lines = text.splitlines()
     titles = "sampler,steps,NFE,FD↓,KD↓ ×10³,prec↑,rec↑,label↑,img/s ×1,img/s ×256,speedup"
     assert lines[0] == "| " + titles.replace(",", " | ") + " |"
-    assert lines[2] == (
-        "| teacher DDIM | 250 | 500 | 7.60 | 19.2 | 0.790 | 0.480 | 0.990 | 0.210 | 1,234 | 1.00× |"
-    )
+    assert lines[2] == ("| teacher DDIM | 250 | 500 | 7.60 | 19.2 | 0.790 | 0.480 | 0.990 | 0.210 | 1,234 | 1.00× |")
     assert lines[3].startswith("| **student** | **1** | **1** | **225** | **-0.100** |")
     assert len({line.count("|") for line in lines[:4]}) == 1
 

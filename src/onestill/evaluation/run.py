@@ -119,7 +119,7 @@ def compare_sources(
     warning = metrics.sample_warning(len(real), settings.num_samples, real.shape[1])
     protocol = EvaluationProtocol(
         teacher=teacher,
-        student=next((s.name.removeprefix("the student in ") for _, s, is_student in sources if is_student), None),
+        student=next((_short_name(s.name) for _, s, is_student in sources if is_student), None),
         extractor=extractor.name,
         feature_dim=real.shape[1],
         num_images=settings.num_samples,
@@ -186,6 +186,11 @@ def _speeds(sources: Sequence[tuple[str, Candidate, bool]], settings: Settings) 
         {name: call(source, settings.batch_size) for name, source, _ in sources}, repeats=SPEED_ROUNDS
     )
     return {name: (one[name], large[name]) for name in one}
+
+
+def _short_name(name: str) -> str:
+    """Return the last two parts of a student's path: the whole one says where it lay, which is nobody's business."""
+    return "/".join(Path(name.removeprefix("the student in ")).parts[-2:])
 
 
 def _subset_size(num_real: int, num_fake: int) -> int:

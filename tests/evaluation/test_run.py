@@ -1,0 +1,259 @@
+"""One evaluation: sources, references and features put together, on sources whose numbers are known."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs_helpers import NULL_CLASS, teacher_folder
+from torch import Tensor, nn
+
+from onestill.evaluation import run
+from onestill.evaluation.features import ClassifierFeatures
+from onestill.evaluation.run import (
+    REFERENCE_SEED,
+    Reference,
+    Settings,
+    choose_features,
+    compare_sources,
+    default_features,
+    embedded_reference,
+    folder_reference,
+    teacher_features,
+    teacher_reference,
+)
+from onestill.process import CosineVP
+from onestill.sampler import noise
+from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.teachers.module import module_teacher
+from onestill.tensors import Cond
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A source whose images are a function of their noise and their labels."""
+
+    name: str
+    make: Callable[[Tensor], Tensor]
+    num_classes: int = 0
+    sample_shape: tuple[int, ...] = (1, 4, 4)
+    num_steps: int = 7
+    calls: int = 14
+    asked: list[int] = field(default_factory=list)
+
+    def generate(self, eps: Tensor, cond: Cond) -> Tensor:
+        self.asked.append(len(eps))
+        images = self.make(eps)
+        return images + cond["class_labels"].reshape(-1, 1, 1, 1) if "class_labels" in cond else images
+
+    def conditions(self, num: int, chosen: tuple[int, ...] = ()) -> Cond:
+        labels = chosen or tuple(range(self.num_classes))
+        return {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(num)])} if labels else {}
+
+
+class Pixels:
+    """The images themselves as features."""
+
+    name = "pixels"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def small(eps: Tensor) -> Tensor:
+    return eps * 0.2
+
+
+def far(eps: Tensor) -> Tensor:
+    return eps * 0.2 + 0.5
+
+
+SETTINGS = Settings(num_samples=40, batch_size=16, measure_speed=False)
+
+
+def reference(num: int = 60) -> Reference:
+    return Reference(small(noise(range(1000, 1000 + num), (1, 4, 4))), "small noise")
+
+
+def test_the_nearer_source_has_the_better_numbers() -> None:
+    sources = [("near", Fake("near", small), False), ("far", Fake("the student in x", far), True)]
+    report, shown = compare_sources(sources, reference(), Pixels(), SETTINGS, teacher="t")
+    near, away = report.rows
+    assert near.frechet_distance < away.frechet_distance  # type: ignore[operator]
+    # The means are 0.5 apart in each of 16 features, so the distance holds at least 16 / 4.
+    assert away.frechet_distance == pytest.approx(4, rel=0.25)
+    assert near.kernel_distance < away.kernel_distance  # type: ignore[operator]
+    assert near.recall > 0.5 > away.recall == 0  # type: ignore[operator]
+    assert (near.num_steps, near.network_evaluations, near.is_student, away.is_student) == (7, 14, False, True)
+    assert near.images_per_second is None and near.speedup is None and near.label_accuracy is None
+    assert set(shown) == {"near", "far"} and shown["near"].shape == (40, 1, 4, 4)
+
+
+def test_the_protocol_says_everything() -> None:
+    settings = Settings(num_samples=40, batch_size=16, seed=5, measure_speed=False, guidance_scale=3, neighbours=4)
+    sources = [("DDIM", Fake("DDIM", small), False), ("student", Fake("the student in run/x", far), True)]
+    said: list[str] = []
+    report, _ = compare_sources(sources, reference(), Pixels(), settings, teacher="t", say=said.append)
+    protocol = report.protocol
+    assert (protocol.teacher, protocol.student, protocol.extractor) == ("t", "run/x", "pixels")
+    assert (protocol.feature_dim, protocol.num_images, protocol.num_reference_images) == (16, 40, 60)
+    assert (protocol.seeds, protocol.guidance_scale, protocol.neighbours) == ("5..44", 3, 4)
+    assert protocol.kernel_subset_size == 40 and protocol.reference == "small noise"
+    assert {"torch", "diffusers", "onestill"} <= set(protocol.versions)
+    assert report.warnings
+    assert [line.split(":")[0] for line in said] == ["features of 60 reference images", "DDIM", "student"]
+
+
+def test_rows_share_seeds_and_are_made_in_batches() -> None:
+    one, two = Fake("one", small), Fake("two", small)
+    report, shown = compare_sources([("a", one, False), ("b", two, True)], reference(), Pixels(), SETTINGS, teacher="t")
+    assert torch.equal(shown["a"], shown["b"])
+    assert torch.equal(shown["a"], small(noise(range(40), (1, 4, 4))).clamp(-1, 1))
+    assert report.rows[0].frechet_distance == report.rows[1].frechet_distance
+    assert one.asked == [16, 16, 8]
+
+
+def test_images_are_clipped_before_they_are_looked_at() -> None:
+    source = Fake("loud", lambda eps: eps * 10)
+    _, shown = compare_sources([("a", source, True)], reference(), Pixels(), SETTINGS, teacher="t")
+    assert shown["a"].abs().max() == 1
+
+
+def test_speeds_are_relative_to_the_first_row() -> None:
+    def slow(eps: Tensor) -> Tensor:
+        for _ in range(300):
+            eps = eps * 1.0
+        return eps * 0.2
+
+    settings = Settings(num_samples=10, batch_size=8)
+    sources = [("slow", Fake("slow", slow), False), ("fast", Fake("fast", small), True)]
+    report, _ = compare_sources(sources, reference(), Pixels(), settings, teacher="t")
+    first, second = report.rows
+    assert first.speedup == 1 and second.speedup is not None and second.speedup > 3
+    for row in report.rows:
+        assert row.images_per_second is not None and row.images_per_second_large is not None
+    assert second.images_per_second_large / first.images_per_second_large == pytest.approx(second.speedup)  # type: ignore[operator]
+    assert report.protocol.large_batch_size == 8 and report.protocol.speedup_over == "slow"
+    assert "threads" in report.protocol.device
+
+
+def test_label_accuracy_needs_a_classifier_and_labels() -> None:
+    class ByMean(nn.Module):
+        """Sees the label in the mean: the fakes add it."""
+
+        name = "by mean"
+
+        def features(self, images: Tensor) -> Tensor:
+            return images.flatten(1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.stack([-images.mean((1, 2, 3)), images.mean((1, 2, 3)) - 1e-3], 1)
+
+    classifier = ClassifierFeatures(ByMean())  # type: ignore[arg-type]
+    sources = [
+        ("right", Fake("right", lambda eps: eps * 0.01 - 0.5, num_classes=2), False),
+        ("blind", Fake("blind", lambda eps: eps * 0 + 0.9, num_classes=2), False),
+        ("none", Fake("none", small), True),
+    ]
+    report, _ = compare_sources(sources, reference(), classifier, SETTINGS, teacher="t")
+    assert [row.label_accuracy for row in report.rows] == [1, 0.5, None]
+
+
+# References
+
+
+def test_reference_of_the_teacher_has_seeds_of_its_own() -> None:
+    source = Fake("teacher", lambda eps: eps * 2)
+    found = teacher_reference(source, 5, SETTINGS)
+    assert torch.equal(found.images, (noise(range(REFERENCE_SEED, REFERENCE_SEED + 5), (1, 4, 4)) * 2).clamp(-1, 1))
+    assert "7-step" in found.name and str(REFERENCE_SEED) in found.name
+
+
+def save(folder: Path, name: str, pixels: Tensor, mode: str = "L") -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.numpy()).convert(mode).save(path)
+
+
+def test_reference_of_a_folder_is_its_pixels_sorted_by_path(tmp_path: Path) -> None:
+    first, second = torch.arange(16, dtype=torch.uint8).reshape(4, 4) * 17, torch.zeros(4, 4, dtype=torch.uint8)
+    save(tmp_path / "real", "b.png", first)
+    save(tmp_path / "real", "a/deep.png", second)
+    (tmp_path / "real" / "notes.txt").write_text("not an image")
+    found = folder_reference(tmp_path / "real", (1, 4, 4))
+    assert found.name == "the images in real/" and found.images.shape == (2, 1, 4, 4)
+    assert torch.equal(found.images[0], torch.full((1, 4, 4), -1.0))
+    assert torch.allclose(found.images[1, 0], first.float() / 127.5 - 1)
+
+
+def test_reference_of_a_folder_has_the_channels_of_the_teacher(tmp_path: Path) -> None:
+    colours = torch.randint(256, (4, 6, 3), dtype=torch.uint8)
+    for name in ("a.png", "b.bmp"):
+        save(tmp_path, name, colours, "RGB")
+    found = folder_reference(tmp_path, (3, 4, 6)).images
+    assert torch.allclose(found[0].permute(1, 2, 0), colours.float() / 127.5 - 1)
+    assert folder_reference(tmp_path, (1, 4, 6)).images.shape == (2, 1, 4, 6)
+
+
+def test_reference_of_a_folder_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        folder_reference(tmp_path / "none", (1, 4, 4))
+    save(tmp_path, "one.png", torch.zeros(4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="holds 1 images; at least 2"):
+        folder_reference(tmp_path, (1, 4, 4))
+    save(tmp_path, "two.png", torch.zeros(4, 5, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"two\.png is 5x4, the teacher makes 4x4; resize it first"):
+        folder_reference(tmp_path, (1, 4, 4))
+
+
+def test_embedded_reference_is_the_real_digits() -> None:
+    assert EMBEDDED
+    for name in EMBEDDED:
+        found = embedded_reference(name)
+        assert found.images.ndim == 4 and len(found.images) > 1000
+        assert found.images.min() >= -1 and found.images.max() <= 1 and found.images.std() > 0.3
+        assert f"{len(found.images):,} real {name}" in found.name
+
+
+# Features
+
+
+def test_default_features() -> None:
+    assert default_features("digits") == "digits" and default_features("some/teacher") == "teacher"
+
+
+def test_embedded_features_are_a_classifier_that_knows_the_digits() -> None:
+    teacher = load_teacher("digits")
+    found = choose_features("digits", teacher, local_files_only=True, device=CPU)
+    assert isinstance(found, ClassifierFeatures)
+    assert found(embedded_reference("digits").images[:3]).ndim == 2
+
+
+@pytest.mark.parametrize(("kind", "null"), [("plain", None), ("class", None), ("class", NULL_CLASS)])
+def test_features_of_the_teacher_are_fixed_and_see_the_image(kind: str, null: int | None) -> None:
+    teacher = load_teacher(teacher_folder(kind), null_class=null)
+    extractor = choose_features("teacher", teacher, local_files_only=True, device=CPU)
+    assert "mid_block" in extractor.name and "log-SNR 2" in extractor.name
+    images = torch.randn(4, 1, 8, 8).clamp(-1, 1)
+    features = extractor(images)
+    assert features.shape == (4, 16) and torch.equal(features, extractor(images))
+    # One noise for all images, so an image's features do not depend on its place.
+    assert torch.allclose(extractor(images.flip(0)), features.flip(0), atol=1e-5)
+    assert (extractor(-images) - features).abs().max() > 1e-3
+
+
+def test_features_of_a_teacher_without_a_middle_are_refused() -> None:
+    function = module_teacher(lambda x, net_time: x, CosineVP(), "sample", (1, 8, 8))
+    with pytest.raises(ValueError, match="plain callable without middle features"):
+        teacher_features(function, CPU)
+    module = module_teacher(nn.Identity(), CosineVP(), "sample", (1, 8, 8))
+    with pytest.raises(ValueError, match="Identity has no mid_block"):
+        teacher_features(module, CPU)
+
+
+def test_the_room_never_reaches_for_a_run() -> None:
+    assert "Source" not in vars(run)
