@@ -21,7 +21,7 @@ BASE: dict[str, Any] = {
     "solver": "ddim", "delta": 1 / 25, "time_sampling": "s_first", "bootstrap_weight": "inverse_rho",
     "boundary_weight": 1.0, "ema_target_decay": 0.0,
 }  # fmt: skip
-BASE_TOY: dict[str, Any] = {"max_train_steps": 1000, "train_batch_size": 256}
+BASE_TOY: dict[str, Any] = {"max_train_steps": 800, "train_batch_size": 256}
 BASE_DIGITS: dict[str, Any] = {"train_batch_size": 128, "learning_rate": 1e-3, "lr_scheduler": "cosine"}
 # One change from BASE each; Heun and the midpoint call the teacher twice, so equal calls along a trajectory are a
 # double step, and equal calls in training are half the steps. The last rows are combinations on the way to the defaults.
@@ -32,8 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "progressive time": {"time_sampling": "progressive"},
     "Heun, delta 2/25": {"solver": "heun", "delta": 2 / 25},
     "midpoint, delta 2/25": {"solver": "midpoint", "delta": 2 / 25},
-    "Heun, half the steps": {"solver": "heun", "max_train_steps": 500},
-    "midpoint, half the steps": {"solver": "midpoint", "max_train_steps": 500},
+    "Heun, half the steps": {"solver": "heun", "max_train_steps": 400},
+    "midpoint, half the steps": {"solver": "midpoint", "max_train_steps": 400},
     "weight 1": {"bootstrap_weight": "none"},
     "weight velocity": {"bootstrap_weight": "velocity"},
     "delta 1/10": {"delta": 1 / 10},

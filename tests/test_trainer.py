@@ -369,6 +369,15 @@ def test_signals_save_and_exit_cleanly(tmp_path: Path, uninterrupted: Path, numb
     assert same_state(go_on(run), uninterrupted)
 
 
+def test_all_processes_stop_after_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that reached another process only stops this one too, or both would wait for each other."""
+    trainer, _ = make_trainer(tmp_path)
+    others = iter([0.0, 0.0, 1.0])
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda _: 2))
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda asked, _: asked + next(others))
+    assert [log.step for log in trainer.steps()] == [1, 2] and trainer.stop_requested
+
+
 def test_handlers_of_signals_are_put_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     distil(tmp_path / "run", max_train_steps=2)

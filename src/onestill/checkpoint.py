@@ -122,10 +122,14 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], learning_rates: list[float]
 ) -> None:
     """Put a flattened state back; hyper-parameters stay the optimiser's own but for the learning rate."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        parameter = parameters[int(index)]
+        # The fused optimiser walks moments and weights in memory order: they must have the same strides.
+        fits = value.shape == parameter.shape and parameter.ndim > 0
+        state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(value) if fits else value
     groups = optimizer.state_dict()["param_groups"]
     for group, rate in zip(groups, learning_rates, strict=True):
         group["lr"] = rate

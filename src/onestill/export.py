@@ -169,7 +169,8 @@ def _check_pipeline(student: Student, folder: Path, t: float, guidance_scale: fl
     """Return the largest difference of images in [-1, 1] between the folder, loaded afresh, and the student."""
     _, cond, expected = _expected(student, t, guidance_scale, num)
     labels = cond["class_labels"].tolist() if "class_labels" in cond else None
-    images = call_pipeline(load_pipeline(folder, "cpu"), range(num), labels)
+    # On the student's own device: two devices differ by more than an export may (TF32 convolutions, for one).
+    images = call_pipeline(load_pipeline(folder, next(student.parameters()).device), range(num), labels)
     return float((images - expected.clamp(-1, 1)).abs().max())
 
 

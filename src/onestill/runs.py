@@ -195,22 +195,18 @@ def _open_pipeline(folder: Path, device: torch.device, config: DistillConfig | N
 
 def _one_step(pipeline: Any) -> Generate:
     """Return an exported pipeline's one step, its own network and scheduler, on noise that is given."""
+    scheduler, network = pipeline.scheduler, pipeline.unet
+    scheduler.set_timesteps(1)
+    t = scheduler.timesteps[0]
 
     @torch.no_grad()
     def generate(eps: Tensor, cond: Cond) -> Tensor:
-        scheduler, network = pipeline.scheduler, pipeline.unet
-        scheduler.set_timesteps(1)
-        t, x = scheduler.timesteps[0], eps.to(network.device) * scheduler.init_noise_sigma
+        x = eps.to(network.device) * scheduler.init_noise_sigma
         labels = cond["class_labels"].to(network.device) if "class_labels" in cond else None
         images: Tensor = scheduler.step(network(x, t, class_labels=labels).sample, t, x).prev_sample
         return images
 
     return generate
-
-
-def _clipped(generate: Generate) -> Generate:
-    """Return the same images as an exported pipeline's scheduler leaves them, within [-1, 1]."""
-    return lambda eps, cond: generate(eps, cond).clamp(-1, 1)
 
 
 def _with_guidance(generate: Generate, guidance_scale: float) -> Generate:

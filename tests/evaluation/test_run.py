@@ -104,8 +104,17 @@ def test_the_protocol_says_everything() -> None:
     assert (protocol.seeds, protocol.guidance_scale, protocol.neighbours) == ("5..44", 3, 4)
     assert protocol.kernel_subset_size == 40 and protocol.reference == "small noise"
     assert {"torch", "diffusers", "onestill"} <= set(protocol.versions)
-    assert report.warnings
     assert [line.split(":")[0] for line in said] == ["features of 60 reference images", "DDIM", "student"]
+
+
+def test_too_few_images_are_warned_of() -> None:
+    def warnings(num: int) -> tuple[str, ...]:
+        settings = Settings(num_samples=num, measure_speed=False)
+        return compare_sources([("a", Fake("a", small), True)], reference(), Pixels(), settings, teacher="t")[
+            0
+        ].warnings
+
+    assert warnings(40) == () and "12" in warnings(12)[0]
 
 
 def test_rows_share_seeds_and_are_made_in_batches() -> None:
