@@ -209,6 +209,11 @@ def _one_step(pipeline: Any) -> Generate:
     return generate
 
 
+def _clipped(generate: Generate) -> Generate:
+    """Return the same images as an exported pipeline's scheduler leaves them, within [-1, 1]."""
+    return lambda eps, cond: generate(eps, cond).clamp(-1, 1)
+
+
 def _with_guidance(generate: Generate, guidance_scale: float) -> Generate:
     return lambda eps, cond: generate(eps, {**cond, "guidance_scale": torch.full((len(eps),), guidance_scale)})
 

@@ -154,7 +154,7 @@ def _row(
     precision, recall = metrics.precision_recall(real, fake, k=settings.neighbours)
     accuracy = None
     if isinstance(extractor, ClassifierFeatures) and "class_labels" in cond:
-        logits = torch.cat([extractor.logits(batch) for batch in images.split(settings.batch_size)])
+        logits = torch.cat([extractor.logits(batch) for batch in torch.split(images, settings.batch_size)])
         accuracy = metrics.label_accuracy(logits, cond["class_labels"])
     one, large = seconds.get(name, (None, None))
     base = next(iter(seconds.values()), (None, None))[1]
