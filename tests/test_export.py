@@ -82,6 +82,18 @@ def test_stock_pipeline_is_the_student(unet_case: Any, tmp_path: Path, labels_fo
     compare(student, tmp_path / "out", labels_for(teacher, NUM))
 
 
+@pytest.mark.parametrize("name", ["ddpm-epsilon", "ddim-v", "edm-euler"])
+def test_level_of_the_written_schedule_is_exact(cases: dict[str, Any], name: str, tmp_path: Path) -> None:
+    # alpha^2 = 4e-5 as one float32 "1 - beta" would be off by a part in a thousand.
+    teacher = cases[name].build()
+    export_student(trained(teacher), tmp_path / "out")
+    alpha, sigma = teacher.spec.process.level(teacher.spec.t_max)
+    if name == "edm-euler":  # c_skip times the scale of the start
+        alpha = 0.25 / (sigma**2 + 0.25) * (sigma**2 + 1) ** 0.5
+    written = DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    assert float(written.alphas_cumprod[-1]) == pytest.approx(alpha**2, rel=2e-6)
+
+
 @pytest.mark.parametrize("asked", [None, 3.3])
 @pytest.mark.parametrize("name", ["class-null-last", "class-null-first"])
 def test_drawn_guidance_is_baked(
