@@ -109,15 +109,15 @@ def finished_run(kind: str = "plain") -> Path:
 @functools.cache
 def _finished_run(kind: str) -> Path:
     teacher = "plain" if kind == "plain" else "class"
-    settings = {
+    own: dict[str, dict[str, Any]] = {
         "plain": {},
         "class": {"null_class": NULL_CLASS, "guidance_scale": 2.0},
         "drawn": {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale_max": 3.0},
         "null_first": {"null_class": 0},
-    }[kind]
+    }
     folder = session_folder() / f"run-{kind}"
     # A high rate: a student that is still its teacher's copy would agree with too much.
-    settings = {**FAST, "learning_rate": 3e-3, "checkpointing_steps": 2, **settings}
+    settings = {**FAST, "learning_rate": 3e-3, "checkpointing_steps": 2, **own[kind]}
     onestill.distill(teacher_folder(teacher), folder, show_progress=False, **settings)
     return folder
 

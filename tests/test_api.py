@@ -122,7 +122,7 @@ def test_evaluate_against_the_teacher_with_its_own_features(tmp_path: Path) -> N
     assert report.rows[0].speedup == 1
 
     protocol = report.protocol
-    assert protocol.teacher == str(teacher_folder()) and protocol.student == str(run / "pipeline")
+    assert protocol.teacher == str(teacher_folder()) and protocol.student == "run/pipeline"
     assert protocol.num_images == protocol.num_reference_images == 12 and protocol.seeds == "0..11"
     assert "the teacher's own 2-step samples" in protocol.reference and "mid_block" in protocol.extractor
     assert report.warnings and "12" in report.warnings[0]  # far too few images for a number that means something

@@ -70,7 +70,7 @@ def test_untrained_student_is_the_teacher_at_the_start_level(
     expected = teacher.denoised(x_a, teacher.spec.t_max, cond)
     given = {**cond, "guidance_scale": torch.tensor([1.0, 2.0, 3.0, 4.0])} if guided else cond
     rows = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64) * teacher.spec.t_max
-    for t in (0.0, 0.37, teacher.spec.t_max, rows):
+    for t in (0.0, teacher.spec.t_max, rows):
         found = student(x_a, t, given)
         # Bit for bit the copied network's own: what the new part adds is 0.
         assert torch.equal(found, teacher.denoised_by(student.network, x_a, teacher.spec.t_max, cond))

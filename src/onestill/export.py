@@ -103,7 +103,11 @@ def export_student(
         old = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
-        os.replace(partial, folder)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            os.replace(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(partial, folder)
@@ -116,6 +120,8 @@ def _write_unet2d(student: Student, folder: Path, t: float, guidance_scale: floa
     network: Any = student.bake(t, guidance_scale).cpu()
     _drop_null_class(network, student.spec.null_class)
     _drop_variance(network)
+    # The stock pipeline wants one number; a square may be written as a pair.
+    network.register_to_config(sample_size=student.spec.sample_shape[-1])
     scheduler = _fold_head(network, start_head(student), student.spec.prediction_type)
     ConsistencyModelPipeline(unet=network, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
 
@@ -225,7 +231,7 @@ def call_pipeline(pipeline: Any, seeds: Sequence[int], labels: list[int] | None)
 
 def _write_module(student: Student, folder: Path, t: float, guidance_scale: float | None) -> None:
     network, spec = student.bake(t, guidance_scale), student.spec
-    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
     save_file(weights, folder / MODULE_WEIGHTS)
     at_start = start_head(student)
     reached = isinstance(student.injection, TimeEmbeddingInjection)

@@ -33,10 +33,15 @@ def draw_times(
         t_min: Cleanest target time.
         t_max: Start level.
         progress: Share of the training done, in [0, 1].
+
+    Raises:
+        ValueError: If the strategy is not one of `TIME_SAMPLINGS`.
     """
     if strategy == "uniform":
         t = t_min + delta + u * (t_max - t_min - delta)
         return t, t - delta
+    if strategy not in TIME_SAMPLINGS:
+        raise ValueError(f"unknown time sampling {strategy!r}; known: {', '.join(TIME_SAMPLINGS)}")
     low = t_min
     if strategy == "progressive":
         # The window reaches t_min at three quarters of the run; the last quarter covers everything.

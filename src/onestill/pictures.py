@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,12 @@ def save_grid(images: Tensor, path: Path, *, size: int | None = None) -> Path:
     from diffusers.utils import make_image_grid
 
     pictures = to_pil(images, size)
-    columns = min(len(pictures), max(1, round(len(pictures) ** 0.5)), 16)
-    while len(pictures) % columns:
-        columns -= 1
+    columns = math.ceil(len(pictures) ** 0.5)
+    rows = math.ceil(len(pictures) / columns)
+    blank = Image.new("RGB", pictures[0].size, _PAPER)
+    pictures += [blank] * (rows * columns - len(pictures))
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(pictures, rows=len(pictures) // columns, cols=columns).save(path)
+    make_image_grid(pictures, rows=rows, cols=columns).save(path)
     return path
 
 
@@ -109,6 +111,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--output {path}: give a .png, a .safetensors, or a folder")
     if path.suffix and path.is_dir():
         raise ValueError(f"--output {path} is a folder")
+    if not path.suffix and path.is_file():
+        raise ValueError(f"--output {path}: a file exists under the name of the folder; name another")
     taken = path.exists() if path.suffix else path.is_file() or (path.is_dir() and any(path.iterdir()))
     if taken and not overwrite:
         raise ValueError(f"--output {path} exists; name another, or give --overwrite")

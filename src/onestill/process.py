@@ -287,6 +287,21 @@ def convert(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: s
     return x_0 if target == "sample" else a * x_0 + b * (x_t - alpha * x_0) / sigma
 
 
+def check_t_max(process: Process, prediction_type: str, t_max: float) -> float:
+    """Return a start level that was given, if it can be one.
+
+    Raises:
+        ValueError: If it is not in (t_min, 1], or is pure noise for an epsilon network.
+    """
+    if not process.t_min < t_max <= 1:
+        raise ValueError(f"--t_max must be above {process.t_min:g} and at most 1, got {t_max:g}")
+    if prediction_type == "epsilon" and process.level(t_max)[0] == 0:
+        raise ValueError(
+            f"--t_max {t_max:g} is pure noise, where an epsilon network says nothing of x_0; choose a smaller one"
+        )
+    return t_max
+
+
 def choose_t_max(process: Process, prediction_type: str) -> tuple[float, str]:
     """Return the start level for a teacher, and the reason in a few words.
 

@@ -25,20 +25,23 @@ GUIDANCE_SCALE = 100.0
 
 
 class Embedding(nn.Module):
-    """Fourier features of one number per image, then a two-layer perceptron whose last layer starts at zero.
+    """Fourier features of one number per image, then a two-layer perceptron.
 
     Args:
         num_features: Width of the output.
         scale: Factor on the input before the features.
+        starts_at_zero: Whether the last layer is zero at first. Where more layers follow that are zero (the bias
+            fallback) it must not be: two zero layers in a row have no gradient.
     """
 
-    def __init__(self, num_features: int, scale: float) -> None:
+    def __init__(self, num_features: int, scale: float, *, starts_at_zero: bool = True) -> None:
         super().__init__()
         self.scale = scale
         self.features = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.mlp = TimestepEmbedding(TIME_CHANNELS, num_features)
-        nn.init.zeros_(self.mlp.linear_2.weight)
-        nn.init.zeros_(self.mlp.linear_2.bias)
+        if starts_at_zero:
+            nn.init.zeros_(self.mlp.linear_2.weight)
+            nn.init.zeros_(self.mlp.linear_2.bias)
 
     def forward(self, values: Tensor) -> Tensor:
         """Return [B, num_features] for values [B]."""
@@ -172,8 +175,9 @@ class Student(nn.Module):
         self.injection: Injection = (
             TimeEmbeddingInjection(self.network) if time_embeddings(self.network) else BiasInjection(self.network)
         )
-        self.target_embedding = Embedding(self.injection.num_features, TIME_SCALE)
-        self.guidance_embedding = Embedding(self.injection.num_features, GUIDANCE_SCALE) if guidance_range else None
+        width, direct = self.injection.num_features, isinstance(self.injection, TimeEmbeddingInjection)
+        self.target_embedding = Embedding(width, TIME_SCALE, starts_at_zero=direct)
+        self.guidance_embedding = Embedding(width, GUIDANCE_SCALE, starts_at_zero=direct) if guidance_range else None
 
     @property
     def spec(self) -> TeacherSpec:

@@ -176,5 +176,5 @@ class NetworkTeacher(Teacher):
         if isinstance(self.network, nn.Module):
             for name, value in self.network.state_dict().items():
                 digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]

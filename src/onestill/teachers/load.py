@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onestill.process import check_t_max
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.unet2d import load_unet2d
@@ -80,28 +81,21 @@ def load_teacher(
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
     teacher = FAMILIES[class_name](folder, index, source, variant, null_class)
     if t_max is not None:
-        teacher.spec = replace(teacher.spec, t_max=_check_t_max(teacher, t_max), t_max_reason="given with --t_max")
-    return teacher.to(device)
-
-
-def _check_t_max(teacher: NetworkTeacher, t_max: float) -> float:
-    process = teacher.spec.process
-    if not process.t_min < t_max <= 1:
-        raise ValueError(f"--t_max must be above {process.t_min:g} and at most 1, got {t_max:g}")
-    if teacher.spec.prediction_type == "epsilon" and process.level(t_max)[0] == 0:
-        raise ValueError(
-            f"--t_max {t_max:g} is pure noise, where an epsilon network says nothing of x_0; choose a smaller one"
+        teacher.spec = replace(
+            teacher.spec,
+            t_max=check_t_max(teacher.spec.process, teacher.spec.prediction_type, t_max),
+            t_max_reason="given with --t_max",
         )
-    return t_max
+    return teacher.to(device)
 
 
 def _find_folder(
     source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool
 ) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path, is_there = _look(source)
+    if is_there and path.is_dir():
         return path
-    if path.exists():
+    if is_there:
         raise ValueError(
             f"--teacher {source} is a file; give the folder of a diffusers pipeline (the one with model_index.json)"
         )
@@ -111,6 +105,15 @@ def _find_folder(
             f"or an embedded teacher ({', '.join(EMBEDDED)})"
         )
     return _download(source, revision, variant, cache_dir, offline)
+
+
+def _look(source: str) -> tuple[Path, bool]:
+    """Return (path, whether there is something); what cannot be a path, such as an endless name, is not there."""
+    path = Path(source).expanduser()
+    try:
+        return path, path.exists()
+    except (OSError, ValueError):
+        return path, False
 
 
 def _download(
@@ -133,7 +136,7 @@ def _download(
     except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
         raise ValueError(
             f"no such teacher: {source} is no folder here, and the hub gave no pipeline of that name "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160]})"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         ) from error
 
 

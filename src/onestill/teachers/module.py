@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from onestill.process import PREDICTION_TYPES, Process, choose_t_max
+from onestill.process import PREDICTION_TYPES, Process, check_t_max, choose_t_max
 from onestill.teachers.base import NO_THRESHOLD, NetworkTeacher, TeacherSpec, Threshold
 from onestill.tensors import Cond
 
@@ -54,7 +54,10 @@ def module_teacher(
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-    chosen, reason = (t_max, "given") if t_max is not None else choose_t_max(process, prediction_type)
+    if t_max is None:
+        chosen, reason = choose_t_max(process, prediction_type)
+    else:
+        chosen, reason = check_t_max(process, prediction_type, t_max), "given"
     spec = TeacherSpec(
         family="module",
         source="",

@@ -70,7 +70,8 @@ def load_unet2d(
 ) -> NetworkTeacher:
     """Return the teacher in a pipeline folder; `index` is its model_index.json."""
     for part in ("unet", "scheduler"):
-        if not isinstance(index.get(part), list):
+        named = index.get(part)
+        if not (isinstance(named, list) and len(named) == 2 and isinstance(named[1], str)):
             raise ValueError(f"{source}: model_index.json names no {part!r}, which a {index['_class_name']} must have")
     if index["unet"][1] != "UNet2DModel":
         raise ValueError(
@@ -112,7 +113,14 @@ def unet2d_teacher(
         sigma_data=sigma_data,
     )
     teacher = NetworkTeacher(network, spec, call_unet2d)
-    self_check(teacher, scheduler)
+    try:
+        self_check(teacher, scheduler)
+    except RuntimeError as error:
+        shape = "x".join(map(str, spec.sample_shape))
+        raise ValueError(
+            f"{source}: the network does not run on samples of its own shape {shape} (sample_size {size} in "
+            f"unet/config.json): {' '.join(str(error).split())[:200]}"
+        ) from error
     return teacher
 
 
@@ -192,7 +200,12 @@ def _refuse_unknown_parts(config: Any) -> None:
             f"a UNet2DModel with {config.in_channels} input and {config.out_channels} output channels takes more than "
             "a noisy image (super-resolution or inpainting) and is not supported"
         )
-    if config.sample_size is None:
+    size = config.sample_size
+    if isinstance(size, (list, tuple)) and len(set(size)) > 1:
+        raise ValueError(
+            f"sample_size {tuple(size)} is not square: no stock pipeline around a UNet2DModel makes other images"
+        )
+    if size is None:
         raise ValueError(
             "the UNet2DModel's config has no sample_size, so the shape of an image is unknown; add it to unet/config.json"
         )
@@ -232,7 +245,7 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{source}: the UNet2DModel's weights or config do not load: {str(error).splitlines()[0]}"
+            f"{source}: the UNet2DModel's weights or config do not load: {' '.join(str(error).split())[:200]}"
         ) from error
     if info["missing_keys"]:
         raise ValueError(
@@ -251,7 +264,7 @@ def _load_scheduler(folder: Path, class_name: str, source: str) -> Any:
         raise ValueError(f"{source}: {class_name!r} is no scheduler of diffusers {diffusers.__version__}")
     try:
         return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise ValueError(
-            f"{source}: scheduler/scheduler_config.json does not load: {str(error).splitlines()[0]}"
+            f"{source}: scheduler/scheduler_config.json does not load: {' '.join(str(error).split())[:200]}"
         ) from error
