@@ -375,7 +375,6 @@ def test_resume_with_another_teacher(run: Path) -> None:
     assert snapshot(run) == before
 
 
-@pytest.mark.xfail(strict=True, reason="NetworkTeacher.fingerprint hashes the weights and not the schedule")
 @pytest.mark.parametrize(
     "scheduler",
     [zero_snr_scheduler("sample"), DDIMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")],

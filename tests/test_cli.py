@@ -157,7 +157,7 @@ def test_sample_writes_a_grid_a_tensor_or_a_folder(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "6 images, seeds 3..8" in outcome.out
     with Image.open(tmp_path / "deep" / "grid.png") as picture:
-        assert picture.size == (2 * 64, 3 * 64)
+        assert picture.size == (3 * 64, 2 * 64)
     assert call_cli("sample", "--student", run, "--output", tmp_path / "x.safetensors", *common).code == 0
     images = load_file(tmp_path / "x.safetensors")["images"]
     assert torch.equal(images, onestill.sample(run, num_images=6, seed=3))

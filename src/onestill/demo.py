@@ -14,13 +14,13 @@ from onestill.distillation import CONFIG_FILE, check_device, check_output_dir, d
 from onestill.evaluation.report import Report
 
 SETTINGS: dict[str, Any] = {
-    "max_train_steps": 640,
+    "max_train_steps": 560,
     "train_batch_size": 128,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 50,
-    "checkpointing_steps": 320,
-    "validation_steps": 160,
+    "checkpointing_steps": 280,
+    "validation_steps": 140,
 }
 NUM_SAMPLES = 1800
 TEACHER_STEPS = (50, 10, 4, 1)

@@ -171,8 +171,11 @@ class NetworkTeacher(Teacher):
         return self
 
     def fingerprint(self) -> str:
-        """Return a short hash of the weights: the same teacher, or not."""
-        digest = hashlib.sha256(repr((self.spec.family, self.spec.sample_shape)).encode())
+        """Return a short hash of the weights, the process and the prediction type: the same teacher, or not."""
+        process = self.spec.process
+        levels = [process.level(t) for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)]
+        facts = (self.spec.family, self.spec.sample_shape, self.spec.prediction_type, process.name, levels)
+        digest = hashlib.sha256(repr(facts).encode())
         if isinstance(self.network, nn.Module):
             for name, value in self.network.state_dict().items():
                 digest.update(name.encode())
