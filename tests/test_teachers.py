@@ -156,6 +156,18 @@ def test_fingerprint_is_of_the_weights(cases: dict[str, Any], name: str) -> None
     assert one.fingerprint() == before
 
 
+def test_fingerprint_is_of_what_the_weights_mean(cases: dict[str, Any]) -> None:
+    teacher = cases["ddim-v"].build()
+    before, spec = teacher.fingerprint(), teacher.spec
+    cosine = DiscreteVP(DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod)
+    for other in (replace(spec, prediction_type="sample"), replace(spec, process=cosine)):
+        teacher.spec = other
+        assert teacher.fingerprint() != before
+    # Where it lies and where it starts are not what it is.
+    teacher.spec = replace(spec, source="elsewhere", t_max=0.9, t_max_reason="given with --t_max")
+    assert teacher.fingerprint() == before
+
+
 def test_fingerprint_of_a_network_with_counters() -> None:
     # Batch normalisation keeps its number of batches as a tensor without axes.
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))

@@ -173,7 +173,8 @@ class NetworkTeacher(Teacher):
     def fingerprint(self) -> str:
         """Return a short hash of the weights, the process and the prediction type: the same teacher, or not."""
         process = self.spec.process
-        levels = [process.level(t) for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)]
+        # Six digits: the last ones of a logarithm may differ between processors.
+        levels = [f"{v:.6g}" for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0) for v in process.level(t)]
         facts = (self.spec.family, self.spec.sample_shape, self.spec.prediction_type, process.name, levels)
         digest = hashlib.sha256(repr(facts).encode())
         if isinstance(self.network, nn.Module):
