@@ -283,7 +283,8 @@ def test_what_only_looks_contradictory_is_accepted() -> None:
         {"guidance_scale": 1, "guidance_scale_min": 1, "guidance_scale_max": 3},
         {"guidance_scale": 0},
     ):
-        make_config({**GIVEN, **fine})
+        made = make_config({**GIVEN, **fine})
+        assert {name: getattr(made, name) for name in fine} == fine
 
 
 def test_what_is_required_is_named() -> None:

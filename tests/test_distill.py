@@ -279,7 +279,7 @@ def test_a_file_is_writable_where_its_folder_is(tmp_path: Path) -> None:
 def test_no_warning_reaches_the_user(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        distil(tmp_path / "run")
+        assert distil(tmp_path / "run").pipeline is not None
 
 
 def test_the_log_is_complete_json(tmp_path: Path) -> None:

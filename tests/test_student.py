@@ -109,7 +109,8 @@ def test_guidance_scale_must_be_given(cases: dict[str, Any]) -> None:
 def test_network_never_sees_the_guidance_scale(timed_network: MakeNetwork) -> None:
     teacher = module_teacher(timed_network(), CosineVP(), "sample", (1, 8, 8))
     student = Student(teacher, guidance_range=(1.0, 4.0))
-    student(starts(teacher), 0.0, {"guidance_scale": torch.full((4,), 2.0)})  # forward(x, net_time) takes no more
+    y = student(starts(teacher), 0.0, {"guidance_scale": torch.full((4,), 2.0)})  # forward(x, net_time) takes no more
+    assert y.shape == (4, 1, 8, 8)
 
 
 # Training

@@ -85,6 +85,7 @@ def _from_config(command: Callable[..., None]) -> Callable[..., None]:
         command(given_settings, **given)
 
     parameters = [_parameter(name, info) for name, info in DistillConfig.model_fields.items()]
+    # typer reads a function's signature from here; mypy does not know that functions may have one of their own.
     wrapped.__signature__ = signatures.Signature([*parameters, *own])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
@@ -115,6 +116,7 @@ ALIASES = {"teacher": ["--pretrained_model_name_or_path"]}
 def _plain_type(annotation: Any) -> Any:
     """Return what typer should parse for a field's type: X of X | None, list[int] of tuple[int, ...]."""
     if get_origin(annotation) is tuple:
+        # A type made at run time, which mypy cannot follow.
         return list[get_args(annotation)[0]]  # type: ignore[misc]
     options = [a for a in get_args(annotation) if a is not type(None)]
     return options[0] if type(None) in get_args(annotation) else annotation

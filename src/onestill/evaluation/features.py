@@ -339,7 +339,7 @@ def _load_processor(source: str, revision: str | None, local_files_only: bool) -
 def _input_size(processor: _Processor, source: str) -> tuple[int, int]:
     """Return the height and width that the network sees: the crop's where there is a crop."""
     crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
-    size = processor.crop_size if crops else getattr(processor, "size", None)  # type: ignore[attr-defined]
+    size = getattr(processor, "crop_size" if crops else "size", None)
     height, width, edge = (getattr(size, key, None) for key in ("height", "width", "shortest_edge"))
     if not (height or edge):
         raise ValueError(f"--features: the image processor of {source!r} names no input size: {size}")
