@@ -25,12 +25,11 @@ from onestill import card
 from onestill.process import head
 from onestill.sampler import Generate, noise, student_generator
 from onestill.student import Student, TimeEmbeddingInjection
+from onestill.teachers.family import PipelineTeacher, load_stock
+from onestill.teachers.schedulers import one_level
 from onestill.tensors import Cond
 
 SELF_CHECK_TOLERANCE = 1e-4
-# A single level is written as the product of this many equal factors: 1 - beta is rounded to float32, and for
-# alpha^2 near 0 one factor would lose its digits.
-LEVEL_FACTORS = 8
 MODULE_FILE, MODULE_WEIGHTS = "onestill.json", "model.safetensors"
 
 
@@ -86,7 +85,10 @@ def export_student(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     facts = facts or card.Facts()
-    if student.spec.family == "unet2d":
+    if isinstance(student.teacher, PipelineTeacher):
+        student.teacher.write_student(student.bake(t, guidance_scale), partial)
+        error = _check_family(student, student.teacher, partial, t, guidance_scale)
+    elif student.spec.family == "unet2d":
         _write_unet2d(student, partial, t, guidance_scale)
         error = _check_pipeline(student, partial, t, guidance_scale)
     else:
@@ -148,22 +150,15 @@ def _drop_variance(network: Any) -> None:
 
 def _fold_head(network: Any, at_start: StartHead, prediction_type: str) -> Any:
     """Fold what a convolution can hold of y = a eps + b network(c eps); return the scheduler that does the rest."""
-    from diffusers import DDIMScheduler
-
-    common = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": True}
     with torch.no_grad():
         network.conv_in.weight.mul_(at_start.c)
         if at_start.a == 0:
             _scale_output(network, at_start.b)
-            return DDIMScheduler(prediction_type="sample", **common)
+            return one_level(0.0, "sample", clip_sample=True)
         if prediction_type == "epsilon":
-            alpha = 1 / at_start.a
-        else:
-            alpha = at_start.a
-            _scale_output(network, -at_start.b / (1 - alpha**2) ** 0.5)
-    betas = [1 - (alpha**2) ** (1 / LEVEL_FACTORS)] * LEVEL_FACTORS
-    kind = "epsilon" if prediction_type == "epsilon" else "v_prediction"
-    return DDIMScheduler(num_train_timesteps=LEVEL_FACTORS, trained_betas=betas, prediction_type=kind, **common)
+            return one_level(1 / at_start.a, "epsilon", clip_sample=True)
+        _scale_output(network, -at_start.b / (1 - at_start.a**2) ** 0.5)
+        return one_level(at_start.a, "v_prediction", clip_sample=True)
 
 
 def _scale_output(network: Any, factor: float) -> None:
@@ -178,6 +173,19 @@ def _check_pipeline(student: Student, folder: Path, t: float, guidance_scale: fl
     # On the student's own device: two devices differ by more than an export may (TF32 convolutions, for one).
     images = call_pipeline(load_pipeline(folder, next(student.parameters()).device), range(num), labels)
     return float((images - expected.clamp(-1, 1)).abs().max())
+
+
+@torch.no_grad()
+def _check_family(
+    student: Student, teacher: PipelineTeacher, folder: Path, t: float, guidance_scale: float | None, num: int = 2
+) -> float:
+    """Return the largest difference of images between the plain call of the folder, loaded afresh, and the student."""
+    device = next(student.parameters()).device
+    images, eps, cond = teacher.family.plain_call(load_stock(type(teacher.pipeline), folder).to(device), teacher, num)
+    if student.guidance_range is not None:
+        cond["guidance_scale"] = torch.full((num,), _baked_scale(student, guidance_scale))
+    expected = teacher.decode(student_generator(student, t=t, device=device)(eps, cond))
+    return float((images.cpu().clamp(-1, 1) - expected.cpu().clamp(-1, 1)).abs().max())
 
 
 def _check_module(student: Student, folder: Path, t: float, guidance_scale: float | None, num: int = 4) -> float:

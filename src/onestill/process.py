@@ -190,16 +190,17 @@ class FlowMatching(Process):
 
     Args:
         shift: Time shift as in diffusers' FlowMatchEulerDiscreteScheduler; 1 is none.
-        net_scale: The network's time is net_scale * u.
+        net_scale: The network's time is net_offset + net_scale * u.
+        net_offset: Its value at the clean end; with net_scale = -1 and net_offset = 1 it runs from clean to noise.
     """
 
     name = "flow"
     t_min = 0.0
 
-    def __init__(self, shift: float = 1.0, net_scale: float = 1000.0) -> None:
+    def __init__(self, shift: float = 1.0, net_scale: float = 1000.0, net_offset: float = 0.0) -> None:
         if shift <= 0:
             raise ValueError(f"shift must be positive, got {shift}")
-        self.shift, self.net_scale = shift, net_scale
+        self.shift, self.net_scale, self.net_offset = shift, net_scale, net_offset
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.to(torch.float64)
@@ -211,7 +212,7 @@ class FlowMatching(Process):
         return sigma / (self.shift - (self.shift - 1) * sigma)
 
     def net_time(self, t: Tensor) -> Tensor:
-        return self.alpha_sigma(t)[1] * self.net_scale
+        return self.net_offset + self.net_scale * self.alpha_sigma(t)[1]
 
 
 class Head(NamedTuple):

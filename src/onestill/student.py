@@ -141,7 +141,7 @@ def time_embeddings(network: nn.Module) -> list[str]:
         # An activation behind the last layer would undo the baking; such a network takes the fallback.
         if isinstance(module, TimestepEmbedding)
         and module.post_act is None
-        and name.rsplit(".", 1)[-1] in ("time_embedding", "timestep_embedder")
+        and name.rsplit(".", 1)[-1] in ("time_embedding", "timestep_embedder", "time_embedder")
     ]
 
 
@@ -178,6 +178,11 @@ class Student(nn.Module):
         width, direct = self.injection.num_features, isinstance(self.injection, TimeEmbeddingInjection)
         self.target_embedding = Embedding(width, TIME_SCALE, starts_at_zero=direct)
         self.guidance_embedding = Embedding(width, GUIDANCE_SCALE, starts_at_zero=direct) if guidance_range else None
+
+    @property
+    def teacher(self) -> NetworkTeacher:
+        """The teacher whose head and way of calling the network are used."""
+        return self._teacher
 
     @property
     def spec(self) -> TeacherSpec:
@@ -238,10 +243,8 @@ class Student(nn.Module):
         ]
         weight = next(network.parameters())
         probe = torch.zeros(1, *self.spec.sample_shape, device=weight.device, dtype=weight.dtype)
-        labels = (
-            {"class_labels": torch.zeros(1, dtype=torch.long, device=weight.device)} if self.spec.num_classes else {}
-        )
-        self._teacher.denoised_by(network, probe, self.spec.t_max, labels)
+        cond = {name: value.to(weight.device) for name, value in self._teacher.example_rows(1).items()}
+        self._teacher.denoised_by(network, probe, self.spec.t_max, cond)
         for hook in hooks:
             hook.remove()
         for name, value in seen.items():

@@ -7,6 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class TeacherSpec:
         null_class: Label that means "no class"; None if there is none.
         threshold: What the teacher's own sampler does to x_0.
         sigma_data: Standard deviation of the data, for EDM preconditioning.
+        text: Whether prompts condition it.
     """
 
     family: str
@@ -77,11 +79,12 @@ class TeacherSpec:
     null_class: int | None = None
     threshold: Threshold = NO_THRESHOLD
     sigma_data: float = 0.5
+    text: bool = False
 
     @property
     def conditioning(self) -> str:
-        """Return what conditions it: "class" or "none"."""
-        return "none" if self.num_classes is None else "class"
+        """Return what conditions it: "text", "class" or "none"."""
+        return "text" if self.text else "none" if self.num_classes is None else "class"
 
     @property
     def trajectory(self) -> Trajectory:
@@ -98,6 +101,28 @@ class Teacher(ABC):
     """A pre-trained model that predicts x_0."""
 
     spec: TeacherSpec
+    null_cond: Cond = MappingProxyType({})  # type: ignore[assignment]  # read only
+    """The conditions of "no prompt", one row each; empty where the null condition is a label, or there is none."""
+    example_cond: Cond = MappingProxyType({})  # type: ignore[assignment]  # read only
+    """The conditions of some prompt, one row each; empty where labels or nothing condition the teacher."""
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there is a null condition, which guidance needs."""
+        return bool(self.null_cond) or self.spec.null_class is not None
+
+    def null_rows(self, cond: Cond) -> Cond:
+        """Return `cond` with the null condition in place of what a prompt or a label sets."""
+        if self.spec.null_class is not None:
+            return {**cond, "class_labels": torch.full_like(cond["class_labels"], self.spec.null_class)}
+        rows = {n: v.to(cond[n]).expand(len(cond[n]), *v.shape[1:]) for n, v in self.null_cond.items()}
+        return {**cond, **rows}
+
+    def example_rows(self, num: int) -> Cond:
+        """Return some valid conditions, for looking at a network without caring what it draws."""
+        if self.spec.num_classes is not None:
+            return {"class_labels": torch.full((num,), self.spec.labels[0])}
+        return {n: v.expand(num, *v.shape[1:]) for n, v in self.example_cond.items()}
 
     @abstractmethod
     def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:

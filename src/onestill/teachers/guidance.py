@@ -24,7 +24,7 @@ class Guided(Teacher):
     """
 
     def __init__(self, teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False) -> None:
-        if (drawn or guidance_scale != 1) and teacher.spec.null_class is None:
+        if (drawn or guidance_scale != 1) and not teacher.can_guide:
             raise ValueError(
                 f"--guidance_scale {guidance_scale:g} needs a teacher with a null class, and this one has "
                 f"{'no classes' if teacher.spec.num_classes is None else 'none that is known'}. "
@@ -46,10 +46,10 @@ class Guided(Teacher):
         cond = {name: value for name, value in cond.items() if name != "guidance_scale"}
         if drawn is None and self.guidance_scale == 1:
             return self.teacher.denoised(x_t, t, cond)
-        labels = cond["class_labels"]
-        null = torch.full_like(labels, self.spec.null_class or 0)
+        null = self.teacher.null_rows(cond)
         times = t.repeat(2) if isinstance(t, Tensor) and t.ndim else t
-        both = self.teacher.denoised(torch.cat([x_t, x_t]), times, {"class_labels": torch.cat([labels, null])})
+        rows = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
+        both = self.teacher.denoised(torch.cat([x_t, x_t]), times, rows)
         with_class, without = both.chunk(2)
         scale = self.guidance_scale if drawn is None else broadcast(drawn, both)
         return without + scale * (with_class - without)

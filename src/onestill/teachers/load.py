@@ -10,12 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from onestill.process import check_t_max
+from onestill.teachers import stable_diffusion
 from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.family import Family, load_family
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.unet2d import load_unet2d
 
 Loader = Callable[[Path, dict[str, Any], str, str | None, int | None], NetworkTeacher]
+
+
+def _loader(family: Family) -> Loader:
+    def load(
+        folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None
+    ) -> NetworkTeacher:
+        if null_class is not None:
+            raise ValueError(f"--null_class {null_class} was given, but a {index['_class_name']} knows its own")
+        return load_family(family, folder, index, source, variant)
+
+    return load
+
+
 FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
+for _module in (stable_diffusion,):
+    for _family in _module.FAMILIES:
+        FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
 
 REFUSED = {
     "ScoreSdeVePipeline": "score-SDE networks divide their output by sigma; wrap yours with onestill.module_teacher",

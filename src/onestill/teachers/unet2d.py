@@ -8,11 +8,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, UNet2DModel
+from diffusers import EDMEulerScheduler, UNet2DModel
 from torch import Tensor
 
-from onestill.process import VE, DiscreteVP, Process, choose_t_max
-from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
+from onestill.process import VE, choose_t_max
+from onestill.teachers.base import NetworkTeacher, TeacherSpec
+from onestill.teachers.schedulers import plain_ddim, scheduler_process, scheduler_threshold, times_of
 from onestill.tensors import Cond
 from onestill.trajectory import Trajectory
 
@@ -24,45 +25,6 @@ def call_unet2d(network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond
     """Call a `UNet2DModel`; of a network with learned variance the first half of the channels is the prediction."""
     output = network(x_t, net_time, class_labels=cond.get("class_labels")).sample
     return output[:, : x_t.shape[1]]
-
-
-def scheduler_process(scheduler: Any) -> tuple[Process, str, float]:
-    """Return (process, prediction type, sigma_data) of a constructed scheduler.
-
-    The schedule is read from `alphas_cumprod`, never from the betas' configuration, which may be overridden.
-
-    Raises:
-        ValueError: If the scheduler is of a kind that is not supported, by name.
-    """
-    name, config = type(scheduler).__name__, scheduler.config
-    prediction = config.get("prediction_type", "epsilon")
-    if name.startswith("EDM"):
-        if prediction != "epsilon" or config.get("sigma_schedule", "karras") != "karras":
-            raise ValueError(f"{name} is supported with prediction_type='epsilon' and sigma_schedule='karras'")
-        return VE(config.sigma_min, config.sigma_max, config.get("rho", 7.0)), "edm", float(config.sigma_data)
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"the scheduler {name} is not supported for pixel teachers: it has no alphas_cumprod. "
-            "Save the pipeline with the DDPMScheduler or DDIMScheduler it was trained with, or wrap the network "
-            "with onestill.module_teacher(network, process, prediction_type, sample_shape)"
-        )
-    if prediction not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(
-            f"the scheduler's prediction_type {prediction!r} is not supported; known: epsilon, sample, v_prediction"
-        )
-    return DiscreteVP(scheduler.alphas_cumprod), prediction, 0.5
-
-
-def scheduler_threshold(scheduler: Any) -> Threshold:
-    """Return what the scheduler's own `step` does to the predicted x_0."""
-    config = scheduler.config
-    if config.get("thresholding", False):
-        return Threshold(
-            "dynamic", config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
-        )
-    if config.get("clip_sample", False):
-        return Threshold("static", config.get("clip_sample_range", 1.0))
-    return Threshold()
 
 
 def load_unet2d(
@@ -134,14 +96,14 @@ def self_check(teacher: NetworkTeacher, scheduler: Any) -> float:
         ValueError: If they differ by more than 1e-4.
     """
     spec = teacher.spec
-    stock = EDMEulerScheduler.from_config(scheduler.config) if isinstance(spec.process, VE) else _plain_ddim(scheduler)
+    stock = EDMEulerScheduler.from_config(scheduler.config) if isinstance(spec.process, VE) else plain_ddim(scheduler)
     stock.set_timesteps(10)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *spec.sample_shape, generator=generator)
     cond = {"class_labels": torch.tensor([0, 0])} if spec.num_classes else {}
     device = next(teacher.network.parameters()).device if isinstance(teacher.network, torch.nn.Module) else "cpu"
     x, cond = x.to(device), {name: value.to(device) for name, value in cond.items()}
-    levels = _times_of(stock, spec.process)
+    levels = times_of(stock, spec.process)
     x = x * (spec.process.level(levels[4])[1] ** 2 + 1) ** 0.5 if isinstance(spec.process, VE) else x
     ours = theirs = x
     if hasattr(stock, "set_begin_index"):
@@ -161,28 +123,6 @@ def self_check(teacher: NetworkTeacher, scheduler: Any) -> float:
             f"configuration does not say what it does (prediction_type={spec.prediction_type!r})"
         )
     return error
-
-
-def _plain_ddim(scheduler: Any) -> DDIMScheduler:
-    """Return DDIM on the scheduler's constructed schedule, without clipping."""
-    betas = 1 - scheduler.alphas_cumprod.double() / torch.cat([torch.ones(1), scheduler.alphas_cumprod[:-1]]).double()
-    ddim = DDIMScheduler(
-        num_train_timesteps=len(betas),
-        trained_betas=betas.tolist(),
-        prediction_type=scheduler.config.get("prediction_type", "epsilon"),
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-    return ddim
-
-
-def _times_of(stock: Any, process: Process) -> list[float]:
-    """Return our times of the stock scheduler's steps, and of the end."""
-    if isinstance(process, VE):
-        log_snr = -2 * torch.as_tensor(stock.sigmas[:-1], dtype=torch.float64).cpu().log()
-        return [float(t) for t in process.time_at_log_snr(log_snr)] + [0.0]
-    num = stock.config.num_train_timesteps
-    return [(int(t) + 1) / num for t in stock.timesteps] + [0.0]
 
 
 def _refuse_unknown_parts(config: Any) -> None:

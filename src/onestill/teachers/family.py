@@ -1,0 +1,316 @@
+"""What differs between the families of diffusers' pipelines, and what is the same in all of them.
+
+A family is a short description: which pipelines, which component denoises, how its schedule is to be read. The
+rest is done here, once: loading, the conditions of a prompt and of no prompt (by watching the pipeline, see
+`recording`), the self-check against the pipeline's own call, and writing a student as a stock folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from onestill.process import Process, choose_t_max
+from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
+from onestill.teachers.recording import Call, Signature, as_call, record, watch
+from onestill.teachers.schedulers import times_of
+from onestill.tensors import Cond, as_times
+from onestill.trajectory import Trajectory
+
+SELF_CHECK_TOLERANCE = 1e-4
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A pipeline's schedule in our terms.
+
+    Attributes:
+        process: The noise process.
+        prediction_type: What the network predicts, after `Family.sign`.
+        stock: A deterministic scheduler of diffusers on the same schedule, for the self-check.
+        threshold: What the pipeline's own sampler does to x_0.
+    """
+
+    process: Process
+    prediction_type: str
+    stock: Any
+    threshold: Threshold = field(default_factory=Threshold)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of pipelines.
+
+    Attributes:
+        name: Short name, such as "stable_diffusion".
+        pipelines: Class names of the pipelines.
+        network: The component that denoises: "unet" or "transformer".
+        schedule: From the pipeline to its schedule.
+        decode: From (pipeline, latents) to images; None where the network works on pixels.
+        one_step: From (pipeline, prediction_type, alpha at the start level) to the scheduler of an exported student.
+        arguments: Arguments of every call of the pipeline.
+        result: From what a call with output_type="pt" returns to images in [-1, 1], as `decode` gives them.
+        guidance: Name of the call's argument for the guidance scale; None if it has none.
+        prompt: Name of the call's argument for conditions: "prompt" or "class_labels".
+        sign: Factor on the network's output that makes it what the prediction type says.
+        export_arguments: Arguments of the plain call of an exported student, besides the condition.
+        null_class: From the network's config to the label of "no class", for class-conditional families.
+        adapt: Last changes to the network's config before a student is written.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    network: str
+    schedule: Callable[[Any], Schedule]
+    decode: Callable[[Any, Tensor], Tensor] | None
+    one_step: Callable[[Any, str, float], Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    result: Callable[[Any], Tensor] = lambda output: output.images * 2 - 1
+    guidance: str | None = "guidance_scale"
+    prompt: str = "prompt"
+    sign: float = 1.0
+    export_arguments: Mapping[str, Any] = field(
+        default_factory=lambda: {"num_inference_steps": 1, "guidance_scale": 1.0}
+    )
+    null_class: Callable[[Any], int] | None = None
+    adapt: Callable[[nn.Module], None] = lambda network: None
+
+    def call(self, pipeline: Any, conditions: Sequence[Any], *, seeds: Sequence[int] = (), **arguments: Any) -> Any:
+        """Call the stock pipeline for some prompts (or labels) and return what it returns."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
+        return pipeline(**{self.prompt: list(conditions)}, generator=generators, **{**self.arguments, **arguments})
+
+    @torch.no_grad()
+    def plain_call(self, pipeline: Any, teacher: PipelineTeacher, num: int) -> tuple[Tensor, Tensor, Cond]:
+        """Return (images in [-1, 1], the noise they came from, their conditions) of an exported student's plain call."""
+        conditions = examples(self, num)
+        seen: list[Call] = []
+        hook = getattr(pipeline, self.network).register_forward_pre_hook(
+            lambda _network, args, kwargs: seen.append(as_call(args, kwargs)), with_kwargs=True
+        )
+        try:
+            output = self.call(pipeline, conditions, seeds=range(num), output_type="pt", **self.export_arguments)
+        finally:
+            hook.remove()
+        if len(seen) != 1 or len(seen[0].x_t) != num:
+            raise RuntimeError(f"the exported pipeline's plain call evaluated its network {len(seen)} times, not once")
+        return self.result(output), seen[0].x_t, teacher.signature.conditions(seen[0])
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        """Return the argument that sets the guidance scale, if the pipeline has one."""
+        return {} if self.guidance is None else {self.guidance: scale}
+
+
+class PipelineTeacher(NetworkTeacher):
+    """A teacher inside a stock pipeline: besides its network it has prompts, a decoder, and a folder to write.
+
+    Args:
+        family: Its family.
+        pipeline: The pipeline; its text encoders may be released once the prompts are encoded.
+        folder: Where it was loaded from.
+        spec: What is known of it.
+        signature: How its network is called.
+        null_cond: The conditions of "no prompt", one row; empty if the pipeline has no guidance.
+        example_cond: Those of some prompt.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pipeline: Any,
+        folder: Path,
+        spec: TeacherSpec,
+        signature: Signature,
+        null_cond: Cond,
+        example_cond: Cond,
+    ) -> None:
+        super().__init__(getattr(pipeline, family.network), spec, self._call)
+        self.family, self.pipeline, self.folder = family, pipeline, folder
+        self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
+
+    def _call(self, network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        output = self.signature(network, x_t, net_time, cond)
+        return self.family.sign * (output[:, : x_t.shape[1]] if output.shape != x_t.shape else output)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Return the conditions of prompts, one row each."""
+        run = lambda: self.family.call(  # noqa: E731
+            self.pipeline, prompts, num_inference_steps=2, **self.family.guided(1.0)
+        )
+        (call,) = record(run, self.network)  # type: ignore[arg-type]
+        return self.signature.conditions(call)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images of latents; pixels are images already."""
+        return latents if self.family.decode is None else self.family.decode(self.pipeline, latents)
+
+    def write_student(self, network: nn.Module, folder: Path) -> None:
+        """Write the pipeline with a student in its network's place: one step, no guidance, everything else stock.
+
+        Args:
+            network: The student's network with the target time baked in.
+            folder: An empty folder.
+        """
+        family, spec = self.family, self.spec
+        family.adapt(network)
+        alpha = spec.process.level(spec.t_max)[0]
+        parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
+        load_stock(type(self.pipeline), self.folder, **parts).save_pretrained(folder, safe_serialization=True)
+
+
+def load_stock(cls: Any, folder: Path, **parts: Any) -> Any:
+    """Return a stock pipeline; safetensors only, no remote code, no network, and no text on the screen."""
+    pipeline = cls.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **parts
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_family(
+    family: Family, folder: Path, index: dict[str, Any], source: str, variant: str | None
+) -> PipelineTeacher:
+    """Return the teacher in the folder of a stock pipeline, after the self-check.
+
+    Raises:
+        ValueError: If a component is missing or a pickle, does not load, or the self-check fails.
+    """
+    cls = getattr(diffusers, index["_class_name"])
+    check_components(folder, index, source, variant)
+    try:
+        pipeline = load_stock(cls, folder, **({"variant": variant} if variant else {}))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
+        raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
+    try:
+        return pipeline_teacher(family, pipeline, folder, source)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def check_components(folder: Path, index: dict[str, Any], source: str, variant: str | None = None) -> None:
+    """Raise ValueError if a component that the index names has no folder, or only pickles for weights."""
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[1] is None:
+            continue
+        if not (folder / name).is_dir():
+            raise ValueError(f"{source}: the folder {name}/ ({entry[1]}) is missing, which model_index.json names")
+        files = [p.name for p in (folder / name).iterdir()]
+        if pickles := [f for f in files if f.endswith(PICKLES)]:
+            if not any(f.endswith(".safetensors") for f in files):
+                raise ValueError(
+                    f"{source}: {name}/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it "
+                    "once where you trust it, with save_pretrained of its class"
+                )
+        elif variant and not any(f".{variant}." in f for f in files if f.endswith(".safetensors")):
+            weights = [f for f in files if f.endswith(".safetensors")]
+            if weights and name in ("unet", "transformer"):
+                raise ValueError(f"{source}: --variant {variant}: {name}/ holds {', '.join(weights)}")
+
+
+def pipeline_teacher(family: Family, pipeline: Any, folder: Path, source: str = "") -> PipelineTeacher:
+    """Return the teacher inside a loaded pipeline, after the self-check.
+
+    Raises:
+        ValueError: If the pipeline's schedule or its way of calling the network is not supported, or the
+            self-check fails.
+    """
+    network = getattr(pipeline, family.network)
+    schedule = family.schedule(pipeline)
+    t_max, reason = choose_t_max(schedule.process, schedule.prediction_type)
+    one, two = (_calls(family, pipeline, num, 1.0)[0] for num in (1, 2))
+    signature = Signature.of(one, two)
+    null_class = None if family.null_class is None else family.null_class(network.config)
+    spec = TeacherSpec(
+        family=family.name,
+        source=source,
+        process=schedule.process,
+        prediction_type=schedule.prediction_type,
+        sample_shape=tuple(one.x_t.shape[1:]),
+        t_max=t_max,
+        t_max_reason=reason,
+        num_classes=null_class,
+        null_class=null_class,
+        threshold=schedule.threshold,
+        text=family.prompt == "prompt",
+    )
+    null = {} if null_class is not None else _null_conditions(family, pipeline, signature)
+    teacher = PipelineTeacher(family, pipeline, folder, spec, signature, null, signature.conditions(one))
+    self_check(teacher, schedule.stock)
+    return teacher
+
+
+def examples(family: Family, num: int) -> list[Any]:
+    """Return some valid prompts or labels."""
+    return [0] * num if family.prompt == "class_labels" else ["a photo", "a drawing of it"][:num]
+
+
+def _calls(family: Family, pipeline: Any, num: int, scale: float, until: Any = None, **arguments: Any) -> list[Call]:
+    """Return the first network call of the pipeline for `num` examples, or with `until` all of its first step."""
+    arguments = {"num_inference_steps": 2, **family.guided(scale), **arguments}
+    run = lambda: family.call(pipeline, examples(family, num), **arguments)  # noqa: E731
+    return record(run, getattr(pipeline, family.network), until)
+
+
+def _null_conditions(family: Family, pipeline: Any, signature: Signature, **arguments: Any) -> Cond:
+    """Return the conditions of the unguided half of a guided step; {} if the pipeline does not guide.
+
+    A pipeline either calls its network once with both halves, "no prompt" first, or twice, the prompt first.
+    """
+    if family.guidance is None:
+        return {}
+    calls = _calls(family, pipeline, 1, 2.0, pipeline.scheduler, **arguments)
+    rows = signature.conditions(calls[-1])
+    if len(calls) == 1 and all(len(value) == 1 for value in rows.values()):
+        return {}
+    return {name: value[:1] for name, value in rows.items()}
+
+
+@torch.no_grad()
+def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> float:
+    """Compare some guided steps of ours with the pipeline's own call; return the largest relative difference.
+
+    The pipeline runs with `stock`, a deterministic scheduler on its own schedule.
+
+    Raises:
+        ValueError: If they differ by more than 1e-4.
+    """
+    family, pipeline = teacher.family, teacher.pipeline
+    scale, conditions, usual = 2.0 if teacher.can_guide else 1.0, examples(family, 2), pipeline.scheduler
+    pipeline.scheduler = stock
+    try:
+        x_t, theirs = watch(
+            lambda: family.call(
+                pipeline, conditions, seeds=(0, 1), num_inference_steps=num_steps, **family.guided(scale)
+            ),
+            teacher.network,  # type: ignore[arg-type]  # a pipeline's network is a module
+            stock,
+            num_steps,
+        )
+    finally:
+        pipeline.scheduler = usual
+    x_t, theirs = x_t[:2], theirs[:2]
+    times = times_of(stock, teacher.spec.process)
+    cond = teacher.encode(conditions)
+    ours = x_t
+    for t, s in zip(times, times[1:], strict=False):
+        f = teacher.denoised(ours, t, cond)
+        if scale != 1:
+            without = teacher.denoised(ours, t, teacher.null_rows(cond))
+            f = without + scale * (f - without)
+        ours = Trajectory(teacher.spec.process, t).state(f, ours, as_times(s, 2))
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error <= SELF_CHECK_TOLERANCE:
+        raise ValueError(
+            f"self-check failed: {num_steps} steps of onestill and of {type(pipeline).__name__} differ by {error:.1e} "
+            f"(allowed {SELF_CHECK_TOLERANCE:.0e}). Either the weights hold non-finite numbers or the pipeline does "
+            "not do what its configuration says"
+        )
+    return error

@@ -1,0 +1,47 @@
+"""Stable Diffusion 1.x and 2.x, and Stable Diffusion XL: latents, a `UNet2DConditionModel`, CLIP prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from onestill.teachers import codec
+from onestill.teachers.family import Family, Schedule
+from onestill.teachers.schedulers import one_level, plain_ddim, scheduler_process
+
+
+def vp_schedule(pipeline: Any) -> Schedule:
+    """Return the schedule of a pipeline whose scheduler has `alphas_cumprod`; latents are never thresholded."""
+    process, prediction, _ = scheduler_process(pipeline.scheduler)
+    return Schedule(process, prediction, plain_ddim(pipeline.scheduler))
+
+
+def decode_vae(pipeline: Any, latents: Tensor) -> Tensor:
+    """Return the images of latents by the pipeline's own autoencoder."""
+    return codec.decode(pipeline.vae, latents)
+
+
+def one_ddim_step(_pipeline: Any, prediction_type: str, alpha: float) -> Any:
+    """Return the scheduler of an exported student: its one step is the head."""
+    return one_level(alpha, prediction_type, clip_sample=False)
+
+
+FAMILIES = (
+    Family(
+        name="stable_diffusion",
+        pipelines=("StableDiffusionPipeline",),
+        network="unet",
+        schedule=vp_schedule,
+        decode=decode_vae,
+        one_step=one_ddim_step,
+    ),
+    Family(
+        name="stable_diffusion_xl",
+        pipelines=("StableDiffusionXLPipeline",),
+        network="unet",
+        schedule=vp_schedule,
+        decode=decode_vae,
+        one_step=one_ddim_step,
+    ),
+)

@@ -1,0 +1,148 @@
+"""What every family of stock pipelines must pass, on tiny random weights."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import BUILDERS, build
+from torch import Tensor
+
+from onestill import objective
+from onestill.export import export_student
+from onestill.student import Student, TimeEmbeddingInjection
+from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.family import PipelineTeacher, examples, self_check
+from onestill.teachers.guidance import Guided
+from onestill.teachers.load import load_teacher
+from onestill.trajectory import STEPS
+
+# Self-attention and normalisation of tiny random networks amplify float32 rounding by up to 100 over four steps.
+PARITY = 1e-4
+# Families whose time embedding cannot be reached take the documented fallback.
+FALLBACK: set[str] = set()
+
+
+@functools.cache
+def folder_of(name: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="onestill-family-")) / name
+    build(name).save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def teacher_of(name: str) -> PipelineTeacher:
+    teacher = load_teacher(folder_of(name))
+    assert isinstance(teacher, PipelineTeacher)
+    return teacher
+
+
+@pytest.fixture(params=sorted(BUILDERS))
+def name(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+def teacher(name: str) -> PipelineTeacher:
+    """Each family's teacher, built once for all tests: never change it."""
+    return teacher_of(name)
+
+
+def noise_of(teacher: NetworkTeacher, num: int, seed: int = 0) -> Tensor:
+    return torch.randn(num, *teacher.spec.sample_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conditions_of(teacher: PipelineTeacher, num: int = 2) -> dict[str, Tensor]:
+    return teacher.encode(examples(teacher.family, num))
+
+
+def perturbed(teacher: NetworkTeacher, **settings: Any) -> Student:
+    """Return a student some way into a training, with a target time that matters."""
+    torch.manual_seed(5)
+    student = Student(teacher, **settings)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return student
+
+
+def test_four_guided_steps_are_the_pipelines_own(teacher: PipelineTeacher) -> None:
+    stock = teacher.family.schedule(teacher.pipeline).stock
+    assert self_check(teacher, stock, num_steps=4) <= PARITY
+
+
+def test_single_and_batched_calls_agree(teacher: PipelineTeacher) -> None:
+    x, cond = noise_of(teacher, 2), conditions_of(teacher)
+    both = teacher.denoised(x, 0.5, cond)
+    single = torch.cat(
+        [teacher.denoised(x[i : i + 1], 0.5, {k: v[i : i + 1] for k, v in cond.items()}) for i in range(2)]
+    )
+    torch.testing.assert_close(both, single, atol=1e-4, rtol=1e-4)
+
+
+def test_the_condition_matters(teacher: PipelineTeacher) -> None:
+    if not teacher.can_guide:
+        pytest.skip("this family has no null condition")
+    x, cond = noise_of(teacher, 2), conditions_of(teacher)
+    assert (teacher.denoised(x, 0.5, cond) - teacher.denoised(x, 0.5, teacher.null_rows(cond))).abs().max() > 1e-6
+
+
+def test_the_student_starts_as_the_teacher(teacher: PipelineTeacher, name: str) -> None:
+    student = Student(teacher)
+    assert isinstance(student.injection, TimeEmbeddingInjection) == (name not in FALLBACK)
+    x = teacher.spec.trajectory.start(noise_of(teacher, 2))
+    expected = teacher.denoised(x, teacher.spec.t_max, conditions_of(teacher))
+    for t in (0.0, 0.4, teacher.spec.t_max):
+        torch.testing.assert_close(student(x, t, conditions_of(teacher)), expected, atol=0, rtol=0)
+
+
+def test_three_steps_train_the_student_only(teacher: PipelineTeacher) -> None:
+    before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
+    student = Student(teacher)
+    guided = Guided(teacher, 2.0 if teacher.can_guide else 1.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    trajectory, cond = teacher.spec.trajectory, conditions_of(teacher)
+    for i in range(3):
+        x_a = trajectory.start(noise_of(teacher, 2, seed=i))
+        t, s = objective.draw_times(
+            torch.tensor([0.3, 0.8], dtype=torch.float64), "s_first", 0.1, 0.0, teacher.spec.t_max
+        )
+        with torch.no_grad():
+            y_t = student(x_a, t, cond)
+            target = objective.bootstrap_target(STEPS["midpoint"], trajectory, guided.denoiser(cond), x_a, y_t, t, s)
+        loss = objective.squared_residuals(student(x_a, s, cond), target).mean()
+        loss.backward()
+        assert math.isfinite(loss.item())
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not p.requires_grad and p.grad is None for p in teacher.network.parameters())
+    for key, value in teacher.network.state_dict().items():
+        torch.testing.assert_close(value, before[key], atol=0, rtol=0)
+
+
+def test_the_export_is_the_student(teacher: PipelineTeacher, tmp_path: Path) -> None:
+    # export_student reloads the folder with stock diffusers and compares the plain call's pictures.
+    assert export_student(perturbed(teacher), tmp_path / "out", t=0.0) <= 1e-4
+
+
+def test_an_exported_target_time_is_baked_in(teacher: PipelineTeacher, tmp_path: Path) -> None:
+    student = perturbed(teacher)
+    assert export_student(student, tmp_path / "out", t=0.5) <= 1e-4
+    x, cond = teacher.spec.trajectory.start(noise_of(teacher, 2)), conditions_of(teacher)
+    assert (student(x, 0.5, cond) - student(x, 0.0, cond)).abs().max() > 1e-5
+
+
+def test_bfloat16_runs(name: str) -> None:
+    teacher = teacher_of(name)
+    x, cond = noise_of(teacher, 2), conditions_of(teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = teacher.denoised(x, 0.5, cond)
+    assert low.dtype == torch.float32
+    assert low.isfinite().all()
