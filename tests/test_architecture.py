@@ -25,6 +25,7 @@ LAYERS = (
     ("teachers.closed_form", "teachers.guidance", "teachers.module", "teachers.unet2d", "conditions", "card"),
     ("teachers.load", "student"),
     ("sampler",),
+    ("anchors",),
     ("trainer", "export"),
     ("distillation",),
     ("runs", "inspection", "evaluation.classifier", "evaluation.metrics", "evaluation.report", "evaluation.speed"),
