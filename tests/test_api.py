@@ -47,6 +47,52 @@ def test_sample_is_one_seed_per_image() -> None:
     assert (images[0] - images[1]).abs().max() > 1e-2
 
 
+def test_one_seed_is_one_image_with_classes_too() -> None:
+    run = finished_run("class")
+    images = onestill.sample(run, num_images=6)
+    assert (onestill.sample(run, num_images=1, seed=5)[0] - images[5]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("scale", [float("nan"), -3.0, float("inf")])
+def test_guidance_that_is_no_scale_is_refused_before_any_work(scale: float) -> None:
+    with pytest.raises(ValueError, match="--guidance_scale must be a number from 0 up"):
+        onestill.sample(teacher=teacher_folder("class"), null_class=NULL_CLASS, guidance_scale=scale)
+    with pytest.raises(ValueError, match="--guidance_scale must be a number from 0 up"):
+        onestill.evaluate(finished_run("class"), guidance_scale=scale, **FEW)
+
+
+@pytest.mark.parametrize("given", [{"solver": "heun"}, {"null_class": 1}])
+def test_what_only_a_teacher_can_do_is_refused_of_a_student(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"--{next(iter(given))} .* is for a teacher"):
+        onestill.sample(finished_run("class"), **given)
+
+
+def test_a_drawn_student_is_evaluated_at_the_scale_asked_for() -> None:
+    run = finished_run("drawn")
+    low, high = (onestill.evaluate(run, guidance_scale=w, **FEW).rows[-1].frechet_distance for w in (1.0, 3.0))
+    assert low is not None and high is not None and abs(low - high) > 1e-6
+
+
+def test_reference_seeds_are_never_those_of_a_row() -> None:
+    report = onestill.evaluate(finished_run(), seed=10_000_000, reference="teacher", **FEW)
+    teacher = report.rows[0].frechet_distance
+    assert teacher is not None and teacher > 1e-6
+    assert report.protocol.reference.endswith("seeds 10000012..")
+
+
+def test_a_report_never_overwrites_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "samples.png").write_text("mine")
+    with pytest.raises(ValueError, match="holds a report"):
+        onestill.evaluate(finished_run(), output=tmp_path, **FEW)
+    assert (tmp_path / "samples.png").read_text() == "mine"
+
+
+def test_report_folders() -> None:
+    run = finished_run()
+    assert api.default_report_folder(run) == api.default_report_folder(run / "pipeline") == run / "evaluation"
+    assert api.default_report_folder(run / "checkpoint-4") == run / "checkpoint-4" / "evaluation"
+
+
 def test_sample_goes_round_the_labels() -> None:
     run = finished_run("class")
     every = onestill.sample(run, num_images=4)
@@ -56,7 +102,8 @@ def test_sample_goes_round_the_labels() -> None:
 
 def test_sample_is_what_plain_diffusers_gives() -> None:
     pipeline = load_pipeline(finished_run("class") / "pipeline", "cpu")
-    expected = call_pipeline(pipeline, range(7, 11), [0, 1, 2, 0])
+    # Seed 7 of three classes has class 1.
+    expected = call_pipeline(pipeline, range(7, 11), [1, 2, 0, 1])
     assert (onestill.sample(finished_run("class"), num_images=4, seed=7) - expected).abs().max() <= 1e-5
 
 

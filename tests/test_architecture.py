@@ -36,6 +36,7 @@ LAYERS = (
     ("teachers.stable_diffusion",),
     ("teachers.load", "student"),
     ("sampler",),
+    ("anchors",),
     ("trainer", "export"),
     ("distillation",),
     ("runs", "inspection", "evaluation.classifier", "evaluation.metrics", "evaluation.report", "evaluation.speed"),

@@ -66,7 +66,7 @@ def refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def assert_untouched(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoint-2", "checkpoint-4", "config.yaml", "logs", "pipeline", "samples"}
+    assert names == {"checkpoint-2", "checkpoint-4", "config.yaml", "logs", "pipeline", "samples", "teacher.json"}
 
 
 # What is no teacher. Each is tried with every command that takes one.
@@ -256,7 +256,7 @@ SETTINGS = [
     Case("rate negative", D + "--teacher PLAIN --learning_rate -1", "--learning_rate: input should be greater than 0"),
     Case("no steps", D + "--teacher PLAIN --max_train_steps 0", "--max_train_steps"),
     Case("half a step", D + "--teacher PLAIN --max_train_steps 2.5", "--max_train_steps"),
-    Case("warm-up of the whole run", D + "--teacher PLAIN --max_train_steps 10", "--lr_warmup_steps 100 must be below --max_train_steps 10"),
+    Case("warm-up of the whole run", D + "--teacher PLAIN --max_train_steps 10 --lr_warmup_steps 100", "--lr_warmup_steps 100 must be below --max_train_steps 10"),
     Case("seed negative", D + "--teacher PLAIN --seed -1", "--seed"),
     Case("guidance negative", D + "--teacher CLASS --null_class 3 --guidance_scale -1", "--guidance_scale: input should be greater than or equal to 0"),
     Case("guidance NaN", D + "--teacher CLASS --null_class 3 --guidance_scale nan", "--guidance_scale: input should be a finite"),

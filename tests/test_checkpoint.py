@@ -73,7 +73,7 @@ def test_crash_while_writing_leaves_nothing_visible(
     assert ".checkpoint-2.partial" in names(tmp_path)
     folder = write_checkpoint(tmp_path, 2, make_checkpoint(2))
     assert read_latest(tmp_path)[0] == folder
-    rotate(tmp_path, 5)
+    rotate(tmp_path, 5, newest=2)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -154,8 +154,17 @@ def test_rotation_keeps_the_newest_and_cleans_leftovers(tmp_path: Path) -> None:
         (tmp_path / left).mkdir()
         (tmp_path / left / "half.safetensors").write_text("")
     (tmp_path / "config.yaml").write_text("")
-    rotate(tmp_path, 2)
+    rotate(tmp_path, 2, newest=10)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-3", "config.yaml"]
+
+
+def test_rotation_drops_what_could_not_be_read_and_keeps_what_was_written(tmp_path: Path) -> None:
+    for step in (8, 12, 20):
+        write_checkpoint(tmp_path, step, make_checkpoint())
+    (tmp_path / "checkpoint-20" / "student.safetensors").write_text("broken")
+    # The run fell back to step 8, went on and was stopped at step 12.
+    rotate(tmp_path, 1, newest=12)
+    assert names(tmp_path) == ["checkpoint-12"]
 
 
 def test_rotation_never_shows_half_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +182,7 @@ def test_rotation_never_shows_half_a_checkpoint(tmp_path: Path, monkeypatch: pyt
             remove(path, **options),
         )[2],
     )
-    rotate(tmp_path, 1)
+    rotate(tmp_path, 1, newest=2)
     assert ".checkpoint-1.removed" in seen and not any(name.startswith("checkpoint") for name in seen)
 
 

@@ -209,6 +209,9 @@ OUT_OF_RANGE = {
     "num_validation_images": [0, 65],
     "num_teacher_steps": [0, 1001],
     "num_time_bins": [0, 101],
+    "anchor_fraction": [-0.1, 1.0],
+    "num_anchors": [0],
+    "num_anchor_steps": [0, 1001],
     "report_to": [""],
     "tracker_project_name": [""],
     "thresholding": ["clip"],
@@ -265,7 +268,7 @@ CONTRADICTIONS = {
         "boundary_fraction": 0.9,
         "train_batch_size": 4,
     },
-    "--lr_warmup_steps 100 must be below --max_train_steps 100": {"max_train_steps": 100},
+    "--lr_warmup_steps 100 must be below --max_train_steps 100": {"max_train_steps": 100, "lr_warmup_steps": 100},
 }
 
 

@@ -1,9 +1,11 @@
 """A whole run: checked before anything is written, trained, exported; in Python and with any module."""
 
 import json
+import shutil
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import torch
 from runs_helpers import (
     FAST,
     NULL_CLASS,
+    copied,
     finished_run,
     snapshot,
     teacher_folder,
     tiny_network,
+    write_teacher,
     zero_snr_scheduler,
 )
 from safetensors.torch import load_file
@@ -39,6 +43,7 @@ from onestill.distillation import (
 from onestill.process import CosineVP
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
+from onestill.teachers.module import module_teacher
 from onestill.teachers.unet2d import unet2d_teacher
 
 
@@ -51,7 +56,7 @@ def test_layout_of_a_run() -> None:
     run = finished_run()
     names = {name for name in snapshot(run) if "/" not in name}
     # checkpoint-2 and checkpoint-4 of 4 steps: the newest two are kept.
-    assert names == {"checkpoint-2", "checkpoint-4", "config.yaml", "logs", "pipeline", "samples"}
+    assert names == {"checkpoint-2", "checkpoint-4", "config.yaml", "logs", "pipeline", "samples", "teacher.json"}
     assert (run / "logs" / "metrics.jsonl").is_file()
     assert [path.name for path in (run / "samples").iterdir()] == ["step-000004.png"]
     pipeline = set(snapshot(run / "pipeline"))
@@ -65,7 +70,8 @@ def test_what_a_run_returns(tmp_path: Path) -> None:
     result = distil(tmp_path / "run", on_step=lambda log: steps.append(log.step))
     assert steps == [1, 2, 3, 4]
     run = tmp_path / "run"
-    assert result == RunResult(run, 4, run / "pipeline", run / "checkpoint-4", result.export_error)
+    expected = RunResult(run, 4, run / "pipeline", run / "checkpoint-4", result.export_error, num_trained=4)
+    assert result == expected
     assert result.export_error is not None and result.export_error < 1e-5
     assert is_run(run)
 
@@ -154,7 +160,7 @@ def test_any_module_is_distilled(tmp_path: Path) -> None:
     assert generate(torch.randn(5, 2), {}).shape == (5, 2)
     (picture,) = (tmp_path / "run" / "samples").iterdir()
     assert picture.stat().st_size > 1000  # a scatter plot
-    with pytest.raises(ValueError, match=r"exported module: load it in Python with onestill\.export\.load_module"):
+    with pytest.raises(ValueError, match=r"network of your own: load it in Python with onestill\.load_module"):
         onestill.sample(result.pipeline)
 
 
@@ -285,3 +291,88 @@ def test_no_warning_reaches_the_user(tmp_path: Path) -> None:
 def test_the_log_is_complete_json(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (finished_run() / "logs" / "metrics.jsonl").open(encoding="utf-8")]
     assert [row["step"] for row in rows] == [4]
+
+
+def test_a_teacher_object_and_its_start_level_are_remembered(tmp_path: Path) -> None:
+    teacher = load_teacher(teacher_folder("class"), null_class=NULL_CLASS, t_max=0.8)
+    distil(tmp_path / "run", teacher=teacher, guidance_scale=2.0, learning_rate=3e-3)
+    config = read_yaml(tmp_path / "run" / "config.yaml")
+    assert (config["t_max"], config["null_class"]) == (0.8, NULL_CLASS)
+    exported = onestill.sample(tmp_path / "run", num_images=2)
+    restored = onestill.sample(tmp_path / "run" / "checkpoint-4", num_images=2)
+    assert (exported - restored).abs().max() <= 1e-5
+
+
+def test_a_given_start_level_is_checked_and_leaves_the_object_alone(
+    tmp_path: Path, plain_network: Callable[..., nn.Module]
+) -> None:
+    teacher = module_teacher(plain_network(), CosineVP(), "epsilon", (1, 8, 8))
+    with pytest.raises(ValueError, match="--t_max 1 is pure noise"):
+        distil(tmp_path / "run", teacher=teacher, t_max=1.0)
+    before = teacher.spec
+    prepare(make_config({"teacher": "python object", "output_dir": tmp_path / "run", "t_max": 0.5}), teacher)
+    assert teacher.spec is before
+
+
+def test_another_null_class_than_the_objects_is_refused(tmp_path: Path) -> None:
+    teacher = load_teacher(teacher_folder("class"))
+    with pytest.raises(ValueError, match="--null_class 1 was given with a teacher object"):
+        distil(tmp_path / "run", teacher=teacher, null_class=1)
+
+
+def test_a_teacher_that_changed_since_is_noticed(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", tiny_network(seed=4))
+    distil(tmp_path / "run", teacher=teacher)
+    shutil.rmtree(teacher)
+    write_teacher(teacher, tiny_network(seed=5))
+    for opened in (
+        lambda: onestill.sample(tmp_path / "run" / "checkpoint-4"),
+        lambda: onestill.evaluate(tmp_path / "run"),
+    ):
+        with pytest.raises(ValueError, match="is not the one it was distilled from"):
+            opened()
+
+
+def test_a_run_opens_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_teacher(tmp_path / "teacher", tiny_network())
+    monkeypatch.chdir(tmp_path)
+    distil(tmp_path / "run", teacher="teacher")
+    monkeypatch.chdir("/")
+    assert onestill.sample(tmp_path / "run" / "checkpoint-4", num_images=1).shape == (1, 1, 8, 8)
+
+
+def test_a_run_of_a_network_of_ones_own_says_how_it_opens(
+    tmp_path: Path, plain_network: Callable[..., nn.Module]
+) -> None:
+    distil(tmp_path / "run", teacher=module_teacher(plain_network(), CosineVP(), "v_prediction", (1, 8, 8)))
+    with pytest.raises(ValueError, match="is a network of your own: load it in Python with onestill.load_module"):
+        onestill.sample(tmp_path / "run")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    run = copied(finished_run(), tmp_path / "run")
+    (run / "pipeline" / "README.md").write_text("with a measured table")
+    before = snapshot(run / "pipeline")
+    settings = {
+        name: value for name, value in read_yaml(run / "config.yaml").items() if name not in ("teacher", "output_dir")
+    }
+    settings["resume_from_checkpoint"] = "latest"
+    result = onestill.distill(teacher_folder(), run, show_progress=False, **settings)
+    assert result.num_trained == 0 and result.pipeline == run / "pipeline"
+    assert snapshot(run / "pipeline") == before
+
+
+def test_a_run_begun_again_begins_its_log_again(tmp_path: Path) -> None:
+    logs = tmp_path / "run" / "logs"
+    logs.mkdir(parents=True)
+    # Killed before its first checkpoint, in the middle of a line.
+    (logs / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    (tmp_path / "run" / "config.yaml").write_text("teacher: x\n")
+    distil(tmp_path / "run", resume_from_checkpoint="latest", logging_steps=1)
+    steps = [json.loads(line)["step"] for line in (logs / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_short_run_has_a_short_warm_up() -> None:
+    assert make_config({"teacher": "digits", "output_dir": "run", "max_train_steps": 20}).lr_warmup_steps == 2
+    assert make_config({"teacher": "digits", "output_dir": "run"}).lr_warmup_steps == 100

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onestill.checkpoint import read_checkpoint
 from onestill.config import make_config
+from onestill.distillation import fit_teacher
 from onestill.runs import Source, open_student, open_teacher, read_run_config, restore_student, run_teacher
 from onestill.sampler import generate_images, noise
 from onestill.teachers.load import load_teacher
@@ -145,9 +146,12 @@ def test_teacher_is_clipped_as_its_scheduler_does() -> None:
 
 def test_the_teacher_of_a_run_is_fitted_as_in_the_run() -> None:
     run = finished_run("class")
-    base, fitted = run_teacher(read_run_config(run), CPU)
+    config = read_run_config(run)
+    base = run_teacher(run, config, CPU)
+    fitted = fit_teacher(base, config)
     assert base.spec.null_class == NUM_CLASSES and fitted.calls == 2
-    assert base.fingerprint() == load_teacher(teacher_folder("class")).fingerprint()
+    assert base.fingerprint() == load_teacher(teacher_folder("class"), null_class=NUM_CLASSES).fingerprint()
+    assert base.fingerprint() != load_teacher(teacher_folder("class")).fingerprint()
 
 
 REFUSED = {

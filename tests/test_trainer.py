@@ -78,6 +78,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
         {"boundary_weight": 0},
         {"ema_decay": 0},
         {"ema_target_decay": 0.9},
+        {"anchor_fraction": 0.5, "num_anchors": 6, "num_anchor_steps": 2, "boundary_weight": 0},
         {"gradient_checkpointing": True},
         {"thresholding": "dynamic", "threshold_limit": 2},
         {"t_min": 0.1, "t_max": 0.9, "lr_scheduler": "linear"},

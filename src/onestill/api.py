@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from onestill.distillation import (
     PIPELINE_FOLDER,
     check_device,
     check_writable,
+    fit_teacher,
     guidance_words,
     is_run,
     resolve_device,
@@ -38,6 +40,8 @@ from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.trajectory import STEPS
 
+PICTURE_NAME = "samples.png"
+
 
 def sample(
     student: str | Path | None = None,
@@ -49,7 +53,7 @@ def sample(
     guidance_scale: float | None = None,
     target_time: float = 0.0,
     num_inference_steps: int | None = None,
-    solver: str = "ddim",
+    solver: str | None = None,
     null_class: int | None = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -64,11 +68,11 @@ def sample(
         teacher: A teacher, for its multi-step baseline.
         num_images: How many.
         seed: Seed of the first image.
-        class_labels: Labels to go round; all classes if empty.
+        class_labels: Labels to go round; if empty, seed i has label i modulo the number of classes.
         guidance_scale: w; for a student only if it was distilled to take it.
         target_time: The student's target time; 0 is the finished image.
         num_inference_steps: Steps of the teacher (50 if None); a student has one.
-        solver: Step of the teacher: ddim, heun or midpoint.
+        solver: Step of the teacher: ddim (if None), heun or midpoint.
         null_class: The teacher's label for "no class".
         batch_size: Images per network call.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -79,11 +83,13 @@ def sample(
     """
     if (student is None) == (teacher is None):
         raise ValueError("give --student (one step) or --teacher (many steps), not both and not neither")
-    if solver not in STEPS:
+    if solver is not None and solver not in STEPS:
         raise ValueError(f"--solver {solver}: choose one of {', '.join(STEPS)}")
     for flag, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag} must be at least 1, got {value}")
+    check_seeds(seed, num_images)
+    check_guidance(guidance_scale)
     check_device(device)
     place = resolve_device(device)
     if student is not None:
@@ -91,7 +97,16 @@ def sample(
             raise ValueError(
                 f"--num_inference_steps {num_inference_steps}: a student has one step; give --teacher for more"
             )
-        source = open_student(student, device=place, target_time=target_time, guidance_scale=guidance_scale)
+        for flag, given in (("solver", solver), ("null_class", null_class)):
+            if given is not None:
+                raise ValueError(f"--{flag} {given} is for a teacher; a student has it distilled in")
+        source = open_student(
+            student,
+            device=place,
+            target_time=target_time,
+            guidance_scale=guidance_scale,
+            local_files_only=local_files_only,
+        )
     else:
         if target_time != 0:
             raise ValueError(f"--target_time {target_time:g} is the student's; a teacher goes to the finished image")
@@ -100,11 +115,11 @@ def sample(
             device=place,
             num_steps=50 if num_inference_steps is None else num_inference_steps,
             guidance_scale=1.0 if guidance_scale is None else guidance_scale,
-            solver=solver,
+            solver=solver or "ddim",
             local_files_only=local_files_only,
             null_class=null_class,
         )
-    cond = source.conditions(num_images, tuple(class_labels))
+    cond = source.conditions(num_images, tuple(class_labels), seed=seed)
     seeds = range(seed, seed + num_images)
     return generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=batch_size)
 
@@ -160,7 +175,9 @@ def evaluate(
     check_device(device)
     place = resolve_device(device)
     _check_evaluation(num_samples, steps, batch_size, num_reference_steps, output, overwrite)
-    one_step = open_student(student, device=place)
+    check_seeds(seed, num_samples)
+    check_guidance(guidance_scale)
+    one_step = _open_at_scale(student, place, guidance_scale, local_files_only)
     base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, place, local_files_only)
     if base.spec.sample_shape != one_step.sample_shape:
         raise ValueError(
@@ -196,12 +213,33 @@ def evaluate(
         report.save(output, overwrite=overwrite)
         pictures.save_rows(
             {k: v[:16] for k, v in shown.items()},
-            Path(output) / "samples.png",
+            Path(output) / PICTURE_NAME,
             title="same noise in every column",
         )
         if one_step.folder is not None:
             card.write_table(one_step.folder, report.to_markdown())
     return report
+
+
+def check_seeds(seed: int, num: int) -> None:
+    """Raise ValueError if the seeds seed, ..., seed + num - 1 are not all 64-bit numbers."""
+    if not 0 <= seed < 2**63 - num:
+        raise ValueError(f"--seed must be between 0 and 2^63 minus the number of images, got {seed}")
+
+
+def check_guidance(guidance_scale: float | None) -> None:
+    """Raise ValueError if a guidance scale is no number from 0 up."""
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"--guidance_scale must be a number from 0 up, got {guidance_scale}")
+
+
+def _open_at_scale(student: str | Path, device: torch.device, scale: float | None, offline: bool) -> Source:
+    """Return the student to evaluate, at the guidance scale asked for if it takes one."""
+    source = open_student(student, device=device, local_files_only=offline)
+    if scale is None or source.config is None or source.config.guidance_range is None:
+        return source
+    path = Path(student) if is_run(Path(student)) else Path(student).parent
+    return open_student(path, device=device, guidance_scale=scale, local_files_only=offline)
 
 
 def _check_evaluation(
@@ -228,7 +266,7 @@ def _check_evaluation(
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output {path} is a file; give a folder")
     check_writable(path, "output")
-    if any((path / name).exists() for name in (JSON_NAME, MARKDOWN_NAME)) and not overwrite:
+    if any((path / name).exists() for name in (JSON_NAME, MARKDOWN_NAME, PICTURE_NAME)) and not overwrite:
         raise ValueError(f"--output {path} holds a report; name another folder, or give --overwrite")
 
 
@@ -243,17 +281,18 @@ def _teacher_of(
     config = student.config
     if teacher is None and config is None:
         raise ValueError("--student is an exported folder that does not know its teacher; name it with --teacher")
-    if teacher is None and config is not None and guidance_scale is None and config.guidance_range is None:
-        return run_teacher(config, device)
     if isinstance(teacher, NetworkTeacher):
         base = teacher
     elif teacher is not None:
         null = config.null_class if null_class is None and config is not None else null_class
         base = load_teacher(teacher, local_files_only=offline, null_class=null, device=str(device))
     else:
+        assert student.run is not None
         assert config is not None
-        base, _ = run_teacher(config, device)
+        base = run_teacher(student.run, config, device, local_files_only=offline)
     scale = _guidance_of(config, guidance_scale, base)
+    if config is not None:
+        return base, fit_teacher(base, config, scale)
     guided = Guided(base, 1.0 if scale is None else scale)
     return base, guided if base.spec.threshold.mode == "none" else Thresholded(guided, base.spec.threshold)
 
@@ -290,8 +329,9 @@ def _reference(
 def default_report_folder(student: str | Path) -> Path:
     """Return where the report of a student goes if nothing is said: its run's folder, or beside the pipeline."""
     path = Path(student)
-    run = path if is_run(path) else path.parent if path.name == PIPELINE_FOLDER and is_run(path.parent) else None
-    return (run or Path(".")) / "evaluation"
+    if path.name == PIPELINE_FOLDER and is_run(path.parent):
+        path = path.parent
+    return (path if is_run(path) or is_run(path.parent) else Path(".")) / "evaluation"
 
 
 def export(

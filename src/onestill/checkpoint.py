@@ -101,9 +101,18 @@ def read_latest(output_dir: Path) -> tuple[Path, Checkpoint, list[str]]:
     raise ValueError(f"{output_dir} holds no usable checkpoint{reason}")
 
 
-def rotate(output_dir: Path, limit: int) -> None:
-    """Remove the oldest checkpoints beyond `limit`, and what interrupted writes and removals left."""
-    for folder in list_checkpoints(output_dir)[limit:]:
+def rotate(output_dir: Path, limit: int, newest: int) -> None:
+    """Remove what is not among the `limit` last checkpoints, and what interrupted writes and removals left.
+
+    Args:
+        output_dir: The run's folder.
+        limit: How many are kept.
+        newest: Step of the one just written. A checkpoint of a later step is one that could not be read, or the run
+            would have gone on from it.
+    """
+    found = list_checkpoints(output_dir)
+    unread = [folder for folder in found if step_of(folder) > newest]
+    for folder in [*unread, *found[len(unread) + limit :]]:
         _remove(folder)
     for left in [*output_dir.glob(".checkpoint-*.partial"), *output_dir.glob(".checkpoint-*.removed")]:
         shutil.rmtree(left, ignore_errors=True)

@@ -173,6 +173,13 @@ def distill(
             soft_wrap=True,
         )
         raise typer.Exit(128 + result.stopped_by)
+    if result.num_trained == 0:
+        out.print(
+            f"{escape(str(result.pipeline))} was finished before; nothing was left to train",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
     if result.export_error is None:  # another process of this run has exported, and says so
         return
     folder = escape(str(result.pipeline))
@@ -264,7 +271,9 @@ def sample(
     num_inference_steps: Annotated[
         int | None, typer.Option("--num_inference_steps", help="Steps of a teacher \\[default: 50].")
     ] = None,
-    solver: Annotated[str, typer.Option("--solver", help="Step of a teacher: ddim, heun or midpoint.")] = "ddim",
+    solver: Annotated[
+        str | None, typer.Option("--solver", help="Step of a teacher: ddim, heun or midpoint \\[default: ddim].")
+    ] = None,
     null_class: Annotated[int | None, typer.Option("--null_class", help="A teacher's label for 'no class'.")] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="For text teachers; the families here take none.")

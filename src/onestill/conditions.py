@@ -54,8 +54,11 @@ def check_labels(labels: Sequence[int], spec: TeacherSpec) -> tuple[int, ...]:
         return tuple(spec.labels)
     if spec.num_classes is None:
         raise ValueError(f"--class_labels {list(labels)} was given, but the teacher is unconditional")
-    known = spec.labels if spec.null_class is None else [*spec.labels, spec.null_class]
-    unknown = sorted(set(labels) - set(known))
+    if spec.null_class in labels:
+        raise ValueError(
+            f"--class_labels {spec.null_class} is the null class, which means 'no class' and draws nothing"
+        )
+    unknown = sorted(set(labels) - set(spec.labels))
     if unknown:
-        raise ValueError(f"--class_labels {unknown}: the teacher's classes are {known[0]} to {max(known)}")
+        raise ValueError(f"--class_labels {unknown}: the teacher's classes are {spec.labels[0]} to {spec.labels[-1]}")
     return tuple(labels)

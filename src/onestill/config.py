@@ -56,6 +56,15 @@ class DistillConfig(BaseModel):
     )
     boundary_weight: float = _field(1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0)
     boundary_fraction: float = _field(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)
+    anchor_fraction: float = _field(
+        0.0,
+        OBJECTIVE,
+        "Share of the batch that is regressed on whole teacher trajectories; 0 is BOOT alone.",
+        ge=0,
+        lt=1,
+    )
+    num_anchors: int = _field(10_000, OBJECTIVE, "Teacher trajectories made for that before the first step.", ge=1)
+    num_anchor_steps: int = _field(12, OBJECTIVE, "Solver steps of each.", ge=1, le=1000)
     ema_target_decay: float = _field(
         0.0, OBJECTIVE, "Decay of an EMA student used in the target; 0 is the student itself.", ge=0, lt=1
     )
@@ -69,7 +78,7 @@ class DistillConfig(BaseModel):
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = _field(
         "constant_with_warmup", OPTIMISATION, "Learning-rate schedule."
     )
-    lr_warmup_steps: int = _field(100, OPTIMISATION, "Warm-up steps.", ge=0)
+    lr_warmup_steps: int = _field(100, OPTIMISATION, "Warm-up steps; if not given at most a tenth of the run.", ge=0)
     adam_beta1: float = _field(0.9, OPTIMISATION, "AdamW beta 1.", ge=0, lt=1)
     adam_beta2: float = _field(0.999, OPTIMISATION, "AdamW beta 2.", ge=0, lt=1)
     adam_weight_decay: float = _field(0.0, OPTIMISATION, "AdamW weight decay.", ge=0)
@@ -105,6 +114,14 @@ class DistillConfig(BaseModel):
     )
     tracker_project_name: str = _field("onestill", WATCHING, "Project name for the tracker.", min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shorten_warmup(cls, data: Any) -> Any:
+        steps = data.get("max_train_steps") if isinstance(data, dict) else None
+        if not isinstance(steps, int) or data.get("lr_warmup_steps") is not None:
+            return data
+        return {**data, "lr_warmup_steps": min(cls.model_fields["lr_warmup_steps"].default, max(steps, 0) // 10)}
+
     @model_validator(mode="after")
     def _consistent(self) -> DistillConfig:
         t_max = 1.0 if self.t_max is None else self.t_max
@@ -120,10 +137,12 @@ class DistillConfig(BaseModel):
                 raise ValueError(f"--guidance_scale_min {low:g} must be below --guidance_scale_max {high:g}")
             if "guidance_scale" in self.model_fields_set and self.guidance_scale != 1:
                 raise ValueError("--guidance_scale fixes w and --guidance_scale_min/max draw it: give one or the other")
-        if self.boundary_weight > 0 and not 1 <= self.num_boundary_rows < self.train_batch_size:
-            raise ValueError(
-                f"--boundary_fraction {self.boundary_fraction:g} leaves no bootstrap rows in a batch of {self.train_batch_size}"
-            )
+        if self.num_boundary_rows + self.num_anchor_rows >= self.train_batch_size:
+            given = f"--boundary_fraction {self.boundary_fraction:g}" if self.boundary_weight > 0 else ""
+            if self.anchor_fraction > 0:
+                given += f"{' and ' if given else ''}--anchor_fraction {self.anchor_fraction:g}"
+            verb = "leave" if " and " in given else "leaves"
+            raise ValueError(f"{given} {verb} no bootstrap rows in a batch of {self.train_batch_size}")
         if self.lr_scheduler != "constant" and self.lr_warmup_steps >= self.max_train_steps:
             raise ValueError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} must be below --max_train_steps {self.max_train_steps}"
@@ -140,6 +159,11 @@ class DistillConfig(BaseModel):
     def num_boundary_rows(self) -> int:
         """Rows of a batch that go to the boundary loss."""
         return max(1, round(self.boundary_fraction * self.train_batch_size)) if self.boundary_weight > 0 else 0
+
+    @property
+    def num_anchor_rows(self) -> int:
+        """Rows of a batch that are anchors."""
+        return max(1, round(self.anchor_fraction * self.train_batch_size)) if self.anchor_fraction > 0 else 0
 
 
 RESUMABLE_CHANGES = frozenset(

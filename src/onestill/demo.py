@@ -21,9 +21,13 @@ SETTINGS: dict[str, Any] = {
     "lr_warmup_steps": 50,
     "checkpointing_steps": 280,
     "validation_steps": 140,
+    "tracker_project_name": "onestill-demo",
 }
+"""The project name also marks the folder as a demo, which --overwrite may remove."""
 NUM_SAMPLES = 1800
 TEACHER_STEPS = (50, 10, 4, 1)
+# A multiple of ten, so that the columns are the classes in order.
+FIRST_SEED = 70
 
 
 def run_demo(
@@ -74,11 +78,11 @@ def draw(run: Path, device: str) -> Path:
     """Write the picture: the teacher at several steps above the student at one, same noise in each column."""
     rows = {
         f"teacher, {n} step{'s' if n > 1 else ''}": sample(
-            teacher="digits", num_images=10, seed=77, num_inference_steps=n, device=device
+            teacher="digits", num_images=10, seed=FIRST_SEED, num_inference_steps=n, device=device
         )
         for n in TEACHER_STEPS
     }
-    rows["student, 1 step"] = sample(run, num_images=10, seed=77, device=device)
+    rows["student, 1 step"] = sample(run, num_images=10, seed=FIRST_SEED, device=device)
     return pictures.save_rows(
         rows, run / "demo.png", title="digits: same noise in each column, same class order", size=72
     )
@@ -87,8 +91,8 @@ def draw(run: Path, device: str) -> Path:
 def _make_room(output_dir: Path, overwrite: bool) -> None:
     """Remove an earlier demo; anything else that stands there is left for `distill` to refuse."""
     config = output_dir / CONFIG_FILE
-    if not config.is_file() or read_yaml(config).get("teacher") != "digits":
+    if not config.is_file() or read_yaml(config).get("tracker_project_name") != SETTINGS["tracker_project_name"]:
         return
     if not overwrite:
-        raise ValueError(f"--output_dir {output_dir} holds a run; name another folder, or give --overwrite")
+        raise ValueError(f"--output_dir {output_dir} holds a demo; name another folder, or give --overwrite")
     shutil.rmtree(output_dir)

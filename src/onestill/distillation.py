@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,10 +28,11 @@ from onestill.export import export_student
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
 from onestill.teachers.guidance import Guided, Thresholded
-from onestill.teachers.load import load_teacher
+from onestill.teachers.load import EMBEDDED, load_teacher, with_t_max
 from onestill.trainer import StepLog, Trainer
 
-CONFIG_FILE, PIPELINE_FOLDER = "config.yaml", "pipeline"
+CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", "teacher.json", "pipeline"
+PYTHON_OBJECT = "python object"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class RunResult:
         checkpoint: The newest checkpoint.
         export_error: Largest difference between the exported folder and the student.
         stopped_by: Number of the signal that stopped the run, if one did.
+        num_trained: Steps done by this call; 0 of a run that had been finished before, which is left as it was.
     """
 
     output_dir: Path
@@ -52,6 +55,7 @@ class RunResult:
     checkpoint: Path | None = None
     export_error: float | None = None
     stopped_by: int | None = None
+    num_trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,38 @@ def distill(
         NonFiniteLossError: If the loss stays non-finite; names the last good checkpoint.
     """
     given = {**settings, "output_dir": Path(output_dir)}
-    given["teacher"] = (teacher.spec.source or "python object") if isinstance(teacher, NetworkTeacher) else str(teacher)
+    if isinstance(teacher, NetworkTeacher):
+        given |= _facts_of(teacher, given)
+    else:
+        given["teacher"] = _absolute(str(teacher))
     config = make_config(given, Path(config_file) if config_file else None)
     prepared = prepare(config, teacher if isinstance(teacher, NetworkTeacher) else None, network)
     if show_progress:
         for message in prepared.messages:
             print(message, file=sys.stderr)
     return RunResult(config.output_dir) if dry_run else run(prepared, show_progress=show_progress, on_step=on_step)
+
+
+def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the run's configuration must say of a teacher object, so that it can be opened again.
+
+    Raises:
+        ValueError: If the settings name another null class than the object has.
+    """
+    spec = teacher.spec
+    if given.get("null_class") not in (None, spec.null_class):
+        raise ValueError(
+            f"--null_class {given['null_class']} was given with a teacher object whose null class is {spec.null_class}; "
+            "name it where the object is made: load_teacher or module_teacher"
+        )
+    t_max = spec.t_max if given.get("t_max") is None else given["t_max"]
+    return {"teacher": spec.source or PYTHON_OBJECT, "null_class": spec.null_class, "t_max": t_max}
+
+
+def _absolute(teacher: str) -> str:
+    """Return a folder's path so that the run can be opened from anywhere; names and hub ids as they are."""
+    is_folder = teacher not in EMBEDDED and Path(teacher).expanduser().is_dir()
+    return str(Path(teacher).expanduser().resolve()) if is_folder else teacher
 
 
 def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, network: nn.Module | None = None) -> Prepared:
@@ -126,8 +155,8 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         null_class=config.null_class,
         t_max=config.t_max,
     )
-    if teacher is not None and config.t_max is not None:
-        base.spec = replace(base.spec, t_max=config.t_max, t_max_reason="given with --t_max")
+    if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
+        base = with_t_max(teacher, config.t_max)
     check_times(config, base)
     fitted = fit_teacher(base, config)
     labels = check_labels(config.class_labels, base.spec)
@@ -142,9 +171,12 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     return Prepared(config, base, fitted, conditions, student, fingerprint, resume, messages)
 
 
-def fit_teacher(base: Teacher, config: DistillConfig) -> Teacher:
-    """Return the teacher guided and thresholded as the configuration says."""
-    guided = Guided(base, config.guidance_scale, drawn=config.guidance_range is not None)
+def fit_teacher(base: Teacher, config: DistillConfig, guidance_scale: float | None = None) -> Teacher:
+    """Return the teacher guided and thresholded as the configuration says, or at another fixed guidance scale."""
+    if guidance_scale is None:
+        guided = Guided(base, config.guidance_scale, drawn=config.guidance_range is not None)
+    else:
+        guided = Guided(base, guidance_scale)
     threshold = base.spec.threshold
     if config.thresholding != "teacher":
         threshold = Threshold(config.thresholding, config.threshold_limit, config.threshold_ratio)
@@ -161,31 +193,49 @@ def run(
     if trainer.accelerator.is_main_process:
         make_output_dir(config.output_dir)
         write_yaml(config, config.output_dir / CONFIG_FILE)
+        facts = {"fingerprint": prepared.fingerprint, "teacher": config.teacher}
+        (config.output_dir / TEACHER_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
     if config.report_to:
         trainer.accelerator.init_trackers(config.tracker_project_name)
     checkpoint = None
     if prepared.resume is not None:
         checkpoint = trainer.last_checkpoint = prepared.resume[0]
         trainer.restore(prepared.resume[1])
+    else:
+        trainer.cut_log()
     first, started = trainer.progress.step, time.monotonic()
-    with _stopping(trainer) as signals, _bar(trainer, show_progress) as bar:
-        for log in trainer.steps():
-            checkpoint = log.checkpoint or checkpoint
-            bar.update()
-            if log.step % 10 == 0 or log.picture:
-                bar.set_postfix(loss=f"{log.loss:.4g}", refresh=False)
-            if on_step is not None:
-                on_step(log)
+    if first == config.max_train_steps and (config.output_dir / PIPELINE_FOLDER).is_dir():
+        return RunResult(config.output_dir, first, config.output_dir / PIPELINE_FOLDER, checkpoint)
+    with _stopping(trainer) as signals:
+        if config.num_anchor_rows:
+            with _bar(trainer, show_progress, "making anchors", config.num_anchors, unit="anchor") as bar:
+                for num in trainer.make_anchors():
+                    bar.update(num)
+        with _bar(trainer, show_progress, "distilling", config.max_train_steps, first) as bar:
+            for log in trainer.steps():
+                checkpoint = log.checkpoint or checkpoint
+                bar.update()
+                if log.step % 10 == 0 or log.picture:
+                    bar.set_postfix(loss=f"{log.loss:.4g}", refresh=False)
+                if on_step is not None:
+                    on_step(log)
         if trainer.stop_requested and trainer.progress.step < config.max_train_steps:
             checkpoint = trainer.save()
     seconds = time.monotonic() - started
     if config.report_to:
         trainer.accelerator.end_training()
+    trained = trainer.progress.step - first
     if trainer.progress.step < config.max_train_steps:
         # The signal may have reached another process of this run only.
         stopped_by = signals[0] if signals else int(signal.SIGTERM)
-        return RunResult(config.output_dir, trainer.progress.step, checkpoint=checkpoint, stopped_by=stopped_by)
-    return _finish(trainer, prepared, checkpoint, trainer.progress.step - first, seconds)
+        return RunResult(
+            config.output_dir,
+            trainer.progress.step,
+            checkpoint=checkpoint,
+            stopped_by=stopped_by,
+            num_trained=trained,
+        )
+    return _finish(trainer, prepared, checkpoint, trained, seconds)
 
 
 def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
@@ -203,7 +253,7 @@ def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_s
                 overwrite=True,
             )
     trainer.accelerator.wait_for_everyone()
-    return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error)
+    return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error, num_trained=num_steps)
 
 
 def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts:
@@ -347,6 +397,10 @@ def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Ch
             )
         checkpoint = read_checkpoint(folder)
     values = checkpoint.values
+    if changes := changed_settings(values["config"], config):
+        raise ValueError(
+            f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}"
+        )
     if values["teacher_fingerprint"] != fingerprint:
         raise ValueError(
             f"--resume_from_checkpoint {source}: {folder} was trained on a teacher with other weights "
@@ -357,10 +411,6 @@ def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Ch
         raise ValueError(
             f"--resume_from_checkpoint {source}: {folder} was trained by {values['num_processes']} processes, not "
             f"{num_processes}; each has its own random state, so start as many"
-        )
-    if changes := changed_settings(values["config"], config):
-        raise ValueError(
-            f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}"
         )
     newer = (
         [p.name for p in list_checkpoints(config.output_dir) if step_of(p) > values["progress"]["step"]]
@@ -396,14 +446,14 @@ def _stopping(trainer: Trainer) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _bar(trainer: Trainer, show: bool) -> Iterator[Any]:
+def _bar(trainer: Trainer, show: bool, name: str, total: int, initial: int = 0, unit: str = "step") -> Iterator[Any]:
     hidden = not show or not trainer.accelerator.is_main_process
     with tqdm(
-        total=trainer.config.max_train_steps,
-        initial=trainer.progress.step,
+        total=total,
+        initial=initial,
         disable=hidden,
-        desc="distilling",
-        unit="step",
+        desc=name,
+        unit=unit,
         dynamic_ncols=True,
         # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
         mininterval=0.5 if sys.stderr.isatty() else 10,

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from onestill import card
 from onestill.process import head
 from onestill.sampler import Generate, noise, student_generator
-from onestill.student import Student, TimeEmbeddingInjection
+from onestill.student import Student
 from onestill.teachers.family import PipelineTeacher, load_stock
 from onestill.teachers.schedulers import one_level
-from onestill.tensors import Cond
+from onestill.tensors import Cond, without_autocast
 
 SELF_CHECK_TOLERANCE = 1e-4
 MODULE_FILE, MODULE_WEIGHTS = "onestill.json", "model.safetensors"
@@ -166,6 +166,7 @@ def _scale_output(network: Any, factor: float) -> None:
     network.conv_out.bias.mul_(factor)
 
 
+@without_autocast
 def _check_pipeline(student: Student, folder: Path, t: float, guidance_scale: float | None, num: int = 4) -> float:
     """Return the largest difference of images in [-1, 1] between the folder, loaded afresh, and the student."""
     _, cond, expected = _expected(student, t, guidance_scale, num)
@@ -176,6 +177,7 @@ def _check_pipeline(student: Student, folder: Path, t: float, guidance_scale: fl
 
 
 @torch.no_grad()
+@without_autocast
 def _check_family(
     student: Student, teacher: PipelineTeacher, folder: Path, t: float, guidance_scale: float | None, num: int = 2
 ) -> float:
@@ -188,6 +190,7 @@ def _check_family(
     return float((images.cpu().clamp(-1, 1) - expected.cpu().clamp(-1, 1)).abs().max())
 
 
+@without_autocast
 def _check_module(student: Student, folder: Path, t: float, guidance_scale: float | None, num: int = 4) -> float:
     """Return the largest difference of samples between the written module, loaded afresh, and the student."""
     eps, cond, expected = _expected(student, t, guidance_scale, num)
@@ -242,12 +245,9 @@ def _write_module(student: Student, folder: Path, t: float, guidance_scale: floa
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
     save_file(weights, folder / MODULE_WEIGHTS)
     at_start = start_head(student)
-    reached = isinstance(student.injection, TimeEmbeddingInjection)
     description = {
         "kind": "onestill.module",
         "sample_shape": list(spec.sample_shape),
-        "num_classes": spec.num_classes,
-        "time_is_baked": reached,
         "head": {"a": at_start.a, "b": at_start.b, "c": at_start.c, "net_time": at_start.net_time},
     }
     (folder / MODULE_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")

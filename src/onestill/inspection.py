@@ -90,6 +90,8 @@ def estimate(
     the teacher's forwards and one forward with backward, on a few images, scaled likewise.
     """
     num = min(8, config.train_batch_size)
+    if config.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
     fitted = fit_teacher(teacher, config)
     labels = check_labels(config.class_labels, teacher.spec)
     cond = to_device(Conditions(labels, config.guidance_range).grid(num), device)
@@ -102,16 +104,20 @@ def estimate(
         kept += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
         return tensor
 
+    def student_loss() -> Any:
+        with autocast(config.mixed_precision, device):
+            return student(x, t_max / 2, cond).square().mean()
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student(x, t_max / 2, cond).square().mean().backward()
+        student_loss().backward()
     student.zero_grad()
 
     def step() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(config.mixed_precision, device):
             student(x, t_max / 2, cond)
             for _ in range(CALLS_PER_STEP[config.solver]):
                 fitted.denoised(x, t_max / 2, cond)
-        student(x, t_max / 2, cond).square().mean().backward()
+        student_loss().backward()
 
     step()
     _wait(device)
@@ -124,8 +130,13 @@ def estimate(
     scale = config.train_batch_size / num
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     weights = 4 * (copies * num_parameters(student) + _num_weights(teacher))
-    activations = kept * scale * (0.5 if config.mixed_precision != "no" else 1.0)
-    return weights + activations, seconds * scale * config.gradient_accumulation_steps
+    return weights + kept * scale, seconds * scale * config.gradient_accumulation_steps
+
+
+def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
+    """Return the context in which a run of this precision calls its networks."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=mixed_precision != "no")
 
 
 def _num_weights(teacher: NetworkTeacher) -> int:

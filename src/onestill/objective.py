@@ -72,7 +72,7 @@ def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Te
     """Return the weight of each row's squared residual, [B] float64.
 
     inverse_rho: 1 / rho^2 (known as BOOT's 1 / d^2), which turns the residual into units of f. velocity:
-    1 / (rho max(sigma_s, 0.05))^2, units of the ODE's velocity, which adds weight at the clean end, where detail
+    1 / (rho min(1, max(sigma_s, 0.05)))^2, units of the ODE's velocity, which adds weight at the clean end, where detail
     forms. none: 1. On boundary rows rho is 1.
 
     Raises:

@@ -321,6 +321,11 @@ def choose_t_max(process: Process, prediction_type: str) -> tuple[float, str]:
             "an epsilon-prediction teacher with zero terminal SNR cannot be distilled: at pure noise x_0 = (x - eps) / 0. "
             "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
         )
+    if process.name == "ve":
+        raise ValueError(
+            "an epsilon-prediction network on a variance-exploding process cannot be distilled: its head multiplies "
+            "every error by sigma, 80 and more at the start. Use prediction_type 'edm', or 'sample' for a wrapped network"
+        )
     if alpha_end >= EPSILON_MIN_ALPHA:
         return 1.0, f"alpha = {alpha_end:.3f} at t = 1 is large enough for an epsilon head"
     ratio = torch.tensor([EPSILON_MIN_ALPHA], dtype=torch.float64)

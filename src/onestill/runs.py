@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.config import DistillConfig, make_config
-from onestill.distillation import CONFIG_FILE, PIPELINE_FOLDER, fit_teacher, is_run
+from onestill.distillation import CONFIG_FILE, PIPELINE_FOLDER, PYTHON_OBJECT, TEACHER_FILE, is_run
 from onestill.export import MODULE_FILE, load_pipeline
 from onestill.sampler import Generate, student_generator, teacher_generator
 from onestill.student import Student
@@ -33,7 +34,8 @@ class Source:
         sample_shape: Shape of one sample.
         labels: Labels it can be asked for; empty if unconditional.
         folder: The exported pipeline it is, if it is one.
-        config: Configuration of the run it comes from, if it does.
+        run: The run it comes from, if it does.
+        config: That run's configuration.
         num_steps: Steps per image.
         calls: Network evaluations per image.
     """
@@ -43,12 +45,18 @@ class Source:
     sample_shape: tuple[int, ...]
     labels: tuple[int, ...]
     folder: Path | None = None
+    run: Path | None = None
     config: DistillConfig | None = None
     num_steps: int = 1
     calls: int = 1
 
-    def conditions(self, num: int, chosen: tuple[int, ...] = ()) -> Cond:
-        """Return `num` conditions going round `chosen`, or all labels.
+    def conditions(self, num: int, chosen: tuple[int, ...] = (), *, seed: int = 0) -> Cond:
+        """Return `num` conditions: going round `chosen`, or else seed i has label i modulo the number of all labels.
+
+        Args:
+            num: How many.
+            chosen: Labels to go round.
+            seed: The first seed, seed, seed + 1, ...
 
         Raises:
             ValueError: If labels are chosen of a source without, or one is unknown.
@@ -58,11 +66,18 @@ class Source:
         if unknown := sorted(set(chosen) - set(self.labels)):
             raise ValueError(f"--class_labels {unknown}: {self.name} knows {self.labels[0]} to {max(self.labels)}")
         labels = chosen or self.labels
-        return {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(num)])} if labels else {}
+        first = 0 if chosen else seed
+        rows = [labels[i % len(labels)] for i in range(first, first + num)] if labels else []
+        return {"class_labels": torch.tensor(rows)} if labels else {}
 
 
 def open_student(
-    path: str | Path, *, device: torch.device, target_time: float = 0.0, guidance_scale: float | None = None
+    path: str | Path,
+    *,
+    device: torch.device,
+    target_time: float = 0.0,
+    guidance_scale: float | None = None,
+    local_files_only: bool = False,
 ) -> Source:
     """Return the one-step student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
@@ -84,11 +99,12 @@ def open_student(
                 f"--student {path} is an exported pipeline, whose target time and guidance are baked in; "
                 "give the run's folder for --target_time or --guidance_scale"
             )
-        return _open_pipeline(path, device, None)
-    if (path / MODULE_FILE).is_file():
-        raise ValueError(
-            f"--student {path} is an exported module: load it in Python with onestill.export.load_module(folder, network)"
-        )
+        return _open_pipeline(path, device)
+    for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
+        if (folder / MODULE_FILE).is_file():
+            raise ValueError(
+                f"--student {path} is a network of your own: load it in Python with onestill.load_module({str(folder)!r}, network)"
+            )
     if not is_run(path) and not is_run(path.parent):
         raise ValueError(
             f"--student {path} is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no model_index.json)"
@@ -96,8 +112,8 @@ def open_student(
     run = path if is_run(path) else path.parent
     config = read_run_config(run)
     if not special and run == path and (run / PIPELINE_FOLDER / "model_index.json").is_file():
-        return _open_pipeline(run / PIPELINE_FOLDER, device, config)
-    student = restore_student(path, config, device)
+        return _open_pipeline(run / PIPELINE_FOLDER, device, run, config)
+    student = restore_student(path, config, device, local_files_only=local_files_only)
     check_student_request(student, config, target_time, guidance_scale)
     spec = student.spec
     generate = _clipped(student_generator(student, t=max(target_time, config.t_min), device=device))
@@ -105,7 +121,7 @@ def open_student(
         w = sum(student.guidance_range) / 2 if guidance_scale is None else guidance_scale
         generate = _with_guidance(generate, w)
     labels = config.class_labels or tuple(spec.labels)
-    return Source(f"the student in {path}", generate, spec.sample_shape, labels, config=config)
+    return Source(f"the student in {path}", generate, spec.sample_shape, labels, run=run, config=config)
 
 
 def open_teacher(
@@ -144,19 +160,32 @@ def teacher_source(teacher: Teacher, *, num_steps: int, device: torch.device, so
     )
 
 
-def run_teacher(config: DistillConfig, device: torch.device) -> tuple[NetworkTeacher, Teacher]:
-    """Return (the teacher of a run, the same guided and thresholded as the run did)."""
+def run_teacher(
+    run: Path, config: DistillConfig, device: torch.device, *, local_files_only: bool = False
+) -> NetworkTeacher:
+    """Return the teacher of a run.
+
+    Raises:
+        ValueError: If it was a Python object, is gone, or is not the one that was distilled any more.
+    """
+    if config.teacher == PYTHON_OBJECT:
+        raise ValueError(f"{run} was distilled from a Python object, which a folder cannot name; open it in Python")
     base = load_teacher(
         config.teacher,
         revision=config.revision,
         variant=config.variant,
         cache_dir=config.cache_dir,
-        local_files_only=config.local_files_only,
+        local_files_only=config.local_files_only or local_files_only,
         null_class=config.null_class,
         t_max=config.t_max,
         device=str(device),
     )
-    return base, fit_teacher(base, config)
+    facts = run / TEACHER_FILE
+    if facts.is_file() and json.loads(facts.read_text(encoding="utf-8"))["fingerprint"] != base.fingerprint():
+        raise ValueError(
+            f"{run}: the teacher {config.teacher} is not the one it was distilled from: it has changed since"
+        )
+    return base
 
 
 def read_run_config(run: Path) -> DistillConfig:
@@ -164,10 +193,13 @@ def read_run_config(run: Path) -> DistillConfig:
     return make_config({}, run / CONFIG_FILE)
 
 
-def restore_student(path: Path, config: DistillConfig, device: torch.device) -> Student:
+def restore_student(
+    path: Path, config: DistillConfig, device: torch.device, *, local_files_only: bool = False
+) -> Student:
     """Return the student of a run (its newest whole checkpoint) or of one checkpoint-N folder, averaged weights."""
     checkpoint = _newest(path) if is_run(path) else read_checkpoint(path)
-    base, _ = run_teacher(config, device)
+    run = path if is_run(path) else path.parent
+    base = run_teacher(run, config, device, local_files_only=local_files_only)
     student = Student(base, guidance_range=config.guidance_range).to(device)
     load_student(student, checkpoint.tensors.get("ema", checkpoint.tensors["student"]))
     return student
@@ -180,7 +212,9 @@ def _newest(run: Path) -> Checkpoint:
     return checkpoint
 
 
-def _open_pipeline(folder: Path, device: torch.device, config: DistillConfig | None) -> Source:
+def _open_pipeline(
+    folder: Path, device: torch.device, run: Path | None = None, config: DistillConfig | None = None
+) -> Source:
     try:
         pipeline = load_pipeline(folder, device)
         network = pipeline.unet.config
@@ -190,7 +224,7 @@ def _open_pipeline(folder: Path, device: torch.device, config: DistillConfig | N
     shape = (network.in_channels, *((size, size) if isinstance(size, int) else size))
     null_class, chosen = (None, ()) if config is None else (config.null_class, config.class_labels)
     labels = chosen or tuple(i for i in range(network.num_class_embeds or 0) if i != null_class)
-    return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, config=config)
+    return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, run=run, config=config)
 
 
 def _one_step(pipeline: Any) -> Generate:

@@ -209,6 +209,17 @@ class Student(nn.Module):
         """Stay in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass to save memory.
+
+        Raises:
+            ValueError: If the network has no support for it.
+        """
+        enable = getattr(self.network, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise ValueError(f"--gradient_checkpointing: {type(self.network).__name__} has no support for it")
+        enable()
+
     @torch.no_grad()
     def bake(self, t: float = 0.0, guidance_scale: float | None = None) -> nn.Module:
         """Return a stock network with the target time (and the guidance scale) written into its weights.

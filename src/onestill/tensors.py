@@ -6,8 +6,16 @@ Times and the coefficients computed from them live on the CPU in float64 (they a
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Cond = dict[str, Tensor]
 """What conditions an image: named tensors with the batch as first axis. Empty for unconditional teachers."""
@@ -31,9 +39,17 @@ def float32_or_more(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def first_rows(cond: Cond, num: int) -> Cond:
-    """Return the first `num` rows of every condition."""
-    return {name: value[:num] for name, value in cond.items()}
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Return `function` running in full precision even inside somebody's autocast: for checks to 1e-4 and below."""
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return plain
 
 
 def num_parameters(module: nn.Module) -> int:

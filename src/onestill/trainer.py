@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from onestill import objective, pictures
+from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, rotate, write_checkpoint
 from onestill.conditions import Conditions
 from onestill.config import DistillConfig
@@ -28,6 +29,7 @@ from onestill.tensors import Cond
 from onestill.trajectory import STEPS
 
 VALIDATION_SEED = 1_000_000
+ANCHOR_SEED = 2**31
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Trainer:
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         if config.gradient_checkpointing:
-            _enable_checkpointing(student)
+            student.enable_gradient_checkpointing()
         parameters = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters,
@@ -114,6 +116,7 @@ class Trainer:
         self.target_ema = _average(parameters, config.ema_target_decay, fixed=True)
         self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.accelerator.process_index)
         self.progress = Progress()
+        self.anchors: Anchors | None = None
         self.stop_requested = False
         self.last_checkpoint: Path | None = None
         self._bins = torch.zeros(2, config.num_time_bins, dtype=torch.float64)
@@ -151,6 +154,42 @@ class Trainer:
                 started = time.perf_counter()
             yield log
 
+    def make_anchors(self) -> Iterator[int]:
+        """Make the pool of anchors, or read what an earlier part of this run made; yield how many were made each time.
+
+        A pool of its own for every process, from a generator of its own, so that a resumed run has the same one.
+        """
+        config, rank = self.config, self.accelerator.process_index
+        if config.num_anchor_rows == 0:
+            return
+        names = ("seed", "num_anchors", "num_anchor_steps", "solver", "t_min", "train_batch_size")
+        made_with = {name: getattr(config, name) for name in names} | {"teacher": self.teacher_fingerprint}
+        path = config.output_dir / f"anchors-{rank}.safetensors"
+        self.anchors = read_anchors(path, made_with)
+        if self.anchors is not None:
+            return
+        generator = torch.Generator().manual_seed(config.seed + ANCHOR_SEED + rank)
+        num = -(-config.num_anchors // self.accelerator.num_processes)
+        batches = []
+        with self.accelerator.autocast():
+            for batch in roll_out(
+                self.teacher,
+                self.conditions.draw,
+                num,
+                num_steps=config.num_anchor_steps,
+                solver=config.solver,
+                t_min=config.t_min,
+                generator=generator,
+                device=self.device,
+                batch_size=config.train_batch_size,
+            ):
+                if self.stop_requested:
+                    return
+                batches.append(batch)
+                yield len(batch.eps)
+        self.anchors = joined(batches)
+        write_anchors(self.anchors, path, made_with)
+
     def update(self) -> tuple[float, float, float]:
         """Do one optimiser step and return (loss, gradient norm, learning rate); skipped if not finite."""
         rate, grad_norm = self.optimizer.param_groups[0]["lr"], torch.zeros(())
@@ -181,14 +220,13 @@ class Trainer:
     def _loss(self) -> Tensor:
         """Draw one batch and return its loss, eqs. (10) and (11)."""
         config, spec = self.config, self.teacher.spec
-        num, num_boundary = config.train_batch_size, config.num_boundary_rows
+        num, num_boundary = config.train_batch_size - config.num_anchor_rows, config.num_boundary_rows
         eps = torch.randn(num, *spec.sample_shape, generator=self.generator)
         u = torch.rand(num, generator=self.generator, dtype=torch.float64)
         cond = to_device(self.conditions.draw(num, self.generator), self.device)
         share = self.progress.step / config.max_train_steps
         t, s = objective.draw_times(u, config.time_sampling, config.delta, config.t_min, spec.t_max, share)
-        is_boundary = torch.arange(num) < num_boundary
-        t, s = (torch.where(is_boundary, spec.t_max, times) for times in (t, s))
+        t[:num_boundary] = s[:num_boundary] = spec.t_max
 
         x_a = spec.trajectory.start(eps.to(self.device))
         with torch.no_grad(), self.accelerator.autocast():
@@ -196,11 +234,20 @@ class Trainer:
             target = objective.bootstrap_target(
                 STEPS[config.solver], spec.trajectory, self.teacher.denoiser(cond), x_a, y_t, t, s
             )
+        if self.anchors is not None:
+            anchors = self.anchors.draw(config.num_anchor_rows, self.generator)
+            x_a = torch.cat([x_a, spec.trajectory.start(anchors.eps.to(self.device))])
+            target = torch.cat([target, anchors.signal.to(target)])
+            cond = {name: torch.cat([value, anchors.cond[name].to(value)]) for name, value in cond.items()}
+            t = torch.cat([t, t.new_full((len(anchors.eps),), spec.t_max)])
+            s = torch.cat([s, s.new_full((len(anchors.eps),), config.t_min)])
         y_s = self.model(x_a, s, cond)
         residuals = objective.squared_residuals(y_s.float(), target.float())
         weights = objective.row_weights(config.bootstrap_weight, spec.trajectory, t, s)
-        self._count_residuals(residuals[num_boundary:], spec.trajectory.rho(t, s)[num_boundary:], s[num_boundary:])
-        return objective.loss(residuals, weights, is_boundary.to(self.device), config.boundary_weight)
+        rows = slice(num_boundary, num)
+        self._count_residuals(residuals[rows], spec.trajectory.rho(t, s)[rows], s[rows])
+        is_boundary = (torch.arange(len(s)) < num_boundary).to(self.device)
+        return objective.loss(residuals, weights, is_boundary, config.boundary_weight)
 
     def _student_at(self, x_a: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return y_t for the target: the student's own, or its average's."""
@@ -310,7 +357,7 @@ class Trainer:
                 "config": self.config.model_dump(mode="json"),
             }
             write_checkpoint(self.config.output_dir, self.progress.step, Checkpoint(tensors, values))
-            rotate(self.config.output_dir, self.config.checkpoints_total_limit)
+            rotate(self.config.output_dir, self.config.checkpoints_total_limit, self.progress.step)
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = folder
         return folder
@@ -332,9 +379,9 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.lr_scheduler.last_epoch = self.progress.step
         self.lr_scheduler._step_count = self.progress.step + 1
-        self._cut_log()
+        self.cut_log()
 
-    def _cut_log(self) -> None:
+    def cut_log(self) -> None:
         """Drop the lines that an interrupted run wrote after the checkpoint: those steps come again."""
         path = self.config.output_dir / "logs" / "metrics.jsonl"
         if not self.accelerator.is_main_process or not path.is_file():
@@ -396,13 +443,6 @@ def _average(parameters: list[torch.nn.Parameter], decay: float, *, fixed: bool 
     if decay == 0:
         return None
     return EMAModel(parameters, decay=decay, min_decay=decay if fixed else 0.0, foreach=True)
-
-
-def _enable_checkpointing(student: Student) -> None:
-    enable = getattr(student.network, "enable_gradient_checkpointing", None)
-    if enable is None:
-        raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
-    enable()
 
 
 def _finite(value: Any) -> Any:

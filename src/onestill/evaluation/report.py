@@ -36,7 +36,6 @@ class EvaluationProtocol(_Record):
         seeds: The seeds of the generated images, for example `0..4999`.
         guidance_scale: w in u + w (c - u); 1 is no guidance, None is an unconditional teacher.
         device: What the speeds were measured on.
-        dtype: Precision of the networks.
         large_batch_size: The batch size of `Row.images_per_second_large`.
         kernel_subset_size: Rows per subset of the kernel distance.
         kernel_num_subsets: Subsets of the kernel distance.
@@ -56,7 +55,6 @@ class EvaluationProtocol(_Record):
     seeds: str
     guidance_scale: float | None = None
     device: str = "cpu"
-    dtype: str = "float32"
     large_batch_size: int | None = None
     kernel_subset_size: int | None = None
     kernel_num_subsets: int | None = None
@@ -74,7 +72,7 @@ class EvaluationProtocol(_Record):
         lines.append(f"compared with {self.num_reference_images:,} images: {self.reference}")
         lines.append(f"features {self.extractor}, D = {self.feature_dim}{self._metric_settings()}")
         large = f", batches of 1 and {self.large_batch_size:,}" if self.large_batch_size else ""
-        lines.append(f"speed on {self.device}, {self.dtype}{large}")
+        lines.append(f"speed on {self.device}, float32{large}")
         if self.versions:
             lines.append(", ".join(f"{name} {number}" for name, number in self.versions.items()))
         return lines + list(self.notes)
@@ -160,7 +158,7 @@ class Report(_Record):
         existing = [path.name for path in paths if path.exists()]
         if existing and not overwrite:
             raise ValueError(
-                f"{target} already holds {' and '.join(existing)}: choose another --output_dir, or allow "
+                f"{target} already holds {' and '.join(existing)}: choose another --output, or allow "
                 "overwriting (overwrite=True)"
             )
         target.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ class Candidate(Protocol):
     def num_steps(self) -> int: ...
     @property
     def calls(self) -> int: ...
-    def conditions(self, num: int, chosen: tuple[int, ...] = ()) -> Cond: ...
+    def conditions(self, num: int, chosen: tuple[int, ...] = (), *, seed: int = 0) -> Cond: ...
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def compare_sources(
     rows, shown = [], {}
     for name, source, is_student in sources:
         say(f"{name}: {settings.num_samples:,} images")
-        cond = source.conditions(settings.num_samples, settings.class_labels)
+        cond = source.conditions(settings.num_samples, settings.class_labels, seed=settings.seed)
         seeds = range(settings.seed, settings.seed + settings.num_samples)
         images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
         # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
@@ -200,12 +200,11 @@ def _subset_size(num_real: int, num_fake: int) -> int:
 
 def teacher_reference(source: Candidate, num: int, settings: Settings) -> Reference:
     """Return the teacher's own many-step samples, from seeds that no row uses."""
-    cond = source.conditions(num, settings.class_labels)
-    seeds = range(REFERENCE_SEED, REFERENCE_SEED + num)
+    first = REFERENCE_SEED if settings.seed + num <= REFERENCE_SEED else settings.seed + num
+    cond = source.conditions(num, settings.class_labels, seed=first)
+    seeds = range(first, first + num)
     images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
-    return Reference(
-        images.clamp(-1, 1), f"the teacher's own {source.num_steps}-step samples, seeds {REFERENCE_SEED}.."
-    )
+    return Reference(images.clamp(-1, 1), f"the teacher's own {source.num_steps}-step samples, seeds {first}..")
 
 
 def folder_reference(folder: Path, sample_shape: Sequence[int]) -> Reference:

@@ -196,11 +196,23 @@ class NetworkTeacher(Teacher):
         return self
 
     def fingerprint(self) -> str:
-        """Return a short hash of the weights, the process and the prediction type: the same teacher, or not."""
-        process = self.spec.process
+        """Return a short hash of the weights and of everything that decides its trajectories: the same teacher, or not."""
+        spec, process = self.spec, self.spec.process
+        times = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 1.0], dtype=torch.float64)
+        numbers = [spec.t_max, spec.sigma_data]
+        for values in (*process.alpha_sigma(times), process.net_time(times)):
+            numbers += values.tolist()
         # Six digits: the last ones of a logarithm may differ between processors.
-        levels = [f"{v:.6g}" for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0) for v in process.level(t)]
-        facts = (self.spec.family, self.spec.sample_shape, self.spec.prediction_type, process.name, levels)
+        facts = (
+            spec.family,
+            spec.sample_shape,
+            spec.prediction_type,
+            spec.num_classes,
+            spec.null_class,
+            spec.threshold,
+            process.name,
+            [f"{value:.6g}" for value in numbers],
+        )
         digest = hashlib.sha256(repr(facts).encode())
         if isinstance(self.network, nn.Module):
             for name, value in self.network.state_dict().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -99,12 +100,21 @@ def load_teacher(
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
     teacher = FAMILIES[class_name](folder, index, source, variant, null_class)
     if t_max is not None:
-        teacher.spec = replace(
-            teacher.spec,
-            t_max=check_t_max(teacher.spec.process, teacher.spec.prediction_type, t_max),
-            t_max_reason="given with --t_max",
-        )
+        teacher = with_t_max(teacher, t_max)
     return teacher.to(device)
+
+
+def with_t_max(teacher: NetworkTeacher, t_max: float) -> NetworkTeacher:
+    """Return the same teacher with another start level; the one given is not changed.
+
+    Raises:
+        ValueError: If it cannot start there.
+    """
+    spec = teacher.spec
+    checked = check_t_max(spec.process, spec.prediction_type, t_max)
+    other = copy.copy(teacher)
+    other.spec = replace(spec, t_max=checked, t_max_reason="given with --t_max")
+    return other
 
 
 def _find_folder(

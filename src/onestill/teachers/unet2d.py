@@ -14,7 +14,7 @@ from torch import Tensor
 from onestill.process import VE, choose_t_max
 from onestill.teachers.base import NetworkTeacher, TeacherSpec
 from onestill.teachers.schedulers import plain_ddim, scheduler_process, scheduler_threshold, times_of
-from onestill.tensors import Cond
+from onestill.tensors import Cond, without_autocast
 from onestill.trajectory import Trajectory
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
@@ -41,7 +41,10 @@ def load_unet2d(
         )
     network = _load_network(folder, source, variant)
     scheduler = _load_scheduler(folder, index["scheduler"][1], source)
-    return unet2d_teacher(network, scheduler, source=source, null_class=null_class)
+    try:
+        return unet2d_teacher(network, scheduler, source=source, null_class=null_class)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def unet2d_teacher(
@@ -80,13 +83,14 @@ def unet2d_teacher(
     except RuntimeError as error:
         shape = "x".join(map(str, spec.sample_shape))
         raise ValueError(
-            f"{source}: the network does not run on samples of its own shape {shape} (sample_size {size} in "
+            f"the network does not run on samples of its own shape {shape} (sample_size {size} in "
             f"unet/config.json): {' '.join(str(error).split())[:200]}"
         ) from error
     return teacher
 
 
 @torch.no_grad()
+@without_autocast
 def self_check(teacher: NetworkTeacher, scheduler: Any) -> float:
     """Compare two deterministic steps of ours with the scheduler's own `step`; return the largest difference.
 

@@ -1,0 +1,112 @@
+"""Anchors: the ends of a few teacher trajectories, kept as exact regression targets beside the bootstrap.
+
+A bootstrap target is only as good as the student's own signal at the time before it. An anchor is the teacher's
+signal at t_min itself, from noise to end in some steps of the same solver: eq. (20), a row of eq. (10) whose one
+step is the whole trajectory, so rho = 1. A pool of them is made once, from noise and conditions alone, and drawn from
+all along the training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from onestill.sampler import to_device
+from onestill.teachers.base import Teacher
+from onestill.tensors import Cond
+from onestill.trajectory import STEPS, solve, uniform_times
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """A pool of teacher trajectories' two ends.
+
+    Attributes:
+        eps: Noise, [N, *sample_shape].
+        signal: The teacher's signal at t_min from that noise, [N, *sample_shape].
+        cond: The conditions, N rows each.
+    """
+
+    eps: Tensor
+    signal: Tensor
+    cond: Cond
+
+    def draw(self, num: int, generator: torch.Generator) -> Anchors:
+        """Return `num` anchors of the pool, with replacement."""
+        rows = torch.randint(len(self.eps), (num,), generator=generator)
+        return Anchors(self.eps[rows], self.signal[rows], {name: value[rows] for name, value in self.cond.items()})
+
+
+@torch.no_grad()
+def roll_out(
+    teacher: Teacher,
+    draw: Callable[[int, torch.Generator], Cond],
+    num: int,
+    *,
+    num_steps: int,
+    solver: str,
+    t_min: float,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+) -> Iterator[Anchors]:
+    """Yield `num` anchors in batches, made by `num_steps` steps of the guided and thresholded teacher.
+
+    Args:
+        teacher: The teacher as the bootstrap uses it.
+        draw: Draws the conditions of some rows.
+        num: How many in all.
+        num_steps: Solver steps from t_max to t_min, uniform in t.
+        solver: One of `onestill.trajectory.STEPS`.
+        t_min: Cleanest target time.
+        generator: Of the noise and the conditions.
+        device: Where the teacher is.
+        batch_size: Rows in one network call.
+    """
+    spec = teacher.spec
+    times = uniform_times(spec.t_max, num_steps, t_min)
+    for first in range(0, num, batch_size):
+        rows = min(batch_size, num - first)
+        eps, cond = torch.randn(rows, *spec.sample_shape, generator=generator), draw(rows, generator)
+        denoised = teacher.denoiser(to_device(cond, device))
+        x_a = spec.trajectory.start(eps.to(device))
+        yield Anchors(eps, solve(spec.trajectory, denoised, x_a, times, STEPS[solver]).cpu(), cond)
+
+
+def joined(batches: list[Anchors]) -> Anchors:
+    """Return batches of anchors as one pool."""
+    names = batches[0].cond
+    return Anchors(
+        torch.cat([batch.eps for batch in batches]),
+        torch.cat([batch.signal for batch in batches]),
+        {name: torch.cat([batch.cond[name] for batch in batches]) for name in names},
+    )
+
+
+def write_anchors(anchors: Anchors, path: Path, made_with: dict[str, object]) -> None:
+    """Write a pool and what it was made with, in one rename."""
+    tensors = {"eps": anchors.eps, "signal": anchors.signal}
+    tensors |= {f"cond.{name}": value.contiguous() for name, value in anchors.cond.items()}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"made_with": json.dumps(made_with, sort_keys=True)})
+    os.replace(partial, path)
+
+
+def read_anchors(path: Path, made_with: dict[str, object]) -> Anchors | None:
+    """Return the pool in a file, or None if there is none that was made with the same settings."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}).get("made_with") != json.dumps(made_with, sort_keys=True):
+            return None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    cond = {name.removeprefix("cond."): value for name, value in tensors.items() if name.startswith("cond.")}
+    return Anchors(tensors["eps"], tensors["signal"], cond)
