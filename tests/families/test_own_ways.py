@@ -18,6 +18,7 @@ from onestill import distill
 from onestill.export import export_student
 from onestill.sampler import noise
 from onestill.teachers.deepfloyd import NOISE_LEVEL, low_res_rows
+from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 
@@ -57,6 +58,19 @@ def test_the_autoencoders_statistics_are_used() -> None:
     torch.testing.assert_close(teacher.decode(x), expected, atol=0, rtol=0)
 
 
+def test_pictures_are_compared_without_an_invisible_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl as module
+
+    class Mark:
+        def apply_watermark(self, images: Tensor) -> Tensor:
+            return images + 1
+
+    monkeypatch.setattr(module, "is_invisible_watermark_available", lambda: True)
+    monkeypatch.setattr(module, "StableDiffusionXLWatermarker", Mark, raising=False)
+    assert build("sdxl-zeros").watermark is not None, "a mark is needed for this to be a test"
+    assert export_student(perturbed(teacher_of("sdxl-zeros")), tmp_path / "out") <= 1e-4
+
+
 # DiT
 
 
@@ -73,6 +87,19 @@ def test_names_of_classes_survive_the_export(tmp_path: Path) -> None:
     export_student(perturbed(load_teacher(tmp_path / "dit")), tmp_path / "out")
     exported = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert exported.get_label_ids(["rooster"]) == [7]
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart-sigma"])
+def test_a_transformer_saved_under_its_old_class_loads(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "old")
+    for file, entry in (("model_index.json", "transformer"), ("transformer/config.json", "_class_name")):
+        path = tmp_path / "old" / file
+        content = json.loads(path.read_text())
+        content[entry] = ["diffusers", "Transformer2DModel"] if entry == "transformer" else "Transformer2DModel"
+        path.write_text(json.dumps(content))
+    old = load_teacher(tmp_path / "old")
+    assert old.fingerprint() == teacher_of(name).fingerprint()
+    assert export_student(perturbed(old), tmp_path / "out") <= 1e-4
 
 
 # PixArt
@@ -158,7 +185,7 @@ def test_a_folder_with_safety_checker_and_watermarker_loads_without_the_former(t
 
 def test_low_resolution_rows_are_the_pipelines_own() -> None:
     teacher = teacher_of("if-super-resolution")
-    pictures = teacher.family.beside.example(teacher.pipeline, 2)["image"]  # type: ignore[union-attr]
+    pictures = teacher.family.beside.example(teacher.pipeline, 2)["image"]  # type: ignore[union-attr]  # it has one
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     # The second draw of each seed's generator; the first is the large picture's noise.
     blur = torch.stack([[torch.randn(3, 16, 16, generator=g) for _ in range(2)][1] for g in generators])
@@ -167,17 +194,30 @@ def test_low_resolution_rows_are_the_pipelines_own() -> None:
     assert rows["class_labels"].tolist() == theirs["class_labels"].tolist() == [NOISE_LEVEL] * 2
 
 
+def test_an_exported_student_loaded_as_a_teacher_draws_its_pictures(tmp_path: Path) -> None:
+    export_student(perturbed(teacher_of("if")), tmp_path / "base")
+    base = load_teacher(tmp_path / "base")
+    assert isinstance(base, PipelineTeacher)
+    prompts = ["a photo", "a red cat"]
+    theirs = base.family.call(
+        base.pipeline, prompts, seeds=(5, 6), output_type="pt", num_inference_steps=1, guidance_scale=1.0
+    ).images
+    torch.testing.assert_close(base.one_step(noise([5, 6], (3, 8, 8)), base.encode(prompts)), theirs, atol=1e-4, rtol=0)
+
+
 def test_a_chain_conditions_on_what_its_base_draws() -> None:
     base, teacher = teacher_of("if"), teacher_of("if-super-resolution")
     eps, blur, cond = noise_of(base, 2), noise_of(teacher, 2, seed=1), conditions_of(base)
-    draw = lambda eps, cond: base.decode(base.denoised(eps, base.spec.t_max, cond))  # noqa: E731  # reads as one
-    rows = {**conditions_of(teacher), **teacher.rows_beside(draw, eps, cond, blur)}
+    rows = teacher.rows_beside(base.one_step, eps, cond, blur)
+    assert set(rows) == set(teacher.family.beside.kept)  # type: ignore[union-attr]  # it has one
     assert rows["low_res"].shape == (2, 3, 16, 16)
     x = noise_of(teacher, 2, seed=2)
-    apart = teacher.denoised(x, 0.5, rows) - teacher.denoised(x, 0.5, conditions_of(teacher))
+    apart = teacher.denoised(x, 0.5, {**conditions_of(teacher), **rows}) - teacher.denoised(
+        x, 0.5, conditions_of(teacher)
+    )
     assert apart.abs().max() > 1e-3
     with pytest.raises(ValueError, match="a IFPipeline takes no picture of an earlier model"):
-        base.rows_beside(draw, eps, cond, blur)
+        base.rows_beside(base.one_step, eps, cond, blur)
 
 
 def test_no_prompt_keeps_the_low_resolution_picture() -> None:

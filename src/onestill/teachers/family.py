@@ -182,13 +182,19 @@ class PipelineTeacher(NetworkTeacher):
         return self.signature.conditions(call)
 
     @torch.no_grad()
+    def one_step(self, eps: Tensor, cond: Cond) -> Tensor:
+        """Return the images of one step from pure noise: of an exported student, loaded as a teacher, its pictures."""
+        return self.decode(self.denoised(eps, 1.0, cond))
+
+    @torch.no_grad()
     def rows_beside(self, base: Callable[[Tensor, Cond], Tensor], eps: Tensor, base_cond: Cond, noise: Tensor) -> Cond:
         """Return the conditions made of the pictures that an earlier model draws: what a chain of students needs.
 
         They take the place of those that `encode` made of an example picture.
 
         Args:
-            base: The earlier model's generation: (eps, cond) -> pictures in [-1, 1], [B, C, h, w].
+            base: The earlier model's generation: (eps, cond) -> pictures in [-1, 1], [B, C, h, w], such as the
+                `one_step` of its exported student.
             eps: Its noise, [B, ...].
             base_cond: Its conditions.
             noise: Noise of this teacher's sample shape, for pipelines that blur the pictures with some.
@@ -234,6 +240,8 @@ def load_stock(cls: Any, folder: Path, **parts: Any) -> Any:
         folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **parts
     )
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "watermark", None) is not None:
+        pipeline.watermark = None  # SDXL marks its pictures where a package for it happens to be installed
     return pipeline
 
 

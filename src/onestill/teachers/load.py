@@ -35,13 +35,17 @@ for _module in (stable_diffusion, dit, pixart, deepfloyd):
     for _family in _module.FAMILIES:
         FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
 
+_INPAINTING = (
+    "its network is given a mask and a masked picture beside the noise, 9 channels; those would have to be drawn "
+    "with every prompt, which needs pictures or a model that makes them"
+)
 REFUSED = {
+    "StableDiffusionInpaintPipeline": _INPAINTING,
+    "StableDiffusionXLInpaintPipeline": _INPAINTING,
     "ScoreSdeVePipeline": "score-SDE networks divide their output by sigma; wrap yours with onestill.module_teacher",
     "KarrasVePipeline": "its scheduler is a stochastic one without alphas_cumprod; wrap yours with onestill.module_teacher",
     "VQDiffusionPipeline": "it predicts discrete tokens, not a continuous signal",
     "AmusedPipeline": "it predicts masked tokens, not a continuous signal",
-    "StableDiffusionInpaintPipeline": "its network is given a mask and a masked picture beside the noise, 9 channels; "
-    "those would have to be drawn with every prompt, which needs pictures or a model that makes them",
     "WuerstchenDecoderPipeline": "its cascade has no single trajectory from noise to image",
     "WuerstchenCombinedPipeline": "its cascade has no single trajectory from noise to image",
 }
