@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from pipelines import build, if_parts, if_scheduler, if_unet
+from pipelines import build
 from test_conformance import conditions_of, noise_of, perturbed, teacher_of
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
+from vp_pipelines import if_parts, if_scheduler, if_unet
 
 from onestill import distill
 from onestill.export import export_student

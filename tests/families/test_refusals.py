@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from components import vae
 from diffusers import DiTPipeline, DiTTransformer2DModel, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
-from pipelines import build, cond_unet, vae
+from pipelines import build
+from vp_pipelines import cond_unet
 
 from onestill.teachers.load import load_teacher
 
