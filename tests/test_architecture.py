@@ -34,6 +34,7 @@ LAYERS = (
     ),
     ("teachers.family", "teachers.unet2d"),
     ("teachers.stable_diffusion",),
+    ("teachers.dit", "teachers.pixart", "teachers.deepfloyd"),
     ("teachers.load", "student"),
     ("sampler",),
     ("anchors",),

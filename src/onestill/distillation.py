@@ -27,6 +27,7 @@ from onestill.config import DistillConfig, changed_settings, make_config, write_
 from onestill.export import export_student
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
+from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher, with_t_max
 from onestill.trainer import StepLog, Trainer
@@ -157,6 +158,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     )
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
         base = with_t_max(teacher, config.t_max)
+    check_beside(base)
     check_times(config, base)
     fitted = fit_teacher(base, config)
     labels = check_labels(config.class_labels, base.spec)
@@ -321,6 +323,15 @@ def check_tracker(name: str | None) -> None:
         else f"is unknown; accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
     )
     raise ValueError(f"--report_to {name} {hint}")
+
+
+def check_beside(teacher: Teacher) -> None:
+    """Raise ValueError if the teacher takes the picture of an earlier model and there is none to draw it."""
+    if isinstance(teacher, PipelineTeacher) and teacher.family.beside is not None:
+        raise ValueError(
+            f"a {type(teacher.pipeline).__name__} enlarges the picture of an earlier model. Without data that picture "
+            "has to come from a distilled student of the earlier model, and no such --base_student was given"
+        )
 
 
 def check_times(config: DistillConfig, teacher: Teacher) -> None:

@@ -7,8 +7,10 @@ rest is done here, once: loading, the conditions of a prompt and of no prompt (b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 
 from onestill.process import Process, choose_t_max
 from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
-from onestill.teachers.recording import Call, Signature, as_call, record, watch
+from onestill.teachers.recording import Call, Signature, as_call, record, split, watch
 from onestill.teachers.schedulers import times_of
 from onestill.tensors import Cond, as_times
 from onestill.trajectory import Trajectory
 
 SELF_CHECK_TOLERANCE = 1e-4
+INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -45,6 +48,25 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A picture that the network is given beside its noisy input, as further channels; an earlier model draws it.
+
+    Attributes:
+        name: Name of the condition.
+        kept: Names of all conditions that come with the picture: a guided step has them in both halves.
+        channels: From the network's config to the number of noisy channels, which come first.
+        example: From (pipeline, number of images) to the call's arguments that give it some pictures.
+        rows: From (pipeline, pictures in [-1, 1], noise of the sample's shape) to the conditions in `kept`.
+    """
+
+    name: str
+    kept: tuple[str, ...]
+    channels: Callable[[Any], int]
+    example: Callable[[Any, int], Mapping[str, Any]]
+    rows: Callable[[Any, Tensor, Tensor], Cond]
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of pipelines.
 
@@ -63,6 +85,8 @@ class Family:
         export_arguments: Arguments of the plain call of an exported student, besides the condition.
         null_class: From the network's config to the label of "no class", for class-conditional families.
         adapt: Last changes to the network's config before a student is written.
+        beside: The picture that is given beside x_t, in super-resolution.
+        without: Optional components that are neither loaded nor written.
     """
 
     name: str
@@ -81,11 +105,22 @@ class Family:
     )
     null_class: Callable[[Any], int] | None = None
     adapt: Callable[[nn.Module], None] = lambda network: None
+    beside: Beside | None = None
+    without: tuple[str, ...] = ()
 
     def call(self, pipeline: Any, conditions: Sequence[Any], *, seeds: Sequence[int] = (), **arguments: Any) -> Any:
         """Call the stock pipeline for some prompts (or labels) and return what it returns."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
-        return pipeline(**{self.prompt: list(conditions)}, generator=generators, **{**self.arguments, **arguments})
+        given = {self.prompt: list(conditions), "generator": generators, **self.arguments}
+        if self.beside is not None:
+            given |= self.beside.example(pipeline, len(conditions))
+        return pipeline(**{**given, **arguments})
+
+    def sort_call(self, call: Call, pipeline: Any) -> Call:
+        """Return a recorded call with x_t alone as its noisy input."""
+        if self.beside is None:
+            return call
+        return split(call, self.beside.name, self.beside.channels(getattr(pipeline, self.network).config))
 
     @torch.no_grad()
     def plain_call(self, pipeline: Any, teacher: PipelineTeacher, num: int) -> tuple[Tensor, Tensor, Cond]:
@@ -101,7 +136,8 @@ class Family:
             hook.remove()
         if len(seen) != 1 or len(seen[0].x_t) != num:
             raise RuntimeError(f"the exported pipeline's plain call evaluated its network {len(seen)} times, not once")
-        return self.result(output), seen[0].x_t, teacher.signature.conditions(seen[0])
+        call = self.sort_call(seen[0], pipeline)
+        return self.result(output), call.x_t, teacher.signature.conditions(call)
 
     def guided(self, scale: float) -> dict[str, Any]:
         """Return the argument that sets the guidance scale, if the pipeline has one."""
@@ -140,13 +176,35 @@ class PipelineTeacher(NetworkTeacher):
         return self.family.sign * (output[:, : x_t.shape[1]] if output.shape != x_t.shape else output)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Cond:
-        """Return the conditions of prompts, one row each."""
-        run = lambda: self.family.call(  # noqa: E731
-            self.pipeline, prompts, num_inference_steps=2, **self.family.guided(1.0)
-        )
-        (call,) = record(run, self.network)  # type: ignore[arg-type]
+    def encode(self, prompts: Sequence[str], seeds: Sequence[int] = ()) -> Cond:
+        """Return the conditions of prompts, one row each; `seeds` for what the pipeline draws on the way."""
+        (call,) = _calls(self.family, self.pipeline, prompts, 1.0, seeds=seeds or range(len(prompts)))
         return self.signature.conditions(call)
+
+    @torch.no_grad()
+    def one_step(self, eps: Tensor, cond: Cond) -> Tensor:
+        """Return the images of one step from pure noise: of an exported student, loaded as a teacher, its pictures."""
+        return self.decode(self.denoised(eps, 1.0, cond))
+
+    @torch.no_grad()
+    def rows_beside(self, base: Callable[[Tensor, Cond], Tensor], eps: Tensor, base_cond: Cond, noise: Tensor) -> Cond:
+        """Return the conditions made of the pictures that an earlier model draws: what a chain of students needs.
+
+        They take the place of those that `encode` made of an example picture.
+
+        Args:
+            base: The earlier model's generation: (eps, cond) -> pictures in [-1, 1], [B, C, h, w], such as the
+                `one_step` of its exported student.
+            eps: Its noise, [B, ...].
+            base_cond: Its conditions.
+            noise: Noise of this teacher's sample shape, for pipelines that blur the pictures with some.
+
+        Raises:
+            ValueError: If this teacher takes no picture.
+        """
+        if self.family.beside is None:
+            raise ValueError(f"a {type(self.pipeline).__name__} takes no picture of an earlier model")
+        return self.family.beside.rows(self.pipeline, base(eps, base_cond), noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of latents; pixels are images already."""
@@ -163,7 +221,17 @@ class PipelineTeacher(NetworkTeacher):
         family.adapt(network)
         alpha = spec.process.level(spec.t_max)[0]
         parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
+        parts |= dict.fromkeys(family.without)
         load_stock(type(self.pipeline), self.folder, **parts).save_pretrained(folder, safe_serialization=True)
+        _keep_facts(self.folder / INDEX, folder / INDEX)
+
+
+def _keep_facts(old: Path, new: Path) -> None:
+    """Add what a pipeline's index says and its class does not write again, such as DiT's names of classes."""
+    facts, written = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
+    missing = {key: value for key, value in facts.items() if key not in written and not key.startswith("_")}
+    if missing:
+        new.write_text(json.dumps({**written, **missing}, indent=2) + "\n", encoding="utf-8")
 
 
 def load_stock(cls: Any, folder: Path, **parts: Any) -> Any:
@@ -172,6 +240,8 @@ def load_stock(cls: Any, folder: Path, **parts: Any) -> Any:
         folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **parts
     )
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "watermark", None) is not None:
+        pipeline.watermark = None  # SDXL marks its pictures where a package for it happens to be installed
     return pipeline
 
 
@@ -184,15 +254,22 @@ def load_family(
         ValueError: If a component is missing or a pickle, does not load, or the self-check fails.
     """
     cls = getattr(diffusers, index["_class_name"])
-    check_components(folder, index, source, variant)
+    check_components(folder, {n: part for n, part in index.items() if n not in family.without}, source, variant)
+    parts: dict[str, Any] = {**dict.fromkeys(family.without), **({"variant": variant} if variant else {})}
     try:
-        pipeline = load_stock(cls, folder, **({"variant": variant} if variant else {}))
+        pipeline = load_stock(cls, folder, **parts)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
     try:
         return pipeline_teacher(family, pipeline, folder, source)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    except (RuntimeError, AttributeError, TypeError, LookupError) as error:
+        absent = [n for n, part in pipeline.components.items() if part is None and n.startswith(("text", "token"))]
+        raise ValueError(
+            f"{source}: the {cls.__name__} does not run{f' (it has no {absent[0]})' if absent else ''}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def check_components(folder: Path, index: dict[str, Any], source: str, variant: str | None = None) -> None:
@@ -225,8 +302,9 @@ def pipeline_teacher(family: Family, pipeline: Any, folder: Path, source: str = 
     network = getattr(pipeline, family.network)
     schedule = family.schedule(pipeline)
     t_max, reason = choose_t_max(schedule.process, schedule.prediction_type)
-    one, two = (_calls(family, pipeline, num, 1.0)[0] for num in (1, 2))
-    signature = Signature.of(one, two)
+    _check_channels(family, network.config)
+    one, two = (_calls(family, pipeline, examples(family, num), 1.0, seeds=range(num))[0] for num in (1, 2))
+    signature = Signature.of(one, two, None if family.beside is None else family.beside.name)
     null_class = None if family.null_class is None else family.null_class(network.config)
     spec = TeacherSpec(
         family=family.name,
@@ -252,11 +330,24 @@ def examples(family: Family, num: int) -> list[Any]:
     return [0] * num if family.prompt == "class_labels" else ["a photo", "a drawing of it"][:num]
 
 
-def _calls(family: Family, pipeline: Any, num: int, scale: float, until: Any = None, **arguments: Any) -> list[Call]:
-    """Return the first network call of the pipeline for `num` examples, or with `until` all of its first step."""
+def _check_channels(family: Family, config: Any) -> None:
+    """Raise ValueError if the network returns less than its noisy input, and so is given more than that."""
+    noisy = config.get("in_channels") if family.beside is None else family.beside.channels(config)
+    output = config.get("out_channels")
+    if noisy and output and output < noisy:
+        raise ValueError(
+            f"the network takes {noisy} channels and returns {output}: the others hold a mask or a picture "
+            "(inpainting, image to image), which would have to be given with every prompt, so it is not supported"
+        )
+
+
+def _calls(
+    family: Family, pipeline: Any, conditions: Sequence[Any], scale: float, until: Any = None, **arguments: Any
+) -> list[Call]:
+    """Return the first network call of the pipeline for these conditions; with `until` all of its first step."""
     arguments = {"num_inference_steps": 2, **family.guided(scale), **arguments}
-    run = lambda: family.call(pipeline, examples(family, num), **arguments)  # noqa: E731
-    return record(run, getattr(pipeline, family.network), until)
+    run = lambda: family.call(pipeline, conditions, **arguments)  # noqa: E731
+    return [family.sort_call(call, pipeline) for call in record(run, getattr(pipeline, family.network), until)]
 
 
 def _null_conditions(family: Family, pipeline: Any, signature: Signature, **arguments: Any) -> Cond:
@@ -266,11 +357,12 @@ def _null_conditions(family: Family, pipeline: Any, signature: Signature, **argu
     """
     if family.guidance is None:
         return {}
-    calls = _calls(family, pipeline, 1, 2.0, pipeline.scheduler, **arguments)
+    calls = _calls(family, pipeline, examples(family, 1), 2.0, pipeline.scheduler, **arguments)
     rows = signature.conditions(calls[-1])
     if len(calls) == 1 and all(len(value) == 1 for value in rows.values()):
         return {}
-    return {name: value[:1] for name, value in rows.items()}
+    kept = () if family.beside is None else family.beside.kept
+    return {name: value[:1] for name, value in rows.items() if name not in kept}
 
 
 @torch.no_grad()
@@ -296,11 +388,11 @@ def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> floa
         )
     finally:
         pipeline.scheduler = usual
-    x_t, theirs = x_t[:2], theirs[:2]
+    x_t, theirs = x_t[:2, : teacher.spec.sample_shape[0]], theirs[:2]
     times = times_of(stock, teacher.spec.process)
     cond = teacher.encode(conditions)
     ours = x_t
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         f = teacher.denoised(ours, t, cond)
         if scale != 1:
             without = teacher.denoised(ours, t, teacher.null_rows(cond))

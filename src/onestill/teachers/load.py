@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onestill.process import check_t_max
-from onestill.teachers import stable_diffusion
+from onestill.teachers import deepfloyd, dit, pixart, stable_diffusion
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.family import Family, load_family
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
@@ -32,11 +32,17 @@ def _loader(family: Family) -> Loader:
 
 
 FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
-for _module in (stable_diffusion,):
+for _module in (stable_diffusion, dit, pixart, deepfloyd):
     for _family in _module.FAMILIES:
         FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
 
+_INPAINTING = (
+    "its network is given a mask and a masked picture beside the noise, 9 channels; those would have to be drawn "
+    "with every prompt, which needs pictures or a model that makes them"
+)
 REFUSED = {
+    "StableDiffusionInpaintPipeline": _INPAINTING,
+    "StableDiffusionXLInpaintPipeline": _INPAINTING,
     "ScoreSdeVePipeline": "score-SDE networks divide their output by sigma; wrap yours with onestill.module_teacher",
     "KarrasVePipeline": "its scheduler is a stochastic one without alphas_cumprod; wrap yours with onestill.module_teacher",
     "VQDiffusionPipeline": "it predicts discrete tokens, not a continuous signal",

@@ -120,6 +120,12 @@ def as_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     return Call(x_t, net_time, {f"@{x_name}": None, f"@{t_name}": None, **_flat(arguments)})
 
 
+def split(call: Call, name: str, channels: int) -> Call:
+    """Return a call whose x_t is its first `channels` channels; what lies beside them becomes the argument `name`."""
+    arguments = {**call.arguments, name: call.x_t[:, channels:]}
+    return Call(call.x_t[:, :channels], call.net_time, arguments)
+
+
 def _flat(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dictionaries as one, with dots in the names."""
     found: dict[str, Any] = {}
@@ -137,21 +143,23 @@ class Signature:
         time_name: Position or name of the time.
         per_image: Names of the conditions: tensors with one row for each image.
         constant: Every other argument.
+        beside: Name of the condition that is given as further channels of the noisy input, if there is one.
     """
 
     x_name: str
     time_name: str
     per_image: tuple[str, ...]
     constant: Mapping[str, Any]
+    beside: str | None = None
 
     @classmethod
-    def of(cls, one: Call, two: Call) -> Signature:
+    def of(cls, one: Call, two: Call, beside: str | None = None) -> Signature:
         """Return the signature seen in the calls for one image and for two: what grew is per image."""
         x_name, time_name = (name[1:] for name in list(one.arguments)[:2])
         rest = {name: value for name, value in one.arguments.items() if not name.startswith("@")}
         grown = [n for n, v in rest.items() if isinstance(v, Tensor) and v.ndim and v.shape[0] * 2 == _rows(two, n)]
         constant = {name: value for name, value in rest.items() if name not in grown}
-        return cls(x_name, time_name, tuple(grown), constant)
+        return cls(x_name, time_name, tuple(grown), constant, beside)
 
     def conditions(self, call: Call) -> Cond:
         """Return the conditions of a recorded call."""
@@ -161,6 +169,8 @@ class Signature:
         """Call `network` as the pipeline does and return its output."""
         named = {**self.constant, **{name: cond[name] for name in self.per_image}}
         named = {name: _to(value, x_t.device) for name, value in named.items()}
+        if self.beside is not None:
+            x_t = torch.cat([x_t, named.pop(self.beside).to(x_t.dtype)], dim=1)
         named |= {self.x_name: x_t, self.time_name: net_time}
         positions = sorted(int(name) for name in named if name.isdigit())
         args = [named.pop(str(i)) for i in positions]

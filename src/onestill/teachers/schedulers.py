@@ -31,7 +31,7 @@ def scheduler_process(scheduler: Any) -> tuple[Process, str, float]:
         return VE(config.sigma_min, config.sigma_max, config.get("rho", 7.0)), "edm", float(config.sigma_data)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"the scheduler {name} is not supported for pixel teachers: it has no alphas_cumprod. "
+            f"the scheduler {name} is not supported for this pipeline: it has no alphas_cumprod. "
             "Save the pipeline with the DDPMScheduler or DDIMScheduler it was trained with, or wrap the network "
             "with onestill.module_teacher(network, process, prediction_type, sample_shape)"
         )

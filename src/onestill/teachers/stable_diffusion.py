@@ -12,8 +12,17 @@ from onestill.teachers.schedulers import one_level, plain_ddim, scheduler_proces
 
 
 def vp_schedule(pipeline: Any) -> Schedule:
-    """Return the schedule of a pipeline whose scheduler has `alphas_cumprod`; latents are never thresholded."""
+    """Return the schedule of a pipeline whose scheduler has `alphas_cumprod`; latents are never thresholded.
+
+    Raises:
+        ValueError: If the scheduler is of another kind.
+    """
     process, prediction, _ = scheduler_process(pipeline.scheduler)
+    if prediction == "edm":
+        raise ValueError(
+            f"a {type(pipeline).__name__} with {type(pipeline.scheduler).__name__} is not supported: EDM's "
+            "preconditioning is known for pixel networks (UNet2DModel) only"
+        )
     return Schedule(process, prediction, plain_ddim(pipeline.scheduler))
 
 
