@@ -34,6 +34,7 @@ LAYERS = (
     ),
     ("teachers.family", "teachers.unet2d"),
     ("teachers.stable_diffusion",),
+    ("lora",),
     ("teachers.load", "student"),
     ("sampler",),
     ("trainer", "export"),

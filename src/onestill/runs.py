@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.config import DistillConfig, make_config
-from onestill.distillation import CONFIG_FILE, PIPELINE_FOLDER, fit_teacher, is_run
+from onestill.distillation import CONFIG_FILE, PIPELINE_FOLDER, fit_teacher, is_run, make_student
 from onestill.export import MODULE_FILE, load_pipeline
 from onestill.sampler import Generate, student_generator, teacher_generator
 from onestill.student import Student
@@ -168,7 +168,7 @@ def restore_student(path: Path, config: DistillConfig, device: torch.device) -> 
     """Return the student of a run (its newest whole checkpoint) or of one checkpoint-N folder, averaged weights."""
     checkpoint = _newest(path) if is_run(path) else read_checkpoint(path)
     base, _ = run_teacher(config, device)
-    student = Student(base, guidance_range=config.guidance_range).to(device)
+    student = make_student(base, config).to(device)
     load_student(student, checkpoint.tensors.get("ema", checkpoint.tensors["student"]))
     return student
 

@@ -402,7 +402,7 @@ def _enable_checkpointing(student: Student) -> None:
     enable = getattr(student.network, "enable_gradient_checkpointing", None)
     if enable is None:
         raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
-    enable()
+    enable(student.injection.checkpointed)
 
 
 def _finite(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,7 @@ def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> floa
     times = times_of(stock, teacher.spec.process)
     cond = teacher.encode(conditions)
     ours = x_t
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         f = teacher.denoised(ours, t, cond)
         if scale != 1:
             without = teacher.denoised(ours, t, teacher.null_rows(cond))
