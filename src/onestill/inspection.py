@@ -95,11 +95,13 @@ def estimate(
     cond = to_device(Conditions(labels, config.guidance_range).grid(num), device)
     x = teacher.spec.trajectory.start(torch.zeros(num, *teacher.spec.sample_shape, device=device))
     t_max = teacher.spec.t_max
-    kept = 0
+    kept, owned = 0, {p.untyped_storage().data_ptr() for p in student.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal kept
-        kept += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
+        # A weight is kept as it is or as a view, transposed: counted with the weights.
+        is_weight = tensor.untyped_storage().data_ptr() in owned
+        kept += 0 if is_weight else tensor.numel() * tensor.element_size()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -85,22 +85,21 @@ def target_layers(network: nn.Module, wanted: tuple[str, ...] = ()) -> list[str]
     Raises:
         ValueError: If there is no such layer.
     """
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, Layer)}
+    # A grouped convolution could be trained, but peft cannot merge it afterwards.
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, Layer) and getattr(m, "groups", 1) == 1}
     if missing := [end for end in wanted if not _ending(layers, (end,))]:
         known = sorted({name.rsplit(".", 1)[-1] for name in layers if not name[-1].isdigit()})
         raise ValueError(
-            f"--lora_target_modules {' '.join(missing)}: no Linear or Conv layer of {type(network).__name__} has a name "
-            f"that ends so; last parts of names are {', '.join(known) or 'none'}"
+            f"--lora_target_modules {' '.join(missing)}: no Linear or ungrouped Conv layer of {type(network).__name__} has "
+            f"a name that ends so; last parts of names are {', '.join(known) or 'none'}"
         )
-    if wanted:
-        return _ending(layers, wanted)
-    ungrouped = [name for name, layer in layers.items() if getattr(layer, "groups", 1) == 1]
-    found = [name for name in _ending(layers, ATTENTION_AND_FEED_FORWARD) if name in ungrouped]
+    found = _ending(layers, wanted or ATTENTION_AND_FEED_FORWARD)
     num, total = (sum(layers[name].weight.numel() for name in names) for names in (found, layers))
-    found = found if num >= SCARCE * total and found else ungrouped
+    if not wanted and num < SCARCE * total:
+        found = list(layers)
     if not found:
         raise ValueError(
-            f"--lora_rank: {type(network).__name__} has no Linear or Conv layer that an update of low rank could stand "
+            f"--lora_rank: {type(network).__name__} has no Linear or ungrouped Conv layer that an update of low rank could stand "
             "beside; distil without --lora_rank"
         )
     return found
