@@ -20,7 +20,7 @@ from onestill.export import export_student, why_no_file
 from onestill.lora import Lora
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import PipelineTeacher, examples, self_check
+from onestill.teachers.family import PipelineTeacher, examples, load_stock, self_check
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
 from onestill.trajectory import STEPS
@@ -208,7 +208,8 @@ def test_a_lora_student_is_exported_merged_and_as_a_file(teacher: PipelineTeache
 @torch.no_grad()
 def plain_lora_call(teacher: PipelineTeacher, lora: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return (images, noise, conditions) of the teacher's stock pipeline as the model card says to call it."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(teacher.folder)
+    # Stock `from_pretrained`; some folders have optional parts left out, which diffusers wants to be told.
+    pipeline = load_stock(type(teacher.pipeline), teacher.folder)
     pipeline.load_lora_weights(lora)
     kind = json.loads((lora / "scheduler_config.json").read_text())["_class_name"]
     pipeline.scheduler = getattr(diffusers, kind).from_pretrained(lora)
