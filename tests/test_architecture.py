@@ -35,6 +35,7 @@ LAYERS = (
     ("teachers.family", "teachers.unet2d"),
     ("teachers.stable_diffusion",),
     ("teachers.dit", "teachers.pixart", "teachers.deepfloyd"),
+    ("lora",),
     ("teachers.load", "student"),
     ("sampler",),
     ("anchors",),

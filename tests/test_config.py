@@ -189,6 +189,8 @@ OUT_OF_RANGE = {
     "boundary_weight": [-1],
     "boundary_fraction": [0, 1, -0.5],
     "ema_target_decay": [-0.1, 1],
+    "lora_rank": [0, -4, 1.5],
+    "lora_alpha": [0, -1],
     "max_train_steps": [0, -5, 2.5],
     "train_batch_size": [0, 1, -4, "many"],
     "gradient_accumulation_steps": [0],
@@ -269,6 +271,10 @@ CONTRADICTIONS = {
         "train_batch_size": 4,
     },
     "--lr_warmup_steps 100 must be below --max_train_steps 100": {"max_train_steps": 100, "lr_warmup_steps": 100},
+    "--lora_alpha 8 says how to train a LoRA: give --lora_rank too": {"lora_alpha": 8},
+    "--lora_target_modules to_q to_k says how to train a LoRA: give --lora_rank": {
+        "lora_target_modules": ["to_q", "to_k"]
+    },
 }
 
 
@@ -322,6 +328,13 @@ def test_what_changed_is_said_and_what_may_change_is_not() -> None:
     old = make_config({**GIVEN, "learning_rate": 1e-4}).model_dump(mode="json")
     new = make_config({**GIVEN, "learning_rate": 1e-3, "output_dir": "elsewhere", "device": "cpu", "logging_steps": 7})
     assert changed_settings(old, new) == ["learning_rate: 0.0001 -> 0.001"]
+
+
+def test_a_run_from_before_there_was_a_setting_had_its_default() -> None:
+    config = make_config({**GIVEN, "lora_rank": 4})
+    old = {k: v for k, v in make_config(GIVEN).model_dump(mode="json").items() if not k.startswith("lora_")}
+    assert changed_settings(old, make_config(GIVEN)) == []
+    assert changed_settings(old, config) == ["lora_rank: None -> 4"]
 
 
 def test_numbers_of_boundary_rows() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
+from onestill.lora import Lora
 from onestill.process import CosineVP
 from onestill.sampler import noise
 from onestill.student import BiasInjection, Student, TimeEmbeddingInjection, time_embeddings
@@ -151,6 +153,29 @@ def test_few_steps_move_the_target_time(cases: dict[str, Any], name: str) -> Non
         optimizer.step()
     with torch.no_grad():
         assert float((student(x_a, 0.0, {}) - student(x_a, 0.7, {})).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize("way", ["time embedding", "bias of every layer"])
+@pytest.mark.parametrize("lora", [None, Lora(2)], ids=["full", "lora"])
+def test_checkpointed_gradients_are_the_plain_ones(tiny_unet: MakeNetwork, way: str, lora: Lora | None) -> None:
+    from onestill.teachers.unet2d import unet2d_teacher
+
+    network: Any = tiny_unet()
+    if way == "bias of every layer":
+        network.time_embedding.post_act = nn.SiLU()
+    teacher = unet2d_teacher(network, DDIMScheduler(prediction_type="v_prediction"))
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        student = perturb(Student(teacher, lora=lora))
+        if checkpointed:
+            student.network.enable_gradient_checkpointing(student.injection.checkpointed)  # type: ignore[operator]
+        rows = torch.tensor([0.0, 0.2, 0.5, 0.9], dtype=torch.float64)
+        student(starts(teacher), rows, {}).square().mean().backward()
+        found.append([p.grad for p in student.parameters() if p.requires_grad])
+    assert isinstance(student.injection, BiasInjection) == (way == "bias of every layer")
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
 def test_student_is_what_a_checkpoint_can_hold(kind: NetworkTeacher) -> None:

@@ -23,12 +23,14 @@ class Facts:
         training: Steps, batch, time and hardware, in words.
         settings: Command or settings that made it.
         license: The teacher's license; read from its card if empty.
+        lora: What the student is as a LoRA, in words; not said if empty.
     """
 
     guidance: str = "none"
     training: str = ""
     settings: str = ""
     license: str = ""
+    lora: str = ""
 
 
 def write_card(folder: Path, spec: TeacherSpec, facts: Facts, self_check: float) -> Path:
@@ -109,7 +111,7 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 - Guidance distilled in: {facts.guidance} (u + w (c - u)). Do not guide again.
 - Training: {facts.training or "not recorded"}.
 - Settings: {facts.settings or "see config.yaml of the run"}.
-- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
+{f"- LoRA: {facts.lora}.{chr(10)}" if facts.lora else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
 
 ## Measured
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-TEACHER, OBJECTIVE, OPTIMISATION, RUN, WATCHING = "Teacher", "Objective", "Optimisation", "Run", "Watching"
+TEACHER, OBJECTIVE, LORA, OPTIMISATION = "Teacher", "Objective", "LoRA", "Optimisation"
+RUN, WATCHING = "Run", "Watching"
 
 
 def _field(default: Any, panel: str, description: str, **limits: Any) -> Any:
@@ -67,6 +68,17 @@ class DistillConfig(BaseModel):
     num_anchor_steps: int = _field(12, OBJECTIVE, "Solver steps of each.", ge=1, le=1000)
     ema_target_decay: float = _field(
         0.0, OBJECTIVE, "Decay of an EMA student used in the target; 0 is the student itself.", ge=0, lt=1
+    )
+
+    # LoRA
+    lora_rank: int | None = _field(
+        None, LORA, "Train updates of this rank beside the teacher's own weights, not a copy of them.", ge=1
+    )
+    lora_alpha: float | None = _field(None, LORA, "Updates are scaled by alpha / rank; the rank if not given.", gt=0)
+    lora_target_modules: tuple[str, ...] = _field(
+        (),
+        LORA,
+        "Layers by the last part of their name; attention and feed-forwards if not given, all where those are scarce.",
     )
 
     # Optimisation
@@ -147,6 +159,13 @@ class DistillConfig(BaseModel):
             raise ValueError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} must be below --max_train_steps {self.max_train_steps}"
             )
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules):
+            given = (
+                f"alpha {self.lora_alpha:g}"
+                if self.lora_alpha
+                else f"target_modules {' '.join(self.lora_target_modules)}"
+            )
+            raise ValueError(f"--lora_{given} says how to train a LoRA: give --lora_rank too")
         return self
 
     @property
@@ -241,10 +260,13 @@ def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: s
 def changed_settings(old: Mapping[str, Any], new: DistillConfig) -> list[str]:
     """Return "name: old -> new" for each setting that must not differ on resume and does."""
     values = new.model_dump(mode="json")
+    # A run of a version without some setting had its default.
+    defaults = {k: f.default for k, f in DistillConfig.model_fields.items()}
+    old = {name: old.get(name, list(d) if isinstance(d := defaults[name], tuple) else d) for name in values}
     return [
-        f"{name}: {old.get(name)!r} -> {values[name]!r}"
+        f"{name}: {old[name]!r} -> {values[name]!r}"
         for name in sorted(values)
-        if name not in RESUMABLE_CHANGES and old.get(name) != values[name]
+        if name not in RESUMABLE_CHANGES and old[name] != values[name]
     ]
 
 

@@ -25,6 +25,7 @@ from onestill.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, r
 from onestill.conditions import Conditions, check_labels
 from onestill.config import DistillConfig, changed_settings, make_config, write_yaml
 from onestill.export import export_student
+from onestill.lora import Lora, has_loader
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
 from onestill.teachers.family import PipelineTeacher
@@ -164,13 +165,25 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     labels = check_labels(config.class_labels, base.spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # the new layers start from random numbers too
-        student = Student(base, guidance_range=config.guidance_range, network=network)
+        student = make_student(base, config, network)
     if config.gradient_checkpointing and not hasattr(student.network, "enable_gradient_checkpointing"):
         raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
     fingerprint = base.fingerprint()
     resume, messages = find_resume(config, fingerprint)
+    if config.lora_rank is not None and not has_loader(base):
+        messages += (
+            "--lora_rank: the teacher's pipeline takes no LoRA files, so the merged student alone is exported",
+        )
     conditions = Conditions(labels, config.guidance_range)
     return Prepared(config, base, fitted, conditions, student, fingerprint, resume, messages)
+
+
+def make_student(base: NetworkTeacher, config: DistillConfig, network: nn.Module | None = None) -> Student:
+    """Return the untrained student that the configuration says."""
+    lora = None
+    if config.lora_rank is not None:
+        lora = Lora(config.lora_rank, config.lora_alpha, config.lora_target_modules)
+    return Student(base, guidance_range=config.guidance_range, network=network, lora=lora)
 
 
 def fit_teacher(base: Teacher, config: DistillConfig, guidance_scale: float | None = None) -> Teacher:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onestill import card
+from onestill.lora import LORA_FOLDER, SCHEDULER_FILE, has_loader, load_with_lora, write_lora
 from onestill.process import head
 from onestill.sampler import Generate, noise, student_generator
-from onestill.student import Student
+from onestill.student import Student, TimeEmbeddingInjection, time_embeddings
 from onestill.teachers.family import PipelineTeacher, load_stock
 from onestill.teachers.schedulers import one_level
 from onestill.tensors import Cond, without_autocast
@@ -86,8 +87,15 @@ def export_student(
     partial.mkdir(parents=True)
     facts = facts or card.Facts()
     if isinstance(student.teacher, PipelineTeacher):
-        student.teacher.write_student(student.bake(t, guidance_scale), partial)
-        error = _check_family(student, student.teacher, partial, t, guidance_scale)
+        baked = student.bake(t, guidance_scale)
+        student.teacher.write_student(baked, partial)
+        pipeline = load_stock(type(student.teacher.pipeline), partial)
+        error = _check_family(student, student.teacher, pipeline, t, guidance_scale)
+        if why_no_file(student) is None:
+            lora = partial / LORA_FOLDER
+            write_lora(student.teacher, student.network, _baked_times(student, baked), lora)
+            pipeline = load_with_lora(student.teacher, lora)
+            error = max(error, _check_family(student, student.teacher, pipeline, t, guidance_scale))
     elif student.spec.family == "unet2d":
         _write_unet2d(student, partial, t, guidance_scale)
         error = _check_pipeline(student, partial, t, guidance_scale)
@@ -100,6 +108,8 @@ def export_student(
             f"export self-check failed: the reloaded folder's images differ from the student's by {error:.1e} "
             f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
         )
+    if student.lora is not None:
+        facts = replace(facts, lora=_lora_words(student, partial))
     card.write_card(partial, student.spec, facts, error)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.replaced")
@@ -176,14 +186,44 @@ def _check_pipeline(student: Student, folder: Path, t: float, guidance_scale: fl
     return float((images - expected.clamp(-1, 1)).abs().max())
 
 
+def why_no_file(student: Student) -> str | None:
+    """Return why a student is not written as a LoRA file too, or None if it is."""
+    if student.lora is None:
+        return "it has no LoRA"
+    if not has_loader(student.teacher):
+        return "the teacher's pipeline takes no LoRA files"
+    if not isinstance(student.injection, TimeEmbeddingInjection):
+        return "the target time enters as biases, which a LoRA file does not hold"
+    return None
+
+
+def _baked_times(student: Student, baked: nn.Module) -> dict[str, Tensor]:
+    """Return the constant that each time embedding of a baked network gives, by its name."""
+    layers = {name: baked.get_submodule(name).linear_2 for name in time_embeddings(baked)}
+    return {name: layer.bias.detach() for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+
+
+def _lora_words(student: Student, folder: Path) -> str:
+    assert student.lora is not None
+    if (reason := why_no_file(student)) is not None:
+        return f"rank {student.lora.rank}, merged into the weights; there is no LoRA file: {reason}"
+    kind = json.loads((folder / LORA_FOLDER / SCHEDULER_FILE).read_text(encoding="utf-8"))["_class_name"]
+    return (
+        f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's own "
+        f'pipeline: `pipe.load_lora_weights("path/to/this/folder/{LORA_FOLDER}")`, then `pipe.scheduler = '
+        f'diffusers.{kind}.from_pretrained("path/to/this/folder/{LORA_FOLDER}")`, then the call above; '
+        "scheduler and LoRA belong together"
+    )
+
+
 @torch.no_grad()
 @without_autocast
 def _check_family(
-    student: Student, teacher: PipelineTeacher, folder: Path, t: float, guidance_scale: float | None, num: int = 2
+    student: Student, teacher: PipelineTeacher, pipeline: Any, t: float, guidance_scale: float | None, num: int = 2
 ) -> float:
-    """Return the largest difference of images between the plain call of the folder, loaded afresh, and the student."""
+    """Return the largest difference of images between the plain call of a pipeline, loaded afresh, and the student."""
     device = next(student.parameters()).device
-    images, eps, cond = teacher.family.plain_call(load_stock(type(teacher.pipeline), folder).to(device), teacher, num)
+    images, eps, cond = teacher.family.plain_call(pipeline.to(device), teacher, num)
     if student.guidance_range is not None:
         cond["guidance_scale"] = torch.full((num,), _baked_scale(student, guidance_scale))
     expected = teacher.decode(student_generator(student, t=t, device=device)(eps, cond))

@@ -10,7 +10,7 @@ import torch
 
 from onestill.conditions import Conditions, check_labels
 from onestill.config import DistillConfig
-from onestill.distillation import fit_teacher, resolve_device
+from onestill.distillation import fit_teacher, make_student, resolve_device
 from onestill.sampler import to_device
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
@@ -55,7 +55,7 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig) -> Inspectio
     """
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
-    student = Student(teacher, guidance_range=config.guidance_range).to(device)
+    student = make_student(teacher, config).to(device)
     memory, seconds = estimate(teacher, student, config, device)
     reached = isinstance(student.injection, TimeEmbeddingInjection)
     return Inspection(
@@ -85,8 +85,8 @@ def estimate(
 ) -> tuple[float, float]:
     """Return (bytes, seconds per optimiser step) of a run.
 
-    Memory: the teacher's weights; the student's weights, gradients, two Adam moments and their average; and the
-    activations kept for the backward pass, counted on a few images and scaled to the batch. Time: one student and
+    Memory: the teacher's weights, which a LoRA student shares; what the student trains, with its gradients, two Adam
+    moments and their average; and the activations kept for the backward pass, counted on a few images and scaled to the batch. Time: one student and
     the teacher's forwards and one forward with backward, on a few images, scaled likewise.
     """
     num = min(8, config.train_batch_size)
@@ -97,11 +97,13 @@ def estimate(
     cond = to_device(Conditions(labels, config.guidance_range).grid(num), device)
     x = teacher.spec.trajectory.start(torch.zeros(num, *teacher.spec.sample_shape, device=device))
     t_max = teacher.spec.t_max
-    kept = 0
+    kept, owned = 0, {p.untyped_storage().data_ptr() for p in student.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal kept
-        kept += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
+        # A weight is kept as it is or as a view, transposed: counted with the weights.
+        is_weight = tensor.untyped_storage().data_ptr() in owned
+        kept += 0 if is_weight else tensor.numel() * tensor.element_size()
         return tensor
 
     def student_loss() -> Any:
@@ -129,7 +131,8 @@ def estimate(
     student.zero_grad()
     scale = config.train_batch_size / num
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
-    weights = 4 * (copies * num_parameters(student) + _num_weights(teacher))
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    weights = 4 * (copies * trained + _num_weights(teacher))
     return weights + kept * scale, seconds * scale * config.gradient_accumulation_steps
 
 

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.config import DistillConfig, make_config
-from onestill.distillation import CONFIG_FILE, PIPELINE_FOLDER, PYTHON_OBJECT, TEACHER_FILE, is_run
+from onestill.distillation import (
+    CONFIG_FILE,
+    PIPELINE_FOLDER,
+    PYTHON_OBJECT,
+    TEACHER_FILE,
+    is_run,
+    make_student,
+)
 from onestill.export import MODULE_FILE, load_pipeline
 from onestill.sampler import Generate, student_generator, teacher_generator
 from onestill.student import Student
@@ -200,7 +207,7 @@ def restore_student(
     checkpoint = _newest(path) if is_run(path) else read_checkpoint(path)
     run = path if is_run(path) else path.parent
     base = run_teacher(run, config, device, local_files_only=local_files_only)
-    student = Student(base, guidance_range=config.guidance_range).to(device)
+    student = make_student(base, config).to(device)
     load_student(student, checkpoint.tensors.get("ema", checkpoint.tensors["student"]))
     return student
 

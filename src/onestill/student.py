@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from onestill.lora import Lora, attach, merge
 from onestill.teachers.base import NetworkTeacher, TeacherSpec
 from onestill.tensors import Cond, as_times
 
@@ -61,6 +64,22 @@ class Injection(nn.Module):
     def hold(self, extra: Tensor | None) -> None:
         """Set what the next forward pass adds, [B, num_features], or clear it."""
         self._extra = extra
+
+    def checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a part of the network whose activations the backward pass computes again, when nothing is held any more.
+
+        What gradient checkpointing of diffusers calls in place of its own function.
+        """
+        extra = self._extra
+
+        def again(*inputs: Any) -> Any:
+            held, self._extra = self._extra, extra
+            try:
+                return function(*inputs)
+            finally:
+                self._extra = held
+
+        return checkpoint(again, *args, use_reentrant=False)
 
     @abstractmethod
     def bake(self, network: nn.Module, extra: Tensor) -> None:
@@ -159,6 +178,10 @@ class Student(nn.Module):
         teacher: The teacher to copy; its head and its way of calling the network are used, never its weights.
         guidance_range: Range of the guidance scale, if the student is to take it as an input.
         network: A network to train in place of a copy of the teacher's; needs the same inputs and output.
+        lora: Train updates of low rank beside the teacher's own weights, which are shared, instead of a copy.
+
+    Raises:
+        ValueError: If the teacher has no weights and no network is given, or the LoRA does not fit the network.
     """
 
     def __init__(
@@ -167,17 +190,26 @@ class Student(nn.Module):
         *,
         guidance_range: tuple[float, float] | None = None,
         network: nn.Module | None = None,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
+        if lora is not None and network is not None:
+            raise ValueError("--lora_rank trains beside the teacher's own weights; leave `network=` out")
         self._teacher = teacher
-        self.guidance_range = guidance_range
-        self.network = teacher.copy_network() if network is None else network.eval()
+        self.guidance_range, self.lora = guidance_range, lora
+        if lora is not None:
+            self.network = teacher.share_network()
+        else:
+            self.network = teacher.copy_network() if network is None else network.eval()
         self.injection: Injection = (
             TimeEmbeddingInjection(self.network) if time_embeddings(self.network) else BiasInjection(self.network)
         )
         width, direct = self.injection.num_features, isinstance(self.injection, TimeEmbeddingInjection)
         self.target_embedding = Embedding(width, TIME_SCALE, starts_at_zero=direct)
         self.guidance_embedding = Embedding(width, GUIDANCE_SCALE, starts_at_zero=direct) if guidance_range else None
+        if lora is not None:
+            # Last: the way in has found the layers by their stock names, and stays hooked to them.
+            attach(self.network, lora)
 
     @property
     def teacher(self) -> NetworkTeacher:
@@ -218,7 +250,7 @@ class Student(nn.Module):
         enable = getattr(self.network, "enable_gradient_checkpointing", None)
         if enable is None:
             raise ValueError(f"--gradient_checkpointing: {type(self.network).__name__} has no support for it")
-        enable()
+        enable(self.injection.checkpointed)
 
     @torch.no_grad()
     def bake(self, t: float = 0.0, guidance_scale: float | None = None) -> nn.Module:
@@ -239,6 +271,7 @@ class Student(nn.Module):
             cond["guidance_scale"] = torch.tensor([w])
         extra = self._extra(values, cond)[0]
         network = copy.deepcopy(self.network)
+        merge(network)
         _remove_hooks(network)
         if isinstance(self.injection, TimeEmbeddingInjection):
             self._bake_start_level(network)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from pipelines import BUILDERS, build
 from torch import Tensor
 
 from onestill import objective
-from onestill.export import export_student
+from onestill.export import export_student, why_no_file
+from onestill.lora import Lora
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import PipelineTeacher, examples, self_check
+from onestill.teachers.family import PipelineTeacher, examples, load_stock, self_check
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
 from onestill.trajectory import STEPS
@@ -137,6 +140,80 @@ def test_an_exported_target_time_is_baked_in(teacher: PipelineTeacher, tmp_path:
     assert export_student(student, tmp_path / "out", t=0.5) <= 1e-4
     x, cond = teacher.spec.trajectory.start(noise_of(teacher, 2)), conditions_of(teacher)
     assert (student(x, 0.5, cond) - student(x, 0.0, cond)).abs().max() > 1e-5
+
+
+# LoRA students
+
+
+def lora_student(teacher: NetworkTeacher, size: float = 0.0) -> Student:
+    """Return a student of low rank, some way into a training if `size` is not 0."""
+    torch.manual_seed(5)
+    student = Student(teacher, lora=Lora(2, alpha=3.0))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn_like(parameter))
+    return student
+
+
+def test_a_lora_student_starts_as_the_teacher_on_the_same_weights(teacher: PipelineTeacher) -> None:
+    student = lora_student(teacher)
+    x, cond = teacher.spec.trajectory.start(noise_of(teacher, 2)), conditions_of(teacher)
+    expected = teacher.denoised(x, teacher.spec.t_max, cond)
+    for t in (0.0, 0.4, teacher.spec.t_max):
+        torch.testing.assert_close(student(x, t, cond), expected, atol=0, rtol=0)
+    own = {p.data_ptr() for p in teacher.network.parameters()}
+    assert own == {p.data_ptr() for p in student.network.parameters() if not p.requires_grad}
+
+
+def test_three_steps_train_the_adapters_and_the_embeddings_only(teacher: PipelineTeacher) -> None:
+    before, student = teacher.fingerprint(), lora_student(teacher, 0.01)
+    cond, x_a = conditions_of(teacher), teacher.spec.trajectory.start(noise_of(teacher, 2))
+    alone = teacher.denoised(x_a, 0.5, cond)
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} <= {"network", "target_embedding", "injection"}
+    assert all("lora_" in name for name in trained if name.startswith("network"))
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+    for _ in range(3):
+        student(x_a, 0.3, cond).square().mean().backward()
+        # A layer whose output the network throws away for these inputs may stay without a gradient, others may not.
+        assert sum(bool(p.grad is not None and p.grad.any()) for p in trained.values()) > 0.8 * len(trained)
+        assert all(p.grad is None for p in student.parameters() if not p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (student(x_a, 0.3, cond) - teacher.denoised(x_a, teacher.spec.t_max, cond)).abs().max() > 0
+    torch.testing.assert_close(teacher.denoised(x_a, 0.5, cond), alone, atol=0, rtol=0)
+    assert teacher.fingerprint() == before
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5])
+def test_a_lora_student_is_exported_merged_and_as_a_file(teacher: PipelineTeacher, tmp_path: Path, t: float) -> None:
+    student, out = lora_student(teacher, 0.02), tmp_path / "out"
+    # Reloaded and compared: the merged folder, and the teacher's own pipeline with the file.
+    assert export_student(student, out, t=t) <= 1e-4
+    written = (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert written == (why_no_file(student) is None)
+    assert ("load_lora_weights" in (out / "README.md").read_text()) == written
+    if not written:
+        assert not (out / "lora").exists()
+        return
+    images, eps, cond = plain_lora_call(teacher, out / "lora")
+    expected = teacher.decode(student(eps, t, cond).detach()).clamp(-1, 1)
+    assert float((images.clamp(-1, 1) - expected).abs().max()) <= 1e-4
+    # And it is the file that does it.
+    without = teacher.decode(teacher.denoised(eps, teacher.spec.t_max, cond)).clamp(-1, 1)
+    assert float((images.clamp(-1, 1) - without).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def plain_lora_call(teacher: PipelineTeacher, lora: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return (images, noise, conditions) of the teacher's stock pipeline as the model card says to call it."""
+    # Stock `from_pretrained`; some folders have optional parts left out, which diffusers wants to be told.
+    pipeline = load_stock(type(teacher.pipeline), teacher.folder)
+    pipeline.load_lora_weights(lora)
+    kind = json.loads((lora / "scheduler_config.json").read_text())["_class_name"]
+    pipeline.scheduler = getattr(diffusers, kind).from_pretrained(lora)
+    return teacher.family.plain_call(pipeline, teacher, 2)
 
 
 def test_bfloat16_runs(name: str) -> None:

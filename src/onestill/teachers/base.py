@@ -189,6 +189,19 @@ class NetworkTeacher(Teacher):
             )
         return copy.deepcopy(self.network).float().requires_grad_(True).eval()
 
+    def share_network(self) -> nn.Module:
+        """Return a network with modules of its own around this one's very parameters, frozen, in evaluation mode.
+
+        What is hooked or put into its modules is not in this one's, and there is no second copy of the weights.
+
+        Raises:
+            ValueError: If the network is a plain function, which has no weights to share.
+        """
+        if not isinstance(self.network, nn.Module):
+            raise ValueError("this teacher is a plain callable without weights, which nothing can be trained beside")
+        shared = {id(tensor): tensor for tensor in (*self.network.parameters(), *self.network.buffers())}
+        return copy.deepcopy(self.network, shared).eval()
+
     def to(self, device: torch.device | str) -> NetworkTeacher:
         """Move the network to `device`."""
         if isinstance(self.network, nn.Module):
