@@ -3,57 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import flow_pipelines
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-WORDS = ["a", "photo", "drawing", "of", "it", "red", "blue", "cat"]
-
-
-def clip_tokenizer(length: int = 8) -> CLIPTokenizer:
-    """Return a tokenizer that knows single letters and a few words."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    vocabulary = [*letters, *[f"{c}</w>" for c in letters], "<|startoftext|>", "<|endoftext|>"]
-    folder = Path(tempfile.mkdtemp())
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
-
-
-def clip_text(cls: Any = CLIPTextModel, width: int = 16, **config: Any) -> Any:
-    tokenizer = clip_tokenizer()
-    return cls(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **config,
-        )
-    ).eval()
-
-
-def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=16,
-        **config,
-    ).eval()
+from components import clip_text, clip_tokenizer, vae
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 
 def cond_unet(**config: Any) -> UNet2DConditionModel:
@@ -101,7 +57,12 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sd-epsilon": stable_diffusion,
     "sd-v": functools.partial(stable_diffusion, prediction_type="v_prediction"),
     "sd-v-zero-snr": functools.partial(stable_diffusion, prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    **flow_pipelines.BUILDERS,
 }
+
+
+# Arguments of every call, where the pipeline's own defaults are too large for tests.
+ARGUMENTS: dict[str, dict[str, Any]] = {**flow_pipelines.ARGUMENTS}
 
 
 def build(name: str) -> Any:

@@ -7,8 +7,10 @@ rest is done here, once: loading, the conditions of a prompt and of no prompt (b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from onestill.process import Process, choose_t_max
+from onestill.process import FlowMatching, Process, choose_t_max
 from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
-from onestill.teachers.recording import Call, Signature, as_call, record, watch
+from onestill.teachers.recording import Call, Signature, as_call, asked_shift, record, watch
 from onestill.teachers.schedulers import times_of
 from onestill.tensors import Cond, as_times
 from onestill.trajectory import Trajectory
@@ -63,6 +65,9 @@ class Family:
         export_arguments: Arguments of the plain call of an exported student, besides the condition.
         null_class: From the network's config to the label of "no class", for class-conditional families.
         adapt: Last changes to the network's config before a student is written.
+        size: From the pipeline to arguments of every call that follow from its configuration.
+        pack: From (latents, constant arguments of the call) to what the network sees, where that is a permutation.
+        unpack: The inverse of `pack`.
     """
 
     name: str
@@ -81,11 +86,15 @@ class Family:
     )
     null_class: Callable[[Any], int] | None = None
     adapt: Callable[[nn.Module], None] = lambda network: None
+    size: Callable[[Any], Mapping[str, Any]] = lambda pipeline: {}
+    pack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda latents, constant: latents
+    unpack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda packed, constant: packed
 
     def call(self, pipeline: Any, conditions: Sequence[Any], *, seeds: Sequence[int] = (), **arguments: Any) -> Any:
         """Call the stock pipeline for some prompts (or labels) and return what it returns."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
-        return pipeline(**{self.prompt: list(conditions)}, generator=generators, **{**self.arguments, **arguments})
+        arguments = {**self.size(pipeline), **self.arguments, **arguments}
+        return pipeline(**{self.prompt: list(conditions)}, generator=generators, **arguments)
 
     @torch.no_grad()
     def plain_call(self, pipeline: Any, teacher: PipelineTeacher, num: int) -> tuple[Tensor, Tensor, Cond]:
@@ -101,7 +110,8 @@ class Family:
             hook.remove()
         if len(seen) != 1 or len(seen[0].x_t) != num:
             raise RuntimeError(f"the exported pipeline's plain call evaluated its network {len(seen)} times, not once")
-        return self.result(output), seen[0].x_t, teacher.signature.conditions(seen[0])
+        eps = self.unpack(seen[0].x_t, teacher.signature.constant)
+        return self.result(output), eps, teacher.signature.conditions(seen[0])
 
     def guided(self, scale: float) -> dict[str, Any]:
         """Return the argument that sets the guidance scale, if the pipeline has one."""
@@ -136,8 +146,10 @@ class PipelineTeacher(NetworkTeacher):
         self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
 
     def _call(self, network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        x_t = self.family.pack(x_t, self.signature.constant)
         output = self.signature(network, x_t, net_time, cond)
-        return self.family.sign * (output[:, : x_t.shape[1]] if output.shape != x_t.shape else output)
+        output = output[:, : x_t.shape[1]] if output.shape != x_t.shape else output
+        return self.family.sign * self.family.unpack(output, self.signature.constant)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -168,8 +180,11 @@ class PipelineTeacher(NetworkTeacher):
 
 def load_stock(cls: Any, folder: Path, **parts: Any) -> Any:
     """Return a stock pipeline; safetensors only, no remote code, no network, and no text on the screen."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    # Some pipelines ask for a part they can do without, such as a third text encoder, unless told it is absent.
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
     pipeline = cls.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **parts
+        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **{**absent, **parts}
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -227,13 +242,14 @@ def pipeline_teacher(family: Family, pipeline: Any, folder: Path, source: str = 
     t_max, reason = choose_t_max(schedule.process, schedule.prediction_type)
     one, two = (_calls(family, pipeline, num, 1.0)[0] for num in (1, 2))
     signature = Signature.of(one, two)
+    process = _with_shift(schedule.process, family, pipeline)
     null_class = None if family.null_class is None else family.null_class(network.config)
     spec = TeacherSpec(
         family=family.name,
         source=source,
-        process=schedule.process,
+        process=process,
         prediction_type=schedule.prediction_type,
-        sample_shape=tuple(one.x_t.shape[1:]),
+        sample_shape=tuple(family.unpack(one.x_t, signature.constant).shape[1:]),
         t_max=t_max,
         t_max_reason=reason,
         num_classes=null_class,
@@ -257,6 +273,15 @@ def _calls(family: Family, pipeline: Any, num: int, scale: float, until: Any = N
     arguments = {"num_inference_steps": 2, **family.guided(scale), **arguments}
     run = lambda: family.call(pipeline, examples(family, num), **arguments)  # noqa: E731
     return record(run, getattr(pipeline, family.network), until)
+
+
+def _with_shift(process: Process, family: Family, pipeline: Any) -> Process:
+    """Return the process under the shift that the pipeline asks a "dynamic" scheduler for, itself elsewhere."""
+    if not isinstance(process, FlowMatching) or not pipeline.scheduler.config.get("use_dynamic_shifting", False):
+        return process
+    run = lambda: family.call(pipeline, examples(family, 1), num_inference_steps=2)  # noqa: E731
+    shift = asked_shift(run, getattr(pipeline, family.network), pipeline.scheduler)
+    return FlowMatching(shift, process.net_scale, process.net_offset)
 
 
 def _null_conditions(family: Family, pipeline: Any, signature: Signature, **arguments: Any) -> Cond:
@@ -296,11 +321,11 @@ def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> floa
         )
     finally:
         pipeline.scheduler = usual
-    x_t, theirs = x_t[:2], theirs[:2]
+    x_t, theirs = (family.unpack(x[:2], teacher.signature.constant) for x in (x_t, theirs))
     times = times_of(stock, teacher.spec.process)
     cond = teacher.encode(conditions)
     ours = x_t
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         f = teacher.denoised(ours, t, cond)
         if scale != 1:
             without = teacher.denoised(ours, t, teacher.null_rows(cond))

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onestill.process import check_t_max
-from onestill.teachers import stable_diffusion
+from onestill.teachers import flux, lumina2, sana, sd3, stable_audio, stable_diffusion, wan
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.family import Family, load_family
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.unet2d import load_unet2d
 
-Loader = Callable[[Path, dict[str, Any], str, str | None, int | None], NetworkTeacher]
+Loader = Callable[..., NetworkTeacher]
+"""(folder, index, source, variant, null_class, **call arguments) -> the teacher in the folder of a pipeline."""
 
 
 def _loader(family: Family) -> Loader:
     def load(
-        folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None
+        folder: Path,
+        index: dict[str, Any],
+        source: str,
+        variant: str | None,
+        null_class: int | None,
+        **arguments: Any,
     ) -> NetworkTeacher:
         if null_class is not None:
             raise ValueError(f"--null_class {null_class} was given, but a {index['_class_name']} knows its own")
-        return load_family(family, folder, index, source, variant)
+        asked = replace(family, arguments={**family.arguments, **arguments})
+        return load_family(asked, folder, index, source, variant)
 
     return load
 
 
 FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
-for _module in (stable_diffusion,):
+for _module in (stable_diffusion, sd3, flux, sana, lumina2, wan, stable_audio):
     for _family in _module.FAMILIES:
         FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
 
@@ -66,6 +73,7 @@ def load_teacher(
     null_class: int | None = None,
     t_max: float | None = None,
     device: str = "cpu",
+    arguments: Mapping[str, Any] | None = None,
 ) -> NetworkTeacher:
     """Return the teacher in a diffusers pipeline folder, of a hub id, or embedded under a name.
 
@@ -80,6 +88,8 @@ def load_teacher(
         null_class: The label that means "no class"; known for embedded teachers.
         t_max: Start level in (0, 1]; chosen from the process and the prediction type if None.
         device: Where the network goes.
+        arguments: Arguments of every call of a text pipeline, such as height, width or num_frames; its own defaults
+            if None.
 
     Raises:
         ValueError: If there is no such teacher, the folder is no pipeline, the pipeline is not supported, its
@@ -97,7 +107,9 @@ def load_teacher(
         supported = ", ".join(sorted(FAMILIES))
         reason = REFUSED.get(class_name, "no adapter knows where it keeps its network and its schedule")
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
-    teacher = FAMILIES[class_name](folder, index, source, variant, null_class)
+    if arguments and class_name in UNET2D_PIPELINES:
+        raise ValueError(f"{source}: a {class_name} takes no arguments such as {next(iter(arguments))}")
+    teacher = FAMILIES[class_name](folder, index, source, variant, null_class, **(arguments or {}))
     if t_max is not None:
         teacher.spec = replace(
             teacher.spec,

@@ -8,6 +8,8 @@ pipeline's encoding has to be written again, and none can be written wrongly.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +108,31 @@ def watch(run: Callable[[], object], network: nn.Module, scheduler: Any, num_ste
         hook.remove()
         del scheduler.step
     return first[0], last[-1]
+
+
+def asked_shift(run: Callable[[], object], network: nn.Module, scheduler: Any) -> float:
+    """Return the time shift that a pipeline asks a scheduler with dynamic shifting for, by its argument `mu`.
+
+    Args:
+        run: Calls the pipeline.
+        network: Its denoising network.
+        scheduler: Its scheduler.
+    """
+    asked: list[float] = []
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)  # pipelines read its signature
+    def see(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["mu"])
+        return set_timesteps(*args, **kwargs)
+
+    scheduler.set_timesteps = see
+    try:
+        record(run, network)
+    finally:
+        del scheduler.set_timesteps
+    linear = scheduler.config.get("time_shift_type", "exponential") == "linear"
+    return asked[0] if linear else math.exp(asked[0])
 
 
 def as_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
