@@ -41,6 +41,7 @@ LAYERS = (
         "teachers.lumina2",
         "teachers.wan",
         "teachers.stable_audio",
+        "teachers.generic",
     ),
     ("teachers.load", "student"),
     ("sampler",),

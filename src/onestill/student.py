@@ -22,7 +22,7 @@ TIME_CHANNELS = 128
 # Timesteps sees 1000 times its input's scale: target times of 0..1 as the 0..1000 it is made for.
 TIME_SCALE = 1000.0
 GUIDANCE_SCALE = 100.0
-TIME_EMBEDDINGS = ("time_embedding", "timestep_embedder", "time_embedder", "timestep_proj")
+TIME_EMBEDDINGS = ("time_embedding", "timestep_embedder", "time_embedder", "timestep_proj", "time_step_proj")
 
 
 class Embedding(nn.Module):

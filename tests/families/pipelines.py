@@ -8,6 +8,7 @@ from typing import Any
 
 import flow_pipelines
 import torch
+import unnamed_pipelines
 from components import clip_text, clip_tokenizer, vae
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
@@ -58,11 +59,12 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sd-v": functools.partial(stable_diffusion, prediction_type="v_prediction"),
     "sd-v-zero-snr": functools.partial(stable_diffusion, prediction_type="v_prediction", rescale_betas_zero_snr=True),
     **flow_pipelines.BUILDERS,
+    **unnamed_pipelines.BUILDERS,
 }
 
 
 # Arguments of every call, where the pipeline's own defaults are too large for tests.
-ARGUMENTS: dict[str, dict[str, Any]] = {**flow_pipelines.ARGUMENTS}
+ARGUMENTS: dict[str, dict[str, Any]] = {**flow_pipelines.ARGUMENTS, **unnamed_pipelines.ARGUMENTS}
 
 
 def build(name: str) -> Any:

@@ -198,16 +198,25 @@ def load_family(
     Raises:
         ValueError: If a component is missing or a pickle, does not load, or the self-check fails.
     """
-    cls = getattr(diffusers, index["_class_name"])
-    check_components(folder, index, source, variant)
-    try:
-        pipeline = load_stock(cls, folder, **({"variant": variant} if variant else {}))
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
-        raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
+    pipeline = load_pipeline(folder, index, source, variant)
     try:
         return pipeline_teacher(family, pipeline, folder, source)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def load_pipeline(folder: Path, index: dict[str, Any], source: str, variant: str | None) -> Any:
+    """Return the stock pipeline in a folder, with the class that its index names.
+
+    Raises:
+        ValueError: If a component is missing or a pickle, or it does not load.
+    """
+    check_components(folder, index, source, variant)
+    cls = getattr(diffusers, index["_class_name"])
+    try:
+        return load_stock(cls, folder, **({"variant": variant} if variant else {}))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
+        raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
 
 
 def check_components(folder: Path, index: dict[str, Any], source: str, variant: str | None = None) -> None:

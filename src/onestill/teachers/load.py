@@ -13,11 +13,17 @@ from onestill.process import check_t_max
 from onestill.teachers import flux, lumina2, sana, sd3, stable_audio, stable_diffusion, wan
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.family import Family, load_family
+from onestill.teachers.generic import load_generic
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.unet2d import load_unet2d
 
 Loader = Callable[..., NetworkTeacher]
 """(folder, index, source, variant, null_class, **call arguments) -> the teacher in the folder of a pipeline."""
+
+
+def _knows_its_null(index: dict[str, Any], null_class: int | None) -> None:
+    if null_class is not None:
+        raise ValueError(f"--null_class {null_class} was given, but a {index['_class_name']} knows its own")
 
 
 def _loader(family: Family) -> Loader:
@@ -29,8 +35,7 @@ def _loader(family: Family) -> Loader:
         null_class: int | None,
         **arguments: Any,
     ) -> NetworkTeacher:
-        if null_class is not None:
-            raise ValueError(f"--null_class {null_class} was given, but a {index['_class_name']} knows its own")
+        _knows_its_null(index, null_class)
         asked = replace(family, arguments={**family.arguments, **arguments})
         return load_family(asked, folder, index, source, variant)
 
@@ -41,6 +46,14 @@ FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
 for _module in (stable_diffusion, sd3, flux, sana, lumina2, wan, stable_audio):
     for _family in _module.FAMILIES:
         FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
+
+
+def _load_unknown(
+    folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None, **arguments: Any
+) -> NetworkTeacher:
+    _knows_its_null(index, null_class)
+    return load_generic(folder, index, source, variant, arguments)
+
 
 REFUSED = {
     "ScoreSdeVePipeline": "score-SDE networks divide their output by sigma; wrap yours with onestill.module_teacher",
@@ -103,13 +116,14 @@ def load_teacher(
         folder = _find_folder(source, revision, variant, cache_dir, local_files_only)
     index = _read_index(folder, source)
     class_name = index["_class_name"]
-    if class_name not in FAMILIES:
+    if class_name in REFUSED:
         supported = ", ".join(sorted(FAMILIES))
-        reason = REFUSED.get(class_name, "no adapter knows where it keeps its network and its schedule")
+        reason = REFUSED[class_name]
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
     if arguments and class_name in UNET2D_PIPELINES:
         raise ValueError(f"{source}: a {class_name} takes no arguments such as {next(iter(arguments))}")
-    teacher = FAMILIES[class_name](folder, index, source, variant, null_class, **(arguments or {}))
+    loader: Loader = FAMILIES.get(class_name, _load_unknown)
+    teacher = loader(folder, index, source, variant, null_class, **(arguments or {}))
     if t_max is not None:
         teacher.spec = replace(
             teacher.spec,

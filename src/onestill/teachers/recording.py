@@ -110,6 +110,26 @@ def watch(run: Callable[[], object], network: nn.Module, scheduler: Any, num_ste
     return first[0], last[-1]
 
 
+@torch.no_grad()
+def finish(run: Callable[[], Any], scheduler: Any) -> tuple[Any, Tensor]:
+    """Return (what a pipeline's call returns, the last state of its scheduler)."""
+    last: list[Tensor] = []
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines read its signature
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        last.append(result[0] if isinstance(result, tuple) else result.prev_sample)
+        return result
+
+    scheduler.step = seen
+    try:
+        output = run()
+    finally:
+        del scheduler.step
+    return output, last[-1]
+
+
 def asked_shift(run: Callable[[], object], network: nn.Module, scheduler: Any) -> float:
     """Return the time shift that a pipeline asks a scheduler with dynamic shifting for, by its argument `mu`.
 
