@@ -25,6 +25,7 @@ TIME_CHANNELS = 128
 # Timesteps sees 1000 times its input's scale: target times of 0..1 as the 0..1000 it is made for.
 TIME_SCALE = 1000.0
 GUIDANCE_SCALE = 100.0
+TIME_EMBEDDINGS = ("time_embedding", "timestep_embedder", "time_embedder", "timestep_proj", "time_step_proj")
 
 
 class Embedding(nn.Module):
@@ -92,8 +93,7 @@ class TimeEmbeddingInjection(Injection):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         names = time_embeddings(network)
-        first: Any = network.get_submodule(names[0])
-        self.num_features = first.linear_2.out_features
+        self.num_features = last_layer(network.get_submodule(names[0])).out_features
         for name in names:
             network.get_submodule(name).register_forward_hook(lambda _m, _a, out: self._add(out))
 
@@ -102,8 +102,7 @@ class TimeEmbeddingInjection(Injection):
 
     def bake(self, network: nn.Module, extra: Tensor) -> None:
         for name in time_embeddings(network):
-            layer = network.get_submodule(name).linear_2
-            assert isinstance(layer, nn.Linear)
+            layer = last_layer(network.get_submodule(name))
             layer.bias.data.add_(extra.to(layer.bias))
 
 
@@ -153,15 +152,27 @@ class BiasInjection(Injection):
 
 
 def time_embeddings(network: nn.Module) -> list[str]:
-    """Return the names of the `TimestepEmbedding`s that are fed by the time, not by classes or guidance."""
+    """Return the names of the embeddings that are fed by the time, not by classes or guidance.
+
+    They are `TimestepEmbedding`s, or of plain layers; either way with a linear layer at their end. An activation
+    behind it would undo the baking; such a network takes the fallback.
+    """
     return [
         name
         for name, module in network.named_modules()
-        # An activation behind the last layer would undo the baking; such a network takes the fallback.
-        if isinstance(module, TimestepEmbedding)
-        and module.post_act is None
-        and name.rsplit(".", 1)[-1] in ("time_embedding", "timestep_embedder", "time_embedder")
+        if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS
+        and (
+            (isinstance(module, TimestepEmbedding) and module.post_act is None)
+            or (isinstance(module, nn.Sequential) and isinstance(module[-1], nn.Linear))
+        )
     ]
+
+
+def last_layer(embedding: nn.Module) -> nn.Linear:
+    """Return the linear layer at the end of a time embedding."""
+    layer = embedding[-1] if isinstance(embedding, nn.Sequential) else embedding.linear_2
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def _weighted_layers(network: nn.Module) -> list[tuple[str, Any]]:
@@ -292,7 +303,7 @@ class Student(nn.Module):
         for hook in hooks:
             hook.remove()
         for name, value in seen.items():
-            layer = network.get_submodule(name).linear_2
+            layer = last_layer(network.get_submodule(name))
             layer.weight.zero_()
             layer.bias.copy_(value[0])
 

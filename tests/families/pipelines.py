@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flow_pipelines
 import torch
+import unnamed_pipelines
 import vp_pipelines
 
-BUILDERS: dict[str, Callable[[], Any]] = {**vp_pipelines.BUILDERS}
+BUILDERS: dict[str, Callable[[], Any]] = {
+    **vp_pipelines.BUILDERS,
+    **flow_pipelines.BUILDERS,
+    **unnamed_pipelines.BUILDERS,
+}
+
+
+# Arguments of every call, where the pipeline's own defaults are too large for tests.
+ARGUMENTS: dict[str, dict[str, Any]] = {**flow_pipelines.ARGUMENTS, **unnamed_pipelines.ARGUMENTS}
 
 
 def build(name: str) -> Any:

@@ -12,17 +12,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from pipelines import BUILDERS, build
+from pipelines import ARGUMENTS, BUILDERS, build
 from torch import Tensor
 
 from onestill import objective
 from onestill.export import export_student, why_no_file
 from onestill.lora import Lora
+from onestill.sampler import noise
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.family import PipelineTeacher, examples, load_stock, self_check
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
+from onestill.teachers.recording import record
 from onestill.trajectory import STEPS
 
 # Self-attention and normalisation of tiny random networks amplify float32 rounding by up to 100 over four steps.
@@ -40,7 +42,7 @@ def folder_of(name: str) -> Path:
 
 @functools.cache
 def teacher_of(name: str) -> PipelineTeacher:
-    teacher = load_teacher(folder_of(name))
+    teacher = load_teacher(folder_of(name), arguments=ARGUMENTS.get(name))
     assert isinstance(teacher, PipelineTeacher)
     return teacher
 
@@ -78,6 +80,15 @@ def perturbed(teacher: NetworkTeacher, **settings: Any) -> Student:
 def test_four_guided_steps_are_the_pipelines_own(teacher: PipelineTeacher) -> None:
     stock = teacher.family.schedule(teacher.pipeline).stock
     assert self_check(teacher, stock, num_steps=4) <= PARITY
+
+
+def test_a_seed_is_the_pipelines_own_noise(teacher: PipelineTeacher) -> None:
+    family = teacher.family
+    run = lambda: family.call(teacher.pipeline, examples(family, 2), seeds=(3, 4), num_inference_steps=2)  # noqa: E731
+    call = record(run, teacher.network)[0]  # type: ignore[arg-type]  # a pipeline's network is a module
+    first = family.sort_call(call, teacher.pipeline).x_t[-2:]
+    ours = noise((3, 4), teacher.spec.sample_shape)
+    torch.testing.assert_close(family.unpack(first, teacher.signature.constant), ours, atol=1e-5, rtol=0)
 
 
 def test_single_and_batched_calls_agree(teacher: PipelineTeacher) -> None:

@@ -18,9 +18,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from onestill.process import Process, choose_t_max
+from onestill.process import FlowMatching, Process, choose_t_max
 from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
-from onestill.teachers.recording import Call, Signature, as_call, record, split, watch
+from onestill.teachers.recording import Call, Signature, as_call, asked_shift, record, split, watch
 from onestill.teachers.schedulers import times_of
 from onestill.tensors import Cond, as_times
 from onestill.trajectory import Trajectory
@@ -87,6 +87,9 @@ class Family:
         adapt: Last changes to the network's config before a student is written.
         beside: The picture that is given beside x_t, in super-resolution.
         without: Optional components that are neither loaded nor written.
+        size: From the pipeline to arguments of every call that follow from its configuration.
+        pack: From (latents, constant arguments of the call) to what the network sees, where that is a permutation.
+        unpack: The inverse of `pack`.
     """
 
     name: str
@@ -107,11 +110,14 @@ class Family:
     adapt: Callable[[nn.Module], None] = lambda network: None
     beside: Beside | None = None
     without: tuple[str, ...] = ()
+    size: Callable[[Any], Mapping[str, Any]] = lambda pipeline: {}
+    pack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda latents, constant: latents
+    unpack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda packed, constant: packed
 
     def call(self, pipeline: Any, conditions: Sequence[Any], *, seeds: Sequence[int] = (), **arguments: Any) -> Any:
         """Call the stock pipeline for some prompts (or labels) and return what it returns."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
-        given = {self.prompt: list(conditions), "generator": generators, **self.arguments}
+        given = {self.prompt: list(conditions), "generator": generators, **self.size(pipeline), **self.arguments}
         if self.beside is not None:
             given |= self.beside.example(pipeline, len(conditions))
         return pipeline(**{**given, **arguments})
@@ -137,7 +143,8 @@ class Family:
         if len(seen) != 1 or len(seen[0].x_t) != num:
             raise RuntimeError(f"the exported pipeline's plain call evaluated its network {len(seen)} times, not once")
         call = self.sort_call(seen[0], pipeline)
-        return self.result(output), call.x_t, teacher.signature.conditions(call)
+        eps = self.unpack(call.x_t, teacher.signature.constant)
+        return self.result(output), eps, teacher.signature.conditions(call)
 
     def guided(self, scale: float) -> dict[str, Any]:
         """Return the argument that sets the guidance scale, if the pipeline has one."""
@@ -172,8 +179,10 @@ class PipelineTeacher(NetworkTeacher):
         self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
 
     def _call(self, network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        x_t = self.family.pack(x_t, self.signature.constant)
         output = self.signature(network, x_t, net_time, cond)
-        return self.family.sign * (output[:, : x_t.shape[1]] if output.shape != x_t.shape else output)
+        output = output[:, : x_t.shape[1]] if output.shape != x_t.shape else output
+        return self.family.sign * self.family.unpack(output, self.signature.constant)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], seeds: Sequence[int] = ()) -> Cond:
@@ -236,8 +245,11 @@ def _keep_facts(old: Path, new: Path) -> None:
 
 def load_stock(cls: Any, folder: Path, **parts: Any) -> Any:
     """Return a stock pipeline; safetensors only, no remote code, no network, and no text on the screen."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    # Some pipelines ask for a part they can do without, such as a third text encoder, unless told it is absent.
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
     pipeline = cls.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **parts
+        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **{**absent, **parts}
     )
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "watermark", None) is not None:
@@ -254,12 +266,7 @@ def load_family(
         ValueError: If a component is missing or a pickle, does not load, or the self-check fails.
     """
     cls = getattr(diffusers, index["_class_name"])
-    check_components(folder, {n: part for n, part in index.items() if n not in family.without}, source, variant)
-    parts: dict[str, Any] = {**dict.fromkeys(family.without), **({"variant": variant} if variant else {})}
-    try:
-        pipeline = load_stock(cls, folder, **parts)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
-        raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
+    pipeline = load_pipeline(folder, index, source, variant, family.without)
     try:
         return pipeline_teacher(family, pipeline, folder, source)
     except ValueError as error:
@@ -270,6 +277,29 @@ def load_family(
             f"{source}: the {cls.__name__} does not run{f' (it has no {absent[0]})' if absent else ''}: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def load_pipeline(
+    folder: Path, index: dict[str, Any], source: str, variant: str | None, without: tuple[str, ...] = ()
+) -> Any:
+    """Return the stock pipeline in a folder, with the class that its index names.
+
+    Args:
+        folder: The folder.
+        index: Its model_index.json.
+        source: Its name in messages.
+        variant: Weights' variant.
+        without: Optional components that are not loaded.
+
+    Raises:
+        ValueError: If a component is missing or a pickle, or it does not load.
+    """
+    check_components(folder, {n: part for n, part in index.items() if n not in without}, source, variant)
+    parts: dict[str, Any] = {**dict.fromkeys(without), **({"variant": variant} if variant else {})}
+    try:
+        return load_stock(getattr(diffusers, index["_class_name"]), folder, **parts)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
+        raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
 
 
 def check_components(folder: Path, index: dict[str, Any], source: str, variant: str | None = None) -> None:
@@ -305,13 +335,14 @@ def pipeline_teacher(family: Family, pipeline: Any, folder: Path, source: str = 
     _check_channels(family, network.config)
     one, two = (_calls(family, pipeline, examples(family, num), 1.0, seeds=range(num))[0] for num in (1, 2))
     signature = Signature.of(one, two, None if family.beside is None else family.beside.name)
+    process = _with_shift(schedule.process, family, pipeline)
     null_class = None if family.null_class is None else family.null_class(network.config)
     spec = TeacherSpec(
         family=family.name,
         source=source,
-        process=schedule.process,
+        process=process,
         prediction_type=schedule.prediction_type,
-        sample_shape=tuple(one.x_t.shape[1:]),
+        sample_shape=tuple(family.unpack(one.x_t, signature.constant).shape[1:]),
         t_max=t_max,
         t_max_reason=reason,
         num_classes=null_class,
@@ -348,6 +379,15 @@ def _calls(
     arguments = {"num_inference_steps": 2, **family.guided(scale), **arguments}
     run = lambda: family.call(pipeline, conditions, **arguments)  # noqa: E731
     return [family.sort_call(call, pipeline) for call in record(run, getattr(pipeline, family.network), until)]
+
+
+def _with_shift(process: Process, family: Family, pipeline: Any) -> Process:
+    """Return the process under the shift that the pipeline asks a "dynamic" scheduler for, itself elsewhere."""
+    if not isinstance(process, FlowMatching) or not pipeline.scheduler.config.get("use_dynamic_shifting", False):
+        return process
+    run = lambda: family.call(pipeline, examples(family, 1), num_inference_steps=2)  # noqa: E731
+    shift = asked_shift(run, getattr(pipeline, family.network), pipeline.scheduler)
+    return FlowMatching(shift, process.net_scale, process.net_offset)
 
 
 def _null_conditions(family: Family, pipeline: Any, signature: Signature, **arguments: Any) -> Cond:
@@ -388,7 +428,8 @@ def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> floa
         )
     finally:
         pipeline.scheduler = usual
-    x_t, theirs = x_t[:2, : teacher.spec.sample_shape[0]], theirs[:2]
+    x_t, theirs = (family.unpack(x[:2], teacher.signature.constant) for x in (x_t, theirs))
+    x_t = x_t[:, : teacher.spec.sample_shape[0]]
     times = times_of(stock, teacher.spec.process)
     cond = teacher.encode(conditions)
     ours = x_t

@@ -5,34 +5,46 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onestill.process import check_t_max
-from onestill.teachers import deepfloyd, dit, pixart, stable_diffusion
+from onestill.teachers import deepfloyd, dit, flux, lumina2, pixart, sana, sd3, stable_audio, stable_diffusion, wan
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.family import Family, load_family
+from onestill.teachers.generic import load_generic
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.unet2d import load_unet2d
 
-Loader = Callable[[Path, dict[str, Any], str, str | None, int | None], NetworkTeacher]
+Loader = Callable[..., NetworkTeacher]
+"""(folder, index, source, variant, null_class, **call arguments) -> the teacher in the folder of a pipeline."""
+
+
+def _knows_its_null(index: dict[str, Any], null_class: int | None) -> None:
+    if null_class is not None:
+        raise ValueError(f"--null_class {null_class} was given, but a {index['_class_name']} knows its own")
 
 
 def _loader(family: Family) -> Loader:
     def load(
-        folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None
+        folder: Path,
+        index: dict[str, Any],
+        source: str,
+        variant: str | None,
+        null_class: int | None,
+        **arguments: Any,
     ) -> NetworkTeacher:
-        if null_class is not None:
-            raise ValueError(f"--null_class {null_class} was given, but a {index['_class_name']} knows its own")
-        return load_family(family, folder, index, source, variant)
+        _knows_its_null(index, null_class)
+        asked = replace(family, arguments={**family.arguments, **arguments})
+        return load_family(asked, folder, index, source, variant)
 
     return load
 
 
 FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
-for _module in (stable_diffusion, dit, pixart, deepfloyd):
+for _module in (stable_diffusion, dit, pixart, deepfloyd, sd3, flux, sana, lumina2, wan, stable_audio):
     for _family in _module.FAMILIES:
         FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
 
@@ -40,6 +52,15 @@ _INPAINTING = (
     "its network is given a mask and a masked picture beside the noise, 9 channels; those would have to be drawn "
     "with every prompt, which needs pictures or a model that makes them"
 )
+
+
+def _load_unknown(
+    folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None, **arguments: Any
+) -> NetworkTeacher:
+    _knows_its_null(index, null_class)
+    return load_generic(folder, index, source, variant, arguments)
+
+
 REFUSED = {
     "StableDiffusionInpaintPipeline": _INPAINTING,
     "StableDiffusionXLInpaintPipeline": _INPAINTING,
@@ -73,6 +94,7 @@ def load_teacher(
     null_class: int | None = None,
     t_max: float | None = None,
     device: str = "cpu",
+    arguments: Mapping[str, Any] | None = None,
 ) -> NetworkTeacher:
     """Return the teacher in a diffusers pipeline folder, of a hub id, or embedded under a name.
 
@@ -87,6 +109,8 @@ def load_teacher(
         null_class: The label that means "no class"; known for embedded teachers.
         t_max: Start level in (0, 1]; chosen from the process and the prediction type if None.
         device: Where the network goes.
+        arguments: Arguments of every call of a text pipeline, such as height, width or num_frames; its own defaults
+            if None.
 
     Raises:
         ValueError: If there is no such teacher, the folder is no pipeline, the pipeline is not supported, its
@@ -100,11 +124,14 @@ def load_teacher(
         folder = _find_folder(source, revision, variant, cache_dir, local_files_only)
     index = _read_index(folder, source)
     class_name = index["_class_name"]
-    if class_name not in FAMILIES:
+    if class_name in REFUSED:
         supported = ", ".join(sorted(FAMILIES))
-        reason = REFUSED.get(class_name, "no adapter knows where it keeps its network and its schedule")
+        reason = REFUSED[class_name]
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
-    teacher = FAMILIES[class_name](folder, index, source, variant, null_class)
+    if arguments and class_name in UNET2D_PIPELINES:
+        raise ValueError(f"{source}: a {class_name} takes no arguments such as {next(iter(arguments))}")
+    loader: Loader = FAMILIES.get(class_name, _load_unknown)
+    teacher = loader(folder, index, source, variant, null_class, **(arguments or {}))
     if t_max is not None:
         teacher = with_t_max(teacher, t_max)
     return teacher.to(device)

@@ -8,6 +8,8 @@ pipeline's encoding has to be written again, and none can be written wrongly.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +108,51 @@ def watch(run: Callable[[], object], network: nn.Module, scheduler: Any, num_ste
         hook.remove()
         del scheduler.step
     return first[0], last[-1]
+
+
+@torch.no_grad()
+def finish(run: Callable[[], Any], scheduler: Any) -> tuple[Any, Tensor]:
+    """Return (what a pipeline's call returns, the last state of its scheduler)."""
+    last: list[Tensor] = []
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines read its signature
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        last.append(result[0] if isinstance(result, tuple) else result.prev_sample)
+        return result
+
+    scheduler.step = seen
+    try:
+        output = run()
+    finally:
+        del scheduler.step
+    return output, last[-1]
+
+
+def asked_shift(run: Callable[[], object], network: nn.Module, scheduler: Any) -> float:
+    """Return the time shift that a pipeline asks a scheduler with dynamic shifting for, by its argument `mu`.
+
+    Args:
+        run: Calls the pipeline.
+        network: Its denoising network.
+        scheduler: Its scheduler.
+    """
+    asked: list[float] = []
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)  # pipelines read its signature
+    def see(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["mu"])
+        return set_timesteps(*args, **kwargs)
+
+    scheduler.set_timesteps = see
+    try:
+        record(run, network)
+    finally:
+        del scheduler.set_timesteps
+    linear = scheduler.config.get("time_shift_type", "exponential") == "linear"
+    return asked[0] if linear else math.exp(asked[0])
 
 
 def as_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:

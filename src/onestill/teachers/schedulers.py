@@ -92,9 +92,9 @@ def plain_euler(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
 
 def times_of(stock: Any, process: Process) -> list[float]:
     """Return our times of a stock scheduler's steps, once those are set, and of the end."""
-    if isinstance(process, (VE, FlowMatching)):
+    if not isinstance(process, DiscreteVP):
         sigma = torch.as_tensor(stock.sigmas[:-1], dtype=torch.float64).cpu()
-        alpha = torch.ones_like(sigma) if isinstance(process, VE) else 1 - sigma
+        alpha = 1 - sigma if isinstance(process, FlowMatching) else torch.ones_like(sigma)
         return [float(t) for t in process.time_at_log_snr(2 * (alpha.log() - sigma.log()))] + [0.0]
     num = stock.config.num_train_timesteps
     return [(int(t) + 1) / num for t in stock.timesteps] + [0.0]

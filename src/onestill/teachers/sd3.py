@@ -1,0 +1,18 @@
+"""Stable Diffusion 3 and 3.5: flow matching, a `SD3Transformer2DModel`, two CLIP encoders and, if there, T5."""
+
+from __future__ import annotations
+
+from onestill.teachers.family import Family
+from onestill.teachers.flow import flow_schedule, one_flow_step
+from onestill.teachers.stable_diffusion import decode_vae
+
+FAMILIES = (
+    Family(
+        name="stable_diffusion_3",
+        pipelines=("StableDiffusion3Pipeline",),
+        network="transformer",
+        schedule=flow_schedule,
+        decode=decode_vae,
+        one_step=one_flow_step,
+    ),
+)
