@@ -81,7 +81,11 @@ def stable_diffusion_xl(*, zeros: bool, **codec: Any) -> StableDiffusionXLPipeli
             projection_class_embeddings_input_dim=8 + 6 * 4,
         ),
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
         ),
         force_zeros_for_empty_prompt=zeros,
     )
