@@ -148,7 +148,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 LATTE = {"height": 16, "width": 16, "video_length": 2, "clean_caption": False}
 # What is refused: the pipeline, its arguments, and what the message must say.
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "inpainting": (inpainting, {}, "sees 9 channels and predicts 4.*family that provides them"),
+    "inpainting": (inpainting, {}, "9 channels; those would have to be drawn with every prompt"),
     "image to image": (image_to_image, {}, "call with a prompt alone ends with.*family that gives it"),
     "packed": (packed, {"height": 16, "width": 16, "max_sequence_length": 16}, "family that decodes .and packs. them"),
     "prompts cut to their length": (latte, LATTE, "self-check failed"),
