@@ -18,8 +18,8 @@ import onestill
 PACKAGE = Path(onestill.__file__).parent
 # From the ground up: a module imports from rows above its own only. Modules of one row do not know each other.
 LAYERS = (
-    ("tensors", "config", "checkpoint", "pictures"),
-    ("process",),
+    ("tensors", "config", "checkpoint", "pictures", "prompts"),
+    ("process", "prompt_cache"),
     ("trajectory",),
     ("teachers.base", "objective"),
     (
@@ -28,6 +28,7 @@ LAYERS = (
         "teachers.module",
         "teachers.recording",
         "teachers.codec",
+        "teachers.encoders",
         "teachers.schedulers",
         "conditions",
         "card",
@@ -35,9 +36,9 @@ LAYERS = (
     ("teachers.family", "teachers.unet2d"),
     ("teachers.stable_diffusion",),
     ("teachers.load", "student"),
-    ("sampler",),
+    ("sampler", "prompt_plan"),
     ("trainer", "export"),
-    ("distillation",),
+    ("distillation", "sources"),
     ("runs", "inspection", "evaluation.classifier", "evaluation.metrics", "evaluation.report", "evaluation.speed"),
     ("evaluation.features",),
     ("evaluation.run",),

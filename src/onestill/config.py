@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-TEACHER, OBJECTIVE, OPTIMISATION, RUN, WATCHING = "Teacher", "Objective", "Optimisation", "Run", "Watching"
+TEACHER, PROMPTS, OBJECTIVE = "Teacher", "Prompts", "Objective"
+OPTIMISATION, RUN, WATCHING = "Optimisation", "Run", "Watching"
 
 
 def _field(default: Any, panel: str, description: str, **limits: Any) -> Any:
@@ -43,6 +44,22 @@ class DistillConfig(BaseModel):
     )
     threshold_limit: float = _field(1.0, TEACHER, "Largest magnitude, for static and dynamic.", gt=0)
     threshold_ratio: float = _field(0.995, TEACHER, "Quantile, for dynamic.", gt=0, le=1)
+
+    # Prompts
+    prompt_file: Path | None = _field(
+        None, PROMPTS, "Prompts of a text teacher: a .txt (one per line), .jsonl or .csv in UTF-8."
+    )
+    prompt_field: str | None = _field(
+        None, PROMPTS, "Field of the prompt in a .jsonl or .csv; 'prompt' if not given.", min_length=1
+    )
+    num_prompts: int | None = _field(
+        None, PROMPTS, "Different prompts to draw from; as many as the run can draw if not given.", ge=1
+    )
+    prompt_cache_dir: Path | None = _field(
+        None, PROMPTS, "Where encoded prompts are kept for all runs; ~/.cache/onestill/prompts if not given."
+    )
+    negative_prompt: str | None = _field(None, PROMPTS, "Takes the place of 'no prompt' in the guidance.")
+    empty_prompt_fraction: float = _field(0.0, PROMPTS, "Share of the draws with no prompt.", ge=0, lt=1)
 
     # Objective
     time_sampling: Literal["uniform", "s_first", "progressive"] = _field(
@@ -98,6 +115,9 @@ class DistillConfig(BaseModel):
     logging_steps: int = _field(20, WATCHING, "Steps between lines of logs/metrics.jsonl.", ge=1)
     validation_steps: int = _field(500, WATCHING, "Steps between pictures of student beside teacher.", ge=1)
     num_validation_images: int = _field(10, WATCHING, "Images in such a picture.", ge=1, le=64)
+    validation_prompt: tuple[str, ...] = _field(
+        (), WATCHING, "Prompt of such a picture; repeat for more. The first ones of the file if not given."
+    )
     num_teacher_steps: int = _field(50, WATCHING, "DDIM steps of the teacher in such a picture.", ge=1, le=1000)
     num_time_bins: int = _field(10, WATCHING, "Bins of target time in which the residual is logged.", ge=1, le=100)
     report_to: Annotated[str | None, Field(min_length=1)] = _field(
@@ -123,6 +143,11 @@ class DistillConfig(BaseModel):
         if self.boundary_weight > 0 and not 1 <= self.num_boundary_rows < self.train_batch_size:
             raise ValueError(
                 f"--boundary_fraction {self.boundary_fraction:g} leaves no bootstrap rows in a batch of {self.train_batch_size}"
+            )
+        if len(self.validation_prompt) > self.num_validation_images:
+            raise ValueError(
+                f"--validation_prompt was given {len(self.validation_prompt)} times, and --num_validation_images "
+                f"{self.num_validation_images} shows fewer"
             )
         if self.lr_scheduler != "constant" and self.lr_warmup_steps >= self.max_train_steps:
             raise ValueError(
@@ -155,16 +180,21 @@ RESUMABLE_CHANGES = frozenset(
         "num_time_bins",
         "num_validation_images",
         "output_dir",
+        "prompt_cache_dir",
+        "prompt_field",
+        "prompt_file",
         "report_to",
         "resume_from_checkpoint",
         "revision",
         "teacher",
         "tracker_project_name",
+        "validation_prompt",
         "validation_steps",
         "variant",
     }
 )
-"""Settings that may differ on resume. The teacher's path may, since its weights are compared themselves."""
+"""Settings that may differ on resume. The teacher's path may, since its weights are compared themselves, and so may the
+prompts' file, since the prompts are."""
 
 
 def make_config(values: Mapping[str, Any], config_file: Path | None = None) -> DistillConfig:
@@ -217,10 +247,13 @@ def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: s
 def changed_settings(old: Mapping[str, Any], new: DistillConfig) -> list[str]:
     """Return "name: old -> new" for each setting that must not differ on resume and does."""
     values = new.model_dump(mode="json")
+    # A run of a version without some setting had its default.
+    defaults = {k: f.default for k, f in DistillConfig.model_fields.items()}
+    old = {name: old.get(name, list(d) if isinstance(d := defaults[name], tuple) else d) for name in values}
     return [
-        f"{name}: {old.get(name)!r} -> {values[name]!r}"
+        f"{name}: {old[name]!r} -> {values[name]!r}"
         for name in sorted(values)
-        if name not in RESUMABLE_CHANGES and old.get(name) != values[name]
+        if name not in RESUMABLE_CHANGES and old[name] != values[name]
     ]
 
 

@@ -100,7 +100,8 @@ def export_student(
             f"export self-check failed: the reloaded folder's images differ from the student's by {error:.1e} "
             f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
         )
-    card.write_card(partial, student.spec, facts, error)
+    family = student.teacher.family if isinstance(student.teacher, PipelineTeacher) else None
+    card.write_card(partial, student.spec, facts, error, None if family is None else family.export_arguments)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from onestill.conditions import Conditions, check_labels
+from onestill.conditions import check_labels, middle_guidance
 from onestill.config import DistillConfig
 from onestill.distillation import fit_teacher, resolve_device
 from onestill.sampler import to_device
@@ -91,8 +91,8 @@ def estimate(
     """
     num = min(8, config.train_batch_size)
     fitted = fit_teacher(teacher, config)
-    labels = check_labels(config.class_labels, teacher.spec)
-    cond = to_device(Conditions(labels, config.guidance_range).grid(num), device)
+    check_labels(config.class_labels, teacher.spec)
+    cond = to_device({**teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
     x = teacher.spec.trajectory.start(torch.zeros(num, *teacher.spec.sample_shape, device=device))
     t_max = teacher.spec.t_max
     kept = 0

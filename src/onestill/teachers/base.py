@@ -189,6 +189,10 @@ class NetworkTeacher(Teacher):
             )
         return copy.deepcopy(self.network).float().requires_grad_(True).eval()
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images of what the network makes: the same, where it works on pixels."""
+        return latents
+
     def to(self, device: torch.device | str) -> NetworkTeacher:
         """Move the network to `device`."""
         if isinstance(self.network, nn.Module):

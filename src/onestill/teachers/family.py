@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.process import Process, choose_t_max
+from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
 from onestill.teachers.recording import Call, Signature, as_call, record, watch
 from onestill.teachers.schedulers import times_of
@@ -134,19 +136,47 @@ class PipelineTeacher(NetworkTeacher):
         super().__init__(getattr(pipeline, family.network), spec, self._call)
         self.family, self.pipeline, self.folder = family, pipeline, folder
         self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
+        self.encoders_released = False
 
     def _call(self, network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
         output = self.signature(network, x_t, net_time, cond)
         return self.family.sign * (output[:, : x_t.shape[1]] if output.shape != x_t.shape else output)
 
+    def to(self, device: torch.device | str) -> PipelineTeacher:
+        """Move the network, the decoder and the text encoders to `device`."""
+        self.pipeline.to(device)
+        return self
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """Return the conditions of prompts, one row each."""
+        """Return the conditions of prompts, one row each.
+
+        Raises:
+            RuntimeError: If the text encoders were released.
+        """
+        if self.encoders_released:
+            raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
         run = lambda: self.family.call(  # noqa: E731
             self.pipeline, prompts, num_inference_steps=2, **self.family.guided(1.0)
         )
         (call,) = record(run, self.network)  # type: ignore[arg-type]
         return self.signature.conditions(call)
+
+    def encoder_identity(self) -> str:
+        """Return a name for what turns prompts into conditions: the same name is the same conditions."""
+        facts = (
+            type(self.pipeline).__name__,
+            encoders.plain_config(self.network.config),  # type: ignore[attr-defined]  # a pipeline's network has one
+            getattr(self.pipeline, "vae_scale_factor", None),
+            sorted(self.family.arguments.items()),
+            [(name, tuple(value.shape[1:]), str(value.dtype)) for name, value in sorted(self.example_cond.items())],
+        )
+        return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
+
+    def release_encoders(self) -> None:
+        """Let the text encoders and tokenizers go; `encode` is over, everything else stays."""
+        encoders.release(self.pipeline)
+        self.encoders_released = True
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of latents; pixels are images already."""
@@ -300,7 +330,7 @@ def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> floa
     times = times_of(stock, teacher.spec.process)
     cond = teacher.encode(conditions)
     ours = x_t
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         f = teacher.denoised(ours, t, cond)
         if scale != 1:
             without = teacher.denoised(ours, t, teacher.null_rows(cond))
