@@ -319,7 +319,7 @@ def _teacher_of(
         assert config is not None
         base, _ = run_teacher(config, device)
     scale = _guidance_of(config, guidance_scale, base)
-    negative = config.negative_prompt if negative_prompt is None and config is not None else negative_prompt
+    negative = config.negative_prompt if negative_prompt is None and config and base.spec.text else negative_prompt
     use_negative_prompt(base, negative, acts=negative_prompt is None or scale not in (None, 1))
     guided = Guided(base, 1.0 if scale is None else scale)
     return base, guided if base.spec.threshold.mode == "none" else Thresholded(guided, base.spec.threshold)

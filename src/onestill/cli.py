@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect as signatures
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -473,13 +473,15 @@ def _numbers(text: str) -> list[int]:
 
 def _quiet() -> None:
     """Keep the libraries' own progress bars and notices out of the output; errors stay."""
-    # Read when transformers is loaded, which only pipelines with text encoders do.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ PROMPT_SETTINGS = (
     "prompt_file",
     "prompt_field",
     "num_prompts",
-    "prompt_cache_dir",
     "negative_prompt",
     "empty_prompt_fraction",
     "validation_prompt",
+    "prompt_cache_dir",
 )
 
 
