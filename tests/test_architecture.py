@@ -18,8 +18,8 @@ import onestill
 PACKAGE = Path(onestill.__file__).parent
 # From the ground up: a module imports from rows above its own only. Modules of one row do not know each other.
 LAYERS = (
-    ("tensors", "config", "checkpoint", "pictures"),
-    ("process",),
+    ("tensors", "config", "checkpoint", "pictures", "prompts"),
+    ("process", "prompt_cache"),
     ("trajectory",),
     ("teachers.base", "objective"),
     (
@@ -28,6 +28,7 @@ LAYERS = (
         "teachers.module",
         "teachers.recording",
         "teachers.codec",
+        "teachers.encoders",
         "teachers.schedulers",
         "conditions",
         "card",
@@ -48,10 +49,10 @@ LAYERS = (
     ),
     ("lora",),
     ("teachers.load", "student"),
-    ("sampler",),
+    ("sampler", "prompt_plan"),
     ("anchors",),
     ("trainer", "export"),
-    ("distillation",),
+    ("distillation", "sources"),
     ("runs", "inspection", "evaluation.classifier", "evaluation.metrics", "evaluation.report", "evaluation.speed"),
     ("evaluation.features",),
     ("evaluation.run",),

@@ -102,6 +102,9 @@ def test_resumable_changes_are_fields_and_leave_out_what_decides_the_weights() -
         "class_labels",
         "mixed_precision",
         "null_class",
+        "num_prompts",
+        "negative_prompt",
+        "empty_prompt_fraction",
     }
     assert decisive <= set(DistillConfig.model_fields) and not decisive & RESUMABLE_CHANGES
 
@@ -192,6 +195,9 @@ OUT_OF_RANGE = {
     "lora_rank": [0, -4, 1.5],
     "lora_alpha": [0, -1],
     "max_train_steps": [0, -5, 2.5],
+    "num_prompts": [0, -1, 1.5],
+    "empty_prompt_fraction": [-0.1, 1.0, 2],
+    "prompt_field": [""],
     "train_batch_size": [0, 1, -4, "many"],
     "gradient_accumulation_steps": [0],
     "learning_rate": [0, -1e-4, "fast"],

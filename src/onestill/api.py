@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,17 +25,18 @@ from onestill.evaluation import run as evaluation
 from onestill.evaluation.features import FeatureExtractor
 from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
 from onestill.export import MODULE_FILE, export_student
+from onestill.prompt_plan import use_negative_prompt
+from onestill.prompts import PromptFile
 from onestill.runs import (
-    Source,
     check_student_request,
     open_student,
     open_teacher,
     read_run_config,
     restore_student,
     run_teacher,
-    teacher_source,
 )
 from onestill.sampler import generate_images
+from onestill.sources import Source, teacher_source
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher
@@ -55,11 +57,15 @@ def sample(
     num_inference_steps: int | None = None,
     solver: str | None = None,
     null_class: int | None = None,
+    prompts: Sequence[str] = (),
+    prompt_file: str | Path | None = None,
+    prompt_field: str | None = None,
+    negative_prompt: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
     local_files_only: bool = False,
 ) -> Tensor:
-    """Return images [num_images, *sample_shape] in [-1, 1]: by a student in one step, or by a teacher in many.
+    """Return images [num_images, C, H, W] in [-1, 1]: by a student in one step, or by a teacher in many.
 
     Image i has seed `seed + i` and does not depend on the batch it came in.
 
@@ -74,6 +80,10 @@ def sample(
         num_inference_steps: Steps of the teacher (50 if None); a student has one.
         solver: Step of the teacher: ddim (if None), heun or midpoint.
         null_class: The teacher's label for "no class".
+        prompts: Prompts to go round, for text teachers and their students: image i shows prompts[i % len(prompts)].
+        prompt_file: A file of them instead (.txt, .jsonl, .csv).
+        prompt_field: Field of the prompt in a .jsonl or .csv; "prompt" if None.
+        negative_prompt: Takes the place of "no prompt" in a teacher's guidance.
         batch_size: Images per network call.
         device: auto, cpu, cuda, cuda:N or mps.
         local_files_only: Never use the network.
@@ -92,7 +102,12 @@ def sample(
     check_guidance(guidance_scale)
     check_device(device)
     place = resolve_device(device)
+    asked = read_prompts(prompts, prompt_file, prompt_field)
     if student is not None:
+        if negative_prompt is not None:
+            raise ValueError(
+                f"--negative_prompt {negative_prompt!r} is the teacher's: a student has the one of its run distilled in"
+            )
         if num_inference_steps not in (None, 1):
             raise ValueError(
                 f"--num_inference_steps {num_inference_steps}: a student has one step; give --teacher for more"
@@ -118,10 +133,30 @@ def sample(
             solver=solver or "ddim",
             local_files_only=local_files_only,
             null_class=null_class,
+            negative_prompt=negative_prompt,
         )
-    cond = source.conditions(num_images, tuple(class_labels), seed=seed)
+    cond = source.conditions(num_images, tuple(class_labels), asked, seed=seed)
     seeds = range(seed, seed + num_images)
     return generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=batch_size)
+
+
+def read_prompts(
+    prompts: Sequence[str] = (), prompt_file: str | Path | None = None, prompt_field: str | None = None
+) -> Sequence[str]:
+    """Return the prompts that are given, or those of a file, which are read as they are asked for.
+
+    Raises:
+        ValueError: If both are given, or the file is unusable.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of prompts, got the one string {prompts!r}")
+    if prompt_file is None:
+        if prompt_field is not None:
+            raise ValueError(f"--prompt_field {prompt_field} is for a --prompt_file, and none was given")
+        return tuple(prompts)
+    if prompts:
+        raise ValueError("give --prompt or --prompt_file, not both")
+    return PromptFile(Path(prompt_file).expanduser(), prompt_field)
 
 
 def evaluate(
@@ -136,6 +171,10 @@ def evaluate(
     guidance_scale: float | None = None,
     null_class: int | None = None,
     class_labels: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+    prompt_file: str | Path | None = None,
+    prompt_field: str | None = None,
+    negative_prompt: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
     measure_speed: bool = True,
@@ -155,11 +194,15 @@ def evaluate(
         reference: "teacher" (its own many-step samples: no data needed), an embedded teacher's name (its real
             images), a folder of images, or "auto": the embedded images where the teacher is embedded, else "teacher".
         num_reference_steps: DDIM steps of the teacher as reference.
-        features: "teacher" (its own middle features), an embedded teacher's name (its classifier), a .safetensors
+        features: "teacher" (its own middle features, of latents where it works on latents), an embedded teacher's name (its classifier), a .safetensors
             file of `ConvFeatures`, a transformers vision model by folder or id, an extractor, or "auto".
         guidance_scale: w of the teacher's rows; what was distilled if None.
         null_class: The label of `teacher` that means "no class"; that of the run if None.
         class_labels: Labels to go round; all that the student knows if empty.
+        prompts: Prompts to go round, for text students: every row has the same.
+        prompt_file: A file of them instead; that of the run if neither is given.
+        prompt_field: Field of the prompt in a .jsonl or .csv.
+        negative_prompt: Takes the place of "no prompt" in the teacher's guidance; that of the run if None.
         seed: Seed of the first image.
         batch_size: Images per network call, and the large batch of the speeds.
         measure_speed: Whether to time the rows.
@@ -178,7 +221,8 @@ def evaluate(
     check_seeds(seed, num_samples)
     check_guidance(guidance_scale)
     one_step = _open_at_scale(student, place, guidance_scale, local_files_only)
-    base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, place, local_files_only)
+    asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field)
+    base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, negative_prompt, place, local_files_only)
     if base.spec.sample_shape != one_step.sample_shape:
         raise ValueError(
             f"--teacher makes samples of shape {base.spec.sample_shape}, --student of {one_step.sample_shape}"
@@ -187,7 +231,9 @@ def evaluate(
         raise ValueError(
             f"--student has {len(one_step.labels)} classes and --teacher {base.spec.num_classes or 0}: not the same teacher"
         )
-    one_step.conditions(1, tuple(class_labels))
+    if one_step.text != base.spec.text:
+        raise ValueError(f"--student {'takes' if one_step.text else 'takes no'} text, and --teacher is another teacher")
+    one_step.conditions(1, tuple(class_labels), asked)
     name = base.spec.source
     extractor = features
     if isinstance(extractor, str):
@@ -198,13 +244,16 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         class_labels=tuple(class_labels) or one_step.labels,
+        prompts=asked,
+        prompts_from=asked_from,
         measure_speed=measure_speed,
         guidance_scale=_guidance_of(one_step.config, guidance_scale, base),
         device=str(place),
     )
-    images = _reference(str(reference), base, fitted, settings, num_reference_steps, place, say)
+    evaluation.check_features(extractor, [one_step])
+    images = _reference(str(reference), base, fitted, extractor, settings, num_reference_steps, place, say)
     rows: list[tuple[str, Source, bool]] = [
-        (f"DDIM-{n}", teacher_source(fitted, num_steps=n, device=place), False) for n in steps
+        (f"DDIM-{n}", teacher_source(base, fitted, num_steps=n, device=place), False) for n in steps
     ]
     report, shown = evaluation.compare_sources(
         [*rows, ("student", one_step, True)], images, extractor, settings, teacher=name, say=say
@@ -215,6 +264,7 @@ def evaluate(
             {k: v[:16] for k, v in shown.items()},
             Path(output) / PICTURE_NAME,
             title="same noise in every column",
+            columns=asked[:16],
         )
         if one_step.folder is not None:
             card.write_table(one_step.folder, report.to_markdown())
@@ -240,6 +290,19 @@ def _open_at_scale(student: str | Path, device: torch.device, scale: float | Non
         return source
     path = Path(student) if is_run(Path(student)) else Path(student).parent
     return open_student(path, device=device, guidance_scale=scale, local_files_only=offline)
+
+
+def _prompts_of(
+    student: Source, prompts: Sequence[str], prompt_file: str | Path | None, prompt_field: str | None
+) -> tuple[Sequence[str], str]:
+    """Return (the prompts to evaluate on, where they come from): given ones, or those of the student's run."""
+    config = student.config
+    if student.text and not prompts and prompt_file is None and config is not None:
+        prompt_file = config.prompt_file
+        prompt_field = config.prompt_field if prompt_field is None else prompt_field
+    found = read_prompts(prompts, prompt_file, prompt_field)
+    where = "given ones" if prompt_file is None else Path(prompt_file).name
+    return found, f"{len(found):,} of {where}, in turn" if found else ""
 
 
 def _check_evaluation(
@@ -275,6 +338,7 @@ def _teacher_of(
     teacher: str | Path | NetworkTeacher | None,
     guidance_scale: float | None,
     null_class: int | None,
+    negative_prompt: str | None,
     device: torch.device,
     offline: bool,
 ) -> tuple[NetworkTeacher, Teacher]:
@@ -282,7 +346,7 @@ def _teacher_of(
     if teacher is None and config is None:
         raise ValueError("--student is an exported folder that does not know its teacher; name it with --teacher")
     if isinstance(teacher, NetworkTeacher):
-        base = teacher
+        base = copy.copy(teacher)  # its null condition may be replaced here, and the caller's stays
     elif teacher is not None:
         null = config.null_class if null_class is None and config is not None else null_class
         base = load_teacher(teacher, local_files_only=offline, null_class=null, device=str(device))
@@ -291,6 +355,8 @@ def _teacher_of(
         assert config is not None
         base = run_teacher(student.run, config, device, local_files_only=offline)
     scale = _guidance_of(config, guidance_scale, base)
+    negative = config.negative_prompt if negative_prompt is None and config and base.spec.text else negative_prompt
+    use_negative_prompt(base, negative, acts=negative_prompt is None or scale not in (None, 1))
     if config is not None:
         return base, fit_teacher(base, config, scale)
     guided = Guided(base, 1.0 if scale is None else scale)
@@ -298,7 +364,7 @@ def _teacher_of(
 
 
 def _guidance_of(config: DistillConfig | None, guidance_scale: float | None, teacher: Teacher) -> float | None:
-    if teacher.spec.num_classes is None and guidance_scale is None:
+    if teacher.spec.conditioning == "none" and guidance_scale is None:
         return None
     if guidance_scale is not None or config is None:
         return guidance_scale
@@ -309,6 +375,7 @@ def _reference(
     reference: str,
     base: NetworkTeacher,
     fitted: Teacher,
+    extractor: FeatureExtractor,
     settings: evaluation.Settings,
     num_steps: int,
     device: torch.device,
@@ -318,12 +385,17 @@ def _reference(
         reference = base.spec.source if base.spec.source in EMBEDDED else "teacher"
     if reference == "teacher":
         say(f"reference: {settings.num_samples:,} samples of the teacher at {num_steps} steps")
-        return evaluation.teacher_reference(
-            teacher_source(fitted, num_steps=num_steps, device=device), settings.num_samples, settings
-        )
+        source = teacher_source(base, fitted, num_steps=num_steps, device=device)
+        return evaluation.teacher_reference(source, extractor, settings)
     if reference in EMBEDDED:
         return evaluation.embedded_reference(reference)
-    return evaluation.folder_reference(Path(reference), base.spec.sample_shape)
+    image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=device)).shape[1:]
+    found = evaluation.folder_reference(Path(reference), image_shape)
+    if getattr(extractor, "of_latents", False):
+        raise ValueError(
+            f"--reference {reference} holds images, and --features teacher looks at latents; name a transformers model"
+        )
+    return found
 
 
 def default_report_folder(student: str | Path) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -33,9 +35,20 @@ class Facts:
     lora: str = ""
 
 
-def write_card(folder: Path, spec: TeacherSpec, facts: Facts, self_check: float) -> Path:
-    """Write README.md into an exported folder and return its path."""
-    text = f"---\n{yaml.safe_dump(_front_matter(spec, facts), sort_keys=False)}---\n\n{_body(spec, facts, self_check)}"
+def write_card(
+    folder: Path, spec: TeacherSpec, facts: Facts, self_check: float, arguments: Mapping[str, Any] | None = None
+) -> Path:
+    """Write README.md into an exported folder and return its path.
+
+    Args:
+        folder: The folder.
+        spec: What is known of the teacher.
+        facts: What is known of the run.
+        self_check: Largest difference between the folder and the student.
+        arguments: For a stock pipeline of a family: what its plain one-step call is given besides the condition.
+    """
+    front = yaml.safe_dump(_front_matter(spec, facts, arguments is not None), sort_keys=False)
+    text = f"---\n{front}---\n\n{_body(spec, facts, self_check, arguments)}"
     path = folder / "README.md"
     path.write_text(text, encoding="utf-8")
     return path
@@ -65,10 +78,10 @@ def teacher_license(source: str) -> str:
     return str(front.get("license", "")) if isinstance(front, dict) else ""
 
 
-def _front_matter(spec: TeacherSpec, facts: Facts) -> dict[str, object]:
+def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool) -> dict[str, object]:
     front: dict[str, object] = {
-        "library_name": "diffusers" if spec.family == "unet2d" else "onestill",
-        "pipeline_tag": "unconditional-image-generation",
+        "library_name": "diffusers" if is_stock or spec.family == "unet2d" else "onestill",
+        "pipeline_tag": "text-to-image" if spec.text else "unconditional-image-generation",
         "tags": ["diffusers", "distillation", "one-step", "data-free", "onestill"],
     }
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", spec.source) and not Path(spec.source).exists()
@@ -79,18 +92,13 @@ def _front_matter(spec: TeacherSpec, facts: Facts) -> dict[str, object]:
     return front
 
 
-def _body(spec: TeacherSpec, facts: Facts, self_check: float) -> str:
+def _body(spec: TeacherSpec, facts: Facts, self_check: float, arguments: Mapping[str, Any] | None) -> str:
     shape = " x ".join(map(str, spec.sample_shape))
-    if spec.family == "unet2d":
-        classes = (
-            f"pipe(batch_size=4, class_labels={spec.labels[:4]}).images"
-            if spec.num_classes
-            else "pipe(batch_size=4).images"
-        )
+    if arguments is not None or spec.family == "unet2d":
         call = (
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-            f"images = {classes}  # one network evaluation"
+            f"images = pipe({_arguments(spec, arguments)}).images  # one network evaluation"
         )
     else:
         call = (
@@ -99,10 +107,11 @@ def _body(spec: TeacherSpec, facts: Facts, self_check: float) -> str:
             "images = generate(noise, {})  # one network evaluation"
         )
     name = Path(spec.source).name or "a network"
+    given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
     return f"""# One-step student of {name}
 
 Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}) by BOOT
-(Gu et al., arXiv 2306.05544). **No training data was used**: only noise{" and class labels" if spec.num_classes else ""}.
+(Gu et al., arXiv 2306.05544). **No training data was used**: only noise{given}.
 
 ```python
 {call}
@@ -119,3 +128,12 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 {NO_TABLE}
 {TABLE_END}
 """
+
+
+def _arguments(spec: TeacherSpec, arguments: Mapping[str, Any] | None) -> str:
+    """Return the arguments of the plain one-step call."""
+    labels = f"class_labels={spec.labels[:4]}"
+    if arguments is None:
+        return f"batch_size=4, {labels}" if spec.num_classes else "batch_size=4"
+    given = ['"a photo of a cat"' if spec.text else labels, *(f"{name}={value!r}" for name, value in arguments.items())]
+    return ", ".join(given)

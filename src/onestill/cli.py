@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect as signatures
 import json
 import sys
@@ -36,6 +37,13 @@ TeacherOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image; image i has seed + i.")]
 LabelsOption = Annotated[list[int], typer.Option("--class_labels", help="Label; repeat for more. All if not given.")]
+PromptOption = Annotated[list[str], typer.Option("--prompt", help="What to draw, for text teachers; repeat for more.")]
+PromptFileOption = Annotated[
+    Path | None, typer.Option("--prompt_file", help="Prompts instead: a .txt, .jsonl or .csv in UTF-8.")
+]
+PromptFieldOption = Annotated[
+    str | None, typer.Option("--prompt_field", help="Field of the prompt in a .jsonl or .csv \\[default: prompt].")
+]
 OfflineOption = Annotated[bool, typer.Option("--local_files_only", help="Never use the network.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 BatchOption = Annotated[int, typer.Option("--batch_size", help="Images in one network call.")]
@@ -135,6 +143,7 @@ def distill(
 ) -> None:
     """Distil a teacher into a one-step student and export it to OUTPUT_DIR/pipeline."""
     from onestill import distillation as room
+    from onestill.prompt_cache import PromptCacheError
     from onestill.trainer import NonFiniteLossError
 
     _quiet()
@@ -160,7 +169,7 @@ def distill(
     room.make_output_dir(made.output_dir)
     try:
         result = room.run(prepared)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, PromptCacheError) as error:
         err.print(f"[red]stopped:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except ValueError as error:
@@ -275,8 +284,11 @@ def sample(
         str | None, typer.Option("--solver", help="Step of a teacher: ddim, heun or midpoint \\[default: ddim].")
     ] = None,
     null_class: Annotated[int | None, typer.Option("--null_class", help="A teacher's label for 'no class'.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="For text teachers; the families here take none.")
+    prompt: PromptOption = [],  # noqa: B006 - typer copies it
+    prompt_file: PromptFileOption = None,
+    prompt_field: PromptFieldOption = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative_prompt", help="In place of 'no prompt' in a text teacher's guidance.")
     ] = None,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
@@ -288,8 +300,6 @@ def sample(
     from onestill.distillation import check_writable
 
     _quiet()
-    if prompt is not None:
-        raise ValueError("--prompt was given, but this teacher takes no text; use --class_labels where it has classes")
     pictures.check_output(output, overwrite=overwrite)
     check_writable(output, "output")
     images = api.sample(
@@ -303,6 +313,10 @@ def sample(
         num_inference_steps=num_inference_steps,
         solver=solver,
         null_class=null_class,
+        prompts=prompt,
+        prompt_file=prompt_file,
+        prompt_field=prompt_field,
+        negative_prompt=negative_prompt,
         batch_size=batch_size,
         device=device,
         local_files_only=local_files_only,
@@ -340,6 +354,13 @@ def evaluate(
         int | None, typer.Option("--null_class", help="The teacher's label for 'no class'; that of the run.")
     ] = None,
     class_labels: LabelsOption = [],  # noqa: B006 - typer copies it
+    prompt: PromptOption = [],  # noqa: B006 - typer copies it
+    prompt_file: PromptFileOption = None,
+    prompt_field: PromptFieldOption = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option("--negative_prompt", help="In place of 'no prompt' in the teacher's guidance; that of the run."),
+    ] = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 64,
     speed: Annotated[bool, typer.Option("--speed/--no_speed", help="Time the rows.")] = True,
@@ -368,6 +389,10 @@ def evaluate(
         guidance_scale=guidance_scale,
         null_class=null_class,
         class_labels=class_labels,
+        prompts=prompt,
+        prompt_file=prompt_file,
+        prompt_field=prompt_field,
+        negative_prompt=negative_prompt,
         seed=seed,
         batch_size=batch_size,
         measure_speed=speed,
@@ -461,6 +486,11 @@ def _quiet() -> None:
 
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

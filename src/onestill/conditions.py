@@ -1,19 +1,38 @@
-"""Where conditions come from: labels, drawn or listed."""
+"""Where conditions come from: labels, drawn or listed, and prompts that are encoded already."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
+from onestill.prompts import Ints
 from onestill.teachers.base import TeacherSpec
 from onestill.tensors import Cond
 
 
+class Conditions(Protocol):
+    """The conditions a run draws, and those it shows."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """What the conditions of `grid` are, in words; empty if that need not be said."""
+        ...
+
+    def draw(self, num: int, generator: torch.Generator) -> Cond:
+        """Return `num` random conditions; every draw is from `generator`."""
+        ...
+
+    def grid(self, num: int) -> Cond:
+        """Return `num` fixed conditions; the guidance scale is the middle of its range."""
+        ...
+
+
 @dataclass(frozen=True)
-class Conditions:
-    """The conditions a teacher can be asked for, drawn uniformly.
+class LabelConditions:
+    """The labels a teacher can be asked for, drawn uniformly.
 
     Attributes:
         labels: Labels to draw from; empty for an unconditional teacher.
@@ -23,25 +42,75 @@ class Conditions:
     labels: tuple[int, ...] = ()
     guidance_range: tuple[float, float] | None = None
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Nothing: the labels are seen."""
+        return ()
+
     def draw(self, num: int, generator: torch.Generator) -> Cond:
         """Return `num` random conditions; every draw is from `generator`."""
         cond: Cond = {}
         if self.labels:
             rows = torch.randint(len(self.labels), (num,), generator=generator)
             cond["class_labels"] = torch.tensor(self.labels)[rows]
-        if self.guidance_range is not None:
-            low, high = self.guidance_range
-            cond["guidance_scale"] = low + (high - low) * torch.rand(num, generator=generator)
-        return cond
+        return cond | draw_guidance(self.guidance_range, num, generator)
 
     def grid(self, num: int) -> Cond:
         """Return `num` fixed conditions that go round the labels; the guidance scale is the range's middle."""
         cond: Cond = {}
         if self.labels:
             cond["class_labels"] = torch.tensor([self.labels[i % len(self.labels)] for i in range(num)])
-        if self.guidance_range is not None:
-            cond["guidance_scale"] = torch.full((num,), sum(self.guidance_range) / 2)
-        return cond
+        return cond | middle_guidance(self.guidance_range, num)
+
+
+@dataclass(frozen=True)
+class PromptConditions:
+    """Encoded prompts, drawn uniformly, some of them in favour of no prompt.
+
+    Attributes:
+        rows: From keys of prompts to their conditions, such as `PromptCache.rows`.
+        keys: Keys of the prompts to draw from, [N].
+        shown: Keys of the prompts of `grid`.
+        captions: Those prompts.
+        null_cond: The conditions of no prompt, one row.
+        empty_fraction: Share of the draws with `null_cond`.
+        guidance_range: Range of the guidance scale given to the student with each image; None if it is fixed.
+    """
+
+    rows: Callable[[Ints], Cond]
+    keys: Ints
+    shown: Ints
+    captions: tuple[str, ...] = ()
+    null_cond: Cond = field(default_factory=dict)
+    empty_fraction: float = 0.0
+    guidance_range: tuple[float, float] | None = None
+
+    def draw(self, num: int, generator: torch.Generator) -> Cond:
+        """Return `num` random conditions; every draw is from `generator`."""
+        cond = self.rows(self.keys[torch.randint(len(self.keys), (num,), generator=generator).numpy()])
+        if self.empty_fraction > 0:
+            empty = torch.rand(num, generator=generator) < self.empty_fraction
+            for name, value in self.null_cond.items():
+                cond[name][empty] = value.to(cond[name])
+        return cond | draw_guidance(self.guidance_range, num, generator)
+
+    def grid(self, num: int) -> Cond:
+        """Return `num` fixed conditions that go round the shown prompts; the guidance scale is the range's middle."""
+        cond = self.rows(self.shown[[i % len(self.shown) for i in range(num)]])
+        return cond | middle_guidance(self.guidance_range, num)
+
+
+def draw_guidance(limits: tuple[float, float] | None, num: int, generator: torch.Generator) -> Cond:
+    """Return a random guidance scale for each image, or {} if it is fixed."""
+    if limits is None:
+        return {}
+    low, high = limits
+    return {"guidance_scale": low + (high - low) * torch.rand(num, generator=generator)}
+
+
+def middle_guidance(limits: tuple[float, float] | None, num: int) -> Cond:
+    """Return the middle of the guidance range for each image, or {} if it is fixed."""
+    return {} if limits is None else {"guidance_scale": torch.full((num,), sum(limits) / 2)}
 
 
 def check_labels(labels: Sequence[int], spec: TeacherSpec) -> tuple[int, ...]:
@@ -53,7 +122,8 @@ def check_labels(labels: Sequence[int], spec: TeacherSpec) -> tuple[int, ...]:
     if not labels:
         return tuple(spec.labels)
     if spec.num_classes is None:
-        raise ValueError(f"--class_labels {list(labels)} was given, but the teacher is unconditional")
+        takes = "takes prompts, not labels" if spec.text else "is unconditional"
+        raise ValueError(f"--class_labels {list(labels)} was given, but the teacher {takes}")
     if spec.null_class in labels:
         raise ValueError(
             f"--class_labels {spec.null_class} is the null class, which means 'no class' and draws nothing"

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-TEACHER, OBJECTIVE, LORA, OPTIMISATION = "Teacher", "Objective", "LoRA", "Optimisation"
-RUN, WATCHING = "Run", "Watching"
+TEACHER, PROMPTS, OBJECTIVE, LORA = "Teacher", "Prompts", "Objective", "LoRA"
+OPTIMISATION, RUN, WATCHING = "Optimisation", "Run", "Watching"
 
 
 def _field(default: Any, panel: str, description: str, **limits: Any) -> Any:
@@ -44,6 +44,22 @@ class DistillConfig(BaseModel):
     )
     threshold_limit: float = _field(1.0, TEACHER, "Largest magnitude, for static and dynamic.", gt=0)
     threshold_ratio: float = _field(0.995, TEACHER, "Quantile, for dynamic.", gt=0, le=1)
+
+    # Prompts
+    prompt_file: Path | None = _field(
+        None, PROMPTS, "Prompts of a text teacher: a .txt (one per line), .jsonl or .csv in UTF-8."
+    )
+    prompt_field: str | None = _field(
+        None, PROMPTS, "Field of the prompt in a .jsonl or .csv; 'prompt' if not given.", min_length=1
+    )
+    num_prompts: int | None = _field(
+        None, PROMPTS, "Different prompts to draw from; as many as the run can draw if not given.", ge=1
+    )
+    prompt_cache_dir: Path | None = _field(
+        None, PROMPTS, "Where encoded prompts are kept for all runs; ~/.cache/onestill/prompts if not given."
+    )
+    negative_prompt: str | None = _field(None, PROMPTS, "Takes the place of 'no prompt' in the guidance.")
+    empty_prompt_fraction: float = _field(0.0, PROMPTS, "Share of the draws with no prompt.", ge=0, lt=1)
 
     # Objective
     time_sampling: Literal["uniform", "s_first", "progressive"] = _field(
@@ -119,6 +135,9 @@ class DistillConfig(BaseModel):
     logging_steps: int = _field(20, WATCHING, "Steps between lines of logs/metrics.jsonl.", ge=1)
     validation_steps: int = _field(500, WATCHING, "Steps between pictures of student beside teacher.", ge=1)
     num_validation_images: int = _field(10, WATCHING, "Images in such a picture.", ge=1, le=64)
+    validation_prompt: tuple[str, ...] = _field(
+        (), WATCHING, "Prompt of such a picture; repeat for more. The first ones of the file if not given."
+    )
     num_teacher_steps: int = _field(50, WATCHING, "DDIM steps of the teacher in such a picture.", ge=1, le=1000)
     num_time_bins: int = _field(10, WATCHING, "Bins of target time in which the residual is logged.", ge=1, le=100)
     report_to: Annotated[str | None, Field(min_length=1)] = _field(
@@ -155,6 +174,11 @@ class DistillConfig(BaseModel):
                 given += f"{' and ' if given else ''}--anchor_fraction {self.anchor_fraction:g}"
             verb = "leave" if " and " in given else "leaves"
             raise ValueError(f"{given} {verb} no bootstrap rows in a batch of {self.train_batch_size}")
+        if len(self.validation_prompt) > self.num_validation_images:
+            raise ValueError(
+                f"--validation_prompt was given {len(self.validation_prompt)} times, and --num_validation_images "
+                f"{self.num_validation_images} shows fewer"
+            )
         if self.lr_scheduler != "constant" and self.lr_warmup_steps >= self.max_train_steps:
             raise ValueError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} must be below --max_train_steps {self.max_train_steps}"
@@ -198,16 +222,21 @@ RESUMABLE_CHANGES = frozenset(
         "num_time_bins",
         "num_validation_images",
         "output_dir",
+        "prompt_cache_dir",
+        "prompt_field",
+        "prompt_file",
         "report_to",
         "resume_from_checkpoint",
         "revision",
         "teacher",
         "tracker_project_name",
+        "validation_prompt",
         "validation_steps",
         "variant",
     }
 )
-"""Settings that may differ on resume. The teacher's path may, since its weights are compared themselves."""
+"""Settings that may differ on resume. The teacher's path may, since its weights are compared themselves, and so may the
+prompts' file, since the prompts are."""
 
 
 def make_config(values: Mapping[str, Any], config_file: Path | None = None) -> DistillConfig:

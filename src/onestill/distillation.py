@@ -22,10 +22,12 @@ from tqdm.auto import tqdm
 
 from onestill import card
 from onestill.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
-from onestill.conditions import Conditions, check_labels
+from onestill.conditions import Conditions, LabelConditions, check_labels
 from onestill.config import DistillConfig, changed_settings, make_config, write_yaml
 from onestill.export import export_student
 from onestill.lora import Lora, has_loader
+from onestill.prompt_cache import default_cache_dir
+from onestill.prompt_plan import PromptPlan, plan_prompts, refuse_prompts, use_negative_prompt
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
 from onestill.teachers.family import PipelineTeacher
@@ -72,6 +74,7 @@ class Prepared:
     fingerprint: str
     resume: tuple[Path, Checkpoint] | None
     messages: tuple[str, ...]
+    prompts: PromptPlan | None = None
 
 
 def distill(
@@ -161,21 +164,38 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         base = with_t_max(teacher, config.t_max)
     check_beside(base)
     check_times(config, base)
+    guided = config.guidance_scale != 1 or config.guidance_range is not None
+    use_negative_prompt(base, config.negative_prompt, acts=guided or config.empty_prompt_fraction > 0)
     fitted = fit_teacher(base, config)
     labels = check_labels(config.class_labels, base.spec)
+    prompts = choose_prompts(config, base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # the new layers start from random numbers too
         student = make_student(base, config, network)
     if config.gradient_checkpointing and not hasattr(student.network, "enable_gradient_checkpointing"):
         raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
     fingerprint = base.fingerprint()
-    resume, messages = find_resume(config, fingerprint)
+    resume, messages = find_resume(config, fingerprint, prompts.fingerprint if prompts else "")
     if config.lora_rank is not None and not has_loader(base):
         messages += (
             "--lora_rank: the teacher's pipeline takes no LoRA files, so the merged student alone is exported",
         )
-    conditions = Conditions(labels, config.guidance_range)
-    return Prepared(config, base, fitted, conditions, student, fingerprint, resume, messages)
+    if prompts is None:
+        labelled = LabelConditions(labels, config.guidance_range)
+        return Prepared(config, base, fitted, labelled, student, fingerprint, resume, messages)
+    said = (*messages, *prompts.messages)
+    return Prepared(config, base, fitted, prompts.conditions, student, fingerprint, resume, said, prompts)
+
+
+def choose_prompts(config: DistillConfig, teacher: NetworkTeacher) -> PromptPlan | None:
+    """Return the prompts of a run, or None for a teacher that takes no text, whose run must not name any."""
+    if not teacher.spec.text:
+        refuse_prompts(config)
+        return None
+    if config.prompt_cache_dir is not None and config.prompt_cache_dir.is_file():
+        raise ValueError(f"--prompt_cache_dir {config.prompt_cache_dir} is a file")
+    check_writable((config.prompt_cache_dir or default_cache_dir()).expanduser(), "prompt_cache_dir")
+    return plan_prompts(config, teacher, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def make_student(base: NetworkTeacher, config: DistillConfig, network: nn.Module | None = None) -> Student:
@@ -203,8 +223,7 @@ def run(
 ) -> RunResult:
     """Train a prepared run to its end, or until SIGINT or SIGTERM, and export it."""
     config = prepared.config
-    trainer = Trainer(config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprint)
-    prepared.base.to(trainer.device)
+    trainer = make_trainer(prepared, show_progress=show_progress)
     if trainer.accelerator.is_main_process:
         make_output_dir(config.output_dir)
         write_yaml(config, config.output_dir / CONFIG_FILE)
@@ -251,6 +270,29 @@ def run(
             num_trained=trained,
         )
     return _finish(trainer, prepared, checkpoint, trained, seconds)
+
+
+def make_trainer(prepared: Prepared, *, show_progress: bool = False) -> Trainer:
+    """Return the trainer of a prepared run; its prompts are encoded then, and their encoders are gone.
+
+    Raises:
+        PromptCacheError: If the encoded prompts cannot be written.
+    """
+    trainer = Trainer(
+        prepared.config,
+        prepared.teacher,
+        prepared.student,
+        prepared.conditions,
+        prepared.fingerprint,
+        prompts_fingerprint=prepared.prompts.fingerprint if prepared.prompts else "",
+    )
+    prepared.base.to(trainer.device)
+    if prepared.prompts is not None:
+        accelerator = trainer.accelerator
+        # One process of each machine encodes; the others then find everything in the cache.
+        with accelerator.local_main_process_first():
+            prepared.prompts.encode(show_progress=show_progress and accelerator.is_local_main_process)
+    return trainer
 
 
 def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
@@ -396,7 +438,9 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() or bool(list_checkpoints(folder))
 
 
-def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Checkpoint] | None, tuple[str, ...]]:
+def find_resume(
+    config: DistillConfig, fingerprint: str, prompts_fingerprint: str = ""
+) -> tuple[tuple[Path, Checkpoint] | None, tuple[str, ...]]:
     """Return (the checkpoint to go on from or None, messages).
 
     "latest" in a folder without any checkpoint starts from the beginning, so that one command can be re-queued.
@@ -429,6 +473,11 @@ def find_resume(config: DistillConfig, fingerprint: str) -> tuple[tuple[Path, Ch
         raise ValueError(
             f"--resume_from_checkpoint {source}: {folder} was trained on a teacher with other weights "
             f"({values['config']['teacher']}) than --teacher {config.teacher}"
+        )
+    if values.get("prompts_fingerprint", "") != prompts_fingerprint:
+        raise ValueError(
+            f"--resume_from_checkpoint {source}: {folder} was trained on other prompts, or on those of another text "
+            f"encoder, than --prompt_file {config.prompt_file} gives"
         )
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if values["num_processes"] != num_processes:

@@ -110,7 +110,8 @@ def export_student(
         )
     if student.lora is not None:
         facts = replace(facts, lora=_lora_words(student, partial))
-    card.write_card(partial, student.spec, facts, error)
+    family = student.teacher.family if isinstance(student.teacher, PipelineTeacher) else None
+    card.write_card(partial, student.spec, facts, error, None if family is None else family.export_arguments)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from onestill.conditions import Conditions, check_labels
+from onestill.conditions import check_labels, middle_guidance
 from onestill.config import DistillConfig
 from onestill.distillation import fit_teacher, make_student, resolve_device
 from onestill.sampler import to_device
@@ -93,8 +93,8 @@ def estimate(
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     fitted = fit_teacher(teacher, config)
-    labels = check_labels(config.class_labels, teacher.spec)
-    cond = to_device(Conditions(labels, config.guidance_range).grid(num), device)
+    check_labels(config.class_labels, teacher.spec)
+    cond = to_device({**teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
     x = teacher.spec.trajectory.start(torch.zeros(num, *teacher.spec.sample_shape, device=device))
     t_max = teacher.spec.t_max
     kept, owned = 0, {p.untyped_storage().data_ptr() for p in student.parameters()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _INK, _PAPER, _GAP = (40, 40, 40), (255, 255, 255), 4
+# Words above a column: the least width, the lines and their height.
+WORDS_WIDTH, _WORDS_LINES, _WORDS_HEIGHT = 112, 3, 40
 
 
 def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
@@ -35,7 +37,9 @@ def is_picture(shape: torch.Size | tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
-def save_rows(rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: int = 56) -> Path:
+def save_rows(
+    rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: int = 56, columns: Sequence[str] = ()
+) -> Path:
     """Write one PNG with a captioned row of samples per entry; the columns share their noise.
 
     Args:
@@ -43,6 +47,7 @@ def save_rows(rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: 
         path: The PNG.
         title: A line above.
         size: Side of one image in the picture, in pixels.
+        columns: Words above the columns, such as prompts; gone round if there are fewer than columns.
 
     Returns:
         `path`.
@@ -52,14 +57,17 @@ def save_rows(rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: 
     if not is_picture(first.shape[1:]):
         return _save_scatter(rows, path, title)
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    side = max(size, first.shape[-1])
+    side = max(size if not columns else WORDS_WIDTH, first.shape[-1])
     margin = 12 + max(int(small.getlength(line)) for caption in rows for line in caption.split("\n"))
-    top = 30 if title else _GAP
+    top = (30 if title else _GAP) + (_WORDS_HEIGHT if columns else 0)
     num = max(len(images) for images in rows.values())
     width = max(margin + num * (side + _GAP) + 8, int(font.getlength(title)) + 16)
     sheet = Image.new("RGB", (width, top + len(rows) * (side + _GAP) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 7), title, fill=_INK, font=font)
+    for j in range(num if columns else 0):
+        words = _wrapped(columns[j % len(columns)], side)
+        draw.text((margin + j * (side + _GAP), top - _WORDS_HEIGHT), words, fill=_INK, font=_words_font(), spacing=1)
     for i, (caption, images) in enumerate(rows.items()):
         y = top + i * (side + _GAP)
         draw.text((8, y + side / 2), caption, fill=_INK, font=small, anchor="lm")
@@ -67,6 +75,30 @@ def save_rows(rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: 
             sheet.paste(picture, (margin + j * (side + _GAP), y))
     sheet.save(path)
     return path
+
+
+def _words_font() -> Any:
+    return ImageFont.load_default(10)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Return text as a few lines of at most `width` pixels; what does not fit is left out, which dots say."""
+    font, lines = _words_font(), [""]
+    # Long words are cut, and no more is measured than can fit.
+    for word in text[:400].split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        elif len(lines) == _WORDS_LINES:
+            lines[-1] += " ..."
+            break
+        else:
+            lines.append(word)
+    for i, line in enumerate(lines):
+        while font.getlength(line) > width:
+            line = f"{line.removesuffix('...')[:-1].rstrip()}..."
+        lines[i] = line
+    return "\n".join(lines)
 
 
 def read_pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -2,80 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.config import DistillConfig, make_config
-from onestill.distillation import (
-    CONFIG_FILE,
-    PIPELINE_FOLDER,
-    PYTHON_OBJECT,
-    TEACHER_FILE,
-    is_run,
-    make_student,
-)
-from onestill.export import MODULE_FILE, load_pipeline
-from onestill.sampler import Generate, student_generator, teacher_generator
+from onestill.distillation import CONFIG_FILE, PIPELINE_FOLDER, PYTHON_OBJECT, TEACHER_FILE, is_run, make_student
+from onestill.export import MODULE_FILE
+from onestill.prompt_plan import use_negative_prompt
+from onestill.sources import Source, open_pipeline, student_source, teacher_source
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
-from onestill.tensors import Cond
 from onestill.trainer import load_student
-
-
-@dataclass(frozen=True)
-class Source:
-    """Something that generates images.
-
-    Attributes:
-        name: What it is, in words.
-        generate: From noise and conditions to images.
-        sample_shape: Shape of one sample.
-        labels: Labels it can be asked for; empty if unconditional.
-        folder: The exported pipeline it is, if it is one.
-        run: The run it comes from, if it does.
-        config: That run's configuration.
-        num_steps: Steps per image.
-        calls: Network evaluations per image.
-    """
-
-    name: str
-    generate: Generate
-    sample_shape: tuple[int, ...]
-    labels: tuple[int, ...]
-    folder: Path | None = None
-    run: Path | None = None
-    config: DistillConfig | None = None
-    num_steps: int = 1
-    calls: int = 1
-
-    def conditions(self, num: int, chosen: tuple[int, ...] = (), *, seed: int = 0) -> Cond:
-        """Return `num` conditions: going round `chosen`, or else seed i has label i modulo the number of all labels.
-
-        Args:
-            num: How many.
-            chosen: Labels to go round.
-            seed: The first seed, seed, seed + 1, ...
-
-        Raises:
-            ValueError: If labels are chosen of a source without, or one is unknown.
-        """
-        if chosen and not self.labels:
-            raise ValueError(f"--class_labels {list(chosen)} was given, but {self.name} is unconditional")
-        if unknown := sorted(set(chosen) - set(self.labels)):
-            raise ValueError(f"--class_labels {unknown}: {self.name} knows {self.labels[0]} to {max(self.labels)}")
-        labels = chosen or self.labels
-        first = 0 if chosen else seed
-        rows = [labels[i % len(labels)] for i in range(first, first + num)] if labels else []
-        return {"class_labels": torch.tensor(rows)} if labels else {}
 
 
 def open_student(
@@ -106,7 +50,7 @@ def open_student(
                 f"--student {path} is an exported pipeline, whose target time and guidance are baked in; "
                 "give the run's folder for --target_time or --guidance_scale"
             )
-        return _open_pipeline(path, device)
+        return open_pipeline(path, device)
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
         if (folder / MODULE_FILE).is_file():
             raise ValueError(
@@ -119,20 +63,22 @@ def open_student(
     run = path if is_run(path) else path.parent
     config = read_run_config(run)
     if not special and run == path and (run / PIPELINE_FOLDER / "model_index.json").is_file():
-        return _open_pipeline(run / PIPELINE_FOLDER, device, run, config)
+        return open_pipeline(run / PIPELINE_FOLDER, device, run, config)
     student = restore_student(path, config, device, local_files_only=local_files_only)
     check_student_request(student, config, target_time, guidance_scale)
-    spec = student.spec
-    generate = _clipped(student_generator(student, t=max(target_time, config.t_min), device=device))
-    if student.guidance_range is not None:
-        w = sum(student.guidance_range) / 2 if guidance_scale is None else guidance_scale
-        generate = _with_guidance(generate, w)
-    labels = config.class_labels or tuple(spec.labels)
-    return Source(f"the student in {path}", generate, spec.sample_shape, labels, run=run, config=config)
+    return student_source(
+        student,
+        f"the student in {path}",
+        run,
+        config,
+        t=max(target_time, config.t_min),
+        guidance_scale=guidance_scale,
+        device=device,
+    )
 
 
 def open_teacher(
-    teacher: str | Path | Teacher,
+    teacher: str | Path | NetworkTeacher,
     *,
     device: torch.device,
     num_steps: int = 50,
@@ -140,31 +86,20 @@ def open_teacher(
     solver: str = "ddim",
     local_files_only: bool = False,
     null_class: int | None = None,
+    negative_prompt: str | None = None,
 ) -> Source:
     """Return a teacher's multi-step sampler, thresholded as its own scheduler does."""
     if num_steps < 1:
         raise ValueError(f"--num_inference_steps must be at least 1, got {num_steps}")
-    if not isinstance(teacher, Teacher):
+    if isinstance(teacher, NetworkTeacher):
+        teacher = copy.copy(teacher)  # its null condition may be replaced here, and the caller's stays
+    else:
         teacher = load_teacher(teacher, local_files_only=local_files_only, null_class=null_class, device=str(device))
+    use_negative_prompt(teacher, negative_prompt, acts=guidance_scale != 1)
     fitted: Teacher = Guided(teacher, guidance_scale)
     if teacher.spec.threshold.mode != "none":
         fitted = Thresholded(fitted, teacher.spec.threshold)
-    return teacher_source(fitted, num_steps=num_steps, solver=solver, device=device)
-
-
-def teacher_source(teacher: Teacher, *, num_steps: int, device: torch.device, solver: str = "ddim") -> Source:
-    """Return the multi-step sampler of a teacher that is guided and thresholded already."""
-    generate = teacher_generator(teacher, num_steps=num_steps, solver=solver, device=device)
-    calls = num_steps * teacher.calls * (1 if solver == "ddim" else 2)
-    labels = tuple(teacher.spec.labels)
-    return Source(
-        f"the teacher {teacher.spec.source}",
-        generate,
-        teacher.spec.sample_shape,
-        labels,
-        num_steps=num_steps,
-        calls=calls,
-    )
+    return teacher_source(teacher, fitted, num_steps=num_steps, solver=solver, device=device)
 
 
 def run_teacher(
@@ -192,6 +127,7 @@ def run_teacher(
         raise ValueError(
             f"{run}: the teacher {config.teacher} is not the one it was distilled from: it has changed since"
         )
+    use_negative_prompt(base, config.negative_prompt)
     return base
 
 
@@ -217,46 +153,6 @@ def _newest(run: Path) -> Checkpoint:
     for message in messages:
         warnings.warn(message, stacklevel=4)
     return checkpoint
-
-
-def _open_pipeline(
-    folder: Path, device: torch.device, run: Path | None = None, config: DistillConfig | None = None
-) -> Source:
-    try:
-        pipeline = load_pipeline(folder, device)
-        network = pipeline.unet.config
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"--student {folder} does not load: {str(error).splitlines()[0]}") from error
-    size = network.sample_size
-    shape = (network.in_channels, *((size, size) if isinstance(size, int) else size))
-    null_class, chosen = (None, ()) if config is None else (config.null_class, config.class_labels)
-    labels = chosen or tuple(i for i in range(network.num_class_embeds or 0) if i != null_class)
-    return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, run=run, config=config)
-
-
-def _one_step(pipeline: Any) -> Generate:
-    """Return an exported pipeline's one step, its own network and scheduler, on noise that is given."""
-    scheduler, network = pipeline.scheduler, pipeline.unet
-    scheduler.set_timesteps(1)
-    t = scheduler.timesteps[0]
-
-    @torch.no_grad()
-    def generate(eps: Tensor, cond: Cond) -> Tensor:
-        x = eps.to(network.device) * scheduler.init_noise_sigma
-        labels = cond["class_labels"].to(network.device) if "class_labels" in cond else None
-        images: Tensor = scheduler.step(network(x, t, class_labels=labels).sample, t, x).prev_sample
-        return images
-
-    return generate
-
-
-def _clipped(generate: Generate) -> Generate:
-    """Return the same images as an exported pipeline's scheduler leaves them, within [-1, 1]."""
-    return lambda eps, cond: generate(eps, cond).clamp(-1, 1)
-
-
-def _with_guidance(generate: Generate, guidance_scale: float) -> Generate:
-    return lambda eps, cond: generate(eps, {**cond, "guidance_scale": torch.full((len(eps),), guidance_scale)})
 
 
 def check_student_request(student: Student, config: DistillConfig, t: float, guidance_scale: float | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from onestill.teachers.base import Teacher
 from onestill.tensors import Cond
 from onestill.trajectory import STEPS, solve, uniform_times
 
+Rows = dict[str, Any]
+"""What is asked for, one row for each image: labels as a tensor, or prompts as a list of strings."""
 Generate = Callable[[Tensor, Cond], Tensor]
 """(eps [B, *sample_shape], cond) -> images [B, *sample_shape] in [-1, 1]."""
 
@@ -59,14 +62,14 @@ def teacher_generator(
 
 
 def generate_images(
-    generate: Generate, seeds: Sequence[int], shape: Sequence[int], cond: Cond, *, batch_size: int = 64
+    generate: Generate, seeds: Sequence[int], shape: Sequence[int], cond: Rows, *, batch_size: int = 64
 ) -> Tensor:
-    """Return the images of `seeds`, [N, *shape] on the CPU; row i of `cond` belongs to seeds[i].
+    """Return the images of `seeds`, one row each, on the CPU; row i of `cond` belongs to seeds[i].
 
     Args:
         generate: The generator.
         seeds: One for each image.
-        shape: Shape of one sample.
+        shape: Shape of the noise of one image.
         cond: Conditions with as many rows as seeds.
         batch_size: Images in one network call; it changes no image beyond the last float digits.
     """

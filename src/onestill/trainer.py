@@ -78,6 +78,7 @@ class Trainer:
         student: The student.
         conditions: Where conditions are drawn from.
         teacher_fingerprint: Hash of the teacher's weights, kept with every checkpoint.
+        prompts_fingerprint: Hash of its prompts, likewise; "" without.
     """
 
     def __init__(
@@ -87,9 +88,11 @@ class Trainer:
         student: Student,
         conditions: Conditions,
         teacher_fingerprint: str,
+        *,
+        prompts_fingerprint: str = "",
     ) -> None:
         self.config, self.teacher, self.conditions = config, teacher, conditions
-        self.teacher_fingerprint = teacher_fingerprint
+        self.teacher_fingerprint, self.prompts_fingerprint = teacher_fingerprint, prompts_fingerprint
         self.accelerator = make_accelerator(config)
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -301,14 +304,19 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None, rms
         rows = {f"teacher, {config.num_teacher_steps} steps": self._teacher_images, "student, 1 step": images}
+        rows = {caption: self._decoded(row) for caption, row in rows.items()}
         path = config.output_dir / "samples" / f"step-{self.progress.step:06d}.png"
-        pictures.save_rows(rows, path, title=f"step {self.progress.step}")
+        pictures.save_rows(rows, path, title=f"step {self.progress.step}", columns=self.conditions.captions)
         for tracker in self.accelerator.trackers if self.config.report_to else ():
             if hasattr(tracker, "log_images"):
                 # Of accelerate's trackers only this one expects the channels first unless told.
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pictures.read_pixels(path)[None]}, step=self.progress.step, **layout)
         return path, rms
+
+    def _decoded(self, samples: Tensor) -> Tensor:
+        """Return samples as images, one by one: a decoder needs far more memory than the network."""
+        return torch.cat([self.student.teacher.decode(row[None]).cpu() for row in samples])
 
     def averaged(self) -> Any:
         """Return a context in which the student has its averaged weights."""
@@ -353,6 +361,7 @@ class Trainer:
                 "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                 "teacher_fingerprint": self.teacher_fingerprint,
+                "prompts_fingerprint": self.prompts_fingerprint,
                 "num_processes": self.accelerator.num_processes,
                 "config": self.config.model_dump(mode="json"),
             }

@@ -200,6 +200,7 @@ class MiddleFeatures:
         run: `run(images)` calls the network exactly once on all images; what it returns is ignored.
         submodule: Dotted name of the submodule that is looked at.
         name: The extractor's name in the protocol; by default made of the network's class and `submodule`.
+        of_latents: Whether it looks at latents, and not at the images that a decoder makes of them.
 
     Raises:
         ValueError: If the network has no such submodule.
@@ -212,6 +213,7 @@ class MiddleFeatures:
         *,
         submodule: str = "mid_block",
         name: str | None = None,
+        of_latents: bool = False,
     ) -> None:
         found = dict(network.named_modules()).get(submodule)
         if found is None or not submodule:
@@ -220,7 +222,7 @@ class MiddleFeatures:
                 f"{type(network).__name__} has no submodule {submodule!r} to take features from; "
                 f"its children are: {children}"
             )
-        self._network, self._submodule, self._run = network, found, run
+        self._network, self._submodule, self._run, self.of_latents = network, found, run, of_latents
         self.name = name or f"{type(network).__name__}.{submodule}"
 
     def __call__(self, images: Tensor) -> Tensor:

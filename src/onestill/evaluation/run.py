@@ -22,11 +22,13 @@ from onestill.evaluation.features import (
     load_features,
 )
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
-from onestill.sampler import generate_images, noise
+from onestill.sampler import Rows, generate_images, noise, to_device
 from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.load import EMBEDDED
 from onestill.tensors import Cond, as_times, broadcast
 
+NUM_SHOWN = 100
 REFERENCE_SEED = 10_000_000
 MIDDLE_LOG_SNR = 2.0
 SPEED_ROUNDS = 5
@@ -45,7 +47,13 @@ class Candidate(Protocol):
     def num_steps(self) -> int: ...
     @property
     def calls(self) -> int: ...
-    def conditions(self, num: int, chosen: tuple[int, ...] = (), *, seed: int = 0) -> Cond: ...
+    @property
+    def latents(self) -> Callable[[Tensor, Cond], Tensor] | None: ...
+    @property
+    def decodes(self) -> bool: ...
+    def conditions(
+        self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0
+    ) -> Rows: ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Settings:
         batch_size: Images per network call, and the large batch of the speed columns.
         seed: Seed of the first image; image i has seed + i, for every row.
         class_labels: Labels to go round; all if empty.
+        prompts: Prompts to go round, for text teachers.
+        prompts_from: Where they come from, for the protocol.
         neighbours: k of precision and recall.
         measure_speed: Whether to time the rows.
         guidance_scale: What was distilled in, for the protocol.
@@ -75,6 +85,8 @@ class Settings:
     batch_size: int = 64
     seed: int = 0
     class_labels: tuple[int, ...] = ()
+    prompts: Sequence[str] = ()
+    prompts_from: str = ""
     neighbours: int = 3
     measure_speed: bool = True
     guidance_scale: float | None = None
@@ -108,12 +120,10 @@ def compare_sources(
     rows, shown = [], {}
     for name, source, is_student in sources:
         say(f"{name}: {settings.num_samples:,} images")
-        cond = source.conditions(settings.num_samples, settings.class_labels, seed=settings.seed)
+        cond = source.conditions(settings.num_samples, settings.class_labels, settings.prompts, seed=settings.seed)
         seeds = range(settings.seed, settings.seed + settings.num_samples)
-        images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
-        # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
-        images = images.clamp(-1, 1)
-        shown[name] = images[:100]
+        images = _samples(source, extractor, seeds, cond, settings)
+        shown[name] = images[:NUM_SHOWN] if not _of_latents(extractor, source) else _shown(source, seeds, cond)
         rows.append(_row(name, source, is_student, images, cond, real, extractor, settings, seconds))
     size = _subset_size(len(real), settings.num_samples)
     warning = metrics.sample_warning(len(real), settings.num_samples, real.shape[1])
@@ -134,8 +144,38 @@ def compare_sources(
         neighbours=settings.neighbours,
         speedup_over=sources[0][0] if settings.measure_speed else None,
         versions=package_versions(),
+        notes=(f"prompts: {settings.prompts_from}",) if settings.prompts_from else (),
     )
     return Report(protocol=protocol, rows=tuple(rows), warnings=(warning,) if warning else ()), shown
+
+
+def _of_latents(extractor: FeatureExtractor, source: Candidate) -> bool:
+    """Return whether the features are those of what comes before the decoder."""
+    return source.decodes and getattr(extractor, "of_latents", False)
+
+
+def _samples(source: Candidate, extractor: FeatureExtractor, seeds: range, cond: Rows, settings: Settings) -> Tensor:
+    """Return what the extractor looks at: images, or the latents they are decoded from."""
+    if _of_latents(extractor, source):
+        assert source.latents is not None, "check_features has been called"
+        return generate_images(source.latents, seeds, source.sample_shape, cond, batch_size=settings.batch_size).float()
+    images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
+    # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
+    return images.clamp(-1, 1)
+
+
+def _shown(source: Candidate, seeds: range, cond: Rows, num: int = 16) -> Tensor:
+    first = {name: value[:num] for name, value in cond.items()}
+    return generate_images(source.generate, seeds[:num], source.sample_shape, first, batch_size=num)
+
+
+def check_features(extractor: FeatureExtractor, sources: Sequence[Candidate]) -> None:
+    """Raise ValueError if the extractor looks at latents and a source does not give them."""
+    for source in sources:
+        if _of_latents(extractor, source) and source.latents is None:
+            raise ValueError(
+                f"--features teacher looks at latents, and {source.name} gives images only; name a transformers model"
+            )
 
 
 def _row(
@@ -179,7 +219,8 @@ def _speeds(sources: Sequence[tuple[str, Candidate, bool]], settings: Settings) 
     """Return seconds per call at batch 1 and at the large batch, all rows timed in turns."""
 
     def call(source: Candidate, num: int) -> Callable[[], object]:
-        eps, cond = noise(range(num), source.sample_shape), source.conditions(num, settings.class_labels)
+        eps = noise(range(num), source.sample_shape)
+        cond = source.conditions(num, settings.class_labels, settings.prompts)
         return lambda: source.generate(eps, cond)
 
     one = speed.compare({name: call(source, 1) for name, source, _ in sources}, repeats=SPEED_ROUNDS)
@@ -198,16 +239,16 @@ def _subset_size(num_real: int, num_fake: int) -> int:
     return min(1000, num_real, num_fake)
 
 
-def teacher_reference(source: Candidate, num: int, settings: Settings) -> Reference:
-    """Return the teacher's own many-step samples, from seeds that no row uses."""
+def teacher_reference(source: Candidate, extractor: FeatureExtractor, settings: Settings) -> Reference:
+    """Return the teacher's own many-step samples (or their latents), from seeds that no row uses."""
+    num = settings.num_samples
     first = REFERENCE_SEED if settings.seed + num <= REFERENCE_SEED else settings.seed + num
-    cond = source.conditions(num, settings.class_labels, seed=first)
-    seeds = range(first, first + num)
-    images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
-    return Reference(images.clamp(-1, 1), f"the teacher's own {source.num_steps}-step samples, seeds {first}..")
+    cond = source.conditions(num, settings.class_labels, settings.prompts, seed=first)
+    images = _samples(source, extractor, range(first, first + num), cond, settings)
+    return Reference(images, f"the teacher's own {source.num_steps}-step samples, seeds {first}..")
 
 
-def folder_reference(folder: Path, sample_shape: Sequence[int]) -> Reference:
+def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
     """Return the images in a folder (searched recursively), in the teacher's size.
 
     Raises:
@@ -220,7 +261,7 @@ def folder_reference(folder: Path, sample_shape: Sequence[int]) -> Reference:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
     if len(paths) < 2:
         raise ValueError(f"--reference {folder} holds {len(paths)} images; at least 2 are needed")
-    channels, height, width = sample_shape
+    channels, height, width = image_shape
     images = []
     for path in paths:
         with Image.open(path) as picture:
@@ -273,17 +314,18 @@ def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureEx
     process = teacher.spec.process
     t = float(process.time_at_log_snr(torch.tensor([MIDDLE_LOG_SNR], dtype=torch.float64)))
     fixed = noise([0], teacher.spec.sample_shape)
-    null = teacher.spec.null_class if teacher.spec.null_class is not None else 0
 
     def look(images: Tensor) -> None:
         alpha, sigma = (broadcast(v, images) for v in process.alpha_sigma(as_times(t, len(images))))
-        cond: Cond = {}
-        if teacher.spec.num_classes is not None:
-            cond["class_labels"] = torch.full((len(images),), null, device=device)
+        # What the images show is not said: the null condition where there is one, else the same for all.
+        cond = to_device(teacher.null_rows(teacher.example_rows(len(images))), device)
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
     if hasattr(network, "mid_block"):
-        return MiddleFeatures(network, look, name=f"the teacher's own mid_block at log-SNR {MIDDLE_LOG_SNR:g}")
+        decodes = isinstance(teacher, PipelineTeacher) and teacher.family.decode is not None
+        of_what = " of latents" if decodes else ""
+        name = f"the teacher's own mid_block{of_what} at log-SNR {MIDDLE_LOG_SNR:g}"
+        return MiddleFeatures(network, look, name=name, of_latents=decodes)
     raise ValueError(
         f"--features teacher: {type(network).__name__} has no mid_block; name a network file or a transformers model"
     )

@@ -202,6 +202,10 @@ class NetworkTeacher(Teacher):
         shared = {id(tensor): tensor for tensor in (*self.network.parameters(), *self.network.buffers())}
         return copy.deepcopy(self.network, shared).eval()
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images of what the network makes: the same, where it works on pixels."""
+        return latents
+
     def to(self, device: torch.device | str) -> NetworkTeacher:
         """Move the network to `device`."""
         if isinstance(self.network, nn.Module):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.process import FlowMatching, Process, choose_t_max
+from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
 from onestill.teachers.recording import Call, Signature, as_call, asked_shift, record, split, watch
 from onestill.teachers.schedulers import times_of
@@ -177,6 +178,7 @@ class PipelineTeacher(NetworkTeacher):
         super().__init__(getattr(pipeline, family.network), spec, self._call)
         self.family, self.pipeline, self.folder = family, pipeline, folder
         self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
+        self.encoders_released = False
 
     def _call(self, network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
         x_t = self.family.pack(x_t, self.signature.constant)
@@ -184,11 +186,38 @@ class PipelineTeacher(NetworkTeacher):
         output = output[:, : x_t.shape[1]] if output.shape != x_t.shape else output
         return self.family.sign * self.family.unpack(output, self.signature.constant)
 
+    def to(self, device: torch.device | str) -> PipelineTeacher:
+        """Move the network, the decoder and the text encoders to `device`."""
+        self.pipeline.to(device)
+        return self
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], seeds: Sequence[int] = ()) -> Cond:
-        """Return the conditions of prompts, one row each; `seeds` for what the pipeline draws on the way."""
+        """Return the conditions of prompts, one row each; `seeds` for what the pipeline draws on the way.
+
+        Raises:
+            RuntimeError: If the text encoders were released.
+        """
+        if self.encoders_released:
+            raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
         (call,) = _calls(self.family, self.pipeline, prompts, 1.0, seeds=seeds or range(len(prompts)))
         return self.signature.conditions(call)
+
+    def encoder_identity(self) -> str:
+        """Return a name for what turns prompts into conditions: the same name is the same conditions."""
+        facts = (
+            type(self.pipeline).__name__,
+            encoders.plain_config(self.network.config),  # type: ignore[attr-defined]  # a pipeline's network has one
+            getattr(self.pipeline, "vae_scale_factor", None),
+            sorted(self.family.arguments.items()),
+            [(name, tuple(value.shape[1:]), str(value.dtype)) for name, value in sorted(self.example_cond.items())],
+        )
+        return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
+
+    def release_encoders(self) -> None:
+        """Let the text encoders and tokenizers go; `encode` is over, everything else stays."""
+        encoders.release(self.pipeline)
+        self.encoders_released = True
 
     @torch.no_grad()
     def one_step(self, eps: Tensor, cond: Cond) -> Tensor:

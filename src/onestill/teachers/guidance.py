@@ -24,6 +24,11 @@ class Guided(Teacher):
     """
 
     def __init__(self, teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False) -> None:
+        if (drawn or guidance_scale != 1) and not teacher.can_guide and teacher.spec.text:
+            raise ValueError(
+                f"--guidance_scale {guidance_scale:g} needs a null condition, and a {teacher.spec.family} pipeline has "
+                "none: guidance is in its weights already. Leave --guidance_scale at 1"
+            )
         if (drawn or guidance_scale != 1) and not teacher.can_guide:
             raise ValueError(
                 f"--guidance_scale {guidance_scale:g} needs a teacher with a null class, and this one has "

@@ -44,9 +44,11 @@ def _loader(family: Family) -> Loader:
 
 
 FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
+FAMILY_OF_PIPELINE: dict[str, Family] = {}
 for _module in (stable_diffusion, dit, pixart, deepfloyd, sd3, flux, sana, lumina2, wan, stable_audio):
     for _family in _module.FAMILIES:
         FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
+        FAMILY_OF_PIPELINE |= dict.fromkeys(_family.pipelines, _family)
 
 _INPAINTING = (
     "its network is given a mask and a masked picture beside the noise, 9 channels; those would have to be drawn "
@@ -122,7 +124,7 @@ def load_teacher(
         null_class = EMBEDDED[source].null_class if null_class is None else null_class
     else:
         folder = _find_folder(source, revision, variant, cache_dir, local_files_only)
-    index = _read_index(folder, source)
+    index = read_index(folder, source)
     class_name = index["_class_name"]
     if class_name in REFUSED:
         supported = ", ".join(sorted(FAMILIES))
@@ -201,7 +203,8 @@ def _download(
         ) from error
 
 
-def _read_index(folder: Path, source: str) -> dict[str, Any]:
+def read_index(folder: Path, source: str) -> dict[str, Any]:
+    """Return the model_index.json of a pipeline's folder; ValueError if there is none that names a class."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise ValueError(f"{source} is no diffusers pipeline: it has no model_index.json")

@@ -1,0 +1,265 @@
+"""What generates images, whatever it is: a student, a teacher, an exported pipeline; prompts and decoding included."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from onestill.config import DistillConfig
+from onestill.export import load_pipeline
+from onestill.sampler import Generate, Rows, student_generator, teacher_generator
+from onestill.student import Student
+from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock
+from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
+from onestill.teachers.recording import record
+from onestill.tensors import Cond
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that generates images.
+
+    Attributes:
+        name: What it is, in words.
+        generate: From noise and what is asked for (`conditions`) to images. Prompts are encoded and latents decoded
+            in it: its time is what a user waits.
+        sample_shape: Shape of the noise of one image.
+        labels: Labels it can be asked for; empty if it takes none.
+        folder: The exported pipeline it is, if it is one.
+        run: The run it comes from, if it does.
+        config: That run's configuration.
+        num_steps: Steps per image.
+        calls: Network evaluations per image.
+        text: Whether it takes prompts.
+        latents: The same up to the decoder, where there is one; None where the network works on pixels, or where an
+            exported pipeline does not let its latents out.
+        decodes: Whether there is a decoder.
+    """
+
+    name: str
+    generate: Generate
+    sample_shape: tuple[int, ...]
+    labels: tuple[int, ...]
+    folder: Path | None = None
+    run: Path | None = None
+    config: DistillConfig | None = None
+    num_steps: int = 1
+    calls: int = 1
+    text: bool = False
+    latents: Generate | None = None
+    decodes: bool = False
+
+    def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Rows:
+        """Return what `num` images are asked for: going round `prompts` or `chosen`.
+
+        Where neither is given, seed i has label i modulo the number of all labels: one seed is one image.
+
+        Args:
+            num: How many.
+            chosen: Labels to go round.
+            prompts: Prompts to go round.
+            seed: The first seed, of seed, seed + 1, ...
+
+        Raises:
+            ValueError: If labels or prompts are given to a source without, none to one that needs them, or a label
+                is unknown.
+        """
+        if len(prompts) and not self.text:
+            raise ValueError(
+                "--prompt was given, but this teacher takes no text; use --class_labels where it has classes"
+            )
+        if chosen and not self.labels:
+            takes = "takes prompts" if self.text else "is unconditional"
+            raise ValueError(f"--class_labels {list(chosen)} was given, but {self.name} {takes}")
+        if unknown := sorted(set(chosen) - set(self.labels)):
+            raise ValueError(f"--class_labels {unknown}: {self.name} knows {self.labels[0]} to {max(self.labels)}")
+        if self.text:
+            if not len(prompts):
+                raise ValueError(f"{self.name} takes text: say what to draw with --prompt or --prompt_file")
+            return {"prompt": [prompts[i % len(prompts)] for i in range(num)]}
+        labels, first = chosen or self.labels, 0 if chosen else seed
+        rows = [labels[i % len(labels)] for i in range(first, first + num)] if labels else []
+        return {"class_labels": torch.tensor(rows)} if labels else {}
+
+
+def student_source(
+    student: Student,
+    name: str,
+    run: Path,
+    config: DistillConfig,
+    *,
+    t: float,
+    guidance_scale: float | None,
+    device: torch.device,
+) -> Source:
+    """Return the one step of a student, at the target time t and, if it takes one, a guidance scale."""
+    base, generate = student.teacher, student_generator(student, t=t, device=device)
+    if student.guidance_range is not None:
+        w = sum(student.guidance_range) / 2 if guidance_scale is None else guidance_scale
+        generate = _with_guidance(generate, w)
+    labels = config.class_labels or tuple(base.spec.labels)
+    return _around(base, generate, name=name, labels=labels, run=run, config=config, clips=True)
+
+
+def teacher_source(
+    base: NetworkTeacher, fitted: Teacher, *, num_steps: int, device: torch.device, solver: str = "ddim"
+) -> Source:
+    """Return the multi-step sampler of a teacher.
+
+    Args:
+        base: The teacher.
+        fitted: The same, guided and thresholded already.
+        num_steps: Steps.
+        device: Where it is.
+        solver: Kind of step.
+    """
+    generate = teacher_generator(fitted, num_steps=num_steps, solver=solver, device=device)
+    calls = num_steps * fitted.calls * (1 if solver == "ddim" else 2)
+    name = f"the teacher {base.spec.source}"
+    return _around(base, generate, name=name, labels=tuple(base.spec.labels), num_steps=num_steps, calls=calls)
+
+
+def _around(
+    base: NetworkTeacher,
+    network: Generate,
+    *,
+    name: str,
+    labels: tuple[int, ...],
+    run: Path | None = None,
+    config: DistillConfig | None = None,
+    num_steps: int = 1,
+    calls: int = 1,
+    clips: bool = False,
+) -> Source:
+    """Return a source around what a network makes: prompts are encoded before it, latents decoded behind it."""
+    decodes = isinstance(base, PipelineTeacher) and base.family.decode is not None
+
+    def latents(eps: Tensor, rows: Rows) -> Tensor:
+        if isinstance(base, PipelineTeacher) and base.spec.text:
+            return network(eps, base.encode(rows["prompt"]))
+        return network(eps, rows)
+
+    def generate(eps: Tensor, rows: Rows) -> Tensor:
+        images = base.decode(latents(eps, rows))
+        # As an exported pipeline leaves them.
+        return images.clamp(-1, 1) if clips or decodes else images
+
+    return Source(
+        name,
+        generate,
+        base.spec.sample_shape,
+        labels,
+        run=run,
+        config=config,
+        num_steps=num_steps,
+        calls=calls,
+        text=base.spec.text,
+        latents=latents if decodes else None,
+        decodes=decodes,
+    )
+
+
+def _with_guidance(generate: Generate, guidance_scale: float) -> Generate:
+    return lambda eps, cond: generate(eps, {**cond, "guidance_scale": torch.full((len(eps),), guidance_scale)})
+
+
+def open_pipeline(
+    folder: Path, device: torch.device, run: Path | None = None, config: DistillConfig | None = None
+) -> Source:
+    """Return the one step of an exported pipeline: its own components, on noise that is given.
+
+    Raises:
+        ValueError: If it does not load.
+    """
+    try:
+        class_name = read_index(folder, "the folder")["_class_name"]
+        if class_name in FAMILY_OF_PIPELINE:
+            pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
+            return _open_family(FAMILY_OF_PIPELINE[class_name], pipeline, folder, device, run, config)
+        pipeline = load_pipeline(folder, device)
+        network = pipeline.unet.config
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"--student {folder} does not load: {str(error).splitlines()[0]}") from error
+    size = network.sample_size
+    shape = (network.in_channels, *((size, size) if isinstance(size, int) else size))
+    null_class, chosen = (None, ()) if config is None else (config.null_class, config.class_labels)
+    labels = chosen or tuple(i for i in range(network.num_class_embeds or 0) if i != null_class)
+    return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, run=run, config=config)
+
+
+def _one_step(pipeline: Any) -> Generate:
+    """Return an exported pipeline's one step, its own network and scheduler, on noise that is given."""
+    scheduler, network = pipeline.scheduler, pipeline.unet
+    scheduler.set_timesteps(1)
+    t = scheduler.timesteps[0]
+
+    @torch.no_grad()
+    def generate(eps: Tensor, cond: Cond) -> Tensor:
+        x = eps.to(network.device) * scheduler.init_noise_sigma
+        labels = cond["class_labels"].to(network.device) if "class_labels" in cond else None
+        images: Tensor = scheduler.step(network(x, t, class_labels=labels).sample, t, x).prev_sample
+        return images
+
+    return generate
+
+
+def _open_family(
+    family: Family, pipeline: Any, folder: Path, device: torch.device, run: Path | None, config: DistillConfig | None
+) -> Source:
+    """Return the plain call of an exported pipeline of a family, on noise that is given."""
+    network, arguments = getattr(pipeline, family.network), dict(family.export_arguments)
+    (seen,) = record(lambda: family.call(pipeline, examples(family, 1), **arguments), network)
+    noise = family.unpack(family.sort_call(seen, pipeline).x_t, seen.arguments)
+    takes_noise = "latents" in inspect.signature(pipeline.__call__).parameters
+    text = family.prompt == "prompt"
+
+    def call(output_type: str) -> Callable[[Tensor, Rows], Any]:
+        def generate(eps: Tensor, rows: Rows) -> Any:
+            asked, packed = rows["prompt"] if text else rows["class_labels"].tolist(), eps.to(device)
+            packed = family.pack(packed, seen.arguments)
+            if takes_noise:
+                return family.call(pipeline, asked, output_type=output_type, latents=packed, **arguments)
+            with _noise(pipeline, packed):
+                return family.call(pipeline, asked, output_type=output_type, **arguments)
+
+        return generate
+
+    images, latents = call("pt"), call("latent")
+    classes = 0 if family.null_class is None else family.null_class(network.config)
+    chosen = () if config is None else config.class_labels
+    return Source(
+        f"the student in {folder}",
+        lambda eps, rows: family.result(images(eps, rows)).float().clamp(-1, 1),
+        tuple(noise.shape[1:]),
+        chosen or tuple(range(classes)),
+        folder=folder,
+        run=run,
+        config=config,
+        text=text,
+        latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.decode is not None else None,
+        decodes=family.decode is not None,
+    )
+
+
+@contextmanager
+def _noise(pipeline: Any, eps: Tensor) -> Iterator[None]:
+    """Let a pipeline that takes no `latents` start from given noise: its module draws it with `randn_tensor`."""
+    module: Any = sys.modules[type(pipeline).__module__]
+    draw = module.randn_tensor
+    module.randn_tensor = lambda shape, *args, **kwargs: (
+        eps if tuple(shape) == tuple(eps.shape) else draw(shape, *args, **kwargs)
+    )
+    try:
+        yield
+    finally:
+        module.randn_tensor = draw

@@ -1,0 +1,119 @@
+"""The text encoders and tokenizers of a stock pipeline: which they are, how long a prompt they take, letting them go."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+PREFIXES = ("text_encoder", "tokenizer")
+# Tokenizers that have no limit say so with an endless number.
+NO_LIMIT = 100_000
+
+
+def parts(pipeline: Any) -> dict[str, Any]:
+    """Return the pipeline's text encoders and tokenizers by name."""
+    return {name: part for name, part in pipeline.components.items() if name.startswith(PREFIXES) and part is not None}
+
+
+def release(pipeline: Any) -> None:
+    """Take the text encoders and tokenizers out of the pipeline, so that their memory is free."""
+    for name in parts(pipeline):
+        setattr(pipeline, name, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep pipelines from printing every prompt that they cut: those are counted here."""
+    from diffusers.utils import logging
+
+    usual = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(usual)
+
+
+def identity(pipeline: Any, facts: Sequence[object]) -> str:
+    """Return a hash of the encoders' weights and configurations, of the tokenizers and of `facts`.
+
+    Args:
+        pipeline: The pipeline, with its encoders.
+        facts: What else decides the conditions of a prompt.
+    """
+    digest = hashlib.blake2b(repr(tuple(facts)).encode(), digest_size=8)
+    for name, part in sorted(parts(pipeline).items()):
+        digest.update(name.encode())
+        if isinstance(part, torch.nn.Module):
+            digest.update(plain_config(part.config).encode())
+            _add_weights(digest, part)
+        else:
+            digest.update(_tokenizer_words(part).encode())
+    return digest.hexdigest()
+
+
+def plain_config(config: Any) -> str:
+    """Return a configuration as text, without where it was loaded from and by which version."""
+    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    kept = {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _add_weights(digest: Any, module: torch.nn.Module) -> None:
+    for name, value in module.state_dict().items():
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _tokenizer_words(tokenizer: Any) -> str:
+    """Return what decides a tokenizer's tokens: its class, its rules or its vocabulary, and its limits."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return f"{type(tokenizer).__name__} {tokenizer.model_max_length} {special} {rules}"
+
+
+def limits(pipeline: Any) -> list[tuple[Any, int]]:
+    """Return (tokenizer, the tokens it passes on) for each tokenizer that has a limit.
+
+    Pipelines with a T5 or a language model as encoder cut its prompts at their `max_sequence_length` argument.
+    """
+    argument = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    longest = argument.default if argument is not None and isinstance(argument.default, int) else NO_LIMIT
+    found = []
+    for name, part in parts(pipeline).items():
+        if name.startswith("tokenizer") and hasattr(part, "model_max_length"):
+            limit = int(min(part.model_max_length, NO_LIMIT))
+            found.append((part, limit if "CLIP" in type(part).__name__ else min(limit, longest)))
+    return [(tokenizer, limit) for tokenizer, limit in found if limit < NO_LIMIT]
+
+
+def limit(pipeline: Any) -> int | None:
+    """Return the most tokens that any of the encoders takes; None if that is not known."""
+    return max((most for _, most in limits(pipeline)), default=None)
+
+
+def are_cut(pipeline: Any, texts: Sequence[str]) -> list[bool]:
+    """Return whether each prompt is longer than every encoder takes, the roomiest too."""
+    known = limits(pipeline)
+    if not known or not texts:
+        return [False] * len(texts)
+    tokenizer, most = max(known, key=lambda pair: pair[1])
+    # A token is a byte or more, and two more begin and end the text: most prompts need no counting.
+    long = [i for i, text in enumerate(texts) if len(text.encode()) + 3 > most]
+    cut = [False] * len(texts)
+    if long:
+        tokens = tokenizer([texts[i] for i in long], truncation=False, padding=False, verbose=False).input_ids
+        for i, row in zip(long, tokens, strict=True):
+            cut[i] = len(row) > most
+    return cut

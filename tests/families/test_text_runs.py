@@ -1,0 +1,288 @@
+"""Whole runs of a text teacher: from the command line and a prompt file to an exported folder that takes prompts."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import build
+from runs_helpers import (
+    Interruption,
+    as_flags,
+    call_cli,
+    copied,
+    finished_run,
+    interrupt_at,
+    same_state,
+    snapshot,
+    teacher_folder,
+)
+from safetensors.torch import load_file, save_file
+
+import onestill
+from onestill.config import make_config
+from onestill.distillation import make_trainer, prepare
+from onestill.prompt_plan import choose
+from onestill.teachers.family import PipelineTeacher
+from onestill.teachers.load import load_teacher
+
+PROMPTS = [f"{word} {letter}" for word in ("red", "blue") for letter in "abcdefghij"]
+
+
+@functools.cache
+def place() -> Path:
+    """Return a folder with a teacher, t/, and a prompt file, p.txt: read only."""
+    folder = Path(tempfile.mkdtemp(prefix="onestill-text-"))
+    build("sd-epsilon").save_pretrained(folder / "t")
+    (folder / "p.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]))
+    return folder
+
+
+def settings(cache: Path, **own: Any) -> dict[str, Any]:
+    base = {
+        "device": "cpu",
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "lr_warmup_steps": 1,
+        "learning_rate": 3e-3,
+        "checkpointing_steps": 2,
+        "validation_steps": 1000,
+        "num_validation_images": 2,
+        "num_teacher_steps": 2,
+        "prompt_file": place() / "p.txt",
+        "prompt_cache_dir": cache,
+    }
+    return {**base, **own}
+
+
+@functools.cache
+def text_run() -> Path:
+    """Return a finished run with guidance and a negative prompt: read only."""
+    folder = Path(tempfile.mkdtemp(prefix="onestill-text-run-"))
+    own = {"guidance_scale": 2.0, "negative_prompt": "blue", "empty_prompt_fraction": 0.2}
+    outcome = call_cli(
+        "distill", "--teacher", place() / "t", "--output_dir", folder / "run", *as_flags(settings(folder / "cache", **own))
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "20 prompts (1 repeated), of which the run draws from 16" in outcome.words, outcome.words
+    assert "truncated" not in outcome.err
+    return folder / "run"
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    run = copied(text_run(), tmp_path / "run")
+    images = []
+    for i, student in enumerate((run, run / "checkpoint-4", run / "pipeline")):
+        path = tmp_path / f"{i}.safetensors"
+        flags = ["--prompt", "red a", "--prompt", "blue b", "--num_images", 3, "--seed", 5, "--output", path]
+        outcome = call_cli("sample", "--student", student, *flags)
+        assert outcome.code == 0, outcome.err
+        images.append(load_file(path)["images"])
+    assert images[0].shape == (3, 3, 16, 16) and images[0].abs().max() <= 1
+    assert (images[1] - images[0]).abs().max() <= 1e-4 and torch.equal(images[2], images[0])
+    assert call_cli("sample", "--student", run, "--prompt", "it", "--output", tmp_path / "x.png").code == 0
+
+    few = ["--num_samples", 10, "--steps", "2,1", "--num_reference_steps", 2, "--device", "cpu", "--batch_size", 5]
+    outcome = call_cli("evaluate", "--student", run, *few, "--json")
+    assert outcome.code == 0, outcome.err
+    protocol = json.loads(outcome.out)["protocol"]
+    assert "mid_block of latents" in protocol["extractor"] and protocol["notes"] == ["prompts: 20 of p.txt, in turn"]
+    assert protocol["guidance_scale"] == 2
+    assert (run / "evaluation" / "samples.png").is_file()
+
+    card = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-to-image" in card and "library_name: diffusers" in card
+    assert 'pipe("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images' in card
+    assert json.loads(outcome.out)["rows"][0]["name"] in card
+    outcome = call_cli("export", "--student", run / "checkpoint-2", "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+
+
+def test_one_seed_is_one_image_in_any_batch_and_a_prompt_matters() -> None:
+    for source in (text_run(), text_run() / "checkpoint-4"):
+        together = onestill.sample(source, prompts=["red a", "blue b"], num_images=4)
+        alone = onestill.sample(source, prompts=["red a", "blue b"], num_images=4, batch_size=1)
+        assert (together - alone).abs().max() <= 1e-4
+        again = onestill.sample(source, prompts=["blue b"], num_images=1, seed=1)
+        assert (again[0] - together[1]).abs().max() <= 1e-4
+        other = onestill.sample(source, prompts=["red a"], num_images=1, seed=1)
+        assert (again - other).abs().max() > 1e-4
+
+
+def test_a_teacher_takes_prompts_and_a_negative_one() -> None:
+    common: dict[str, Any] = {"teacher": place() / "t", "num_inference_steps": 2, "num_images": 2}
+    plain = onestill.sample(prompts=["red a"], guidance_scale=3.0, **common)
+    negative = onestill.sample(prompts=["red a"], guidance_scale=3.0, negative_prompt="blue b", **common)
+    assert plain.shape == (2, 3, 16, 16) and (plain - negative).abs().max() > 1e-4
+    from_file = onestill.sample(prompt_file=place() / "p.txt", **common)
+    listed = onestill.sample(prompts=PROMPTS[:2], **common)
+    assert torch.equal(from_file, listed)
+
+
+def test_a_student_that_takes_the_guidance_scale(tmp_path: Path) -> None:
+    own = settings(tmp_path / "cache", guidance_scale_min=1.0, guidance_scale_max=4.0)
+    onestill.distill(place() / "t", tmp_path / "run", show_progress=False, **own)
+    low, high = (onestill.sample(tmp_path / "run", prompts=["it"], num_images=2, guidance_scale=w) for w in (1.0, 4.0))
+    assert (low - high).abs().max() > 1e-6
+
+
+def test_inspect_says_text() -> None:
+    outcome = call_cli("inspect", "--teacher", place() / "t", "--json", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert (found["conditioning"], found["family"], found["sample_shape"]) == ("text", "stable_diffusion", [4, 8, 8])
+    assert found["num_parameters"] > 0 and 0.5 < found["t_max"] <= 1
+
+
+# The cache
+
+
+def test_a_second_run_encodes_nothing_and_lets_the_encoders_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = onestill.distill(place() / "t", tmp_path / "a", show_progress=False, **settings(tmp_path / "cache"))
+    asked: list[str] = []
+    encode = PipelineTeacher.encode
+    monkeypatch.setattr(PipelineTeacher, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    values = {"teacher": str(place() / "t"), "output_dir": tmp_path / "b", **settings(tmp_path / "cache")}
+    prepared = prepare(make_config(values))
+    asked.clear()  # what the teacher's self-check encodes
+    trainer = make_trainer(prepared)
+    assert asked == [] and any("all encoded already" in message for message in prepared.messages)
+    assert isinstance(prepared.base, PipelineTeacher)
+    assert prepared.base.pipeline.text_encoder is None and prepared.base.pipeline.tokenizer is None
+    with pytest.raises(RuntimeError, match="were released"):
+        prepared.base.encode(["red"])
+    for _ in trainer.steps():
+        pass
+    assert first.checkpoint is not None and same_state(first.checkpoint, tmp_path / "b" / "checkpoint-4")
+
+
+def test_another_text_encoder_has_another_cache(tmp_path: Path) -> None:
+    other = copied(place() / "t", tmp_path / "t")
+    path = other / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    name = next(n for n, value in weights.items() if value.ndim == 2)
+    weights[name][0, 0] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    names = {load.encoder_identity() for load in (load_teacher(other), load_teacher(place() / "t")) if isinstance(load, PipelineTeacher)}  # fmt: skip
+    assert len(names) == 2
+    moved = load_teacher(copied(place() / "t", tmp_path / "moved"))
+    assert isinstance(moved, PipelineTeacher) and moved.encoder_identity() in names
+    onestill.distill(place() / "t", tmp_path / "a", show_progress=False, **settings(tmp_path / "cache"))
+    values = {"teacher": str(other), "output_dir": tmp_path / "b", **settings(tmp_path / "cache")}
+    said = " ".join(prepare(make_config(values)).messages)
+    assert "1 other text encoders" in said and "to encode into" in said
+
+
+def test_a_prompt_that_is_too_long_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("red\na\n" + "\n".join("photo of a long drawing " + "x" * i for i in range(3)))
+    for _ in range(2):  # counted when it is encoded, and when it comes from the cache
+        outcome = call_cli(
+            "distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run",
+            *as_flags(settings(tmp_path / "cache", prompt_file=path)), "--dry_run",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        assert "warning: 3 prompts are longer than the 8 tokens" in outcome.words
+        onestill.distill(
+            place() / "t", tmp_path / str(_), show_progress=False, **settings(tmp_path / "cache", prompt_file=path)
+        )
+
+
+# Draws
+
+
+def test_the_seed_decides_the_prompts_and_longer_runs_have_those_of_shorter_ones() -> None:
+    short, long, other = choose(1000, 50, 0), choose(1000, 400, 0), choose(1000, 50, 1)
+    assert len(set(short)) == 50 and set(short) <= set(long) and set(short) != set(other)
+    assert (short == choose(1000, 50, 0)).all() and choose(10, 50, 0).tolist() == list(range(10))
+
+
+def test_empty_prompts_come_as_often_as_asked(tmp_path: Path) -> None:
+    values = {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", **settings(tmp_path / "cache")}
+    prepared = prepare(make_config({**values, "empty_prompt_fraction": 0.25}))
+    make_trainer(prepared)
+    (name,) = prepared.base.null_cond
+    cond = prepared.conditions.draw(2000, torch.Generator().manual_seed(0))
+    empty = (cond[name] == prepared.base.null_cond[name]).flatten(1).all(1).float().mean()
+    assert abs(empty - 0.25) < 0.04  # four standard deviations
+    again = prepared.conditions.draw(2000, torch.Generator().manual_seed(0))
+    assert torch.equal(cond[name], again[name])
+    grid = prepared.conditions.grid(3)[name]
+    assert torch.equal(grid[2], grid[0]) and prepared.conditions.captions == tuple(PROMPTS[:2])
+
+
+def test_resume_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
+    own = settings(tmp_path / "cache", empty_prompt_fraction=0.2, guidance_scale=2.0)
+    whole = onestill.distill(place() / "t", tmp_path / "whole", show_progress=False, **own)
+    with pytest.raises(Interruption):
+        onestill.distill(place() / "t", tmp_path / "cut", show_progress=False, on_step=interrupt_at(3), **own)
+    # The file may lie elsewhere, and the cache be shared with other runs meanwhile.
+    (tmp_path / "moved.txt").write_text((place() / "p.txt").read_text())
+    moved = {**own, "prompt_file": tmp_path / "moved.txt", "resume_from_checkpoint": "latest"}
+    resumed = onestill.distill(place() / "t", tmp_path / "cut", show_progress=False, **moved)
+    assert whole.checkpoint is not None and resumed.checkpoint is not None
+    assert same_state(whole.checkpoint, resumed.checkpoint)
+    (tmp_path / "moved.txt").write_text("other\nprompts\n")
+    with pytest.raises(ValueError, match="was trained on other prompts"):
+        onestill.distill(place() / "t", tmp_path / "cut", show_progress=False, **moved)
+
+
+# Bad input
+
+D = "distill --output_dir run --device cpu --prompt_cache_dir cache "
+BAD = [
+    ("no prompts", D + "--teacher TEXT", "this teacher takes prompts: give a file of them with --prompt_file"),
+    ("no file", D + "--teacher TEXT --prompt_file no.txt", "--prompt_file no.txt: no such file"),
+    ("kind", D + "--teacher TEXT --prompt_file p.xml", "--prompt_file p.xml: give a .txt"),
+    ("empty", D + "--teacher TEXT --prompt_file empty.txt", "--prompt_file empty.txt holds no prompt"),
+    ("binary", D + "--teacher TEXT --prompt_file binary.txt", "--prompt_file binary.txt, line 2 is not UTF-8"),
+    ("field", D + "--teacher TEXT --prompt_file p.jsonl --prompt_field text", "line 1: no field 'text', it has prompt"),
+    ("prompts of no text teacher", D + "--teacher PLAIN --prompt_file p.txt", "--prompt_file p.txt was given, but this teacher takes no text"),
+    ("negative of no text teacher", D + "--teacher PLAIN --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
+    ("empty share of no text teacher", D + "--teacher PLAIN --empty_prompt_fraction 0.1", "--empty_prompt_fraction 0.1 was given, but"),
+    ("negative that does nothing", D + "--teacher TEXT --prompt_file p.txt --negative_prompt x", "acts through guidance only"),
+    ("share", D + "--teacher TEXT --prompt_file p.txt --empty_prompt_fraction 1", "--empty_prompt_fraction: input should be less than 1"),
+    ("labels", D + "--teacher TEXT --prompt_file p.txt --class_labels 1", "takes prompts, not labels"),
+    ("range reversed", D + "--teacher TEXT --prompt_file p.txt --guidance_scale_min 4 --guidance_scale_max 2", "--guidance_scale_min 4 must be below"),
+    ("cache is a file", D.replace("cache ", "p.txt ") + "--teacher TEXT --prompt_file p.txt", "--prompt_cache_dir p.txt is a file"),
+    ("too many to show", D + "--teacher TEXT --prompt_file p.txt --num_validation_images 1 --validation_prompt a --validation_prompt b", "--validation_prompt was given 2 times"),
+    ("sample of no prompt", "sample --output x.png --student TRUN", "takes text: say what to draw with --prompt or --prompt_file"),
+    ("sample of a teacher and no prompt", "sample --output x.png --teacher TEXT", "takes text: say what to draw with --prompt or --prompt_file"),
+    ("sample of both", "sample --output x.png --student TRUN --prompt a --prompt_file p.txt", "give --prompt or --prompt_file, not both"),
+    ("sample of a field", "sample --output x.png --student TRUN --prompt a --prompt_field b", "--prompt_field b is for a --prompt_file"),
+    ("sample of a bad file", "sample --output x.png --student TRUN --prompt_file binary.txt", "binary.txt, line 2 is not UTF-8"),
+    ("sample of a student with a negative", "sample --output x.png --student TRUN --prompt a --negative_prompt b", "--negative_prompt 'b' is the teacher's"),
+    ("sample with a negative that does nothing", "sample --output x.png --teacher TEXT --prompt a --negative_prompt b", "acts through guidance only"),
+    ("sample with labels", "sample --output x.png --student TRUN --prompt a --class_labels 1", "takes prompts"),
+    ("sample with guidance that is fixed", "sample --output x.png --student TRUN --prompt a --guidance_scale 3", "distilled with w = 2 fixed"),
+    ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student TRUN/pipeline --teacher TEXT", "takes text: say what to draw"),
+    ("evaluate of prompts of no text teacher", "evaluate --num_samples 10 --output out --student RUN --prompt a", "--prompt was given, but this teacher takes no text"),
+    ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", "--teacher makes samples of shape (1, 8, 8)"),
+    ("evaluate latents with a folder", "evaluate --num_samples 10 --output out --student TRUN --reference none", "--reference none: no such folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "command", "words"), BAD, ids=[name for name, *_ in BAD])
+def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("red\nblue\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"red\n\xff\xd8\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "red"}\n')
+    (tmp_path / "p.xml").write_text("<a/>")
+    before = snapshot(tmp_path)
+    if "TRUN" in command:
+        command = command.replace("TRUN", str(text_run()))
+    if " RUN" in command:
+        command = command.replace(" RUN", f" {finished_run()}")
+    command = command.replace("TEXT", str(place() / "t")).replace("PLAIN", str(teacher_folder()))
+    outcome = call_cli(*command.split())
+    assert outcome.code == 2, outcome
+    assert words in outcome.words and outcome.out == "" and "Traceback" not in outcome.err, outcome.err
+    assert [line[:7] for line in outcome.err.splitlines()] == ["error: "], outcome.err
+    assert snapshot(tmp_path) == before
