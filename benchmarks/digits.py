@@ -19,9 +19,9 @@ from onestill.distillation import distill
 from onestill.evaluation.report import print_report
 
 SETTINGS: dict[str, Any] = {
-    "max_train_steps": 9000,
-    "anchor_fraction": 0.5,
-    "num_anchors": 24_000,
+    "max_train_steps": 14_000,
+    "anchor_fraction": 0.75,
+    "num_anchors": 40_000,
     "train_batch_size": 64,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",

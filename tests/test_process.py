@@ -299,11 +299,16 @@ def test_epsilon_starts_where_the_signal_is_large_enough(name: str) -> None:
     assert "divides by alpha" in reason and f"{process.level(1.0)[0]:.2g}" in reason
 
 
-@pytest.mark.parametrize("name", ["vp, scaled linear", "vp, 100 steps", "ve"])
+@pytest.mark.parametrize("name", ["vp, scaled linear", "vp, 100 steps"])
 def test_epsilon_starts_at_the_end_where_it_can(name: str) -> None:
     t_max, reason = choose_t_max(PROCESSES[name], "epsilon")
     assert t_max == 1.0
     assert f"alpha = {PROCESSES[name].level(1.0)[0]:.3f}" in reason and "large enough" in reason
+
+
+def test_epsilon_on_a_variance_exploding_process_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiplies every error by sigma.*prediction_type 'edm', or 'sample'"):
+        choose_t_max(PROCESSES["ve"], "epsilon")
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused() -> None:

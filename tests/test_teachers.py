@@ -163,8 +163,11 @@ def test_fingerprint_is_of_what_the_weights_mean(cases: dict[str, Any]) -> None:
     for other in (replace(spec, prediction_type="sample"), replace(spec, process=cosine)):
         teacher.spec = other
         assert teacher.fingerprint() != before
-    # Where it lies and where it starts are not what it is.
-    teacher.spec = replace(spec, source="elsewhere", t_max=0.9, t_max_reason="given with --t_max")
+    for change in ({"t_max": 0.9}, {"num_classes": 3}, {"threshold": Threshold("static")}, {"sigma_data": 0.7}):
+        teacher.spec = replace(spec, **change)
+        assert teacher.fingerprint() != before
+    # Where it lies is not what it is.
+    teacher.spec = replace(spec, source="elsewhere", t_max_reason="given with --t_max")
     assert teacher.fingerprint() == before
 
 

@@ -181,7 +181,7 @@ class Training:
             "settings": {name: getattr(self.args, name) for name in FIXED},
         }
         written = write_checkpoint(folder, self.step, Checkpoint(tensors, values))
-        rotate(folder, 2)
+        rotate(folder, 2, newest=self.step)
         network = copy.deepcopy(self.network)
         self.ema.copy_to(network.parameters())
         averaged = ConsistencyModelPipeline(unet=network.cpu().eval(), scheduler=self.pipeline.scheduler)

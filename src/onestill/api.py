@@ -223,16 +223,6 @@ def evaluate(
     one_step = _open_at_scale(student, place, guidance_scale, local_files_only)
     asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field)
     base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, negative_prompt, place, local_files_only)
-    if base.spec.sample_shape != one_step.sample_shape:
-        raise ValueError(
-            f"--teacher makes samples of shape {base.spec.sample_shape}, --student of {one_step.sample_shape}"
-        )
-    if bool(one_step.labels) != bool(base.spec.labels) or not set(one_step.labels) <= set(base.spec.labels):
-        raise ValueError(
-            f"--student has {len(one_step.labels)} classes and --teacher {base.spec.num_classes or 0}: not the same teacher"
-        )
-    if one_step.text != base.spec.text:
-        raise ValueError(f"--student {'takes' if one_step.text else 'takes no'} text, and --teacher is another teacher")
     one_step.conditions(1, tuple(class_labels), asked)
     name = base.spec.source
     extractor = features
@@ -354,6 +344,7 @@ def _teacher_of(
         assert student.run is not None
         assert config is not None
         base = run_teacher(student.run, config, device, local_files_only=offline)
+    _check_pair(student, base)
     scale = _guidance_of(config, guidance_scale, base)
     negative = config.negative_prompt if negative_prompt is None and config and base.spec.text else negative_prompt
     use_negative_prompt(base, negative, acts=negative_prompt is None or scale not in (None, 1))
@@ -361,6 +352,19 @@ def _teacher_of(
         return base, fit_teacher(base, config, scale)
     guided = Guided(base, 1.0 if scale is None else scale)
     return base, guided if base.spec.threshold.mode == "none" else Thresholded(guided, base.spec.threshold)
+
+
+def _check_pair(student: Source, teacher: NetworkTeacher) -> None:
+    """Raise ValueError if a student and a teacher cannot be compared."""
+    spec = teacher.spec
+    if spec.sample_shape != student.sample_shape:
+        raise ValueError(f"--teacher makes samples of shape {spec.sample_shape}, --student of {student.sample_shape}")
+    if bool(student.labels) != bool(spec.labels) or not set(student.labels) <= set(spec.labels):
+        raise ValueError(
+            f"--student has {len(student.labels)} classes and --teacher {spec.num_classes or 0}: not the same teacher"
+        )
+    if student.text != spec.text:
+        raise ValueError(f"--student {'takes' if student.text else 'takes no'} text, and --teacher is another teacher")
 
 
 def _guidance_of(config: DistillConfig | None, guidance_scale: float | None, teacher: Teacher) -> float | None:

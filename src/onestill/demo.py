@@ -14,13 +14,13 @@ from onestill.distillation import CONFIG_FILE, check_device, check_output_dir, d
 from onestill.evaluation.report import Report
 
 SETTINGS: dict[str, Any] = {
-    "max_train_steps": 560,
-    "train_batch_size": 128,
+    "max_train_steps": 2500,
+    "anchor_fraction": 0.75,
+    "num_anchors": 10_000,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
-    "lr_warmup_steps": 50,
-    "checkpointing_steps": 280,
-    "validation_steps": 140,
+    "checkpointing_steps": 500,
+    "validation_steps": 500,
     "tracker_project_name": "onestill-demo",
 }
 """The project name also marks the folder as a demo, which --overwrite may remove."""
@@ -52,11 +52,11 @@ def run_demo(
     Raises:
         ValueError: If `output_dir` holds something else, or an earlier demo and not `overwrite`.
     """
-    settings = SETTINGS if max_train_steps is None else {**SETTINGS, "max_train_steps": max_train_steps}
-    settings = {
-        **settings,
-        "lr_warmup_steps": min(settings["lr_warmup_steps"], settings["max_train_steps"] - 1),
-    }
+    settings = dict(SETTINGS)
+    if max_train_steps is not None:
+        # As many anchors for each step as in the full demo.
+        anchors = SETTINGS["num_anchors"] * max_train_steps // SETTINGS["max_train_steps"]
+        settings |= {"max_train_steps": max_train_steps, "num_anchors": max(1, anchors)}
     make_config({"teacher": "digits", "output_dir": output_dir, "seed": seed, "device": device, **settings})
     check_device(device)
     _make_room(output_dir, overwrite)

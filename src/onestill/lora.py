@@ -175,7 +175,7 @@ def write_lora(teacher: PipelineTeacher, network: nn.Module, embeddings: Mapping
     parts = {family.network: teacher.network, "scheduler": scheduler, **_left_out(teacher)}
     # No copy of the network; what else the pipeline has goes where it is.
     device = next(network.parameters()).device
-    pipeline = load_stock(type(teacher.pipeline), teacher.folder, **parts).to(device)
+    pipeline = load_stock(type(teacher.pipeline), teacher.folder, parts).to(device)
     tensors = adapter_tensors(network, without=tuple(embeddings))
     tensors |= constant_updates(teacher, pipeline, embeddings)
     type(pipeline).save_lora_weights(folder, **{f"{family.network}_lora_layers": tensors}, safe_serialization=True)
@@ -219,6 +219,6 @@ def load_with_lora(teacher: PipelineTeacher, folder: Path) -> Any:
     """Return the teacher's own pipeline, loaded afresh, with a LoRA file and the scheduler beside it."""
     kind = json.loads((folder / SCHEDULER_FILE).read_text(encoding="utf-8"))["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True)
-    pipeline = load_stock(type(teacher.pipeline), teacher.folder, scheduler=scheduler, **_left_out(teacher))
+    pipeline = load_stock(type(teacher.pipeline), teacher.folder, {"scheduler": scheduler, **_left_out(teacher)})
     pipeline.load_lora_weights(folder, local_files_only=True, use_safetensors=True)
     return pipeline

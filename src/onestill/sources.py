@@ -218,7 +218,7 @@ def _open_family(
 ) -> Source:
     """Return the plain call of an exported pipeline of a family, on noise that is given."""
     network, arguments = getattr(pipeline, family.network), dict(family.export_arguments)
-    (seen,) = record(lambda: family.call(pipeline, examples(family, 1), **arguments), network)
+    (seen,) = record(lambda: family.call(pipeline, examples(family, 1), arguments), network)
     noise = family.unpack(family.sort_call(seen, pipeline).x_t, seen.arguments)
     takes_noise = "latents" in inspect.signature(pipeline.__call__).parameters
     text = family.prompt == "prompt"
@@ -228,9 +228,9 @@ def _open_family(
             asked, packed = rows["prompt"] if text else rows["class_labels"].tolist(), eps.to(device)
             packed = family.pack(packed, seen.arguments)
             if takes_noise:
-                return family.call(pipeline, asked, output_type=output_type, latents=packed, **arguments)
+                return family.call(pipeline, asked, {**arguments, "output_type": output_type, "latents": packed})
             with _noise(pipeline, packed):
-                return family.call(pipeline, asked, output_type=output_type, **arguments)
+                return family.call(pipeline, asked, {**arguments, "output_type": output_type})
 
         return generate
 

@@ -50,9 +50,11 @@ class Fake:
         images = self.make(eps)
         return images + cond["class_labels"].reshape(-1, 1, 1, 1) if "class_labels" in cond else images
 
-    def conditions(self, num: int, chosen: tuple[int, ...] = ()) -> Cond:
+    def conditions(self, num: int, chosen: tuple[int, ...] = (), *, seed: int = 0) -> Cond:
         labels = chosen or tuple(range(self.num_classes))
-        return {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(num)])} if labels else {}
+        return (
+            {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(seed, seed + num)])} if labels else {}
+        )
 
 
 class Pixels:

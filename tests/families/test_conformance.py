@@ -84,7 +84,7 @@ def test_four_guided_steps_are_the_pipelines_own(teacher: PipelineTeacher) -> No
 
 def test_a_seed_is_the_pipelines_own_noise(teacher: PipelineTeacher) -> None:
     family = teacher.family
-    run = lambda: family.call(teacher.pipeline, examples(family, 2), seeds=(3, 4), num_inference_steps=2)  # noqa: E731
+    run = lambda: family.call(teacher.pipeline, examples(family, 2), {"num_inference_steps": 2}, seeds=(3, 4))  # noqa: E731
     call = record(run, teacher.network)[0]  # type: ignore[arg-type]  # a pipeline's network is a module
     first = family.sort_call(call, teacher.pipeline).x_t[-2:]
     ours = noise((3, 4), teacher.spec.sample_shape)

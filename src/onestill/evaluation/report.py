@@ -36,6 +36,7 @@ class EvaluationProtocol(_Record):
         seeds: The seeds of the generated images, for example `0..4999`.
         guidance_scale: w in u + w (c - u); 1 is no guidance, None is an unconditional teacher.
         device: What the speeds were measured on.
+        dtype: Precision of the networks; `onestill evaluate` runs them as they were loaded, in float32.
         large_batch_size: The batch size of `Row.images_per_second_large`.
         kernel_subset_size: Rows per subset of the kernel distance.
         kernel_num_subsets: Subsets of the kernel distance.
@@ -55,6 +56,7 @@ class EvaluationProtocol(_Record):
     seeds: str
     guidance_scale: float | None = None
     device: str = "cpu"
+    dtype: str = "float32"
     large_batch_size: int | None = None
     kernel_subset_size: int | None = None
     kernel_num_subsets: int | None = None
@@ -72,7 +74,7 @@ class EvaluationProtocol(_Record):
         lines.append(f"compared with {self.num_reference_images:,} images: {self.reference}")
         lines.append(f"features {self.extractor}, D = {self.feature_dim}{self._metric_settings()}")
         large = f", batches of 1 and {self.large_batch_size:,}" if self.large_batch_size else ""
-        lines.append(f"speed on {self.device}, float32{large}")
+        lines.append(f"speed on {self.device}, {self.dtype}{large}")
         if self.versions:
             lines.append(", ".join(f"{name} {number}" for name, number in self.versions.items()))
         return lines + list(self.notes)

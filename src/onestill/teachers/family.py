@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -115,8 +116,17 @@ class Family:
     pack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda latents, constant: latents
     unpack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda packed, constant: packed
 
-    def call(self, pipeline: Any, conditions: Sequence[Any], *, seeds: Sequence[int] = (), **arguments: Any) -> Any:
-        """Call the stock pipeline for some prompts (or labels) and return what it returns."""
+    def call(
+        self, pipeline: Any, conditions: Sequence[Any], arguments: Mapping[str, Any], *, seeds: Sequence[int] = ()
+    ) -> Any:
+        """Call the stock pipeline for some prompts (or labels) and return what it returns.
+
+        Args:
+            pipeline: The pipeline.
+            conditions: Prompts, or labels.
+            arguments: Further arguments of its call; they win over the family's own.
+            seeds: One for each image; the global random state if there are none.
+        """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
         given = {self.prompt: list(conditions), "generator": generators, **self.size(pipeline), **self.arguments}
         if self.beside is not None:
@@ -138,7 +148,7 @@ class Family:
             lambda _network, args, kwargs: seen.append(as_call(args, kwargs)), with_kwargs=True
         )
         try:
-            output = self.call(pipeline, conditions, seeds=range(num), output_type="pt", **self.export_arguments)
+            output = self.call(pipeline, conditions, {**self.export_arguments, "output_type": "pt"}, seeds=range(num))
         finally:
             hook.remove()
         if len(seen) != 1 or len(seen[0].x_t) != num:
@@ -260,7 +270,7 @@ class PipelineTeacher(NetworkTeacher):
         alpha = spec.process.level(spec.t_max)[0]
         parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
         parts |= dict.fromkeys(family.without)
-        load_stock(type(self.pipeline), self.folder, **parts).save_pretrained(folder, safe_serialization=True)
+        load_stock(type(self.pipeline), self.folder, parts).save_pretrained(folder, safe_serialization=True)
         _keep_facts(self.folder / INDEX, folder / INDEX)
 
 
@@ -272,8 +282,14 @@ def _keep_facts(old: Path, new: Path) -> None:
         new.write_text(json.dumps({**written, **missing}, indent=2) + "\n", encoding="utf-8")
 
 
-def load_stock(cls: Any, folder: Path, **parts: Any) -> Any:
-    """Return a stock pipeline; safetensors only, no remote code, no network, and no text on the screen."""
+def load_stock(cls: Any, folder: Path, parts: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Return a stock pipeline; safetensors only, no remote code, no network, and no text on the screen.
+
+    Args:
+        cls: Its class.
+        folder: Its folder.
+        parts: Components in the place of the folder's, and options of `from_pretrained`.
+    """
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     # Some pipelines ask for a part they can do without, such as a third text encoder, unless told it is absent.
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
@@ -326,7 +342,7 @@ def load_pipeline(
     check_components(folder, {n: part for n, part in index.items() if n not in without}, source, variant)
     parts: dict[str, Any] = {**dict.fromkeys(without), **({"variant": variant} if variant else {})}
     try:
-        return load_stock(getattr(diffusers, index["_class_name"]), folder, **parts)
+        return load_stock(getattr(diffusers, index["_class_name"]), folder, parts)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
 
@@ -402,11 +418,17 @@ def _check_channels(family: Family, config: Any) -> None:
 
 
 def _calls(
-    family: Family, pipeline: Any, conditions: Sequence[Any], scale: float, until: Any = None, **arguments: Any
+    family: Family,
+    pipeline: Any,
+    conditions: Sequence[Any],
+    scale: float,
+    until: Any = None,
+    *,
+    seeds: Sequence[int] = (),
 ) -> list[Call]:
     """Return the first network call of the pipeline for these conditions; with `until` all of its first step."""
-    arguments = {"num_inference_steps": 2, **family.guided(scale), **arguments}
-    run = lambda: family.call(pipeline, conditions, **arguments)  # noqa: E731
+    given = {"num_inference_steps": 2, **family.guided(scale)}
+    run = lambda: family.call(pipeline, conditions, given, seeds=seeds)  # noqa: E731
     return [family.sort_call(call, pipeline) for call in record(run, getattr(pipeline, family.network), until)]
 
 
@@ -414,19 +436,19 @@ def _with_shift(process: Process, family: Family, pipeline: Any) -> Process:
     """Return the process under the shift that the pipeline asks a "dynamic" scheduler for, itself elsewhere."""
     if not isinstance(process, FlowMatching) or not pipeline.scheduler.config.get("use_dynamic_shifting", False):
         return process
-    run = lambda: family.call(pipeline, examples(family, 1), num_inference_steps=2)  # noqa: E731
+    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731
     shift = asked_shift(run, getattr(pipeline, family.network), pipeline.scheduler)
     return FlowMatching(shift, process.net_scale, process.net_offset)
 
 
-def _null_conditions(family: Family, pipeline: Any, signature: Signature, **arguments: Any) -> Cond:
+def _null_conditions(family: Family, pipeline: Any, signature: Signature) -> Cond:
     """Return the conditions of the unguided half of a guided step; {} if the pipeline does not guide.
 
     A pipeline either calls its network once with both halves, "no prompt" first, or twice, the prompt first.
     """
     if family.guidance is None:
         return {}
-    calls = _calls(family, pipeline, examples(family, 1), 2.0, pipeline.scheduler, **arguments)
+    calls = _calls(family, pipeline, examples(family, 1), 2.0, pipeline.scheduler)
     rows = signature.conditions(calls[-1])
     if len(calls) == 1 and all(len(value) == 1 for value in rows.values()):
         return {}
@@ -449,7 +471,7 @@ def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> floa
     try:
         x_t, theirs = watch(
             lambda: family.call(
-                pipeline, conditions, seeds=(0, 1), num_inference_steps=num_steps, **family.guided(scale)
+                pipeline, conditions, {"num_inference_steps": num_steps, **family.guided(scale)}, seeds=(0, 1)
             ),
             teacher.network,  # type: ignore[arg-type]  # a pipeline's network is a module
             stock,

@@ -155,7 +155,7 @@ def _result(output: Any) -> Tensor:
 
 def _first_call(family: Family, pipeline: Any) -> float:
     """Return the time in a pipeline's first call of its network, which must work for one prompt alone."""
-    run = lambda: family.call(pipeline, examples(family, 1), num_inference_steps=2)  # noqa: E731
+    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731
     try:
         (call,) = record(run, getattr(pipeline, family.network))
     except (ValueError, *FOREIGN) as error:
@@ -177,7 +177,7 @@ def _check_decoder(teacher: PipelineTeacher, seeds: Sequence[int] = (0, 1)) -> N
     prompts = examples(family, len(seeds))
     try:
         output, latents = finish(
-            lambda: family.call(pipeline, prompts, seeds=seeds, num_inference_steps=2, output_type="pt"),
+            lambda: family.call(pipeline, prompts, {"num_inference_steps": 2, "output_type": "pt"}, seeds=seeds),
             pipeline.scheduler,
         )
         theirs, ours = family.result(output), teacher.decode(latents)
