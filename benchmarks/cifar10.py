@@ -28,8 +28,9 @@ from onestill.evaluation import metrics, speed
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions, print_report
-from onestill.runs import Source, open_student, teacher_source
+from onestill.runs import open_student
 from onestill.sampler import Generate, generate_images, noise
+from onestill.sources import Source, teacher_source
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
 from onestill.tensors import Cond
@@ -165,7 +166,7 @@ def rows_of(args: argparse.Namespace, run: Path, device: torch.device) -> dict[s
     """Return the samplers of the table by name: the teacher's first, the student's last."""
     teacher = load_teacher(args.teacher, null_class=NULL_CLASS, device=str(device))
     guided = Guided(teacher, args.guidance_scale)
-    sources = {f"DDIM-{n}": teacher_source(guided, num_steps=n, device=device) for n in TEACHER_STEPS}
+    sources = {f"DDIM-{n}": teacher_source(teacher, guided, num_steps=n, device=device) for n in TEACHER_STEPS}
     return {**sources, "student": open_student(run, device=device)}
 
 

@@ -1,7 +1,7 @@
 """One evaluation: sources, references and features put together, on sources whose numbers are known."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -44,13 +44,15 @@ class Fake:
     num_steps: int = 7
     calls: int = 14
     asked: list[int] = field(default_factory=list)
+    latents: Callable[[Tensor, Cond], Tensor] | None = None
+    decodes: bool = False
 
     def generate(self, eps: Tensor, cond: Cond) -> Tensor:
         self.asked.append(len(eps))
         images = self.make(eps)
         return images + cond["class_labels"].reshape(-1, 1, 1, 1) if "class_labels" in cond else images
 
-    def conditions(self, num: int, chosen: tuple[int, ...] = (), *, seed: int = 0) -> Cond:
+    def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Cond:
         labels = chosen or tuple(range(self.num_classes))
         return (
             {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(seed, seed + num)])} if labels else {}
@@ -179,7 +181,7 @@ def test_label_accuracy_needs_a_classifier_and_labels() -> None:
 
 def test_reference_of_the_teacher_has_seeds_of_its_own() -> None:
     source = Fake("teacher", lambda eps: eps * 2)
-    found = teacher_reference(source, 5, SETTINGS)
+    found = teacher_reference(source, Pixels(), replace(SETTINGS, num_samples=5))
     assert torch.equal(found.images, (noise(range(REFERENCE_SEED, REFERENCE_SEED + 5), (1, 4, 4)) * 2).clamp(-1, 1))
     assert "7-step" in found.name and str(REFERENCE_SEED) in found.name
 
