@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -217,9 +216,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "lumina2": functools.partial(lumina2, **DYNAMIC),
     "wan": functools.partial(wan, flow(shift=2.0)),
     "wan-unipc": functools.partial(wan, flow_unipc()),
+    "stable-audio": stable_audio,
 }
-if importlib.util.find_spec("torchsde"):  # diffusers' own scheduler of this pipeline needs it
-    BUILDERS["stable-audio"] = stable_audio
 
 # Arguments of every call, where the pipeline's own defaults are too large for tests.
 ARGUMENTS: dict[str, dict[str, Any]] = {
