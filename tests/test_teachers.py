@@ -402,8 +402,12 @@ REFUSED_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"ScoreSdeVePipeline cannot be a teacher: .*module_teacher.*Supported pipelines: .*DDPMPipeline",
     ),
     "unknown pipeline": (
+        lambda f: edit_json(f / "model_index.json", _class_name="NoSuchPipeline"),
+        r"a NoSuchPipeline cannot be a teacher: diffusers .* has no such pipeline",
+    ),
+    "pipeline of other parts": (
         lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionPipeline"),
-        r"StableDiffusionPipeline cannot be a teacher: no adapter.*Supported pipelines: .*DDIMPipeline",
+        "the pipeline does not load: .*StableDiffusionPipeline.*expected",
     ),
     "no network in the index": (lambda f: edit_json(f / "model_index.json", unet=None), "names no 'unet'"),
     "no scheduler in the index": (

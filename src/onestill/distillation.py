@@ -148,6 +148,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     Raises:
         ValueError: If anything does not fit, saying what and which flag.
     """
+    config = with_embedded_prompts(config)
     check_device(config.device)
     check_tracker(config.report_to)
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
@@ -185,6 +186,14 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         return Prepared(config, base, fitted, labelled, student, fingerprint, resume, messages)
     said = (*messages, *prompts.messages)
     return Prepared(config, base, fitted, prompts.conditions, student, fingerprint, resume, said, prompts)
+
+
+def with_embedded_prompts(config: DistillConfig) -> DistillConfig:
+    """Return the configuration with an embedded text teacher's own prompts, where none are named."""
+    embedded = EMBEDDED.get(config.teacher)
+    if embedded is None or embedded.prompts is None or config.prompt_file is not None:
+        return config
+    return config.model_copy(update={"prompt_file": embedded.prompts})
 
 
 def choose_prompts(config: DistillConfig, teacher: NetworkTeacher) -> PromptPlan | None:

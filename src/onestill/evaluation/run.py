@@ -279,7 +279,8 @@ def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
 def embedded_reference(name: str) -> Reference:
     """Return the real images that an embedded teacher ships for evaluation."""
     images = load_file(EMBEDDED[name].folder / "images.safetensors")["images"]
-    return Reference(images.float() / 8 - 1, f"the {len(images):,} real {name} (only ever read by evaluate)")
+    pictures = images.float() * (2 / EMBEDDED[name].white) - 1
+    return Reference(pictures, f"the {len(images):,} real {name} (only ever read by evaluate)")
 
 
 def choose_features(

@@ -77,13 +77,26 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Embedded:
-    """A teacher shipped inside the package."""
+    """A teacher shipped inside the package.
+
+    Attributes:
+        folder: Its pipeline, with `classifier.safetensors` and the real `images.safetensors` for its evaluation.
+        null_class: Its label of "no class".
+        prompts: Prompts that a run takes if none are named; None if it takes no text.
+        white: The largest value of the real images, which stands for 1.
+    """
 
     folder: Path
-    null_class: int | None
+    null_class: int | None = None
+    prompts: Path | None = None
+    white: int = 255
 
 
-EMBEDDED = {"digits": Embedded(Path(__file__).parent.parent / "embedded" / "digits", null_class=10)}
+_HERE = Path(__file__).parent.parent / "embedded"
+EMBEDDED = {
+    "digits": Embedded(_HERE / "digits", null_class=10, white=16),
+    "glyphs": Embedded(_HERE / "glyphs", prompts=_HERE / "glyphs" / "prompts.txt"),
+}
 
 
 def load_teacher(
