@@ -163,7 +163,7 @@ def test_fingerprint_is_of_what_the_weights_mean(cases: dict[str, Any]) -> None:
     for other in (replace(spec, prediction_type="sample"), replace(spec, process=cosine)):
         teacher.spec = other
         assert teacher.fingerprint() != before
-    for change in ({"t_max": 0.9}, {"num_classes": 3}, {"threshold": Threshold("static")}, {"sigma_data": 0.7}):
+    for change in ({"t_max": 0.9}, {"num_classes": 3}, {"threshold": Threshold("dynamic")}, {"sigma_data": 0.7}):
         teacher.spec = replace(spec, **change)
         assert teacher.fingerprint() != before
     # Where it lies is not what it is.
