@@ -116,7 +116,8 @@ def one_level(alpha: float, prediction_type: str, *, clip_sample: bool, stochast
     if prediction_type != "sample":
         betas = [1 - (alpha**2) ** (1 / LEVEL_FACTORS)] * LEVEL_FACTORS
         level = {"num_train_timesteps": LEVEL_FACTORS, "trained_betas": betas}
-    own = {"variance_type": "fixed_small"} if stochastic else {"set_alpha_to_one": True}
+    # The offset means nothing with this spacing, but Stable Diffusion's pipeline warns of any other.
+    own: dict[str, Any] = {"variance_type": "fixed_small"} if stochastic else {"set_alpha_to_one": True, "steps_offset": 1}
     return cls(prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=clip_sample, **level, **own)
 
 
