@@ -32,7 +32,7 @@ out, err = Console(), Console(stderr=True)
 
 TeacherOption = Annotated[
     str,
-    typer.Option("--teacher", help="Folder of a diffusers pipeline, hub id, or embedded teacher (digits)."),
+    typer.Option("--teacher", help="Folder of a diffusers pipeline, hub id, or embedded teacher (digits, glyphs)."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image; image i has seed + i.")]

@@ -25,7 +25,7 @@ class DistillConfig(BaseModel):
 
     # Teacher
     teacher: str = _field(
-        ..., TEACHER, "Folder of a diffusers pipeline, hub id, or embedded teacher (digits).", min_length=1
+        ..., TEACHER, "Folder of a diffusers pipeline, hub id, or embedded teacher (digits, glyphs).", min_length=1
     )
     revision: str | None = _field(None, TEACHER, "Branch, tag or commit of the hub id.")
     variant: str | None = _field(None, TEACHER, "Weights' variant, such as fp16.")

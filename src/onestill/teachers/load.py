@@ -116,7 +116,7 @@ def load_teacher(
     Only safetensors are read and no remote code runs. Nothing is downloaded unless `source` is a hub id.
 
     Args:
-        source: A folder, a hub id "owner/name", or an embedded teacher ("digits"; a folder of that name is "./digits").
+        source: A folder, a hub id "owner/name", or an embedded teacher ("digits", "glyphs"; a folder of that name is "./digits").
         revision: Branch, tag or commit of the hub id.
         variant: Weights' variant such as "fp16".
         cache_dir: Where downloads go; diffusers' own default if None.

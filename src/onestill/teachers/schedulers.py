@@ -117,7 +117,9 @@ def one_level(alpha: float, prediction_type: str, *, clip_sample: bool, stochast
         betas = [1 - (alpha**2) ** (1 / LEVEL_FACTORS)] * LEVEL_FACTORS
         level = {"num_train_timesteps": LEVEL_FACTORS, "trained_betas": betas}
     # The offset means nothing with this spacing, but Stable Diffusion's pipeline warns of any other.
-    own: dict[str, Any] = {"variance_type": "fixed_small"} if stochastic else {"set_alpha_to_one": True, "steps_offset": 1}
+    own: dict[str, Any] = (
+        {"variance_type": "fixed_small"} if stochastic else {"set_alpha_to_one": True, "steps_offset": 1}
+    )
     return cls(prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=clip_sample, **level, **own)
 
 
