@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from onestill import pictures
-from onestill.distillation import check_device, distill, resolve_device
+from onestill.checks import check_device, resolve_device
+from onestill.distillation import distill
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from onestill.distillation import PIPELINE_FOLDER
+from onestill.checks import PIPELINE_FOLDER
 from onestill.runs import read_run_config, restore_student
 from onestill.sampler import noise, student_generator
 

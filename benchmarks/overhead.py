@@ -12,8 +12,9 @@ import tempfile
 import psutil
 import torch
 
+from onestill.checks import PIPELINE_FOLDER
 from onestill.config import make_config
-from onestill.distillation import PIPELINE_FOLDER, prepare
+from onestill.distillation import prepare
 from onestill.evaluation.speed import compare
 from onestill.export import export_student
 from onestill.runs import open_student

@@ -51,7 +51,7 @@ LAYERS = (
     ("teachers.load", "student"),
     ("sampler", "prompt_plan"),
     ("anchors",),
-    ("trainer", "export"),
+    ("trainer", "export", "checks"),
     ("distillation", "sources"),
     ("runs", "inspection", "evaluation.classifier", "evaluation.metrics", "evaluation.report", "evaluation.speed"),
     ("evaluation.features",),

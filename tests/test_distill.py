@@ -27,19 +27,9 @@ from torch import nn
 
 import onestill
 from onestill.checkpoint import read_checkpoint
+from onestill.checks import check_device, check_output_dir, check_tracker, check_writable, is_run, resolve_device
 from onestill.config import make_config, read_yaml
-from onestill.distillation import (
-    RunResult,
-    check_device,
-    check_output_dir,
-    check_tracker,
-    check_writable,
-    fit_teacher,
-    guidance_words,
-    is_run,
-    prepare,
-    resolve_device,
-)
+from onestill.distillation import RunResult, fit_teacher, guidance_words, prepare
 from onestill.process import CosineVP
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher

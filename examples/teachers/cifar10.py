@@ -45,7 +45,7 @@ from onestill.checkpoint import (
     rotate,
     write_checkpoint,
 )
-from onestill.distillation import check_device, resolve_device
+from onestill.checks import check_device, resolve_device
 from onestill.pictures import save_grid
 from onestill.runs import open_teacher
 from onestill.sampler import generate_images

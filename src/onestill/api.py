@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from onestill import card, pictures
+from onestill.checks import PIPELINE_FOLDER, check_device, check_writable, is_run, resolve_device
 from onestill.config import DistillConfig
-from onestill.distillation import (
-    PIPELINE_FOLDER,
-    check_device,
-    check_writable,
-    fit_teacher,
-    guidance_words,
-    is_run,
-    resolve_device,
-)
+from onestill.distillation import fit_teacher, guidance_words
 from onestill.evaluation import run as evaluation
 from onestill.evaluation.features import FeatureExtractor
 from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report

@@ -143,6 +143,7 @@ def distill(
 ) -> None:
     """Distil a teacher into a one-step student and export it to OUTPUT_DIR/pipeline."""
     from onestill import distillation as room
+    from onestill.checks import make_output_dir
     from onestill.prompt_cache import PromptCacheError
     from onestill.trainer import NonFiniteLossError
 
@@ -166,7 +167,7 @@ def distill(
             soft_wrap=True,
         )
         return
-    room.make_output_dir(made.output_dir)
+    make_output_dir(made.output_dir)
     try:
         result = room.run(prepared)
     except (NonFiniteLossError, PromptCacheError) as error:
@@ -214,7 +215,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.distillation import check_device, check_times
+    from onestill.checks import check_device, check_times
     from onestill.inspection import inspect_teacher
     from onestill.teachers.load import load_teacher
 
@@ -297,7 +298,7 @@ def sample(
 ) -> None:
     """Generate images: a student's in one step, or a teacher's in many."""
     from onestill import api, pictures
-    from onestill.distillation import check_writable
+    from onestill.checks import check_writable
 
     _quiet()
     pictures.check_output(output, overwrite=overwrite)

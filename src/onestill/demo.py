@@ -9,8 +9,9 @@ from typing import Any
 
 from onestill import pictures
 from onestill.api import evaluate, sample
+from onestill.checks import CONFIG_FILE, check_device, check_output_dir
 from onestill.config import make_config, read_yaml
-from onestill.distillation import CONFIG_FILE, check_device, check_output_dir, distill
+from onestill.distillation import distill
 from onestill.evaluation.report import Report
 
 SETTINGS: dict[str, Any] = {

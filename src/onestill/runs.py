@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
+from onestill.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, is_run
 from onestill.config import DistillConfig, make_config
-from onestill.distillation import CONFIG_FILE, PIPELINE_FOLDER, PYTHON_OBJECT, TEACHER_FILE, is_run, make_student
+from onestill.distillation import PYTHON_OBJECT, make_student
 from onestill.export import MODULE_FILE
 from onestill.prompt_plan import use_negative_prompt
 from onestill.sources import Source, open_pipeline, student_source, teacher_source
