@@ -577,7 +577,7 @@ def test_impossible_start_levels_are_refused(uncond_teacher_folder: Path, t_max:
 
 @pytest.mark.parametrize("source", ["nope", "no/such/folder", "/no/such/folder", "a" * 5000, "with\0zero"])
 def test_what_is_not_there_is_refused(source: str) -> None:
-    with pytest.raises(ValueError, match=r"(?s)no such teacher: .*embedded teacher \(digits\)"):
+    with pytest.raises(ValueError, match=r"(?s)no such teacher: .*embedded teacher \(digits, glyphs\)"):
         load_teacher(source)
 
 

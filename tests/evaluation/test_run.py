@@ -223,11 +223,11 @@ def test_reference_of_a_folder_is_refused_with_the_reason(tmp_path: Path) -> Non
         folder_reference(tmp_path, (1, 4, 4))
 
 
-def test_embedded_reference_is_the_real_digits() -> None:
-    assert EMBEDDED
+def test_embedded_references_are_real_pictures() -> None:
+    assert set(EMBEDDED) == {"digits", "glyphs"}
     for name in EMBEDDED:
         found = embedded_reference(name)
-        assert found.images.ndim == 4 and len(found.images) > 1000
+        assert found.images.ndim == 4 and len(found.images) >= 480
         assert found.images.min() >= -1 and found.images.max() <= 1 and found.images.std() > 0.3
         assert f"{len(found.images):,} real {name}" in found.name
 

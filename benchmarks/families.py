@@ -1,0 +1,57 @@
+"""Every family of pipelines on tiny random weights: how far ours is from the pipeline's own call, and the export from the student.
+
+python benchmarks/families.py
+The pipelines are those of tests/families; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from onestill.export import export_student
+from onestill.student import Student
+from onestill.teachers.family import PipelineTeacher, self_check
+from onestill.teachers.load import load_teacher
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "families"))
+
+
+def perturbed(teacher: PipelineTeacher, seed: int = 5) -> Student:
+    """Return a student some way into a training, with a target time that matters."""
+    torch.manual_seed(seed)
+    student = Student(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return student
+
+
+def main() -> None:
+    from pipelines import ARGUMENTS, BUILDERS, build
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print("| pipeline | family | 4 guided steps against its own call | export against the student |\n|---|---|---|---|")
+    for name in sorted(BUILDERS):
+        with tempfile.TemporaryDirectory() as folder:
+            build(name).save_pretrained(Path(folder) / "teacher")
+            teacher = load_teacher(Path(folder) / "teacher", arguments=ARGUMENTS.get(name))
+            assert isinstance(teacher, PipelineTeacher)
+            parity = self_check(teacher, teacher.family.schedule(teacher.pipeline).stock, num_steps=4)
+            exported = export_student(perturbed(teacher), Path(folder) / "student")
+        print(f"| {name} | {teacher.family.name} | {parity:.1e} | {exported:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
