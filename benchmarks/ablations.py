@@ -22,7 +22,9 @@ BASE: dict[str, Any] = {
     "boundary_weight": 1.0, "ema_target_decay": 0.0,
 }  # fmt: skip
 BASE_TOY: dict[str, Any] = {"max_train_steps": 800, "train_batch_size": 256}
-BASE_DIGITS: dict[str, Any] = {"train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler": "cosine"}
+BASE_DIGITS: dict[str, Any] = {
+    "train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler": "cosine", "boundary_weight": 1.0,
+}  # fmt: skip
 # One change from BASE each; Heun and the midpoint call the teacher twice, so equal calls along a trajectory are a
 # double step, and equal calls in training are half the steps. The last rows are combinations on the way to the defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,9 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "midpoint, weight velocity, delta 1/10": {"solver": "midpoint", "bootstrap_weight": "velocity", "delta": 1 / 10},
     "midpoint, weight 1, delta 1/10": {"solver": "midpoint", "bootstrap_weight": "none", "delta": 1 / 10},
 }
-# On the digits: one change from the package's own defaults (midpoint, velocity weight, s first, delta 1/25) each.
+# On the digits: one change each from midpoint, velocity weight, s first, delta 1/25 and the boundary loss.
 DIGITS: dict[str, dict[str, Any]] = {
-    "defaults": {},
+    "base": {},
     "DDIM, delta 1/50 (equal calls)": {"solver": "ddim", "delta": 1 / 50},
     "DDIM, delta 1/25": {"solver": "ddim"},
     "weight 1": {"bootstrap_weight": "none"},

@@ -20,6 +20,7 @@ from onestill.evaluation.report import print_report
 
 SETTINGS: dict[str, Any] = {
     "max_train_steps": 14_000,
+    "boundary_weight": 1.0,
     "anchor_fraction": 0.75,
     "num_anchors": 40_000,
     "train_batch_size": 64,

@@ -8,7 +8,12 @@ classifier-free guidance works. `glyphs_data.py` says what the pictures are and 
     python examples/teachers/glyphs.py --vae src/onestill/embedded/glyphs/vae \
         --output_dir src/onestill/embedded/glyphs --state runs/glyphs/state.pt
 
-A killed run goes on with the same command.
+A killed run goes on with the same command; with a larger `--max_train_steps`, a finished one goes on too, at the
+learning rate of the longer cosine.
+
+The shipped weights: seed 0, 4,300 steps of 32 images in all (2,500 of a run of 12,000 that was stopped there and
+resumed with `--max_train_steps 4300`), 70 minutes on about a sixth of a CPU core. U-Net 3,215,604 parameters, text
+encoder 299,136. `glyphs_evaluate.py` has the numbers; more steps would still help.
 """
 
 import argparse

@@ -7,6 +7,11 @@ give the accuracies on record. As with the digits, the features also feed a line
 while training, so that they keep what it looks like.
 
     python examples/teachers/glyphs_classifier.py --output src/onestill/embedded/glyphs/classifier.safetensors
+
+The shipped weights: seed 0, 4,000 steps of 64 images, 8.5 minutes on a shared core, stored as float16. They were
+trained while the characters still had a zero among them (and another tenth was held out); its row was then taken
+out of the head. On 3,528 unseen renderings: character 0.9994, color, background and style 1.000, family 0.962
+(a regular or italic F, L, P or 1 of the sans family is much like that of the mono family), all five 0.962.
 """
 
 import argparse
