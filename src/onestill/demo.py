@@ -15,13 +15,13 @@ from onestill.distillation import distill
 from onestill.evaluation.report import Report
 
 SETTINGS: dict[str, Any] = {
-    "max_train_steps": 2500,
+    "max_train_steps": 1600,
     "anchor_fraction": 0.75,
-    "num_anchors": 10_000,
+    "num_anchors": 6_400,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
-    "checkpointing_steps": 500,
-    "validation_steps": 500,
+    "checkpointing_steps": 400,
+    "validation_steps": 400,
     "tracker_project_name": "onestill-demo",
 }
 """The project name also marks the folder as a demo, which --overwrite may remove."""
