@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 import onestill
 from onestill import demo
 from onestill.config import read_yaml
+from onestill.teachers.load import EMBEDDED
 
 FEW = ["--num_samples", 12, "--steps", "2,1", "--num_reference_steps", 2, "--device", "cpu"]
 
@@ -237,13 +239,19 @@ def test_export(tmp_path: Path) -> None:
 # demo
 
 
+SMALL = {"train_batch_size": 8, "num_teacher_steps": 2, "num_validation_images": 2, "num_anchor_steps": 1}
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:
+    usual = demo.DEMOS[teacher]
+    small = replace(usual, settings={**usual.settings, **SMALL}, num_samples=40, teacher_steps=(4, 1))
+    monkeypatch.setitem(demo.DEMOS, teacher, small)
+
+
 def test_demo_end_to_end_at_three_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "NUM_SAMPLES", 40)
-    monkeypatch.setattr(demo, "TEACHER_STEPS", (4, 1))
-    monkeypatch.setitem(demo.SETTINGS, "train_batch_size", 8)
-    monkeypatch.setitem(demo.SETTINGS, "num_teacher_steps", 2)
+    make_small(monkeypatch, "digits")
     run = tmp_path / "demo"
-    outcome = call_cli("demo", "--output_dir", run, "--max_train_steps", 3)
+    outcome = call_cli("demo", "digits", "--output_dir", run, "--max_train_steps", 3)
     assert outcome.code == 0, outcome.err
     for words in ("DDIM-4", "DDIM-1", "student", "label", "img/s", "real digits"):
         assert words in outcome.out
@@ -254,12 +262,32 @@ def test_demo_end_to_end_at_three_steps(tmp_path: Path, monkeypatch: pytest.Monk
     assert report["protocol"]["num_reference_images"] > 1000
     assert (run / "pipeline" / "model_index.json").is_file()
 
-    # A second demo replaces the first only when told, and only once everything is known to fit.
+    # A second demo, of whatever, replaces the first only when told, and only once everything is known to fit.
     before = snapshot(run)
-    outcome = call_cli("demo", "--output_dir", run, "--max_train_steps", 3)
-    assert outcome.code == 2 and "--overwrite" in outcome.words
-    assert call_cli("demo", "--output_dir", run, "--overwrite", "--device", "gpu").code == 2
+    for teacher in ("digits", "glyphs"):
+        outcome = call_cli("demo", teacher, "--output_dir", run, "--max_train_steps", 3)
+        assert outcome.code == 2 and "--overwrite" in outcome.words
+        assert call_cli("demo", teacher, "--output_dir", run, "--overwrite", "--device", "gpu").code == 2
     assert snapshot(run) == before
+
+
+def test_demo_of_text_is_the_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch, "glyphs")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = tmp_path / "demo"
+    outcome = call_cli("demo", "--output_dir", run, "--max_train_steps", 3)
+    assert outcome.code == 0, outcome.err
+    for words in ("DDIM-4", "DDIM-1", "student", "img/s", "real glyphs"):
+        assert words in outcome.out
+    with Image.open(run / "demo.png") as picture:
+        assert picture.width > 500 and picture.height > 300
+    held_out = (EMBEDDED["glyphs"].folder / "heldout.txt").read_text(encoding="utf-8").splitlines()
+    assert set(demo.PROMPTS) <= set(held_out)
+
+
+def test_demo_of_an_unknown_teacher(tmp_path: Path) -> None:
+    outcome = call_cli("demo", "letters", "--output_dir", tmp_path / "demo")
+    assert outcome.code == 2 and "glyphs, digits" in outcome.words and not (tmp_path / "demo").exists()
 
 
 def test_demo_never_removes_another_run(tmp_path: Path) -> None:

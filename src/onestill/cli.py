@@ -444,6 +444,7 @@ def export(
 
 @app.command()
 def demo(
+    teacher: Annotated[str, typer.Argument(help="The embedded teacher: glyphs (text) or digits (classes).")] = "glyphs",
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the demo.")] = Path("demo"),
     max_train_steps: Annotated[
         int | None, typer.Option("--max_train_steps", help="Steps, if not the demo's own.", min=1)
@@ -452,13 +453,14 @@ def demo(
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Distil the embedded digits teacher in a few minutes on a CPU, and show what was gained and lost."""
+    """Distil an embedded teacher in a few minutes on a CPU, and show what was gained and lost."""
     from onestill import demo as room
     from onestill.evaluation.report import print_report
 
     _quiet()
     report, picture = room.run_demo(
         output_dir,
+        teacher=teacher,
         seed=seed,
         device=device,
         max_train_steps=max_train_steps,

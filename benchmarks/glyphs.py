@@ -1,0 +1,78 @@
+"""The embedded glyphs: text to image in one step, against the teacher's 50 guided steps, on held-out captions.
+
+python benchmarks/glyphs.py --output_dir runs/glyphs --seed 0 --threads 1
+python benchmarks/glyphs.py --output_dir runs/glyphs --seed 1 --threads 1
+python benchmarks/text_speed.py --student runs/glyphs/seed-0/pipeline --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import onestill
+from onestill.demo import draw
+from onestill.distillation import distill
+from onestill.evaluation.report import print_report
+
+SETTINGS: dict[str, Any] = {
+    "guidance_scale": 2.0,
+    "max_train_steps": 6_000,
+    "train_batch_size": 32,
+    "boundary_weight": 0.0,
+    "bootstrap_weight": "none",
+    "anchor_fraction": 0.75,
+    "num_anchors": 10_000,
+    "num_anchor_steps": 8,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 100,
+    "checkpointing_steps": 500,
+    "validation_steps": 1000,
+    "num_validation_images": 8,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_train_steps", type=int, default=SETTINGS["max_train_steps"])
+    parser.add_argument("--num_anchors", type=int, default=SETTINGS["num_anchors"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    run = args.output_dir / f"seed-{args.seed}"
+    chosen = {"max_train_steps": args.max_train_steps, "num_anchors": args.num_anchors}
+    settings = {**SETTINGS, **chosen, "resume_from_checkpoint": "latest"}
+    wall, cpu = time.monotonic(), time.process_time()
+    distill("glyphs", run, seed=args.seed, device=args.device, show_progress=False, **settings)
+    wall, cpu = (time.monotonic() - wall) / 60, (time.process_time() - cpu) / 60
+    print(f"seed {args.seed}: {args.max_train_steps} steps, {wall:.1f} minutes, {cpu:.1f} core-minutes", flush=True)
+    report = onestill.evaluate(
+        run,
+        num_samples=480,
+        steps=(50, 8, 4, 1),
+        output=run / "evaluation",
+        overwrite=True,
+        measure_speed=False,
+        device=args.device,
+    )
+    print_report(report, Console(width=100))
+    rows = {row.name: row for row in report.rows}
+    distance = {name: row.frechet_distance or 0.0 for name, row in rows.items()}
+    print(
+        f"Fréchet distance: {distance['student'] / distance['DDIM-50']:.2f} x DDIM-50, "
+        f"{distance['student'] / distance['DDIM-8']:.2f} x DDIM-8"
+    )
+    print(f"picture: {draw(run, 'glyphs', args.device)}")
+
+
+if __name__ == "__main__":
+    main()
