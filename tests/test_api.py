@@ -141,6 +141,10 @@ def test_sample_takes_a_loaded_teacher() -> None:
         ({"student": "a", "num_inference_steps": 4}, "a student has one step"),
         ({"teacher": "a", "target_time": 0.5}, "--target_time 0.5 is the student's"),
         ({"student": "no/where"}, "no such folder"),
+        (
+            {"clip": "some/clip"},
+            "--clip some/clip compares pictures with their prompts, and this teacher takes no text",
+        ),
         ({"teacher": "no where"}, "no such teacher"),
     ],
 )
@@ -270,6 +274,10 @@ def test_evaluate_takes_any_extractor() -> None:
         ({"reference": "no/where"}, "--reference no/where: no such folder"),
         ({"features": "no where"}, "--features: no such file or folder"),
         ({"features": "network.pt"}, "is a pickle"),
+        (
+            {"clip": "some/clip"},
+            "--clip some/clip compares pictures with their prompts, and this teacher takes no text",
+        ),
         ({"teacher": "no where"}, "no such teacher"),
         ({"guidance_scale": 2}, "needs a teacher with a null class"),
         ({"class_labels": [1]}, "is unconditional"),

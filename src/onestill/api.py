@@ -187,7 +187,8 @@ def evaluate(
         num_samples: Images per row of the table.
         steps: DDIM steps of the teacher's rows.
         reference: "teacher" (its own many-step samples: no data needed), an embedded teacher's name (its real
-            images), a folder of images, or "auto": the embedded images where the teacher is embedded, else "teacher".
+            images), a folder of images, or "auto": the embedded images where the teacher is embedded and
+            the features see images, else "teacher".
         num_reference_steps: DDIM steps of the teacher as reference.
         features: "teacher" (its own middle features, of latents where it works on latents), an embedded teacher's
             name (its classifier, which also judges prompts or labels), a .safetensors file of `ConvFeatures`, a
@@ -221,16 +222,17 @@ def evaluate(
     one_step = _open_at_scale(student, place, guidance_scale, local_files_only)
     base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, negative_prompt, place, local_files_only)
     name = base.spec.source
-    if reference == "auto":
-        reference = name if name in EMBEDDED else "teacher"
-    held_out = _held_out_prompts(str(reference), name, one_step.config)
-    asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field, held_out)
-    one_step.conditions(1, tuple(class_labels), asked)
-    judge = None if clip is None else _open_clip(clip, base, place, local_files_only)
     extractor = features
     if isinstance(extractor, str):
         chosen = evaluation.default_features(name) if extractor == "auto" else extractor
         extractor = evaluation.choose_features(chosen, base, local_files_only=local_files_only, device=place)
+    if reference == "auto":
+        sees_images = not getattr(extractor, "of_latents", False)
+        reference = name if name in EMBEDDED and sees_images else "teacher"
+    held_out = _held_out_prompts(str(reference), name, one_step.config)
+    asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field, held_out)
+    one_step.conditions(1, tuple(class_labels), asked)
+    judge = None if clip is None else _open_clip(clip, base, place, local_files_only)
     settings = evaluation.Settings(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -426,9 +428,10 @@ def _reference(
         source = teacher_source(base, fitted, num_steps=num_steps, device=device)
         return evaluation.teacher_reference(source, extractor, settings)
     if reference in EMBEDDED:
-        return evaluation.embedded_reference(reference)
-    image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=device)).shape[1:]
-    found = evaluation.folder_reference(Path(reference), image_shape)
+        found = evaluation.embedded_reference(reference)
+    else:
+        image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=device)).shape[1:]
+        found = evaluation.folder_reference(Path(reference), image_shape)
     if getattr(extractor, "of_latents", False):
         raise ValueError(
             f"--reference {reference} holds images, and --features teacher looks at latents; name a transformers model"

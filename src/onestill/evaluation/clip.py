@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +48,8 @@ class ClipScore:
         device: str | torch.device = "cpu",
     ) -> None:
         source = os.fspath(model)
-        is_folder = Path(source).is_dir()
-        if not is_folder and (Path(source).exists() or not HUB_ID.fullmatch(source)):
+        is_folder = os.path.isdir(source)  # unlike Path.is_dir, also of names too long for a path
+        if not is_folder and (os.path.exists(source) or not HUB_ID.fullmatch(source)):
             raise ValueError(
                 f"{FLAG}: no such folder: {source!r}; give the folder or hub id of a transformers CLIP model"
             )
