@@ -141,10 +141,6 @@ def test_sample_takes_a_loaded_teacher() -> None:
         ({"student": "a", "num_inference_steps": 4}, "a student has one step"),
         ({"teacher": "a", "target_time": 0.5}, "--target_time 0.5 is the student's"),
         ({"student": "no/where"}, "no such folder"),
-        (
-            {"clip": "some/clip"},
-            "--clip some/clip compares pictures with their prompts, and this teacher takes no text",
-        ),
         ({"teacher": "no where"}, "no such teacher"),
     ],
 )

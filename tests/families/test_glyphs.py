@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import onestill
-from onestill.api import _held_out_prompts
+from onestill.api import _held_out_prompts, _open_clip
 from onestill.config import read_yaml
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
@@ -124,7 +125,7 @@ def test_named_prompts_win_over_held_out_ones(run: Path, tmp_path: Path) -> None
     assert report.protocol.notes[0] == "prompts: 2 of given ones, in turn"
     assert "no prompt accuracy: no prompt is of the classifier's kind" in report.protocol.notes[1]
     assert report.rows[-1].prompt_accuracy is None and report.rows[-1].clip_score is not None
-    assert "CLIP↑" in outcome.words and "prompt↑" not in outcome.words and "part by part" not in outcome.words
+    assert "CLIP↑" in outcome.out and "prompt↑" not in outcome.out and "part by part" not in outcome.out
 
 
 def test_held_out_prompts_take_the_place_of_the_teachers_own_only(run: Path) -> None:
@@ -152,3 +153,11 @@ def test_held_out_prompts_take_the_place_of_the_teachers_own_only(run: Path) -> 
 def test_evaluations_that_cannot_be_are_refused(run: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         onestill.evaluate(run, device="cpu", **{**FEW, **arguments})
+
+
+def test_clip_refuses_what_is_no_picture_before_it_loads_anything() -> None:
+    sound = SimpleNamespace(
+        spec=SimpleNamespace(text=True, sample_shape=(4, 8)), decode=lambda latents: torch.zeros(len(latents), 2, 2048)
+    )
+    with pytest.raises(ValueError, match=r"--clip: CLIP sees pictures, .* this teacher makes \[2, 2048\]"):
+        _open_clip("some/clip", sound, torch.device("cpu"), offline=True)  # type: ignore[arg-type]

@@ -278,11 +278,23 @@ def load_features(spec: str, *, local_files_only: bool = False, device: str | to
 
 
 def load_transformers(
-    source: str, revision: str | None, local_files_only: bool, *, flag: str, **options: object
+    source: str,
+    revision: str | None,
+    local_files_only: bool,
+    *,
+    flag: str,
+    dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> tuple[nn.Module, set[str]]:
     """Return the transformers model of a folder or hub id, and the names of the weights that its file lacks.
 
-    Only safetensors are read and no remote code is run; `flag` is what errors speak of.
+    Only safetensors are read and no remote code is run.
+
+    Args:
+        source: The folder or hub id.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Never ask the network.
+        flag: What errors speak of.
+        dtype: Precision of the weights; "auto" is that of the file.
 
     Raises:
         ValueError: If it cannot be loaded, or lacks more weights than those of a pooler.
@@ -299,7 +311,7 @@ def load_transformers(
             # With peft installed, the look for an adapter would ask the network all the same.
             adapter_kwargs={"local_files_only": local_files_only},
             output_loading_info=True,
-            **options,
+            dtype=dtype,
         )
     except (OSError, ValueError) as error:
         offline = " (local files only: nothing was downloaded)" if local_files_only else ""
