@@ -270,6 +270,10 @@ def test_evaluate_takes_any_extractor() -> None:
         ({"reference": "no/where"}, "--reference no/where: no such folder"),
         ({"features": "no where"}, "--features: no such file or folder"),
         ({"features": "network.pt"}, "is a pickle"),
+        (
+            {"clip": "some/clip"},
+            "--clip some/clip compares pictures with their prompts, and this teacher takes no text",
+        ),
         ({"teacher": "no where"}, "no such teacher"),
         ({"guidance_scale": 2}, "needs a teacher with a null class"),
         ({"class_labels": [1]}, "is unconditional"),

@@ -1,12 +1,14 @@
 """Train the classifier whose features and labels judge the embedded text-to-image teacher `glyphs`.
 
-One `ConvFeatures` network with five heads: its logits are those of the heads side by side, and `record["heads"]`
-in the metadata of the file names the heads and their classes in this order. It sees renderings of the training
-combinations (masks of seed 0), half of them with a little noise; held-out combinations drawn with masks of seed 1
-give the accuracies on record. As with the digits, the features also feed a linear decoder of the (coarse) picture
-while training, so that they keep what it looks like.
+One `ConvFeatures` network with five heads: its logits are those of the heads side by side, and in the metadata of the
+file `record["heads"]` names the heads and their classes in this order, and `record["prompt_pattern"]` where a caption
+says each of them. It sees renderings of the training combinations (masks of seed 0), half of them with a little noise;
+held-out combinations drawn with masks of seed 1 give the accuracies on record. As with the digits, the features also
+feed a linear decoder of the (coarse) picture while training, so that they keep what it looks like.
 
     python examples/teachers/glyphs_classifier.py --output src/onestill/embedded/glyphs/classifier.safetensors
+
+With `--keep_weights` nothing is trained: heads and pattern are written anew into the metadata of a file that is there.
 
 The shipped weights: seed 0, 4,000 steps of 64 images, 8.5 minutes on a shared core, stored as float16. They were
 trained while the characters still had a zero among them (and another tenth was held out); its row was then taken
@@ -19,43 +21,26 @@ import time
 from pathlib import Path
 
 import torch
-from glyphs_data import HEADS, compose, render_masks, split
+from glyphs_data import HEADS, PROMPT_PATTERN, compose, render_masks, split
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import trange
 
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract
+from onestill.evaluation.heads import head_accuracies, head_hits, split_logits
 from onestill.evaluation.metrics import frechet_distance
 
-SIZES = [len(names) for names in HEADS.values()]
-
-
-def head_logits(logits: Tensor) -> dict[str, Tensor]:
-    """Return the logits of each head, by name, of the logits [N, sum of classes] side by side."""
-    return dict(zip(HEADS, logits.split(SIZES, dim=1), strict=True))
+READING = {"heads": {name: list(classes) for name, classes in HEADS.items()}, "prompt_pattern": PROMPT_PATTERN}
+"""What `evaluate` needs to judge a prompt's picture: the order of the logits, and where a prompt says each value."""
 
 
 def head_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the heads' cross-entropies for labels [N, 5]."""
-    parts = head_logits(logits).values()
+    parts = split_logits(logits, HEADS).values()
     return torch.stack(
         [functional.cross_entropy(part, label) for part, label in zip(parts, labels.T, strict=True)]
     ).sum()
-
-
-@torch.no_grad()
-def head_hits(model: ConvFeatures, images: Tensor, labels: Tensor) -> Tensor:
-    """Return whether each head is right, [N, 5] bool, on images in [-1, 1]."""
-    logits = torch.cat([model(chunk) for chunk in images.split(256)])
-    guesses = torch.stack([part.argmax(dim=1) for part in head_logits(logits).values()], dim=1)
-    return guesses.cpu() == labels
-
-
-def accuracies(hits: Tensor) -> dict[str, float]:
-    """Return the accuracy of each head and, as `all`, the share of images on which every head is right."""
-    shares = dict(zip(HEADS, hits.double().mean(dim=0).tolist(), strict=True))
-    return {**shares, "all": hits.all(dim=1).double().mean().item()}
 
 
 def _noised(images: Tensor) -> Tensor:
@@ -101,24 +86,32 @@ def main() -> None:
     parser.add_argument("--reconstruction_weight", type=float, default=2.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep_weights", action="store_true", help="only write heads and pattern anew")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
+    if args.keep_weights:
+        model = ConvFeatures.load(args.output)
+        model.record |= READING
+        model.half().save(args.output)
+        return
     torch.manual_seed(args.seed)
     training, held_out = split()
-    model = ConvFeatures(in_channels=3, num_classes=sum(SIZES), width=16, num_stages=4, feature_dim=64, dropout=0.1)
+    num_classes = sum(map(len, HEADS.values()))
+    model = ConvFeatures(in_channels=3, num_classes=num_classes, width=16, num_stages=4, feature_dim=64, dropout=0.1)
     model.to(args.device)
     started = time.monotonic()
     train(model, render_masks(32, seed=0), training, args)
 
     labels = held_out.repeat(2, 1)
     images = compose(render_masks(16, seed=1), labels).to(args.device)
-    shares = accuracies(head_hits(model, images, labels))
-    features = extract(ClassifierFeatures(model), images)
+    judge = ClassifierFeatures(model)
+    shares = head_accuracies(head_hits(judge.logits(images), labels, HEADS), HEADS)
+    features = extract(judge, images)
     floor = frechet_distance(features[: len(held_out)], features[len(held_out) :])
     model.record = {
         "data": "glyphs of the DejaVu fonts of matplotlib, held-out combinations, unseen masks",
-        "heads": {name: list(classes) for name, classes in HEADS.items()},
+        **READING,
         "num_held_out_images": len(images),
         "held_out_accuracy": shares["all"],
         "held_out_accuracy_per_head": {name: shares[name] for name in HEADS},

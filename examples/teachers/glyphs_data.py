@@ -19,7 +19,6 @@ indices. The masks of the reference are drawn with a seed of their own. Seconds 
 
 import argparse
 import json
-import re
 import string
 from functools import cache
 from itertools import product
@@ -63,9 +62,11 @@ _FACES = {
     "serif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
     "mono": ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique"),
 }
-_CAPTION = re.compile(
+PROMPT_PATTERN = (
     r"an? (?P<style>\w+) (?P<color>\w+) (?P<family>\w+) (?P<character>\w) on an? (?P<background>\w+) background"
 )
+"""How `caption` writes the five values, one named group each: the classifier's file says so to whoever evaluates."""
+
 _SUPERSAMPLING = 8
 _EM_PIXELS = 25.0
 _MAX_SHIFT_PIXELS = 2.0
@@ -79,18 +80,6 @@ def caption(row: Tensor) -> str:
     )
     article = "an" if style.startswith("i") else "a"
     return f"{article} {style} {color} {family} {character} on a {background} background"
-
-
-def parse_caption(text: str) -> Tensor:
-    """Return the labels [5] of a caption.
-
-    Raises:
-        ValueError: If the text is not a caption of a glyph.
-    """
-    match = _CAPTION.fullmatch(text)
-    if match is None or any(match[head] not in names for head, names in HEADS.items()):
-        raise ValueError(f"not a caption of a glyph: {text!r}")
-    return torch.tensor([names.index(match[head]) for head, names in HEADS.items()])
 
 
 @cache

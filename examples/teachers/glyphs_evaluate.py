@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from glyphs_classifier import accuracies, head_hits
 from glyphs_data import REFERENCE_SEED, caption, compose, render_masks, split
 from PIL import Image
 from torch import Tensor
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract
+from onestill.evaluation.heads import head_accuracies, head_hits
 from onestill.evaluation.metrics import frechet_distance
 
 
@@ -91,7 +91,8 @@ def main() -> None:
                 save_grid(images[:96], args.grid.with_stem(f"{args.grid.stem}_w{scale:g}_s{steps}"))
             for name in list(rows):
                 images, seconds = rows.pop(name)
-                shares = accuracies(head_hits(classifier, images, labels))
+                hits = head_hits(extractor.logits(images), labels, classifier.heads)
+                shares = head_accuracies(hits, classifier.heads)
                 shown = " ".join(f"{head} {share:.3f}" for head, share in shares.items())
                 distance = frechet_distance(extract(extractor, real), extract(extractor, images))
                 print(f"{name}: {shown} | Fréchet {distance:.3f} | {seconds:.0f} s", flush=True)

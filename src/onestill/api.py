@@ -15,6 +15,7 @@ from onestill.checks import PIPELINE_FOLDER, check_device, check_writable, is_ru
 from onestill.config import DistillConfig
 from onestill.distillation import fit_teacher, guidance_words
 from onestill.evaluation import run as evaluation
+from onestill.evaluation.clip import ClipScore, check_pictures
 from onestill.evaluation.features import FeatureExtractor
 from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
 from onestill.export import MODULE_FILE, export_student
@@ -161,6 +162,7 @@ def evaluate(
     reference: str | Path = "auto",
     num_reference_steps: int = 100,
     features: str | FeatureExtractor = "auto",
+    clip: str | Path | None = None,
     guidance_scale: float | None = None,
     null_class: int | None = None,
     class_labels: Sequence[int] = (),
@@ -185,15 +187,19 @@ def evaluate(
         num_samples: Images per row of the table.
         steps: DDIM steps of the teacher's rows.
         reference: "teacher" (its own many-step samples: no data needed), an embedded teacher's name (its real
-            images), a folder of images, or "auto": the embedded images where the teacher is embedded, else "teacher".
+            images), a folder of images, or "auto": the embedded images where the teacher is embedded and
+            the features see images, else "teacher".
         num_reference_steps: DDIM steps of the teacher as reference.
-        features: "teacher" (its own middle features, of latents where it works on latents), an embedded teacher's name (its classifier), a .safetensors
-            file of `ConvFeatures`, a transformers vision model by folder or id, an extractor, or "auto".
+        features: "teacher" (its own middle features, of latents where it works on latents), an embedded teacher's
+            name (its classifier, which also judges prompts or labels), a .safetensors file of `ConvFeatures`, a
+            transformers vision model by folder or id, an extractor, or "auto".
+        clip: A transformers CLIP model by folder or id, for the CLIP score of images and prompts.
         guidance_scale: w of the teacher's rows; what was distilled if None.
         null_class: The label of `teacher` that means "no class"; that of the run if None.
         class_labels: Labels to go round; all that the student knows if empty.
         prompts: Prompts to go round, for text students: every row has the same.
-        prompt_file: A file of them instead; that of the run if neither is given.
+        prompt_file: A file of them instead. If neither is given: the held-out prompts of an embedded teacher that has
+            some, where its images are the reference or its own prompts were those of the run; else those of the run.
         prompt_field: Field of the prompt in a .jsonl or .csv.
         negative_prompt: Takes the place of "no prompt" in the teacher's guidance; that of the run if None.
         seed: Seed of the first image.
@@ -214,14 +220,19 @@ def evaluate(
     check_seeds(seed, num_samples)
     check_guidance(guidance_scale)
     one_step = _open_at_scale(student, place, guidance_scale, local_files_only)
-    asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field)
     base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, negative_prompt, place, local_files_only)
-    one_step.conditions(1, tuple(class_labels), asked)
     name = base.spec.source
     extractor = features
     if isinstance(extractor, str):
         chosen = evaluation.default_features(name) if extractor == "auto" else extractor
         extractor = evaluation.choose_features(chosen, base, local_files_only=local_files_only, device=place)
+    if reference == "auto":
+        sees_images = not getattr(extractor, "of_latents", False)
+        reference = name if name in EMBEDDED and sees_images else "teacher"
+    held_out = _held_out_prompts(str(reference), name, one_step.config)
+    asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field, held_out)
+    one_step.conditions(1, tuple(class_labels), asked)
+    judge = None if clip is None else _open_clip(clip, base, place, local_files_only)
     settings = evaluation.Settings(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -239,7 +250,7 @@ def evaluate(
         (f"DDIM-{n}", teacher_source(base, fitted, num_steps=n, device=place), False) for n in steps
     ]
     report, shown = evaluation.compare_sources(
-        [*rows, ("student", one_step, True)], images, extractor, settings, teacher=name, say=say
+        [*rows, ("student", one_step, True)], images, extractor, settings, teacher=name, clip=judge, say=say
     )
     if output is not None:
         report.save(output, overwrite=overwrite)
@@ -275,17 +286,51 @@ def _open_at_scale(student: str | Path, device: torch.device, scale: float | Non
     return open_student(path, device=device, guidance_scale=scale, local_files_only=offline)
 
 
+def _held_out_prompts(reference: str, teacher: str, config: DistillConfig | None) -> Path | None:
+    """Return the prompts of an embedded teacher that an evaluation goes by if none are named; None if there are none.
+
+    They are those of the images it is compared with, or take the place of the teacher's own prompts in the run's.
+    """
+    if reference in EMBEDDED:
+        return EMBEDDED[reference].heldout
+    own = EMBEDDED.get(teacher)
+    if own is None or (config is not None and config.prompt_file != own.prompts):
+        return None
+    return own.heldout
+
+
 def _prompts_of(
-    student: Source, prompts: Sequence[str], prompt_file: str | Path | None, prompt_field: str | None
+    student: Source,
+    prompts: Sequence[str],
+    prompt_file: str | Path | None,
+    prompt_field: str | None,
+    held_out: Path | None,
 ) -> tuple[Sequence[str], str]:
-    """Return (the prompts to evaluate on, where they come from): given ones, or those of the student's run."""
-    config = student.config
-    if student.text and not prompts and prompt_file is None and config is not None:
-        prompt_file = config.prompt_file
-        prompt_field = config.prompt_field if prompt_field is None else prompt_field
+    """Return (the prompts to evaluate on, where they come from): given ones, held-out ones, or those of the run."""
+    config, kind = student.config, ""
+    if student.text and not prompts and prompt_file is None:
+        if held_out is not None:
+            prompt_file, kind = held_out, ", held-out ones"
+        elif config is not None:
+            prompt_file = config.prompt_file
+            prompt_field = config.prompt_field if prompt_field is None else prompt_field
     found = read_prompts(prompts, prompt_file, prompt_field)
     where = "given ones" if prompt_file is None else Path(prompt_file).name
-    return found, f"{len(found):,} of {where}, in turn" if found else ""
+    return found, f"{len(found):,} of {where}{kind}, in turn" if found else ""
+
+
+def _open_clip(clip: str | Path, teacher: NetworkTeacher, device: torch.device, offline: bool) -> ClipScore:
+    """Return what measures how well images fit their prompts.
+
+    Raises:
+        ValueError: If there are no prompts or no pictures, or this is no CLIP model.
+    """
+    if not teacher.spec.text:
+        raise ValueError(f"--clip {clip} compares pictures with their prompts, and this teacher takes no text")
+    with torch.no_grad():
+        made = teacher.decode(torch.zeros(1, *teacher.spec.sample_shape, device=device))
+    check_pictures(made.shape[1:])
+    return ClipScore(clip, local_files_only=offline, device=device)
 
 
 def _check_evaluation(
@@ -378,16 +423,15 @@ def _reference(
     device: torch.device,
     say: Callable[[str], None],
 ) -> evaluation.Reference:
-    if reference == "auto":
-        reference = base.spec.source if base.spec.source in EMBEDDED else "teacher"
     if reference == "teacher":
         say(f"reference: {settings.num_samples:,} samples of the teacher at {num_steps} steps")
         source = teacher_source(base, fitted, num_steps=num_steps, device=device)
         return evaluation.teacher_reference(source, extractor, settings)
     if reference in EMBEDDED:
-        return evaluation.embedded_reference(reference)
-    image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=device)).shape[1:]
-    found = evaluation.folder_reference(Path(reference), image_shape)
+        found = evaluation.embedded_reference(reference)
+    else:
+        image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=device)).shape[1:]
+        found = evaluation.folder_reference(Path(reference), image_shape)
     if getattr(extractor, "of_latents", False):
         raise ValueError(
             f"--reference {reference} holds images, and --features teacher looks at latents; name a transformers model"

@@ -345,8 +345,12 @@ def evaluate(
     ] = 100,
     features: Annotated[
         str,
-        typer.Option("--features", help="teacher, digits, a .safetensors file, a transformers model, or auto."),
+        typer.Option("--features", help="teacher, digits, glyphs, a .safetensors file, a transformers model, or auto."),
     ] = "auto",
+    clip: Annotated[
+        str | None,
+        typer.Option("--clip", help="A transformers CLIP model, folder or hub id: adds the CLIP score of the prompts."),
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option("--guidance_scale", help="w of the teacher's rows; as distilled if not given."),
@@ -387,6 +391,7 @@ def evaluate(
         reference=reference,
         num_reference_steps=num_reference_steps,
         features=features,
+        clip=clip,
         guidance_scale=guidance_scale,
         null_class=null_class,
         class_labels=class_labels,

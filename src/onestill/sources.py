@@ -44,6 +44,7 @@ class Source:
         latents: The same up to the decoder, where there is one; None where the network works on pixels, or where an
             exported pipeline does not let its latents out.
         decodes: Whether there is a decoder.
+        decode: From latents to the images of `generate`, where the two can be had apart.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Source:
     text: bool = False
     latents: Generate | None = None
     decodes: bool = False
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Rows:
         """Return what `num` images are asked for: going round `prompts` or `chosen`.
@@ -149,14 +151,15 @@ def _around(
             return network(eps, base.encode(rows["prompt"]))
         return network(eps, rows)
 
-    def generate(eps: Tensor, rows: Rows) -> Tensor:
-        images = base.decode(latents(eps, rows))
+    @torch.no_grad()
+    def decode(made: Tensor) -> Tensor:
+        images = base.decode(made)
         # As an exported pipeline leaves them.
         return images.clamp(-1, 1) if clips or decodes else images
 
     return Source(
         name,
-        generate,
+        lambda eps, rows: decode(latents(eps, rows)),
         base.spec.sample_shape,
         labels,
         run=run,
@@ -166,6 +169,7 @@ def _around(
         text=base.spec.text,
         latents=latents if decodes else None,
         decodes=decodes,
+        decode=decode if decodes else None,
     )
 
 

@@ -158,6 +158,59 @@ def test_terminal_table_fits_100_columns() -> None:
     assert not any("…" in line for line in lines)
 
 
+def prompted_report() -> Report:
+    """A report with every column that a text student can have."""
+    report = make_report()
+    shares = {"all": 0.71, "character": 0.93, "color": 1.0, "background": 0.875, "style": 0.95, "family": 0.8}
+    teacher, student = (row.model_copy(update={"label_accuracy": None}) for row in report.rows)
+    teacher = teacher.model_copy(update={"prompt_accuracy": shares, "clip_score": 31.25, "name": "DDIM-50"})
+    student = student.model_copy(update={"clip_score": 29.75})
+    protocol = report.protocol.model_copy(update={"clip_model": "openai/clip@0123"})
+    return report.model_copy(update={"rows": (teacher, student), "protocol": protocol})
+
+
+def test_prompts_have_a_column_and_a_table_of_their_parts() -> None:
+    lines = prompted_report().to_markdown().splitlines()
+    titles = "sampler,steps,NFE,FD↓,KD↓ ×10³,prec↑,rec↑,prompt↑,CLIP↑,img/s ×1,img/s ×256,speedup"
+    assert lines[0] == "| " + titles.replace(",", " | ") + " |"
+    assert " | 0.710 | 31.2 | " in lines[2] and " | **–** | **29.8** | " in lines[3]
+    second = lines.index("| sampler | character↑ | color↑ | background↑ | style↑ | family↑ |")
+    assert lines[second - 2] == "Share of pictures that show what their prompt says, part by part:"
+    assert lines[second + 2] == "| DDIM-50 | 0.930 | 1.000 | 0.875 | 0.950 | 0.800 |"
+    assert lines[second + 3].startswith("| **student** | **–** |")
+    assert "- CLIP score with openai/clip@0123: mean of max(100 cos, 0)" in lines
+    assert "prompt: share that shows all its prompt says; CLIP: CLIP score" in lines[-1]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_terminal_tables_of_prompts_fit(width: int) -> None:
+    lines = rendered(prompted_report(), width).splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    first, second = (line.split() for line in lines if line.startswith(" DDIM-50"))
+    assert first == [
+        "DDIM-50",
+        "250",
+        "500",
+        "7.60",
+        "19.2",
+        "0.790",
+        "0.480",
+        "0.710",
+        "31.2",
+        "0.210",
+        "1,234",
+        "1.00×",
+    ]
+    assert second == ["DDIM-50", "0.930", "1.000", "0.875", "0.950", "0.800"]
+
+
+def test_reports_of_prompts_come_back(tmp_path: Path) -> None:
+    report = prompted_report()
+    report.save(tmp_path)
+    assert Report.load(tmp_path) == report
+    assert "part by part" not in make_report().to_markdown()
+
+
 def test_markup_in_names_is_printed_as_it_is() -> None:
     assert "[red]student" in rendered(make_report(student_name="[red]student"))
 

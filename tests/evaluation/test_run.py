@@ -1,8 +1,10 @@
 """One evaluation: sources, references and features put together, on sources whose numbers are known."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from onestill.evaluation.run import (
     teacher_reference,
 )
 from onestill.process import CosineVP
-from onestill.sampler import noise
+from onestill.sampler import Rows, noise
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.module import module_teacher
 from onestill.tensors import Cond
@@ -46,13 +48,17 @@ class Fake:
     asked: list[int] = field(default_factory=list)
     latents: Callable[[Tensor, Cond], Tensor] | None = None
     decodes: bool = False
+    decode: Callable[[Tensor], Tensor] | None = None
+    text: bool = False
 
     def generate(self, eps: Tensor, cond: Cond) -> Tensor:
         self.asked.append(len(eps))
         images = self.make(eps)
         return images + cond["class_labels"].reshape(-1, 1, 1, 1) if "class_labels" in cond else images
 
-    def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Cond:
+    def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Rows:
+        if self.text:
+            return {"prompt": [prompts[i % len(prompts)] for i in range(num)]}
         labels = chosen or tuple(range(self.num_classes))
         return (
             {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(seed, seed + num)])} if labels else {}
@@ -159,6 +165,8 @@ def test_label_accuracy_needs_a_classifier_and_labels() -> None:
         """Sees the label in the mean: the fakes add it."""
 
         name = "by mean"
+        heads: dict[str, tuple[str, ...]] = {}  # noqa: RUF012
+        prompt_pattern = None
 
         def features(self, images: Tensor) -> Tensor:
             return images.flatten(1)
@@ -174,6 +182,123 @@ def test_label_accuracy_needs_a_classifier_and_labels() -> None:
     ]
     report, _ = compare_sources(sources, reference(), classifier, SETTINGS, teacher="t")
     assert [row.label_accuracy for row in report.rows] == [1, 0.5, None]
+
+
+# Prompts
+
+
+class DarkOrLight(nn.Module):
+    """Two heads: is the picture light, and is its first pixel lighter than its last? The fakes below are told."""
+
+    name = "dark or light"
+    heads = {"light": ("dark", "light"), "first": ("dark", "light")}  # noqa: RUF012
+    prompt_pattern = re.compile("(?P<light>[a-z]+), first (?P<first>[a-z]+)")
+
+    def __init__(self, record: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.record = record or {}
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean, slope = images.mean((1, 2, 3)), images[:, 0, 0, 0] - images[:, 0, 3, 3]
+        return torch.stack([-mean, mean, -slope, slope], 1)
+
+
+def judge(record: dict[str, Any] | None = None) -> ClassifierFeatures:
+    return ClassifierFeatures(DarkOrLight(record))  # type: ignore[arg-type]
+
+
+PROMPTED = replace(SETTINGS, prompts=("light, first light", "dark, first light", "a cat", "light, first dark"))
+
+
+def falling(eps: Tensor) -> Tensor:
+    """Light pictures whose first pixel is the lightest, whatever the prompt."""
+    return eps * 0.01 + torch.linspace(0.9, 0.1, 16).reshape(1, 1, 4, 4)
+
+
+def test_prompts_are_judged_head_by_head_and_others_counted_out() -> None:
+    record = {"held_out_accuracy_per_head": {"light": 1.0, "first": 0.9}}
+    sources = [
+        ("a", Fake("a", falling, text=True), False),
+        ("b", Fake("b", lambda eps: -falling(eps), text=True), True),
+    ]
+    report, _ = compare_sources(sources, reference(), judge(record), PROMPTED, teacher="t")
+    light, dark = report.rows
+    # Judged are 30 of 40: of three kinds of prompts "light" fits two, "first light" two, both one.
+    assert light.prompt_accuracy == pytest.approx({"all": 1 / 3, "light": 2 / 3, "first": 2 / 3})
+    assert dark.prompt_accuracy == pytest.approx({"all": 0, "light": 1 / 3, "first": 1 / 3})
+    assert light.label_accuracy is None and light.clip_score is None
+    assert report.protocol.notes == (
+        "prompt accuracy: what the classifier sees in 30 of 40 images a row (10 have prompts that are not of its kind)",
+        "the classifier itself, on real images: light 1.000, first 0.900",
+    )
+
+
+def test_without_a_prompt_that_can_be_read_the_protocol_says_why() -> None:
+    source = ("a", Fake("a", falling, text=True), True)
+    settings = replace(SETTINGS, prompts=("a cat", "a dog"), prompts_from="2 given ones")
+    report, _ = compare_sources([source], reference(), judge(), settings, teacher="t")
+    assert report.rows[0].prompt_accuracy is None
+    assert report.protocol.notes[0] == "prompts: 2 given ones"
+    assert "no prompt is of the classifier's kind, such as 'a cat'" in report.protocol.notes[1]
+
+    silent = judge()
+    silent.classifier.prompt_pattern = None  # type: ignore[misc]
+    report, _ = compare_sources([source], reference(), silent, settings, teacher="t")
+    assert report.rows[0].prompt_accuracy is None and "does not say how prompts are read" in report.protocol.notes[1]
+    # Features that are no classifier have nothing to say about prompts.
+    report, _ = compare_sources([source], reference(), Pixels(), settings, teacher="t")
+    assert report.protocol.notes == ("prompts: 2 given ones",)
+
+
+def test_labels_are_not_read_off_several_heads() -> None:
+    source = ("a", Fake("a", small, num_classes=2), True)
+    assert compare_sources([source], reference(), judge(), SETTINGS, teacher="t")[0].rows[0].label_accuracy is None
+
+
+class Brightness:
+    """In the place of a CLIP: how light a picture is, and which prompts it was shown with."""
+
+    name, max_tokens = "brightness", 7
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert len(images) == len(prompts) and images.abs().max() <= 1
+        self.seen += prompts
+        return images.mean((1, 2, 3)) * 100
+
+    def num_truncated(self, prompts: Sequence[str]) -> int:
+        assert len(set(prompts)) == len(prompts)
+        return sum(len(prompt) > 7 for prompt in prompts)
+
+
+class Latents(Pixels):
+    of_latents = True
+
+
+@pytest.mark.parametrize("way", ["pictures", "decode", "again"])
+def test_clip_sees_pictures_and_their_prompts(way: str) -> None:
+    def picture(eps: Tensor) -> Tensor:
+        return falling(eps) * 10  # clipped at 1
+
+    source = Fake("a", picture, text=True)
+    extractor: Pixels = Pixels()
+    if way != "pictures":
+        extractor = Latents()
+        decode = picture if way == "decode" else None
+        source = replace(source, latents=lambda eps, _: eps, decodes=True, decode=decode)
+    clip = Brightness()
+    report, _ = compare_sources([("a", source, True)], reference(), extractor, PROMPTED, teacher="t", clip=clip)  # type: ignore[arg-type]
+    expected = picture(noise(range(40), (1, 4, 4))).clamp(-1, 1).double().mean() * 100
+    assert report.rows[0].clip_score == pytest.approx(float(expected), abs=1e-4)
+    assert clip.seen == list(PROMPTED.prompts) * 10
+    assert report.protocol.clip_model == "brightness"
+    assert report.protocol.notes[-1] == "CLIP score: 3 different prompts have more than 7 tokens, and were cut there"
+    assert any("CLIP score with brightness" in line for line in report.protocol.lines())
 
 
 # References

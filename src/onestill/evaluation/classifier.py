@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from onestill.evaluation.heads import heads_of, pattern_of
 
 KIND = "onestill.ConvFeatures"
 _NORM_GROUPS = 8
@@ -34,7 +37,8 @@ class ConvFeatures(nn.Module):
 
     Attributes:
         config: The arguments above.
-        record: What is known about the weights (for example `held_out_accuracy`); saved with them.
+        record: What is known about the weights (for example `held_out_accuracy`); saved with them. `heads` and
+            `prompt_pattern` in it are read by the properties of these names.
         name: The extractor's name in a protocol; after `load` it carries a fingerprint of the file.
 
     Raises:
@@ -67,7 +71,7 @@ class ConvFeatures(nn.Module):
                 raise ValueError(f"{key} must be at least 1, got {value}")
         if width % _NORM_GROUPS:
             raise ValueError(f"width must be a multiple of {_NORM_GROUPS}, got {width}")
-        self.record: dict[str, str | int | float] = {}
+        self.record: dict[str, Any] = {}
         self.name = f"ConvFeatures ({feature_dim}-d)"
         blocks: list[nn.Module] = []
         channels = width
@@ -81,6 +85,24 @@ class ConvFeatures(nn.Module):
         self.embed = nn.Linear(channels, feature_dim)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(feature_dim, num_classes)
+
+    @property
+    def heads(self) -> dict[str, tuple[str, ...]]:
+        """The classes of each head, in the order of the logits side by side; empty where the record names none.
+
+        Raises:
+            ValueError: If the record's heads do not fit the logits.
+        """
+        return heads_of(self.record, int(self.config["num_classes"]))
+
+    @property
+    def prompt_pattern(self) -> re.Pattern[str] | None:
+        """How a prompt says what each head must see: one named group for each; None where the record has none.
+
+        Raises:
+            ValueError: If it is no regular expression, or its groups are not the heads.
+        """
+        return pattern_of(self.record, self.heads)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the penultimate features [N, feature_dim] of images [N, in_channels, H, W] in [-1, 1].
@@ -131,9 +153,10 @@ class ConvFeatures(nn.Module):
         try:
             model = cls(**about["config"])
             model.load_state_dict(load_file(source))
+            model.record = dict(about.get("record", {}))
+            _ = model.prompt_pattern  # and with it the heads: said now, not after the first row
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"--features: {source} is damaged or of another version: {error}") from error
-        model.record = dict(about.get("record", {}))
         model.name = _classifier_name(model, source)
         return model.to(device).eval().requires_grad_(False)
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from onestill.evaluation.classifier import ConvFeatures as ConvFeatures
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class FeatureExtractor(Protocol):
@@ -78,16 +78,15 @@ class ClassifierFeatures:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the penultimate features [N, D] of images in [-1, 1]."""
-        _check_range(images)
+        check_range(images)
         with _evaluating(self.classifier):
             return self.classifier.features(images).float()
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Return the class logits [N, num_classes] of images in [-1, 1]."""
-        _check_range(images)
-        with _evaluating(self.classifier):
-            logits: Tensor = self.classifier(images)
-        return logits.float()
+    def logits(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """Return the class logits [N, num_classes] of images in [-1, 1], batch by batch, on the CPU."""
+        check_range(images)
+        with _evaluating(self.classifier), torch.no_grad():
+            return torch.cat([self.classifier(batch).float().cpu() for batch in torch.split(images, batch_size)])
 
 
 class ModuleFeatures:
@@ -152,7 +151,7 @@ class TransformersFeatures:
     ) -> None:
         source = os.fspath(model_id)
         local_files_only = local_files_only or Path(source).is_dir()
-        self._model, has_pooler = _load_transformers(source, revision, local_files_only)
+        self._model, has_pooler = _load_vision(source, revision, local_files_only)
         self._model.to(device).eval().requires_grad_(False)
         processor = _load_processor(source, revision, local_files_only)
         self.size = _input_size(processor, source)
@@ -164,7 +163,7 @@ class TransformersFeatures:
         self._use_pooler = has_pooler and getattr(output, "pooler_output", None) is not None
         pooling = "pooled output" if self._use_pooler else "mean of tokens"
         height, width = self.size
-        self.name = f"{_name_with_commit(source, revision)} ({pooling}, {height}x{width} bicubic)"
+        self.name = f"{name_with_commit(source, revision)} ({pooling}, {height}x{width} bicubic)"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return features [N, D] of images [N, 1 or 3, H, W] in [-1, 1].
@@ -177,7 +176,7 @@ class TransformersFeatures:
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return the model's input: resized to `size`, in [0, 1], then `(pixels - mean) / std`."""
-        _check_range(images)
+        check_range(images)
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
                 f"{self.name} sees grey or RGB images, [N, 1 or 3, H, W], and was given {list(images.shape)}"
@@ -270,7 +269,7 @@ def load_features(spec: str, *, local_files_only: bool = False, device: str | to
         )
     if suffix == ".safetensors" or path.is_file():
         return ClassifierFeatures(ConvFeatures.load(path, device=device))
-    if not path.is_dir() and not _HUB_ID.fullmatch(spec):
+    if not path.is_dir() and not HUB_ID.fullmatch(spec):
         raise ValueError(
             f"--features: no such file or folder: {spec!r}; give a .safetensors file written by "
             "ConvFeatures.save, or the folder or id of a transformers vision model"
@@ -278,8 +277,28 @@ def load_features(spec: str, *, local_files_only: bool = False, device: str | to
     return TransformersFeatures(spec, local_files_only=local_files_only, device=device)
 
 
-def _load_transformers(source: str, revision: str | None, local_files_only: bool) -> tuple[nn.Module, bool]:
-    """Return the vision model and whether its pooled output has trained weights."""
+def load_transformers(
+    source: str,
+    revision: str | None,
+    local_files_only: bool,
+    *,
+    flag: str,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+) -> tuple[nn.Module, set[str]]:
+    """Return the transformers model of a folder or hub id, and the names of the weights that its file lacks.
+
+    Only safetensors are read and no remote code is run.
+
+    Args:
+        source: The folder or hub id.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Never ask the network.
+        flag: What errors speak of.
+        dtype: Precision of the weights; "auto" is that of the file.
+
+    Raises:
+        ValueError: If it cannot be loaded, or lacks more weights than those of a pooler.
+    """
     from transformers import AutoModel
 
     try:
@@ -292,25 +311,32 @@ def _load_transformers(source: str, revision: str | None, local_files_only: bool
             # With peft installed, the look for an adapter would ask the network all the same.
             adapter_kwargs={"local_files_only": local_files_only},
             output_loading_info=True,
+            dtype=dtype,
         )
     except (OSError, ValueError) as error:
         offline = " (local files only: nothing was downloaded)" if local_files_only else ""
         raise ValueError(
-            f"--features: cannot load {source!r} as a transformers model with safetensors weights{offline}: {error}"
+            f"{flag}: cannot load {source!r} as a transformers model with safetensors weights{offline}: {error}"
         ) from error
-    vision = getattr(model, "vision_model", model)
-    if getattr(vision, "main_input_name", None) != "pixel_values":
-        raise ValueError(f"--features: {source!r} ({type(model).__name__}) does not take images")
-    # transformers fills what a file lacks with random numbers; features must not depend on those.
+    # transformers fills what a file lacks with random numbers; nothing measured must depend on those.
     missing = set(info["missing_keys"])
     without_pooler = {key for key in missing if "pooler" not in key}
     if without_pooler:
         shown = ", ".join(sorted(without_pooler)[:3])
-        raise ValueError(f"--features: the weights of {source!r} are incomplete; missing: {shown}, ...")
+        raise ValueError(f"{flag}: the weights of {source!r} are incomplete; missing: {shown}, ...")
+    return model, missing
+
+
+def _load_vision(source: str, revision: str | None, local_files_only: bool) -> tuple[nn.Module, bool]:
+    """Return the vision model and whether its pooled output has trained weights."""
+    model, missing = load_transformers(source, revision, local_files_only, flag="--features")
+    vision = getattr(model, "vision_model", model)
+    if getattr(vision, "main_input_name", None) != "pixel_values":
+        raise ValueError(f"--features: {source!r} ({type(model).__name__}) does not take images")
     return vision, not missing
 
 
-def _name_with_commit(source: str, revision: str | None) -> str:
+def name_with_commit(source: str, revision: str | None) -> str:
     """Return a folder's name, or a hub id with the commit that was loaded, which a branch does not tell."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -358,7 +384,8 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"{bad} of {len(images)} images hold NaN or infinity: the sampler diverged")
 
 
-def _check_range(images: Tensor) -> None:
+def check_range(images: Tensor) -> None:
+    """Raise ValueError if images do not lie in [-1, 1]."""
     # Metrics speak of images as they would be stored, and storing clips.
     low, high = images.min().item(), images.max().item()
     if low < -1.001 or high > 1.001:

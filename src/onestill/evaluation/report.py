@@ -2,17 +2,21 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from onestill.evaluation.heads import ALL
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
+HEADS_TITLE = "Share of pictures that show what their prompt says, part by part"
 _MISSING = "–"
 
 
@@ -37,6 +41,7 @@ class EvaluationProtocol(_Record):
         guidance_scale: w in u + w (c - u); 1 is no guidance, None is an unconditional teacher.
         device: What the speeds were measured on.
         dtype: Precision of the networks; `onestill evaluate` runs them as they were loaded, in float32.
+        clip_model: The model of `Row.clip_score`.
         large_batch_size: The batch size of `Row.images_per_second_large`.
         kernel_subset_size: Rows per subset of the kernel distance.
         kernel_num_subsets: Subsets of the kernel distance.
@@ -57,6 +62,7 @@ class EvaluationProtocol(_Record):
     guidance_scale: float | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    clip_model: str | None = None
     large_batch_size: int | None = None
     kernel_subset_size: int | None = None
     kernel_num_subsets: int | None = None
@@ -73,6 +79,8 @@ class EvaluationProtocol(_Record):
         lines.append(f"{self.num_images:,} images per row, seeds {self.seeds}{guidance}")
         lines.append(f"compared with {self.num_reference_images:,} images: {self.reference}")
         lines.append(f"features {self.extractor}, D = {self.feature_dim}{self._metric_settings()}")
+        if self.clip_model:
+            lines.append(f"CLIP score with {self.clip_model}: mean of max(100 cos, 0)")
         large = f", batches of 1 and {self.large_batch_size:,}" if self.large_batch_size else ""
         lines.append(f"speed on {self.device}, {self.dtype}{large}")
         if self.versions:
@@ -100,6 +108,9 @@ class Row(_Record):
         precision: Share of generated images within the real manifold.
         recall: Share of real images within the generated manifold.
         label_accuracy: Share of images that show their label.
+        prompt_accuracy: Share of judged images on which each head of the classifier sees what the prompt says, by
+            the head's name, and first, as `all`, on which every head does.
+        clip_score: Mean of max(100 cos, 0) between images and prompts, in 0..100.
         images_per_second: At batch 1.
         images_per_second_large: At `EvaluationProtocol.large_batch_size`.
         speedup: How many times faster than `EvaluationProtocol.speedup_over`, measured in turns with it.
@@ -115,6 +126,8 @@ class Row(_Record):
     precision: float | None = None
     recall: float | None = None
     label_accuracy: float | None = None
+    prompt_accuracy: dict[str, float] | None = None
+    clip_score: float | None = None
     images_per_second: float | None = None
     images_per_second_large: float | None = None
     speedup: float | None = None
@@ -130,15 +143,10 @@ class Report(_Record):
 
     def to_markdown(self) -> str:
         """Return the table, the warnings and the protocol as GitHub-flavoured Markdown."""
-        columns = _columns(self)
-        cells = [[column.cell(row) for column in columns] for row in self.rows]
-        lines = [
-            _markdown_row([column.title.replace("\n", " ") for column in columns]),
-            _markdown_row([":---" if column.left else "---:" for column in columns]),
-        ]
-        for row, texts in zip(self.rows, cells, strict=True):
-            lines.append(_markdown_row([f"**{text}**" if row.is_student else text for text in texts]))
-        blocks = ["\n".join(lines)]
+        columns, heads = _columns(self), _head_columns(self)
+        blocks = [_markdown_table(columns, self.rows)]
+        if heads:
+            blocks += [f"{HEADS_TITLE}:", _markdown_table(heads, self.rows)]
         if self.warnings:
             blocks.append("\n".join(f"> **Warning:** {warning}" for warning in self.warnings))
         blocks.append("\n".join(["Protocol:", ""] + [f"- {line}" for line in self.protocol.lines()]))
@@ -198,23 +206,37 @@ def package_versions(names: Sequence[str] = ("onestill", "torch", "diffusers")) 
 
 
 def print_report(report: Report, console: "Console") -> None:
-    """Print the table, the warnings and the protocol on a rich console; fits 80 columns."""
-    from rich.box import HORIZONTALS
-    from rich.table import Table
+    """Print the tables, the warnings and the protocol on a rich console; fits 80 columns."""
     from rich.text import Text
 
-    columns = _columns(report)
-    table = Table(box=HORIZONTALS, header_style="bold", border_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
-    for column in columns:
-        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=True)
-    for row in report.rows:
-        cells = [Text(column.cell(row)) for column in columns]
-        table.add_row(*cells, style="bold green" if row.is_student else "")
-    console.print(table)
+    columns, heads = _columns(report), _head_columns(report)
+    _print_table(columns, report.rows, console)
+    if heads:
+        console.print(Text(HEADS_TITLE))
+        _print_table(heads, report.rows, console)
     for warning in report.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
     for line in [*report.protocol.lines(), _legend(columns)]:
         console.print(Text(line, style="dim"))
+
+
+def _print_table(columns: "Sequence[_Column]", rows: Sequence[Row], console: "Console") -> None:
+    """Print one table; the columns move together where it would be wider than the console."""
+    from rich.box import HORIZONTALS
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=HORIZONTALS, header_style="bold", border_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    for column in columns:
+        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=True)
+    for row in rows:
+        cells = [Text(column.cell(row)) for column in columns]
+        table.add_row(*cells, style="bold green" if row.is_student else "")
+    unbounded = console.options.update(max_width=10_000)
+    if Measurement.get(console, unbounded, table).maximum > console.width:
+        table.padding = (0, 0, 0, 0)
+    console.print(table)
 
 
 class _Column(NamedTuple):
@@ -236,6 +258,8 @@ def _columns(report: Report) -> list[_Column]:
         _Column("prec↑", lambda row: _share(row.precision)),
         _Column("rec↑", lambda row: _share(row.recall)),
         _Column("label↑", lambda row: _share(row.label_accuracy), "label: share that shows its label"),
+        _Column("prompt↑", lambda row: _of_head(row, ALL), "prompt: share that shows all its prompt says"),
+        _Column("CLIP↑", lambda row: _number(row.clip_score), "CLIP: CLIP score"),
         _Column("img/s\n×1", lambda row: _number(row.images_per_second), "×B: images per second in batches of B"),
         _Column(
             f"img/s\n×{large:,}" if large else "img/s\nlarge",
@@ -249,6 +273,17 @@ def _columns(report: Report) -> list[_Column]:
         for index, column in enumerate(columns)
         if index < always or any(column.cell(row) != _MISSING for row in report.rows)
     ]
+
+
+def _head_columns(report: Report) -> list[_Column]:
+    """Return the columns of the second table, one for each head; empty where prompts were not judged by heads."""
+    heads = list(dict.fromkeys(name for row in report.rows for name in row.prompt_accuracy or {} if name != ALL))
+    columns = [_Column(f"{name}↑", partial(_of_head, name=name)) for name in heads]
+    return [_Column("sampler", lambda row: row.name, left=True), *columns] if heads else []
+
+
+def _of_head(row: Row, name: str) -> str:
+    return _share((row.prompt_accuracy or {}).get(name))
 
 
 def _number(value: float | None) -> str:
@@ -273,6 +308,18 @@ def _kernel_cell(row: Row) -> str:
 
 def _legend(columns: Sequence[_Column]) -> str:
     return "; ".join(column.legend for column in columns if column.legend)
+
+
+def _markdown_table(columns: Sequence[_Column], rows: Sequence[Row]) -> str:
+    """Return the rows as a GitHub-flavoured table, students in bold."""
+    lines = [
+        _markdown_row([column.title.replace("\n", " ") for column in columns]),
+        _markdown_row([":---" if column.left else "---:" for column in columns]),
+    ]
+    for row in rows:
+        texts = [column.cell(row) for column in columns]
+        lines.append(_markdown_row([f"**{text}**" if row.is_student else text for text in texts]))
+    return "\n".join(lines)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

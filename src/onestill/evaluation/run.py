@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.classifier import ConvFeatures
+from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.features import (
     ClassifierFeatures,
     FeatureExtractor,
@@ -21,6 +22,7 @@ from onestill.evaluation.features import (
     extract,
     load_features,
 )
+from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
 from onestill.sampler import Rows, generate_images, noise, to_device
 from onestill.teachers.base import NetworkTeacher
@@ -51,6 +53,8 @@ class Candidate(Protocol):
     def latents(self) -> Callable[[Tensor, Cond], Tensor] | None: ...
     @property
     def decodes(self) -> bool: ...
+    @property
+    def decode(self) -> Callable[[Tensor], Tensor] | None: ...
     def conditions(
         self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0
     ) -> Rows: ...
@@ -100,6 +104,7 @@ def compare_sources(
     settings: Settings,
     *,
     teacher: str,
+    clip: ClipScore | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Report, dict[str, Tensor]]:
     """Return the report over (name, source, is it a student) and the first images of each row.
@@ -112,19 +117,31 @@ def compare_sources(
         extractor: The features.
         settings: How.
         teacher: Name of the teacher, for the protocol.
+        clip: How well images fit their prompts, for text teachers.
         say: Called with a line before each slow part.
     """
     say(f"features of {len(reference.images):,} reference images: {reference.name}")
     real = extract(extractor, reference.images)
     seconds = _speeds(sources, settings) if settings.measure_speed else {}
-    rows, shown = [], {}
+    rows: list[Row] = []
+    shown: dict[str, Tensor] = {}
+    wanted: _Wanted | None = None
+    notes: tuple[str, ...] = (f"prompts: {settings.prompts_from}",) if settings.prompts_from else ()
     for name, source, is_student in sources:
         say(f"{name}: {settings.num_samples:,} images")
         cond = source.conditions(settings.num_samples, settings.class_labels, settings.prompts, seed=settings.seed)
         seeds = range(settings.seed, settings.seed + settings.num_samples)
+        if not rows and "prompt" in cond:
+            wanted, reading = _what_prompts_want(extractor, cond["prompt"])
+            notes += reading + _cut_prompts(clip, cond["prompt"])
         images = _samples(source, extractor, seeds, cond, settings)
         shown[name] = images[:NUM_SHOWN] if not _of_latents(extractor, source) else _shown(source, seeds, cond)
-        rows.append(_row(name, source, is_student, images, cond, real, extractor, settings, seconds))
+        row = _row(name, source, is_student, images, cond, real, extractor, wanted, settings, seconds)
+        if clip is not None:
+            say(f"{name}: CLIP score")
+            pictures = _pictures(source, extractor, images, seeds, cond, settings.batch_size)
+            row = row.model_copy(update={"clip_score": _clip_score(clip, pictures, cond["prompt"])})
+        rows.append(row)
     size = _subset_size(len(real), settings.num_samples)
     warning = metrics.sample_warning(len(real), settings.num_samples, real.shape[1])
     protocol = EvaluationProtocol(
@@ -138,15 +155,80 @@ def compare_sources(
         seeds=f"{settings.seed}..{settings.seed + settings.num_samples - 1}",
         guidance_scale=settings.guidance_scale,
         device=f"{settings.device}, {torch.get_num_threads()} threads" if settings.device == "cpu" else settings.device,
+        clip_model=None if clip is None else clip.name,
         large_batch_size=settings.batch_size if settings.measure_speed else None,
         kernel_subset_size=size,
         kernel_num_subsets=50,
         neighbours=settings.neighbours,
         speedup_over=sources[0][0] if settings.measure_speed else None,
         versions=package_versions(),
-        notes=(f"prompts: {settings.prompts_from}",) if settings.prompts_from else (),
+        notes=notes,
     )
     return Report(protocol=protocol, rows=tuple(rows), warnings=(warning,) if warning else ()), shown
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the prompts want to see, for a classifier of several heads.
+
+    Attributes:
+        rows: [M], the images whose prompt it can read.
+        labels: [M, num_heads], what they have to show.
+    """
+
+    rows: Tensor
+    labels: Tensor
+
+
+def _what_prompts_want(extractor: FeatureExtractor, prompts: Sequence[str]) -> tuple[_Wanted | None, tuple[str, ...]]:
+    """Return what the classifier has to see in the images of the prompts, and lines about it for the protocol."""
+    if not isinstance(extractor, ClassifierFeatures):
+        return None, ()
+    heads, pattern = extractor.classifier.heads, extractor.classifier.prompt_pattern
+    if pattern is None:
+        return None, ("no prompt accuracy: the classifier of the features does not say how prompts are read",)
+    read = {prompt: read_prompt(prompt, heads, pattern) for prompt in dict.fromkeys(prompts)}
+    rows = [i for i, prompt in enumerate(prompts) if read[prompt] is not None]
+    if not rows:
+        return None, (f"no prompt accuracy: no prompt is of the classifier's kind, such as {prompts[0]!r}",)
+    without = len(prompts) - len(rows)
+    others = f" ({without:,} have prompts that are not of its kind)" if without else ""
+    lines = [f"prompt accuracy: what the classifier sees in {len(rows):,} of {len(prompts):,} images a row{others}"]
+    own = extractor.classifier.record.get("held_out_accuracy_per_head")
+    if isinstance(own, dict) and set(own) == set(heads):
+        lines.append("the classifier itself, on real images: " + ", ".join(f"{head} {own[head]:.3f}" for head in heads))
+    return _Wanted(torch.tensor(rows), torch.tensor([read[prompts[i]] for i in rows])), tuple(lines)
+
+
+def _cut_prompts(clip: ClipScore | None, prompts: Sequence[str]) -> tuple[str, ...]:
+    cut = 0 if clip is None else clip.num_truncated(list(dict.fromkeys(prompts)))
+    if clip is None or not cut:
+        return ()
+    return (f"CLIP score: {cut:,} different prompts have more than {clip.max_tokens} tokens, and were cut there",)
+
+
+def _pictures(
+    source: Candidate, extractor: FeatureExtractor, images: Tensor, seeds: range, cond: Rows, batch_size: int
+) -> Iterator[Tensor]:
+    """Yield the pictures of a row in batches: what the features looked at, or decoded from it."""
+    for first in range(0, len(images), batch_size):
+        batch = slice(first, first + batch_size)
+        if not _of_latents(extractor, source):
+            yield images[batch]
+        elif source.decode is not None:
+            yield source.decode(images[batch]).cpu()
+        else:  # an exported pipeline decodes inside its call
+            rows = {name: value[batch] for name, value in cond.items()}
+            yield generate_images(source.generate, seeds[batch], source.sample_shape, rows, batch_size=batch_size)
+
+
+def _clip_score(clip: ClipScore, pictures: Iterator[Tensor], prompts: Sequence[str]) -> float:
+    scores: list[Tensor] = []
+    done = 0
+    for batch in pictures:
+        scores.append(clip(batch.clamp(-1, 1), prompts[done : done + len(batch)]))
+        done += len(batch)
+    return float(torch.cat(scores).double().mean())
 
 
 def _of_latents(extractor: FeatureExtractor, source: Candidate) -> bool:
@@ -183,19 +265,24 @@ def _row(
     source: Candidate,
     is_student: bool,
     images: Tensor,
-    cond: Cond,
+    cond: Rows,
     real: Tensor,
     extractor: FeatureExtractor,
+    wanted: _Wanted | None,
     settings: Settings,
     seconds: dict[str, tuple[float, float]],
 ) -> Row:
     fake = extract(extractor, images)
     kernel, spread = metrics.kernel_distance(real, fake, subset_size=_subset_size(len(real), len(fake)), num_subsets=50)
     precision, recall = metrics.precision_recall(real, fake, k=settings.neighbours)
-    accuracy = None
-    if isinstance(extractor, ClassifierFeatures) and "class_labels" in cond:
-        logits = torch.cat([extractor.logits(batch) for batch in torch.split(images, settings.batch_size)])
-        accuracy = metrics.label_accuracy(logits, cond["class_labels"])
+    label_accuracy = prompt_accuracy = None
+    if isinstance(extractor, ClassifierFeatures):
+        heads = extractor.classifier.heads
+        if "class_labels" in cond and not heads:
+            label_accuracy = metrics.label_accuracy(extractor.logits(images), cond["class_labels"])
+        if wanted is not None:
+            hits = head_hits(extractor.logits(images[wanted.rows]), wanted.labels, heads)
+            prompt_accuracy = head_accuracies(hits, heads)
     one, large = seconds.get(name, (None, None))
     base = next(iter(seconds.values()), (None, None))[1]
     return Row(
@@ -208,7 +295,8 @@ def _row(
         kernel_distance_std=spread,
         precision=precision,
         recall=recall,
-        label_accuracy=accuracy,
+        label_accuracy=label_accuracy,
+        prompt_accuracy=prompt_accuracy,
         images_per_second=None if one is None else 1 / one,
         images_per_second_large=None if large is None else settings.batch_size / large,
         speedup=None if large is None or base is None else base / large,

@@ -83,19 +83,23 @@ class Embedded:
         folder: Its pipeline, with `classifier.safetensors` and the real `images.safetensors` for its evaluation.
         null_class: Its label of "no class".
         prompts: Prompts that a run takes if none are named; None if it takes no text.
+        heldout: Prompts of its real images, which no run takes by itself: those of an evaluation if none are named.
         white: The largest value of the real images, which stands for 1.
     """
 
     folder: Path
     null_class: int | None = None
     prompts: Path | None = None
+    heldout: Path | None = None
     white: int = 255
 
 
 _HERE = Path(__file__).parent.parent / "embedded"
 EMBEDDED = {
     "digits": Embedded(_HERE / "digits", null_class=10, white=16),
-    "glyphs": Embedded(_HERE / "glyphs", prompts=_HERE / "glyphs" / "prompts.txt"),
+    "glyphs": Embedded(
+        _HERE / "glyphs", prompts=_HERE / "glyphs" / "prompts.txt", heldout=_HERE / "glyphs" / "heldout.txt"
+    ),
 }
 
 
