@@ -21,8 +21,8 @@ from onestill.distillation import distill
 from onestill.evaluation.report import print_report
 
 SETTINGS: dict[str, Any] = {
-    "guidance_scale": 2.0,
-    "max_train_steps": 6_000,
+    "guidance_scale": 3.0,
+    "max_train_steps": 8_000,
     "train_batch_size": 32,
     "boundary_weight": 0.0,
     "bootstrap_weight": "none",
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_train_steps", type=int, default=SETTINGS["max_train_steps"])
     parser.add_argument("--num_anchors", type=int, default=SETTINGS["num_anchors"])
+    parser.add_argument("--num_samples", type=int, default=1920, help="a multiple of the 480 held-out captions")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
     print(f"seed {args.seed}: {args.max_train_steps} steps, {wall:.1f} minutes, {cpu:.1f} core-minutes", flush=True)
     report = onestill.evaluate(
         run,
-        num_samples=480,
+        num_samples=args.num_samples,
         steps=(50, 8, 4, 1),
         output=run / "evaluation",
         overwrite=True,

@@ -56,7 +56,7 @@ PROMPTS = (
 DEMOS = {
     "glyphs": Demo(
         settings={
-            "guidance_scale": 2.0,
+            "guidance_scale": 3.0,
             "max_train_steps": 1200,
             "train_batch_size": 32,
             "boundary_weight": 0.0,
