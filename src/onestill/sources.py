@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from onestill.config import DistillConfig
 from onestill.export import load_pipeline
-from onestill.sampler import Generate, Rows, student_generator, teacher_generator
+from onestill.sampler import Generate, Rows, student_generator, teacher_generator, to_device
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock
+from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock, pipeline_teacher
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
 from onestill.teachers.recording import record
 from onestill.tensors import Cond
@@ -32,7 +33,7 @@ class Source:
     Attributes:
         name: What it is, in words.
         generate: From noise and what is asked for (`conditions`) to images. Prompts are encoded and latents decoded
-            in it: its time is what a user waits.
+            in it: its time is what a user waits. Rows of `encode` may take the place of the prompts.
         sample_shape: Shape of the noise of one image.
         labels: Labels it can be asked for; empty if it takes none.
         folder: The exported pipeline it is, if it is one.
@@ -44,6 +45,8 @@ class Source:
         latents: The same up to the decoder, where there is one; None where the network works on pixels, or where an
             exported pipeline does not let its latents out.
         decodes: Whether there is a decoder.
+        encode: From prompts to their encoded conditions, one row each; None where it takes no prompts.
+        reopen: What `at` does: from (guidance scale, target time), None for what stays, to the source there.
     """
 
     name: str
@@ -58,6 +61,22 @@ class Source:
     text: bool = False
     latents: Generate | None = None
     decodes: bool = False
+    encode: Callable[[Sequence[str]], Cond] | None = None
+    reopen: Callable[[float | None, float | None], Source] | None = None
+
+    def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Source:
+        """Return the same at another guidance scale or target time; nothing is loaded twice.
+
+        Args:
+            guidance_scale: w; as it is if None.
+            target_time: The student's target time; as it is if None.
+
+        Raises:
+            ValueError: If it cannot, as an exported folder, or was not trained for it.
+        """
+        if self.reopen is None:
+            raise ValueError(f"{self.name} has its --guidance_scale and --target_time baked in")
+        return self.reopen(guidance_scale, target_time)
 
     def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Rows:
         """Return what `num` images are asked for: going round `prompts` or `chosen`.
@@ -143,11 +162,10 @@ def _around(
 ) -> Source:
     """Return a source around what a network makes: prompts are encoded before it, latents decoded behind it."""
     decodes = isinstance(base, PipelineTeacher) and base.family.decode is not None
+    encode = base.encode if isinstance(base, PipelineTeacher) and base.spec.text else None
 
     def latents(eps: Tensor, rows: Rows) -> Tensor:
-        if isinstance(base, PipelineTeacher) and base.spec.text:
-            return network(eps, base.encode(rows["prompt"]))
-        return network(eps, rows)
+        return network(eps, encode(rows["prompt"]) if encode is not None and "prompt" in rows else rows)
 
     def generate(eps: Tensor, rows: Rows) -> Tensor:
         images = base.decode(latents(eps, rows))
@@ -166,6 +184,7 @@ def _around(
         text=base.spec.text,
         latents=latents if decodes else None,
         decodes=decodes,
+        encode=encode,
     )
 
 
@@ -234,12 +253,22 @@ def _open_family(
 
         return generate
 
+    @functools.cache
+    def student() -> PipelineTeacher:
+        """Return the same components as a teacher, which can be given encoded prompts; made when they are."""
+        return pipeline_teacher(family, pipeline, folder, str(folder))
+
+    def generate(eps: Tensor, rows: Rows) -> Tensor:
+        if text and "prompt" not in rows:
+            return student().one_step(eps.to(device), to_device(rows, device)).float().clamp(-1, 1)
+        return family.result(images(eps, rows)).float().clamp(-1, 1)
+
     images, latents = call("pt"), call("latent")
     classes = 0 if family.null_class is None else family.null_class(network.config)
     chosen = () if config is None else config.class_labels
     return Source(
         f"the student in {folder}",
-        lambda eps, rows: family.result(images(eps, rows)).float().clamp(-1, 1),
+        generate,
         tuple(noise.shape[1:]),
         chosen or tuple(range(classes)),
         folder=folder,
@@ -248,6 +277,7 @@ def _open_family(
         text=text,
         latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.decode is not None else None,
         decodes=family.decode is not None,
+        encode=(lambda prompts: student().encode(prompts)) if text else None,
     )
 
 
