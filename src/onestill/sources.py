@@ -17,12 +17,12 @@ from torch import Tensor
 
 from onestill.config import DistillConfig
 from onestill.export import load_pipeline
-from onestill.sampler import Generate, Rows, student_generator, teacher_generator, to_device
+from onestill.sampler import Generate, Rows, student_generator, teacher_generator
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock, pipeline_teacher
+from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
-from onestill.teachers.recording import record
+from onestill.teachers.recording import Signature, record
 from onestill.tensors import Cond
 
 
@@ -254,14 +254,14 @@ def _open_family(
         return generate
 
     @functools.cache
-    def student() -> PipelineTeacher:
-        """Return the same components as a teacher, which can be given encoded prompts; made when they are."""
-        return pipeline_teacher(family, pipeline, folder, str(folder))
+    def signature() -> Signature:
+        return family.signature(pipeline)[0]
 
     def generate(eps: Tensor, rows: Rows) -> Tensor:
-        if text and "prompt" not in rows:
-            return student().one_step(eps.to(device), to_device(rows, device)).float().clamp(-1, 1)
-        return family.result(images(eps, rows)).float().clamp(-1, 1)
+        if not text or "prompt" in rows:
+            return family.result(images(eps, rows)).float().clamp(-1, 1)
+        with family.encoded(pipeline, signature(), rows):
+            return family.result(images(eps, {"prompt": [""] * len(eps)})).float().clamp(-1, 1)
 
     images, latents = call("pt"), call("latent")
     classes = 0 if family.null_class is None else family.null_class(network.config)
@@ -277,7 +277,7 @@ def _open_family(
         text=text,
         latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.decode is not None else None,
         decodes=family.decode is not None,
-        encode=(lambda prompts: student().encode(prompts)) if text else None,
+        encode=(lambda prompts: family.encode(pipeline, signature(), prompts)) if text else None,
     )
 
 
