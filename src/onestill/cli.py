@@ -274,7 +274,8 @@ def sample(
         ),
     ] = Path("samples.png"),
     num_images: Annotated[
-        int | None, typer.Option("--num_images", help="How many \\[default: 16].", show_default=False)
+        int | None,
+        typer.Option("--num_images", help="How many \\[default: 16; fewer when playing].", show_default=False),
     ] = None,
     seed: SeedOption = 0,
     class_labels: LabelsOption = [],  # noqa: B006 - typer copies it
@@ -336,71 +337,54 @@ def sample(
     played = _played(interpolate, to_seed, fixed_noise, guidance_scales, target_times)
     pictures.check_output(output, overwrite=overwrite, moves=played is not None)
     check_writable(output, "output")
-    if played is not None:
-        scales = [] if guidance_scales is None else _values("guidance_scales", guidance_scales, guidance_scale)
-        times = [] if target_times is None else _values("target_times", target_times, target_time or None)
-        prompts = api.read_prompts(prompt, prompt_file, prompt_field)
-        if interpolate is not None:
-            play.check_interpolation(interpolate, seed, to_seed, class_labels, prompts)
-            if num_images is not None:
-                raise ValueError(f"--num_images {num_images}: --interpolate {interpolate} says how many already")
-        source = load_source(
+    where: dict[str, Any] = {
+        "teacher": teacher,
+        "num_inference_steps": num_inference_steps,
+        "solver": solver,
+        "null_class": null_class,
+        "negative_prompt": negative_prompt,
+        "device": device,
+        "local_files_only": local_files_only,
+    }
+    what: dict[str, Any] = {"seed": seed, "class_labels": class_labels, "batch_size": batch_size}
+    if played is None:
+        num_images = 16 if num_images is None else num_images
+        images = api.sample(
             student,
-            teacher=teacher,
-            # What it is opened at, it must take: the scale that asks most of it, and the earliest time.
-            guidance_scale=max(scales, key=lambda w: abs(w - 1)) if scales else guidance_scale,
-            target_time=max(times) if times else target_time,
-            num_inference_steps=num_inference_steps,
-            solver=solver,
-            null_class=null_class,
-            negative_prompt=negative_prompt,
-            device=device,
-            local_files_only=local_files_only,
+            num_images=num_images,
+            guidance_scale=guidance_scale,
+            target_time=target_time,
+            prompts=prompt,
+            prompt_file=prompt_file,
+            prompt_field=prompt_field,
+            **where,
+            **what,
         )
-        common: dict[str, Any] = {
-            "seed": seed,
-            "class_labels": class_labels,
-            "prompts": prompts,
-            "batch_size": batch_size,
-        }
-        if interpolate is not None:
-            sheet = play.interpolate(source, interpolate, to_seed=to_seed, **common)
-        elif fixed_noise:
-            sheet = play.fixed_noise(source, num_images=num_images, **common)
-        elif scales:
-            sheet = play.guidance_sweep(source, scales, num_images=num_images, **common)
-        else:
-            sheet = play.student_trajectory(source, times, num_images=num_images, **common)
-        written = sheet.save(output, overwrite=overwrite)
-        rows, columns = sheet.images.shape[:2]
-        out.print(f"{rows * columns} images ({played}) -> {escape(str(written))}", highlight=False, soft_wrap=True)
+        written = pictures.save_samples(images, output, seed)
+        drawn = f"{num_images} images, seeds {seed}..{seed + num_images - 1}"
+        out.print(f"{drawn} -> {escape(str(written))}", highlight=False, soft_wrap=True)
         return
-    num_images = 16 if num_images is None else num_images
-    images = api.sample(
-        student,
-        teacher=teacher,
-        num_images=num_images,
-        seed=seed,
-        class_labels=class_labels,
-        guidance_scale=guidance_scale,
-        target_time=target_time,
-        num_inference_steps=num_inference_steps,
-        solver=solver,
-        null_class=null_class,
-        prompts=prompt,
-        prompt_file=prompt_file,
-        prompt_field=prompt_field,
-        negative_prompt=negative_prompt,
-        batch_size=batch_size,
-        device=device,
-        local_files_only=local_files_only,
-    )
-    written = pictures.save_samples(images, output, seed)
-    out.print(
-        f"{num_images} images, seeds {seed}..{seed + num_images - 1} -> {escape(str(written))}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    scales = [] if guidance_scales is None else _values("guidance_scales", guidance_scales, guidance_scale)
+    times = [] if target_times is None else _values("target_times", target_times, target_time or None)
+    what["prompts"] = prompts = api.read_prompts(prompt, prompt_file, prompt_field)
+    if interpolate is not None:
+        play.check_interpolation(interpolate, seed, to_seed, class_labels, prompts)
+        if num_images is not None:
+            raise ValueError(f"--num_images {num_images}: --interpolate {interpolate} says how many already")
+    # What a list asks for is asked for at once: the scale furthest from none, and the earliest time.
+    scale = max(scales, key=lambda w: abs(w - 1)) if scales else guidance_scale
+    source = load_source(student, guidance_scale=scale, target_time=max(times) if times else target_time, **where)
+    if interpolate is not None:
+        sheet = play.interpolate(source, interpolate, to_seed=to_seed, **what)
+    elif fixed_noise:
+        sheet = play.fixed_noise(source, num_images=num_images, **what)
+    elif scales:
+        sheet = play.guidance_sweep(source, scales, num_images=num_images, **what)
+    else:
+        sheet = play.student_trajectory(source, times, num_images=num_images, **what)
+    written = sheet.save(output, overwrite=overwrite)
+    drawn = f"{sheet.images.shape[0] * sheet.images.shape[1]} images ({played})"
+    out.print(f"{drawn} -> {escape(str(written))}", highlight=False, soft_wrap=True)
 
 
 @app.command()
