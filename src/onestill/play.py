@@ -96,8 +96,9 @@ def slerp(start: Tensor, end: Tensor, u: Tensor, *, dim: int | None = None) -> T
 def between(start: Cond, end: Cond, u: Tensor) -> Cond:
     """Return the encoded conditions on the way from one prompt to another, N rows.
 
-    Floats are interpolated by `slerp` along their last axis: each token's vector keeps its length. Masks are united on the way, so that the tokens of both prompts are
-    seen, and other whole numbers are those of the nearer prompt. At u = 0 and u = 1 every row is exactly the prompt's.
+    Floats are interpolated by `slerp` along their last axis: each token's vector keeps its length. Masks are united on
+    the way, so that the tokens of both prompts are seen, and other whole numbers are those of the nearer prompt. At
+    u = 0 and u = 1 every row is exactly the prompt's.
 
     Args:
         start: Conditions of one prompt, one row each, [1, ...].
