@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from onestill.distillation import RunResult, distill
     from onestill.export import export_student, load_module
     from onestill.inspection import inspect_teacher
+    from onestill.play import fixed_noise, guidance_sweep, interpolate, student_trajectory
     from onestill.process import VE, CosineVP, DiscreteVP, FlowMatching
+    from onestill.runs import load_source
     from onestill.student import Student
     from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
     from onestill.teachers.load import load_teacher
@@ -36,10 +38,15 @@ _HOMES = {
     "export_student": "export",
     "load_module": "export",
     "inspect_teacher": "inspection",
+    "fixed_noise": "play",
+    "guidance_sweep": "play",
+    "interpolate": "play",
+    "student_trajectory": "play",
     "CosineVP": "process",
     "DiscreteVP": "process",
     "FlowMatching": "process",
     "VE": "process",
+    "load_source": "runs",
     "Student": "student",
     "GaussianTeacher": "teachers.closed_form",
     "MixtureTeacher": "teachers.closed_form",
@@ -60,11 +67,16 @@ __all__ = [
     "distill",
     "evaluate",
     "export_student",
+    "fixed_noise",
+    "guidance_sweep",
     "inspect_teacher",
+    "interpolate",
     "load_module",
+    "load_source",
     "load_teacher",
     "module_teacher",
     "sample",
+    "student_trajectory",
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +10,16 @@ import torch
 from torch import Tensor
 
 from onestill import card, pictures
-from onestill.checks import PIPELINE_FOLDER, check_device, check_writable, is_run, resolve_device
+from onestill.checks import (
+    PIPELINE_FOLDER,
+    check_count,
+    check_device,
+    check_guidance,
+    check_seeds,
+    check_writable,
+    is_run,
+    resolve_device,
+)
 from onestill.config import DistillConfig
 from onestill.distillation import fit_teacher, guidance_words
 from onestill.evaluation import run as evaluation
@@ -23,8 +31,8 @@ from onestill.prompt_plan import use_negative_prompt
 from onestill.prompts import PromptFile
 from onestill.runs import (
     check_student_request,
+    load_source,
     open_student,
-    open_teacher,
     read_run_config,
     restore_student,
     run_teacher,
@@ -34,7 +42,6 @@ from onestill.sources import Source, teacher_source
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher
-from onestill.trajectory import STEPS
 
 PICTURE_NAME = "samples.png"
 
@@ -85,50 +92,22 @@ def sample(
     Raises:
         ValueError: If the source does not exist or cannot do what is asked.
     """
-    if (student is None) == (teacher is None):
-        raise ValueError("give --student (one step) or --teacher (many steps), not both and not neither")
-    if solver is not None and solver not in STEPS:
-        raise ValueError(f"--solver {solver}: choose one of {', '.join(STEPS)}")
-    for flag, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {value}")
+    check_count("num_images", num_images)
+    check_count("batch_size", batch_size)
     check_seeds(seed, num_images)
-    check_guidance(guidance_scale)
-    check_device(device)
-    place = resolve_device(device)
     asked = read_prompts(prompts, prompt_file, prompt_field)
-    if student is not None:
-        if negative_prompt is not None:
-            raise ValueError(
-                f"--negative_prompt {negative_prompt!r} is the teacher's: a student has the one of its run distilled in"
-            )
-        if num_inference_steps not in (None, 1):
-            raise ValueError(
-                f"--num_inference_steps {num_inference_steps}: a student has one step; give --teacher for more"
-            )
-        for flag, given in (("solver", solver), ("null_class", null_class)):
-            if given is not None:
-                raise ValueError(f"--{flag} {given} is for a teacher; a student has it distilled in")
-        source = open_student(
-            student,
-            device=place,
-            target_time=target_time,
-            guidance_scale=guidance_scale,
-            local_files_only=local_files_only,
-        )
-    else:
-        if target_time != 0:
-            raise ValueError(f"--target_time {target_time:g} is the student's; a teacher goes to the finished image")
-        source = open_teacher(
-            teacher,  # type: ignore[arg-type]  # one of the two is given
-            device=place,
-            num_steps=50 if num_inference_steps is None else num_inference_steps,
-            guidance_scale=1.0 if guidance_scale is None else guidance_scale,
-            solver=solver or "ddim",
-            local_files_only=local_files_only,
-            null_class=null_class,
-            negative_prompt=negative_prompt,
-        )
+    source = load_source(
+        student,
+        teacher=teacher,
+        guidance_scale=guidance_scale,
+        target_time=target_time,
+        num_inference_steps=num_inference_steps,
+        solver=solver,
+        null_class=null_class,
+        negative_prompt=negative_prompt,
+        device=device,
+        local_files_only=local_files_only,
+    )
     cond = source.conditions(num_images, tuple(class_labels), asked, seed=seed)
     seeds = range(seed, seed + num_images)
     return generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=batch_size)
@@ -265,25 +244,11 @@ def evaluate(
     return report
 
 
-def check_seeds(seed: int, num: int) -> None:
-    """Raise ValueError if the seeds seed, ..., seed + num - 1 are not all 64-bit numbers."""
-    if not 0 <= seed < 2**63 - num:
-        raise ValueError(f"--seed must be between 0 and 2^63 minus the number of images, got {seed}")
-
-
-def check_guidance(guidance_scale: float | None) -> None:
-    """Raise ValueError if a guidance scale is no number from 0 up."""
-    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"--guidance_scale must be a number from 0 up, got {guidance_scale}")
-
-
 def _open_at_scale(student: str | Path, device: torch.device, scale: float | None, offline: bool) -> Source:
     """Return the student to evaluate, at the guidance scale asked for if it takes one."""
     source = open_student(student, device=device, local_files_only=offline)
-    if scale is None or source.config is None or source.config.guidance_range is None:
-        return source
-    path = Path(student) if is_run(Path(student)) else Path(student).parent
-    return open_student(path, device=device, guidance_scale=scale, local_files_only=offline)
+    takes_it = source.config is not None and source.config.guidance_range is not None
+    return source if scale is None or not takes_it else source.at(guidance_scale=scale)
 
 
 def _held_out_prompts(reference: str, teacher: str, config: DistillConfig | None) -> Path | None:

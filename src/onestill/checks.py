@@ -5,6 +5,7 @@ Each check raises ValueError with what is wrong, what was given and what to do, 
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -45,6 +46,24 @@ def resolve_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_count(flag: str, value: int, least: int = 1) -> None:
+    """Raise ValueError if the value of a flag that counts something is too small."""
+    if value < least:
+        raise ValueError(f"--{flag} must be at least {least}, got {value}")
+
+
+def check_seeds(seed: int, num: int = 1, flag: str = "seed") -> None:
+    """Raise ValueError if the seeds seed, ..., seed + num - 1 are not all 64-bit numbers."""
+    if not 0 <= seed < 2**63 - num:
+        raise ValueError(f"--{flag} must be between 0 and 2^63 minus the number of images, got {seed}")
+
+
+def check_guidance(guidance_scale: float | None, flag: str = "guidance_scale") -> None:
+    """Raise ValueError if a guidance scale is no number from 0 up."""
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"--{flag} must be a number from 0 up, got {guidance_scale}")
 
 
 def check_tracker(name: str | None) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 _INK, _PAPER, _GAP = (40, 40, 40), (255, 255, 255), 4
-# Words above a column: the least width, the lines and their height.
-WORDS_WIDTH, _WORDS_LINES, _WORDS_HEIGHT = 112, 3, 40
+# Words above a column: the least width, the most lines, the height of one.
+WORDS_WIDTH, _WORDS_LINES, _LINE_HEIGHT = 112, 3, 13
 
 
 def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
@@ -53,28 +53,33 @@ def save_rows(
         `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    first = next(iter(rows.values()))
-    if not is_picture(first.shape[1:]):
+    if not is_picture(next(iter(rows.values())).shape[1:]):
         return _save_scatter(rows, path, title)
+    _sheet(rows, title, size, columns).save(path)
+    return path
+
+
+def _sheet(rows: Mapping[str, Tensor], title: str, size: int, columns: Sequence[str]) -> Image.Image:
+    first = next(iter(rows.values()))
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     side = max(size if not columns else WORDS_WIDTH, first.shape[-1])
     margin = 12 + max(int(small.getlength(line)) for caption in rows for line in caption.split("\n"))
-    top = (30 if title else _GAP) + (_WORDS_HEIGHT if columns else 0)
     num = max(len(images) for images in rows.values())
+    words = [_wrapped(columns[j % len(columns)], side) for j in range(num if columns else 0)]
+    height = max((text.count("\n") + 1 for text in words), default=0) * _LINE_HEIGHT + (3 if words else 0)
+    top = (30 if title else _GAP) + height
     width = max(margin + num * (side + _GAP) + 8, int(font.getlength(title)) + 16)
     sheet = Image.new("RGB", (width, top + len(rows) * (side + _GAP) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 7), title, fill=_INK, font=font)
-    for j in range(num if columns else 0):
-        words = _wrapped(columns[j % len(columns)], side)
-        draw.text((margin + j * (side + _GAP), top - _WORDS_HEIGHT), words, fill=_INK, font=_words_font(), spacing=1)
+    for j, text in enumerate(words):
+        draw.text((margin + j * (side + _GAP), top - height), text, fill=_INK, font=_words_font(), spacing=1)
     for i, (caption, images) in enumerate(rows.items()):
         y = top + i * (side + _GAP)
         draw.text((8, y + side / 2), caption, fill=_INK, font=small, anchor="lm")
         for j, picture in enumerate(to_pil(images, side)):
             sheet.paste(picture, (margin + j * (side + _GAP), y))
-    sheet.save(path)
-    return path
+    return sheet
 
 
 def _words_font() -> Any:
@@ -121,6 +126,33 @@ def save_grid(images: Tensor, path: Path, *, size: int | None = None) -> Path:
     return path
 
 
+def save_gif(frames: Tensor, path: Path, *, columns: Sequence[Sequence[str]] = (), size: int = 128) -> Path:
+    """Write an animation that runs to its end and back, for ever.
+
+    Args:
+        frames: Pictures [F, K, C, H, W] in [-1, 1]: F frames of K pictures beside each other.
+        path: The GIF.
+        columns: For each frame, words above its pictures.
+        size: Least side of one picture, in pixels.
+
+    Returns:
+        `path`.
+    """
+    from diffusers.utils import export_to_gif, make_image_grid
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = max(size, frames.shape[-1])
+    if columns:
+        drawn = [_sheet({"": frame}, "", size, words) for frame, words in zip(frames, columns, strict=True)]
+        tallest = max(frame.height for frame in drawn)  # some words are longer than others
+        drawn = [ImageOps.expand(frame, (0, tallest - frame.height, 0, 0), _PAPER) for frame in drawn]
+    else:
+        drawn = [make_image_grid(to_pil(frame, size), rows=1, cols=len(frame)) for frame in frames]
+    # There in about two seconds, but no frame so short that it flickers or so long that nothing moves.
+    export_to_gif([*drawn, *drawn[-2:0:-1]], str(path), fps=min(max(round(len(drawn) / 2), 1), 20))
+    return path
+
+
 def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -137,10 +169,16 @@ def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
     return path
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise ValueError if samples cannot be written to `path`, or would overwrite something."""
-    if path.suffix not in (".png", ".safetensors", ""):
-        raise ValueError(f"--output {path}: give a .png, a .safetensors, or a folder")
+def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
+    """Raise ValueError if samples cannot be written to `path`, or would overwrite something.
+
+    Args:
+        path: A .png, a .safetensors, or a folder.
+        overwrite: Replace what is there.
+        moves: Whether the samples have an order in time, so that `path` may be a .gif too.
+    """
+    if path.suffix not in (".png", ".safetensors", "", *([".gif"] if moves else [])):
+        raise ValueError(f"--output {path}: give a .png, {'a .gif, ' if moves else ''}a .safetensors, or a folder")
     if path.suffix and path.is_dir():
         raise ValueError(f"--output {path} is a folder")
     if not path.suffix and path.is_file():

@@ -5,12 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
-from onestill.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, is_run
+from onestill.checks import (
+    CONFIG_FILE,
+    PIPELINE_FOLDER,
+    TEACHER_FILE,
+    check_device,
+    check_guidance,
+    is_run,
+    resolve_device,
+)
 from onestill.config import DistillConfig, make_config
 from onestill.distillation import PYTHON_OBJECT, make_student
 from onestill.export import MODULE_FILE
@@ -21,6 +30,78 @@ from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.trainer import load_student
+from onestill.trajectory import STEPS
+
+
+def load_source(
+    student: str | Path | None = None,
+    *,
+    teacher: str | Path | NetworkTeacher | None = None,
+    guidance_scale: float | None = None,
+    target_time: float = 0.0,
+    num_inference_steps: int | None = None,
+    solver: str | None = None,
+    null_class: int | None = None,
+    negative_prompt: str | None = None,
+    device: str = "auto",
+    local_files_only: bool = False,
+) -> Source:
+    """Return what generates images, opened once for many: a student in one step, or a teacher in many.
+
+    Args:
+        student: A run's folder, a checkpoint-N folder, or an exported pipeline. Either this or `teacher`.
+        teacher: A teacher, for its multi-step baseline.
+        guidance_scale: w; for a student only if it was distilled to take it.
+        target_time: The student's target time; 0 is the finished image.
+        num_inference_steps: Steps of the teacher (50 if None); a student has one.
+        solver: Step of the teacher: ddim (if None), heun or midpoint.
+        null_class: The teacher's label for "no class".
+        negative_prompt: Takes the place of "no prompt" in a teacher's guidance.
+        device: auto, cpu, cuda, cuda:N or mps.
+        local_files_only: Never use the network.
+
+    Raises:
+        ValueError: If it does not exist or cannot do what is asked.
+    """
+    if (student is None) == (teacher is None):
+        raise ValueError("give --student (one step) or --teacher (many steps), not both and not neither")
+    if solver is not None and solver not in STEPS:
+        raise ValueError(f"--solver {solver}: choose one of {', '.join(STEPS)}")
+    check_guidance(guidance_scale)
+    check_device(device)
+    place = resolve_device(device)
+    if teacher is not None:
+        if target_time != 0:
+            raise ValueError(_no_target_time(target_time))
+        return open_teacher(
+            teacher,
+            device=place,
+            num_steps=50 if num_inference_steps is None else num_inference_steps,
+            guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+            solver=solver or "ddim",
+            local_files_only=local_files_only,
+            null_class=null_class,
+            negative_prompt=negative_prompt,
+        )
+    assert student is not None
+    if negative_prompt is not None:
+        raise ValueError(
+            f"--negative_prompt {negative_prompt!r} is the teacher's: a student has the one of its run distilled in"
+        )
+    if num_inference_steps not in (None, 1):
+        raise ValueError(
+            f"--num_inference_steps {num_inference_steps}: a student has one step; give --teacher for more"
+        )
+    for flag, given in (("solver", solver), ("null_class", null_class)):
+        if given is not None:
+            raise ValueError(f"--{flag} {given} is for a teacher; a student has it distilled in")
+    return open_student(
+        student,
+        device=place,
+        target_time=target_time,
+        guidance_scale=guidance_scale,
+        local_files_only=local_files_only,
+    )
 
 
 def open_student(
@@ -39,6 +120,16 @@ def open_student(
     Raises:
         ValueError: If there is no student, or the exported folder cannot do what is asked.
     """
+
+    def reopen(scale: float | None, t: float | None) -> Source:
+        return open_student(
+            path,
+            device=device,
+            target_time=target_time if t is None else t,
+            guidance_scale=guidance_scale if scale is None else scale,
+            local_files_only=local_files_only,
+        )
+
     path = Path(path)
     if not path.is_dir():
         raise ValueError(
@@ -51,7 +142,7 @@ def open_student(
                 f"--student {path} is an exported pipeline, whose target time and guidance are baked in; "
                 "give the run's folder for --target_time or --guidance_scale"
             )
-        return open_pipeline(path, device)
+        return replace(open_pipeline(path, device), reopen=reopen)
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
         if (folder / MODULE_FILE).is_file():
             raise ValueError(
@@ -64,18 +155,31 @@ def open_student(
     run = path if is_run(path) else path.parent
     config = read_run_config(run)
     if not special and run == path and (run / PIPELINE_FOLDER / "model_index.json").is_file():
-        return open_pipeline(run / PIPELINE_FOLDER, device, run, config)
+        return replace(open_pipeline(run / PIPELINE_FOLDER, device, run, config), reopen=reopen)
     student = restore_student(path, config, device, local_files_only=local_files_only)
-    check_student_request(student, config, target_time, guidance_scale)
-    return student_source(
+    return _student_at(student, path, config, target_time, guidance_scale, device)
+
+
+def _student_at(
+    student: Student, path: Path, config: DistillConfig, t: float, guidance_scale: float | None, device: torch.device
+) -> Source:
+    """Return the one step of a student in memory; at another target time or guidance scale it stays the same one."""
+    check_student_request(student, config, t, guidance_scale)
+    source = student_source(
         student,
         f"the student in {path}",
-        run,
+        path if is_run(path) else path.parent,
         config,
-        t=max(target_time, config.t_min),
+        t=max(t, config.t_min),
         guidance_scale=guidance_scale,
         device=device,
     )
+
+    def reopen(scale: float | None, time: float | None) -> Source:
+        scale = guidance_scale if scale is None else scale
+        return _student_at(student, path, config, t if time is None else time, scale, device)
+
+    return replace(source, reopen=reopen)
 
 
 def open_teacher(
@@ -97,10 +201,27 @@ def open_teacher(
     else:
         teacher = load_teacher(teacher, local_files_only=local_files_only, null_class=null_class, device=str(device))
     use_negative_prompt(teacher, negative_prompt, acts=guidance_scale != 1)
+    return _teacher_at(teacher, guidance_scale, num_steps, solver, device)
+
+
+def _teacher_at(
+    teacher: NetworkTeacher, guidance_scale: float, num_steps: int, solver: str, device: torch.device
+) -> Source:
+    """Return the multi-step sampler of a teacher in memory; at another guidance scale it stays the same one."""
     fitted: Teacher = Guided(teacher, guidance_scale)
     if teacher.spec.threshold.mode != "none":
         fitted = Thresholded(fitted, teacher.spec.threshold)
-    return teacher_source(teacher, fitted, num_steps=num_steps, solver=solver, device=device)
+
+    def reopen(scale: float | None, t: float | None) -> Source:
+        if t is not None:
+            raise ValueError(_no_target_time(t))
+        return _teacher_at(teacher, guidance_scale if scale is None else scale, num_steps, solver, device)
+
+    return replace(teacher_source(teacher, fitted, num_steps=num_steps, solver=solver, device=device), reopen=reopen)
+
+
+def _no_target_time(t: float) -> str:
+    return f"--target_time {t:g} is the student's; a teacher goes to the finished image"
 
 
 def run_teacher(

@@ -62,25 +62,29 @@ def teacher_generator(
 
 
 def generate_images(
-    generate: Generate, seeds: Sequence[int], shape: Sequence[int], cond: Rows, *, batch_size: int = 64
+    generate: Generate, seeds: Sequence[int] | Tensor, shape: Sequence[int], cond: Rows, *, batch_size: int = 64
 ) -> Tensor:
     """Return the images of `seeds`, one row each, on the CPU; row i of `cond` belongs to seeds[i].
 
     Args:
         generate: The generator.
-        seeds: One for each image.
+        seeds: One for each image, or the noise itself, [N, *shape].
         shape: Shape of the noise of one image.
         cond: Conditions with as many rows as seeds.
         batch_size: Images in one network call; it changes no image beyond the last float digits.
     """
     batches = [
         generate(
-            noise(seeds[i : i + batch_size], shape),
+            _noise_of(seeds[i : i + batch_size], shape),
             {name: value[i : i + batch_size] for name, value in cond.items()},
         ).cpu()
         for i in range(0, len(seeds), batch_size)
     ]
     return torch.cat(batches) if batches else torch.empty(0, *shape)
+
+
+def _noise_of(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
+    return seeds if isinstance(seeds, Tensor) else noise(seeds, shape)
 
 
 def to_device(cond: Cond, device: torch.device | str) -> Cond:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
-from onestill.teachers.recording import record
+from onestill.teachers.recording import Signature, record
 from onestill.tensors import Cond
 
 
@@ -32,7 +33,7 @@ class Source:
     Attributes:
         name: What it is, in words.
         generate: From noise and what is asked for (`conditions`) to images. Prompts are encoded and latents decoded
-            in it: its time is what a user waits.
+            in it: its time is what a user waits. Rows of `encode` may take the place of the prompts.
         sample_shape: Shape of the noise of one image.
         labels: Labels it can be asked for; empty if it takes none.
         folder: The exported pipeline it is, if it is one.
@@ -45,6 +46,8 @@ class Source:
             exported pipeline does not let its latents out.
         decodes: Whether there is a decoder.
         decode: From latents to the images of `generate`, where the two can be had apart.
+        encode: From prompts to their encoded conditions, one row each; None where it takes no prompts.
+        reopen: What `at` does: from (guidance scale, target time), None for what stays, to the source there.
     """
 
     name: str
@@ -60,6 +63,22 @@ class Source:
     latents: Generate | None = None
     decodes: bool = False
     decode: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[Sequence[str]], Cond] | None = None
+    reopen: Callable[[float | None, float | None], Source] | None = None
+
+    def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Source:
+        """Return the same at another guidance scale or target time; nothing is loaded twice.
+
+        Args:
+            guidance_scale: w; as it is if None.
+            target_time: The student's target time; as it is if None.
+
+        Raises:
+            ValueError: If it cannot, as an exported folder, or was not trained for it.
+        """
+        if self.reopen is None:
+            raise ValueError(f"{self.name} has its --guidance_scale and --target_time baked in")
+        return self.reopen(guidance_scale, target_time)
 
     def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Rows:
         """Return what `num` images are asked for: going round `prompts` or `chosen`.
@@ -145,11 +164,10 @@ def _around(
 ) -> Source:
     """Return a source around what a network makes: prompts are encoded before it, latents decoded behind it."""
     decodes = isinstance(base, PipelineTeacher) and base.family.decode is not None
+    encode = base.encode if isinstance(base, PipelineTeacher) and base.spec.text else None
 
     def latents(eps: Tensor, rows: Rows) -> Tensor:
-        if isinstance(base, PipelineTeacher) and base.spec.text:
-            return network(eps, base.encode(rows["prompt"]))
-        return network(eps, rows)
+        return network(eps, encode(rows["prompt"]) if encode is not None and "prompt" in rows else rows)
 
     @torch.no_grad()
     def decode(made: Tensor) -> Tensor:
@@ -170,6 +188,7 @@ def _around(
         latents=latents if decodes else None,
         decodes=decodes,
         decode=decode if decodes else None,
+        encode=encode,
     )
 
 
@@ -238,12 +257,22 @@ def _open_family(
 
         return generate
 
+    @functools.cache
+    def signature() -> Signature:
+        return family.signature(pipeline)[0]
+
+    def generate(eps: Tensor, rows: Rows) -> Tensor:
+        if not text or "prompt" in rows:
+            return family.result(images(eps, rows)).float().clamp(-1, 1)
+        with family.encoded(pipeline, signature(), rows):
+            return family.result(images(eps, {"prompt": [""] * len(eps)})).float().clamp(-1, 1)
+
     images, latents = call("pt"), call("latent")
     classes = 0 if family.null_class is None else family.null_class(network.config)
     chosen = () if config is None else config.class_labels
     return Source(
         f"the student in {folder}",
-        lambda eps, rows: family.result(images(eps, rows)).float().clamp(-1, 1),
+        generate,
         tuple(noise.shape[1:]),
         chosen or tuple(range(classes)),
         folder=folder,
@@ -252,6 +281,7 @@ def _open_family(
         text=text,
         latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.decode is not None else None,
         decodes=family.decode is not None,
+        encode=(lambda prompts: family.encode(pipeline, signature(), prompts)) if text else None,
     )
 
 

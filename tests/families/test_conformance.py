@@ -100,6 +100,24 @@ def test_single_and_batched_calls_agree(teacher: PipelineTeacher) -> None:
     torch.testing.assert_close(both, single, atol=1e-4, rtol=1e-4)
 
 
+def test_encoded_conditions_take_the_place_of_a_calls_own(teacher: PipelineTeacher) -> None:
+    family, pipeline = teacher.family, teacher.pipeline
+    given = {"num_inference_steps": 2, **family.guided(1.0)}
+    run = lambda: family.call(pipeline, examples(family, 2), given, seeds=(3, 4))  # noqa: E731
+    (usual,) = record(run, teacher.network)  # type: ignore[arg-type]  # a pipeline's network is a module
+    cond = {
+        name: value.flip(0) for name, value in teacher.signature.conditions(family.sort_call(usual, pipeline)).items()
+    }
+    with family.encoded(pipeline, teacher.signature, cond):
+        (seen,) = record(run, teacher.network)  # type: ignore[arg-type]
+    assert seen.arguments.keys() == usual.arguments.keys()
+    torch.testing.assert_close(
+        seen.x_t[:, : teacher.spec.sample_shape[0]], usual.x_t[:, : teacher.spec.sample_shape[0]]
+    )
+    for name, value in teacher.signature.conditions(family.sort_call(seen, pipeline)).items():
+        torch.testing.assert_close(value, cond[name], atol=0, rtol=0)
+
+
 def test_the_condition_matters(teacher: PipelineTeacher) -> None:
     if not teacher.can_guide:
         pytest.skip("this family has no null condition")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,90 @@ def test_a_teacher_takes_prompts_and_a_negative_one() -> None:
     assert torch.equal(from_file, listed)
 
 
+@functools.cache
+def drawn_run() -> Path:
+    """Return a finished run of a student that takes w from 1 to 4: read only."""
+    folder = Path(tempfile.mkdtemp(prefix="onestill-text-drawn-"))
+    own = settings(folder / "cache", guidance_scale_min=1.0, guidance_scale_max=4.0)
+    onestill.distill(place() / "t", folder / "run", show_progress=False, **own)
+    return folder / "run"
+
+
 def test_a_student_that_takes_the_guidance_scale(tmp_path: Path) -> None:
-    own = settings(tmp_path / "cache", guidance_scale_min=1.0, guidance_scale_max=4.0)
-    onestill.distill(place() / "t", tmp_path / "run", show_progress=False, **own)
-    low, high = (onestill.sample(tmp_path / "run", prompts=["it"], num_images=2, guidance_scale=w) for w in (1.0, 4.0))
-    assert (low - high).abs().max() > 1e-6
+    images = []
+    for w in (1.0, 4.0):
+        path = tmp_path / f"{w}.safetensors"
+        flags = ["--prompt", "it", "--num_images", 2, "--guidance_scale", w, "--output", path]
+        outcome = call_cli("sample", "--student", drawn_run(), *flags)
+        assert outcome.code == 0, outcome.err
+        images.append(load_file(path)["images"])
+    assert (images[0] - images[1]).abs().max() > 1e-6
+
+    # Every row of a sweep is what it is alone.
+    source = onestill.load_source(drawn_run())
+    sheet = onestill.guidance_sweep(source, [1.0, 4.0], num_images=2, prompts=["it"])
+    assert sheet.columns == ("it", "it") and sheet.rows == ("w = 1", "w = 4")
+    for row, alone in zip(sheet.images, images, strict=True):
+        torch.testing.assert_close(row, alone, atol=1e-5, rtol=0)
+
+
+# Playing
+
+
+def test_from_one_prompt_to_another() -> None:
+    run, ends = text_run(), ["red a", "blue b"]
+    for student in (run, run / "checkpoint-4", run / "pipeline"):
+        walk = onestill.interpolate(onestill.load_source(student), 4, seed=7, prompts=ends)
+        assert walk.images.shape == (1, 4, 3, 16, 16) and walk.columns == ("red a", "", "", "blue b")
+        for i, prompt in ((0, ends[0]), (3, ends[1])):
+            alone = onestill.sample(student, prompts=[prompt], num_images=1, seed=7)
+            torch.testing.assert_close(walk.images[0, i], alone[0], atol=1e-5, rtol=0)
+        assert all((a - b).abs().max() > 1e-5 for a, b in pairwise(walk.images[0]))
+
+
+def test_of_a_text_teacher_too() -> None:
+    where: dict[str, Any] = {"teacher": place() / "t", "num_inference_steps": 2, "guidance_scale": 3.0}
+    source = onestill.load_source(**where, negative_prompt="photo")
+    walk = onestill.interpolate(source, 3, prompts=["red a", "blue b"])
+    alone = onestill.sample(**where, negative_prompt="photo", prompts=["blue b"], num_images=1)
+    torch.testing.assert_close(walk.images[0, -1], alone[0], atol=1e-5, rtol=0)
+    sheet = onestill.guidance_sweep(source, [1.0, 2.0], prompts=["red a", "blue b"])
+    assert sheet.images.shape == (2, 2, 3, 16, 16) and sheet.columns == ("red a", "blue b")
+    plain = onestill.sample(teacher=place() / "t", num_inference_steps=2, prompts=["red a", "blue b"], num_images=2)
+    torch.testing.assert_close(sheet.images[0], plain, atol=1e-5, rtol=0)
+
+
+def test_one_prompt_from_noise_to_noise_and_one_noise_for_all_prompts() -> None:
+    source = onestill.load_source(text_run())
+    walk = onestill.interpolate(source, 3, seed=1, to_seed=2, prompts=["red a"])
+    apart = onestill.sample(text_run(), prompts=["red a"], num_images=2, seed=1)
+    torch.testing.assert_close(walk.images[0, [0, 2]], apart, atol=1e-5, rtol=0)
+    sheet = onestill.fixed_noise(source, seed=1, prompts=["red a", "blue b"])
+    assert sheet.columns == ("red a", "blue b")
+    torch.testing.assert_close(sheet.images[0, 0], apart[0], atol=1e-5, rtol=0)
+    other = onestill.sample(text_run(), prompts=["blue b"], num_images=1, seed=1)
+    torch.testing.assert_close(sheet.images[0, 1], other[0], atol=1e-5, rtol=0)
+    assert onestill.fixed_noise(source, prompts=PROMPTS).images.shape[1] == 16
+
+
+def test_playing_from_the_command_line(tmp_path: Path) -> None:
+    two = ["--prompt", "red a", "--prompt", "blue b"]
+    for student, flags, name in (
+        (text_run(), ["--target_times", "1,0.5,0", *two], "x.gif"),
+        (text_run() / "pipeline", ["--interpolate", 3, *two], "y.gif"),
+        (text_run(), ["--fixed_noise", "--prompt_file", place() / "p.txt", "--num_images", 3], "x.png"),
+        (drawn_run(), ["--guidance_scales", "1,2", *two], "y.png"),
+    ):
+        outcome = call_cli("sample", "--student", student, *flags, "--output", tmp_path / name)
+        assert outcome.code == 0 and (tmp_path / name).is_file(), outcome.err
+
+
+def test_the_trajectory_of_a_text_student() -> None:
+    times = onestill.student_trajectory(onestill.load_source(text_run()), [0.5, 0.0], prompts=["red a", "blue b"])
+    assert times.rows == ("seed 0\nred a", "seed 1\nblue b")
+    for i, t in enumerate((0.5, 0.0)):
+        alone = onestill.sample(text_run(), prompts=["red a", "blue b"], num_images=2, target_time=t)
+        torch.testing.assert_close(times.images[:, i], alone, atol=1e-4, rtol=0)
 
 
 def test_inspect_says_text() -> None:
@@ -260,6 +340,13 @@ BAD = [
     ("sample with a negative that does nothing", "sample --output x.png --teacher TEXT --prompt a --negative_prompt b", "acts through guidance only"),
     ("sample with labels", "sample --output x.png --student TRUN --prompt a --class_labels 1", "takes prompts"),
     ("sample with guidance that is fixed", "sample --output x.png --student TRUN --prompt a --guidance_scale 3", "distilled with w = 2 fixed"),
+    ("a way between no prompts", "sample --output x.png --student TRUN --interpolate 4", "neither --to_seed nor two prompts were given"),
+    ("a way from one prompt", "sample --output x.png --student TRUN --interpolate 4 --prompt a", "neither --to_seed nor two prompts were given, but 1"),
+    ("a way between noises of no prompt", "sample --output x.png --student TRUN --interpolate 4 --to_seed 1", "takes text: say what to draw"),
+    ("one noise of no prompt", "sample --output x.png --student TRUN --fixed_noise", "takes text: say what to draw"),
+    ("one noise more often than prompts", "sample --output x.png --student TRUN --fixed_noise --prompt a --num_images 2", "one image for each of the 1 prompts"),
+    ("scales of a fixed text student", "sample --output x.png --student TRUN --prompt a --guidance_scales 1,2", "distilled with w = 2 fixed"),
+    ("times of an exported text student", "sample --output x.png --student TRUN/pipeline --prompt a --target_times 1,0", "give the run's folder"),
     ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student TRUN/pipeline --teacher TEXT", "takes text: say what to draw"),
     ("evaluate of prompts of no text teacher", "evaluate --num_samples 10 --output out --student RUN --prompt a", "--prompt was given, but this teacher takes no text"),
     ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", "--teacher makes samples of shape (1, 8, 8)"),

@@ -8,7 +8,8 @@ rest is done here, once: loading, the conditions of a prompt and of no prompt (b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -157,6 +158,39 @@ class Family:
         eps = self.unpack(call.x_t, teacher.signature.constant)
         return self.result(output), eps, teacher.signature.conditions(call)
 
+    def signature(self, pipeline: Any) -> tuple[Signature, Call]:
+        """Return (how the pipeline calls its network, seen in calls for one image and for two; the call for one)."""
+        one, two = (_calls(self, pipeline, examples(self, num), 1.0, seeds=range(num))[0] for num in (1, 2))
+        return Signature.of(one, two, None if self.beside is None else self.beside.name), one
+
+    @torch.no_grad()
+    def encode(self, pipeline: Any, signature: Signature, prompts: Sequence[Any], seeds: Sequence[int] = ()) -> Cond:
+        """Return the conditions that the pipeline makes of prompts, one row each.
+
+        Args:
+            pipeline: The pipeline.
+            signature: How it calls its network.
+            prompts: The prompts.
+            seeds: For what the pipeline draws on the way; 0, 1, ... if there are none.
+        """
+        (call,) = _calls(self, pipeline, prompts, 1.0, seeds=seeds or range(len(prompts)))
+        return signature.conditions(call)
+
+    @contextmanager
+    def encoded(self, pipeline: Any, signature: Signature, cond: Cond) -> Iterator[None]:
+        """Let the pipeline's network see these conditions in place of those of the prompts that it is called for."""
+
+        def put(_network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            call = self.sort_call(as_call(args, kwargs), pipeline)
+            args, named = signature.arguments(call.x_t, call.net_time, cond)
+            return args, {**named, "return_dict": kwargs.get("return_dict", True)}
+
+        hook = getattr(pipeline, self.network).register_forward_pre_hook(put, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def guided(self, scale: float) -> dict[str, Any]:
         """Return the argument that sets the guidance scale, if the pipeline has one."""
         return {} if self.guidance is None else {self.guidance: scale}
@@ -210,8 +244,7 @@ class PipelineTeacher(NetworkTeacher):
         """
         if self.encoders_released:
             raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
-        (call,) = _calls(self.family, self.pipeline, prompts, 1.0, seeds=seeds or range(len(prompts)))
-        return self.signature.conditions(call)
+        return self.family.encode(self.pipeline, self.signature, prompts, seeds)
 
     def encoder_identity(self) -> str:
         """Return a name for what turns prompts into conditions: the same name is the same conditions."""
@@ -378,8 +411,7 @@ def pipeline_teacher(family: Family, pipeline: Any, folder: Path, source: str = 
     schedule = family.schedule(pipeline)
     t_max, reason = choose_t_max(schedule.process, schedule.prediction_type)
     _check_channels(family, network.config)
-    one, two = (_calls(family, pipeline, examples(family, num), 1.0, seeds=range(num))[0] for num in (1, 2))
-    signature = Signature.of(one, two, None if family.beside is None else family.beside.name)
+    signature, one = family.signature(pipeline)
     process = _with_shift(schedule.process, family, pipeline)
     null_class = None if family.null_class is None else family.null_class(network.config)
     spec = TeacherSpec(

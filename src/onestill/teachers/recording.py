@@ -214,16 +214,21 @@ class Signature:
 
     def __call__(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
         """Call `network` as the pipeline does and return its output."""
+        args, kwargs = self.arguments(x_t, net_time, cond)
+        output = network(*args, **{**kwargs, "return_dict": False})
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def arguments(self, x_t: Tensor, net_time: Tensor, cond: Cond) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the network's call, by position and by name, without `return_dict`."""
         named = {**self.constant, **{name: cond[name] for name in self.per_image}}
         named = {name: _to(value, x_t.device) for name, value in named.items()}
         if self.beside is not None:
             x_t = torch.cat([x_t, named.pop(self.beside).to(x_t.dtype)], dim=1)
         named |= {self.x_name: x_t, self.time_name: net_time}
         positions = sorted(int(name) for name in named if name.isdigit())
-        args = [named.pop(str(i)) for i in positions]
-        output = network(*args, **_nested(named), return_dict=False)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        args = tuple(named.pop(str(i)) for i in positions)
+        return args, _nested(named)
 
 
 def _rows(call: Call, name: str) -> int:
