@@ -215,7 +215,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.checks import check_device, check_times
+    from onestill.checks import check_device, check_start, check_times
     from onestill.inspection import inspect_teacher
     from onestill.teachers.load import load_teacher
 
@@ -230,8 +230,10 @@ def inspect(
         local_files_only=made.local_files_only,
         null_class=made.null_class,
         t_max=made.t_max,
+        arguments=made.call_arguments,
     )
     check_times(made, teacher)
+    check_start(teacher)
     found = inspect_teacher(teacher, made)
     if as_json:
         print(json.dumps(found.as_dict()))
@@ -249,6 +251,11 @@ def inspect(
         "prediction": found.prediction_type,
         "conditioning": found.conditioning + classes,
         "sample shape": " x ".join(map(str, found.sample_shape)),
+        **(
+            {"call": ", ".join(f"{name} = {value}" for name, value in found.arguments.items())}
+            if found.arguments
+            else {}
+        ),
         "parameters": f"{found.num_parameters:,}",
         "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}: {found.t_max_reason}",
         "thresholding": f"{found.thresholding} (of the teacher's own scheduler)",
@@ -291,6 +298,15 @@ def sample(
     negative_prompt: Annotated[
         str | None, typer.Option("--negative_prompt", help="In place of 'no prompt' in a text teacher's guidance.")
     ] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Height of a teacher's pictures.", min=1)] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Width of a teacher's pictures.", min=1)] = None,
+    num_frames: Annotated[int | None, typer.Option("--num_frames", help="Frames of a teacher's video.", min=1)] = None,
+    audio_end_in_s: Annotated[
+        float | None, typer.Option("--audio_end_in_s", help="End of a teacher's sound in seconds.")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option("--max_sequence_length", help="Tokens of a prompt that a teacher takes.", min=1)
+    ] = None,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
@@ -303,6 +319,15 @@ def sample(
     _quiet()
     pictures.check_output(output, overwrite=overwrite)
     check_writable(output, "output")
+    if (height is None) != (width is None):
+        raise ValueError("--height and --width are given together or not at all")
+    asked = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "audio_end_in_s": audio_end_in_s,
+        "max_sequence_length": max_sequence_length,
+    }
     images = api.sample(
         student,
         teacher=teacher,
@@ -318,6 +343,7 @@ def sample(
         prompt_file=prompt_file,
         prompt_field=prompt_field,
         negative_prompt=negative_prompt,
+        arguments={name: value for name, value in asked.items() if value is not None},
         batch_size=batch_size,
         device=device,
         local_files_only=local_files_only,

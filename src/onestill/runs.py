@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,14 +90,26 @@ def open_teacher(
     local_files_only: bool = False,
     null_class: int | None = None,
     negative_prompt: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Source:
     """Return a teacher's multi-step sampler, thresholded as its own scheduler does."""
     if num_steps < 1:
         raise ValueError(f"--num_inference_steps must be at least 1, got {num_steps}")
     if isinstance(teacher, NetworkTeacher):
+        if arguments:
+            raise ValueError(
+                f"--{next(iter(arguments))} was given with a teacher object; name it where the object is made: "
+                "load_teacher(..., arguments={...})"
+            )
         teacher = copy.copy(teacher)  # its null condition may be replaced here, and the caller's stays
     else:
-        teacher = load_teacher(teacher, local_files_only=local_files_only, null_class=null_class, device=str(device))
+        teacher = load_teacher(
+            teacher,
+            local_files_only=local_files_only,
+            null_class=null_class,
+            device=str(device),
+            arguments=arguments,
+        )
     use_negative_prompt(teacher, negative_prompt, acts=guidance_scale != 1)
     fitted: Teacher = Guided(teacher, guidance_scale)
     if teacher.spec.threshold.mode != "none":
@@ -121,6 +135,7 @@ def run_teacher(
         local_files_only=config.local_files_only or local_files_only,
         null_class=config.null_class,
         t_max=config.t_max,
+        arguments=config.call_arguments,
         device=str(device),
     )
     facts = run / TEACHER_FILE

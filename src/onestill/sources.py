@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from onestill.export import load_pipeline
 from onestill.sampler import Generate, Rows, student_generator, teacher_generator
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock
+from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock, read_call
+from onestill.teachers.generic import plain_family
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
 from onestill.teachers.recording import record
+from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.tensors import Cond
 
 
@@ -44,6 +46,7 @@ class Source:
         latents: The same up to the decoder, where there is one; None where the network works on pixels, or where an
             exported pipeline does not let its latents out.
         decodes: Whether there is a decoder.
+        arguments: Arguments of every call of the pipeline that were asked for, such as a size.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Source:
     text: bool = False
     latents: Generate | None = None
     decodes: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Rows:
         """Return what `num` images are asked for: going round `prompts` or `chosen`.
@@ -166,6 +170,7 @@ def _around(
         text=base.spec.text,
         latents=latents if decodes else None,
         decodes=decodes,
+        arguments=base.family.asked if isinstance(base, PipelineTeacher) else {},
     )
 
 
@@ -182,10 +187,13 @@ def open_pipeline(
         ValueError: If it does not load.
     """
     try:
-        class_name = read_index(folder, "the folder")["_class_name"]
-        if class_name in FAMILY_OF_PIPELINE:
+        index = read_index(folder, "the folder")
+        class_name = index["_class_name"]
+        if class_name not in UNET2D_PIPELINES:
             pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
-            return _open_family(FAMILY_OF_PIPELINE[class_name], pipeline, folder, device, run, config)
+            family = FAMILY_OF_PIPELINE.get(class_name) or plain_family(index, pipeline)
+            family = replace(family, arguments={**family.arguments, **read_call(folder)})
+            return _open_family(family, pipeline, folder, device, run, config)
         pipeline = load_pipeline(folder, device)
         network = pipeline.unet.config
     except (OSError, ValueError, AttributeError) as error:
@@ -248,6 +256,7 @@ def _open_family(
         text=text,
         latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.decode is not None else None,
         decodes=family.decode is not None,
+        arguments=family.asked,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from onestill.process import VE, choose_t_max
 from onestill.teachers.base import NetworkTeacher, TeacherSpec
 from onestill.teachers.schedulers import plain_ddim, scheduler_process, scheduler_threshold, times_of
-from onestill.tensors import Cond, without_autocast
+from onestill.tensors import Cond, refuse_non_finite, without_autocast
 from onestill.trajectory import Trajectory
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
@@ -121,10 +121,12 @@ def self_check(teacher: NetworkTeacher, scheduler: Any) -> float:
         theirs = stock.step(output, stock.timesteps[i], theirs).prev_sample
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= SELF_CHECK_TOLERANCE:
+        if isinstance(teacher.network, torch.nn.Module):
+            refuse_non_finite(teacher.network, "unet")
         raise ValueError(
             f"self-check failed: two steps of onestill and of {type(scheduler).__name__} differ by {error:.1e} "
-            f"(allowed {SELF_CHECK_TOLERANCE:.0e}). Either the weights hold non-finite numbers or the scheduler's "
-            f"configuration does not say what it does (prediction_type={spec.prediction_type!r})"
+            f"(allowed {SELF_CHECK_TOLERANCE:.0e}): the scheduler's configuration does not say what it does "
+            f"(prediction_type={spec.prediction_type!r})"
         )
     return error
 
