@@ -171,6 +171,8 @@ def distill(
     try:
         result = room.run(prepared)
     except (NonFiniteLossError, PromptCacheError) as error:
+        if not any(made.output_dir.iterdir()):
+            made.output_dir.rmdir()
         err.print(f"[red]stopped:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except ValueError as error:
@@ -217,6 +219,7 @@ def inspect(
     """Say what a teacher is, and what distilling it would cost with these settings."""
     from onestill.checks import check_device, check_start, check_times
     from onestill.inspection import inspect_teacher
+    from onestill.prompt_plan import refuse_prompts, use_negative_prompt
     from onestill.teachers.load import load_teacher
 
     _quiet()
@@ -234,6 +237,10 @@ def inspect(
     )
     check_times(made, teacher)
     check_start(teacher)
+    guided = made.guidance_scale != 1 or made.guidance_range is not None
+    use_negative_prompt(teacher, made.negative_prompt, acts=guided or made.empty_prompt_fraction > 0)
+    if not teacher.spec.text:
+        refuse_prompts(made)
     found = inspect_teacher(teacher, made)
     if as_json:
         print(json.dumps(found.as_dict()))
@@ -257,7 +264,7 @@ def inspect(
             else {}
         ),
         "parameters": f"{found.num_parameters:,}",
-        "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}: {found.t_max_reason}",
+        "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}, sigma = {found.sigma_at_t_max:.3g}: {found.t_max_reason}",
         "thresholding": f"{found.thresholding} (of the teacher's own scheduler)",
         "target time enters": found.target_time_enters,
         "estimate": f"{found.estimated_memory_gb:.2f} GB and {found.estimated_seconds_per_step:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}",

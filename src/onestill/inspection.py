@@ -37,6 +37,7 @@ class Inspection:
     t_max: float
     t_max_reason: str
     alpha_at_t_max: float
+    sigma_at_t_max: float
     thresholding: str
     target_time_enters: str
     train_batch_size: int
@@ -70,11 +71,12 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig) -> Inspectio
         num_classes=spec.num_classes,
         null_class=spec.null_class,
         sample_shape=spec.sample_shape,
-        arguments=teacher.family.asked if isinstance(teacher, PipelineTeacher) else {},
+        arguments=dict(teacher.family.asked) if isinstance(teacher, PipelineTeacher) else {},
         num_parameters=num_parameters(teacher.network) if isinstance(teacher.network, torch.nn.Module) else 0,
         t_max=spec.t_max,
         t_max_reason=spec.t_max_reason,
         alpha_at_t_max=spec.process.level(spec.t_max)[0],
+        sigma_at_t_max=spec.process.level(spec.t_max)[1],
         thresholding=spec.threshold.mode,
         target_time_enters="at the network's time embedding" if reached else "as a bias of every layer (fallback)",
         train_batch_size=config.train_batch_size,

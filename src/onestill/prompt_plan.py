@@ -190,9 +190,8 @@ def _messages(plan: PromptPlan, config: DistillConfig) -> tuple[str, ...]:
     teacher = plan.teacher
     if num_cut := plan.num_cut():
         most = teacher.prompt_limit
-        found.append(
-            f"warning: {num_cut:,} prompts are longer than the {most} tokens the text encoder takes; it cuts them"
-        )
+        are, them = ("prompt is", "it") if num_cut == 1 else ("prompts are", "them")
+        found.append(f"warning: {num_cut:,} {are} longer than the {most} tokens the text encoder takes; it cuts {them}")
     if config.negative_prompt is not None and any(teacher.are_cut([config.negative_prompt])):
         found.append(f"warning: --negative_prompt is longer than {teacher.prompt_limit} tokens and is cut")
     return tuple(found)

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +192,7 @@ def open_pipeline(
         if class_name not in UNET2D_PIPELINES:
             pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
             family = FAMILY_OF_PIPELINE.get(class_name) or plain_family(index, pipeline)
-            family = replace(family, arguments={**family.arguments, **read_call(folder)})
-            return _open_family(family, pipeline, folder, device, run, config)
+            return _open_family(family.asking(read_call(folder)), pipeline, folder, device, run, config)
         pipeline = load_pipeline(folder, device)
         network = pipeline.unet.config
     except (OSError, ValueError, AttributeError) as error:

@@ -213,7 +213,8 @@ def test_more_tokens_are_cut_later(tmp_path: Path) -> None:
         own = {"max_sequence_length": longest, "prompt_cache_dir": tmp_path / "cache"}
         prepared = prepare(make_config({**FAST, **values, **own}))
         said = [message for message in prepared.messages if "longer than" in message]
-        words = f"warning: {num_cut} prompts are longer than the {longest} tokens the text encoder takes; it cuts them"
+        are, them = ("prompt is", "it") if num_cut == 1 else ("prompts are", "them")
+        words = f"warning: {num_cut} {are} longer than the {longest} tokens the text encoder takes; it cuts {them}"
         assert said == ([words] if num_cut else []), longest  # fmt: skip
 
 

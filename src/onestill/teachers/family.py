@@ -19,7 +19,6 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from onestill.config import CALL_ARGUMENTS
 from onestill.process import FlowMatching, Process, choose_t_max
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
@@ -32,6 +31,7 @@ SELF_CHECK_TOLERANCE = 1e-4
 INDEX = "model_index.json"
 CALL_FILE = "onestill_call.json"
 """In an exported folder: the arguments of the call that a student was distilled at, if any were asked for."""
+PLAIN = (bool, int, float, str)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -82,7 +82,8 @@ class Family:
         schedule: From the pipeline to its schedule.
         decode: From (pipeline, latents) to images; None where the network works on pixels.
         one_step: From (pipeline, prediction_type, alpha at the start level) to the scheduler of an exported student.
-        arguments: Arguments of every call of the pipeline; of `CALL_ARGUMENTS` those that were asked for.
+        arguments: Arguments of every call of the pipeline.
+        asked: Those of them that were asked for, such as a size.
         result: From what a call with output_type="pt" returns to images in [-1, 1], as `decode` gives them.
         guidance: Name of the call's argument for the guidance scale; None if it has none.
         prompt: Name of the call's argument for conditions: "prompt" or "class_labels".
@@ -107,6 +108,7 @@ class Family:
     decode: Callable[[Any, Tensor], Tensor] | None
     one_step: Callable[[Any, str, float], Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
     result: Callable[[Any], Tensor] = lambda output: output.images * 2 - 1
     guidance: str | None = "guidance_scale"
     prompt: str = "prompt"
@@ -125,10 +127,9 @@ class Family:
     cut: Callable[[Any, Tensor, Mapping[str, Any]], Tensor] = lambda pipeline, decoded, arguments: decoded
     returns: str = "images"
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """What was asked of every call: its `CALL_ARGUMENTS`."""
-        return {name: self.arguments[name] for name in CALL_ARGUMENTS if name in self.arguments}
+    def asking(self, arguments: Mapping[str, Any]) -> Family:
+        """Return the family with these arguments in every call."""
+        return replace(self, arguments={**self.arguments, **arguments}, asked={**self.asked, **arguments})
 
     def call(
         self, pipeline: Any, conditions: Sequence[Any], arguments: Mapping[str, Any], *, seeds: Sequence[int] = ()
@@ -321,8 +322,8 @@ class PipelineTeacher(NetworkTeacher):
         parts |= dict.fromkeys(family.without)
         load_stock(type(self.pipeline), self.folder, parts).save_pretrained(folder, safe_serialization=True)
         _keep_facts(self.folder / INDEX, folder / INDEX)
-        if family.asked:
-            (folder / CALL_FILE).write_text(json.dumps(family.asked) + "\n", encoding="utf-8")
+        if kept := {name: value for name, value in family.asked.items() if isinstance(value, PLAIN)}:
+            (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
         return plain
 
 
@@ -342,9 +343,9 @@ def read_call(folder: Path) -> dict[str, Any]:
     """
     path = folder / CALL_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(value, PLAIN) for value in found.values()):
         raise ValueError(f"{CALL_FILE} holds no arguments of a call")
-    return {name: found[name] for name in CALL_ARGUMENTS if name in found}
+    return found
 
 
 def load_stock(cls: Any, folder: Path, parts: Mapping[str, Any] = MappingProxyType({})) -> Any:
@@ -383,10 +384,12 @@ def load_family(
         raise ValueError(f"{source}: {_naming_flags(str(error), family.asked)}") from error
     except (RuntimeError, AttributeError, TypeError, LookupError) as error:
         absent = [n for n, part in pipeline.components.items() if part is None and n.startswith(("text", "token"))]
-        raise ValueError(
-            f"{source}: the {cls.__name__} does not run{f' (it has no {absent[0]})' if absent else ''}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        why = f": {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if absent:
+            why = (
+                f" without {' and '.join(absent)}, which encode its prompts: use a folder that holds the whole pipeline"
+            )
+        raise ValueError(f"{source}: the {cls.__name__} does not run{why}") from error
 
 
 def _naming_flags(message: str, asked: Mapping[str, Any]) -> str:

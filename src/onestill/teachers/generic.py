@@ -112,7 +112,7 @@ def _first_that_fits(
 def _candidates(network: str, pipeline: Any, arguments: dict[str, Any]) -> Iterator[Family]:
     """Yield the descriptions that a pipeline may have."""
     _check_network(network, pipeline)
-    base = replace(_described(network, pipeline), arguments=arguments)
+    base = _described(network, pipeline).asking(arguments)
     first = _first_call(base, pipeline)
     if hasattr(pipeline.scheduler, "alphas_cumprod") and not pipeline.scheduler.config.get("use_flow_sigmas"):
         yield base

@@ -41,8 +41,7 @@ def _loader(family: Family) -> Loader:
         **arguments: Any,
     ) -> NetworkTeacher:
         _knows_its_null(index, null_class)
-        asked = replace(family, arguments={**family.arguments, **arguments})
-        return load_family(asked, folder, index, source, variant)
+        return load_family(family.asking(arguments), folder, index, source, variant)
 
     return load
 
@@ -191,11 +190,10 @@ def _find_folder(
         raise ValueError(
             f"--teacher {source} is a file; give the folder of a diffusers pipeline (the one with model_index.json)"
         )
-    if source.startswith((".", "/", "~")):
-        raise ValueError(f"no such teacher: {source} is no folder here (a path, so the hub was not asked)")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+    is_path = source.startswith((".", "/", "~"))
+    if is_path or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise ValueError(
-            f"no such teacher: {source}. Give a folder of a diffusers pipeline, a hub id 'owner/name', "
+            f"no such teacher: {source}{': no such folder' if is_path else ''}. Give a folder of a diffusers pipeline, a hub id 'owner/name', "
             f"or an embedded teacher ({', '.join(EMBEDDED)})"
         )
     return _download(source, revision, variant, cache_dir, offline)

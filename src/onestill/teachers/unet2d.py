@@ -169,7 +169,9 @@ def _count_classes(config: Any, null_class: int | None) -> int | None:
 
 
 def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel:
-    weights = folder / "unet"
+    # Old folders keep the network beside model_index.json, and diffusers reads those too.
+    flat = not (folder / "unet").is_dir() and (folder / "config.json").is_file()
+    weights = folder if flat else folder / "unet"
     name = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
     present = sorted(p.name for p in weights.glob("*")) if weights.is_dir() else []
     if not any(p.startswith(name) and ".safetensors" in p for p in present):
@@ -183,7 +185,7 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
     try:
         network, info = UNet2DModel.from_pretrained(
             folder,
-            subfolder="unet",
+            subfolder=None if flat else "unet",
             use_safetensors=True,
             variant=variant,
             local_files_only=True,
@@ -209,7 +211,8 @@ def _load_scheduler(folder: Path, class_name: str, source: str) -> Any:
     if cls is None or not class_name.endswith("Scheduler"):
         raise ValueError(f"{source}: {class_name!r} is no scheduler of diffusers {diffusers.__version__}")
     try:
-        return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        flat = not (folder / "scheduler").is_dir() and (folder / "scheduler_config.json").is_file()
+        return cls.from_pretrained(folder, subfolder=None if flat else "scheduler", local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise ValueError(
             f"{source}: scheduler/scheduler_config.json does not load: {' '.join(str(error).split())[:200]}"
