@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect as signatures
 import json
@@ -171,7 +172,7 @@ def distill(
     try:
         result = room.run(prepared)
     except (NonFiniteLossError, PromptCacheError) as error:
-        if not any(made.output_dir.iterdir()):
+        with contextlib.suppress(OSError):  # which holds something already, or another process has been here
             made.output_dir.rmdir()
         err.print(f"[red]stopped:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
