@@ -89,8 +89,6 @@ def test_a_size_holds_from_distill_to_export(tmp_path: Path) -> None:
         folder / "pipeline"
     )
     # The exported folder alone knows it too, and takes a teacher to it.
-    outcome = call_cli("evaluate", "--student", folder, *FEW)
-    assert outcome.code == 0, outcome.err
     outcome = call_cli(
         "evaluate", "--student", copied(folder / "pipeline", tmp_path / "alone"), "--teacher", teacher("sd-epsilon"),
         "--prompt", "red", "--output", tmp_path / "report", *FEW,
@@ -303,8 +301,8 @@ def test_inspect_says_the_start_level_and_takes_another(name: str, t_max: float,
     assert given["alpha_at_t_max"] > found["alpha_at_t_max"]
 
 
-@pytest.mark.parametrize("name", ["sd-epsilon", "sd-v-zero-snr"])
-def test_a_given_start_level_is_kept_in_run_and_export(name: str, tmp_path: Path) -> None:
+def test_a_given_start_level_is_kept_in_run_and_export(tmp_path: Path) -> None:
+    name = "sd-epsilon"
     folder = run(name, t_max=0.9)
     assert yaml.safe_load((folder / "config.yaml").read_text())["t_max"] == 0.9
     images = [drawn(s, tmp_path / f"{s.name}.safetensors", "--student") for s in (folder, folder / "checkpoint-2")]
