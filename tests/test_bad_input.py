@@ -27,6 +27,8 @@ from runs_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+from onestill.teachers.load import load_teacher
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -184,7 +186,7 @@ TEACHERS = [
     Case("a tensor too few", "teacher", "the weights lack 1 of the network's tensors, such as 'conv_in.bias'", weights(lambda w: w.pop("conv_in.bias"))),
     Case("a tensor too many", "teacher", "the weights hold tensors that unet/config.json has no place for", weights(lambda w: w.update(more=torch.ones(2)))),
     Case("a tensor of another shape", "teacher", "weights or config do not load", weights(lambda w: w.update({"conv_in.bias": torch.ones(9)}))),
-    Case("NaN in the weights", "teacher", "non-finite numbers", weights(lambda w: w["conv_in.bias"].fill_(float("nan")))),
+    Case("NaN in the weights", "teacher", "the weights hold non-finite numbers (NaN or infinity): 'conv_in.bias' of the unet", weights(lambda w: w["conv_in.bias"].fill_(float("nan")))),
     Case("epsilon at zero terminal SNR", "teacher", "zero terminal SNR", scheduler_config(rescale_betas_zero_snr=True)),
     Case("an unknown prediction type", "teacher", "prediction_type", scheduler_config(prediction_type="score")),
 ]  # fmt: skip
@@ -206,6 +208,28 @@ def test_teachers(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert case.words in outcome.words, outcome.err
         assert [line[:7] for line in outcome.err.splitlines()] == ["error: "] and outcome.out == ""
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("path", ["./nothing", "./no/thing", "../nothing", "~/nothing-of-that-name", "/nothing/here"])
+def test_a_path_never_reaches_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", asked)
+    for command in (
+        ["distill", "--output_dir", "run", "--device", "cpu"],
+        ["inspect"],
+        ["sample", "--output", "x.png"],
+    ):
+        outcome = call_cli(*command, "--teacher", path)
+        assert outcome.code == 2 and f"no such teacher: {path}: no such folder. Give a folder" in outcome.words, (
+            outcome.err
+        )
+    assert list(tmp_path.iterdir()) == []
+    # What may be a hub id does: this is the same door.
+    with pytest.raises(ValueError, match="the hub was asked"):
+        load_teacher("some/thing")
 
 
 def test_weights_of_a_variant_that_is_not_there(tmp_path: Path) -> None:
@@ -264,7 +288,12 @@ SETTINGS = [
     Case("guidance half drawn", D + "--teacher CLASS --null_class 3 --guidance_scale_min 1", "given together"),
     Case("guidance of no classes", D + "--teacher PLAIN --guidance_scale 2", "--guidance_scale 2 needs a teacher with a null class, and this one has no classes"),
     Case("guidance without a null class", D + "--teacher CLASS --guidance_scale 2", "--guidance_scale 2 needs a teacher with a null class, and this one has none that is known. Name it with --null_class"),
-    Case("guidance drawn without one", D + "--teacher CLASS --guidance_scale_min 1 --guidance_scale_max 3", "needs a teacher with a null class"),
+    Case("guidance drawn without one", D + "--teacher CLASS --guidance_scale_min 1 --guidance_scale_max 3", "--guidance_scale_min and _max need a teacher with a null class"),
+    Case("guidance reversed", D + "--teacher CLASS --null_class 3 --guidance_scale_min 3 --guidance_scale_max 1", "--guidance_scale_min 3 must be below --guidance_scale_max 1"),
+    Case("negative prompt of classes", D + "--teacher CLASS --null_class 3 --guidance_scale 2 --negative_prompt ugly", "--negative_prompt 'ugly' was given, but this teacher takes no text"),
+    Case("LoRA of no rank", D + "--teacher PLAIN --lora_rank 0", "--lora_rank: input should be greater than or equal to 1, got 0"),
+    Case("LoRA of no layers", D + "--teacher PLAIN --lora_rank 2 --lora_target_modules nowhere", "--lora_target_modules nowhere: no Linear or ungrouped Conv layer of UNet2DModel has a name that ends so"),
+    Case("size of a network with one", D + "--teacher PLAIN --height 16 --width 16", "--height: a DDIMPipeline's call has no such argument"),
     Case("null class of no classes", D + "--teacher PLAIN --null_class 3", "--null_class 3 was given, but the teacher is unconditional"),
     Case("null class that is none", D + "--teacher CLASS --null_class 4", "--null_class 4 is not a label of the teacher, which has 4 (0 to 3)"),
     Case("labels of no classes", D + "--teacher PLAIN --class_labels 0", "--class_labels [0] was given, but the teacher is unconditional"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from onestill import cli
 from onestill.config import (
+    CALL_ARGUMENTS,
     RESUMABLE_CHANGES,
     DistillConfig,
     changed_settings,
@@ -105,6 +106,7 @@ def test_resumable_changes_are_fields_and_leave_out_what_decides_the_weights() -
         "num_prompts",
         "negative_prompt",
         "empty_prompt_fraction",
+        *CALL_ARGUMENTS,
     }
     assert decisive <= set(DistillConfig.model_fields) and not decisive & RESUMABLE_CHANGES
 
@@ -182,6 +184,11 @@ OUT_OF_RANGE = {
     "teacher": [""],
     "null_class": [-1],
     "t_max": [0, -0.5, 1.01],
+    "height": [0, -8, 2.5],
+    "width": [0, -8],
+    "num_frames": [0, -1],
+    "audio_end_in_s": [0, -1],
+    "max_sequence_length": [0, -1],
     "guidance_scale": [-1],
     "guidance_scale_min": [-1],
     "guidance_scale_max": [-1],
@@ -272,6 +279,8 @@ CONTRADICTIONS = {
     "given together or not": {"guidance_scale_max": 2},
     "--guidance_scale_min 3 must be below --guidance_scale_max 3": {"guidance_scale_min": 3, "guidance_scale_max": 3},
     "--guidance_scale fixes w": {"guidance_scale": 2, "guidance_scale_min": 1, "guidance_scale_max": 3},
+    "--height and --width are given together": {"height": 64},
+    "and --width are given together or not at all": {"width": 64},
     "--boundary_fraction 0.9 leaves no bootstrap rows in a batch of 4": {
         "boundary_fraction": 0.9,
         "train_batch_size": 4,
@@ -341,6 +350,12 @@ def test_a_run_from_before_there_was_a_setting_had_its_default() -> None:
     old = {k: v for k, v in make_config(GIVEN).model_dump(mode="json").items() if not k.startswith("lora_")}
     assert changed_settings(old, make_config(GIVEN)) == []
     assert changed_settings(old, config) == ["lora_rank: None -> 4"]
+
+
+def test_arguments_of_a_call_are_those_that_are_given() -> None:
+    assert make_config(GIVEN).call_arguments == {}
+    given = {"height": 64, "width": 96, "audio_end_in_s": 2.5}
+    assert make_config({**GIVEN, **given}).call_arguments == given
 
 
 def test_numbers_of_boundary_rows() -> None:

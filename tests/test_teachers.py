@@ -323,6 +323,21 @@ def test_given_start_level_is_kept(uncond_teacher_folder: Path) -> None:
     assert (spec.t_max, spec.t_max_reason) == (0.75, "given with --t_max")
 
 
+def test_an_old_folder_with_its_network_beside_the_index_loads(uncond_teacher_folder: Path) -> None:
+    whole = load_teacher(uncond_teacher_folder).fingerprint()
+    for part in ("unet", "scheduler"):
+        for path in (uncond_teacher_folder / part).iterdir():
+            path.rename(uncond_teacher_folder / path.name)
+        (uncond_teacher_folder / part).rmdir()
+    DDPMPipeline.from_pretrained(uncond_teacher_folder)  # as diffusers does
+    assert load_teacher(uncond_teacher_folder).fingerprint() == whole
+    weights = uncond_teacher_folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="only the pickle diffusion_pytorch_model.bin"):
+        load_teacher(uncond_teacher_folder)
+
+
 def test_variants_are_found(uncond_teacher_folder: Path) -> None:
     weights = uncond_teacher_folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
@@ -465,7 +480,7 @@ REFUSED_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "non-finite weights": (
         lambda f: edit_weights(f, lambda w: w["conv_in.weight"].fill_(float("nan"))),
-        "self-check failed.*non-finite",
+        r"the weights hold non-finite numbers \(NaN or infinity\): 'conv_in.weight' of the unet",
     ),
     "no network config": (lambda f: (f / "unet/config.json").unlink(), "weights or config do not load"),
     "unknown block": (

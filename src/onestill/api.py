@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ def sample(
     prompt_file: str | Path | None = None,
     prompt_field: str | None = None,
     negative_prompt: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
     batch_size: int = 64,
     device: str = "auto",
     local_files_only: bool = False,
@@ -85,6 +87,7 @@ def sample(
         prompt_file: A file of them instead (.txt, .jsonl, .csv).
         prompt_field: Field of the prompt in a .jsonl or .csv; "prompt" if None.
         negative_prompt: Takes the place of "no prompt" in a teacher's guidance.
+        arguments: Arguments of every call of a teacher's pipeline, such as height and width; its own defaults if None.
         batch_size: Images per network call.
         device: auto, cpu, cuda, cuda:N or mps.
         local_files_only: Never use the network.
@@ -105,6 +108,7 @@ def sample(
         solver=solver,
         null_class=null_class,
         negative_prompt=negative_prompt,
+        arguments=arguments,
         device=device,
         local_files_only=local_files_only,
     )
@@ -342,7 +346,9 @@ def _teacher_of(
         base = copy.copy(teacher)  # its null condition may be replaced here, and the caller's stays
     elif teacher is not None:
         null = config.null_class if null_class is None and config is not None else null_class
-        base = load_teacher(teacher, local_files_only=offline, null_class=null, device=str(device))
+        base = load_teacher(
+            teacher, local_files_only=offline, null_class=null, device=str(device), arguments=student.arguments
+        )
     else:
         assert student.run is not None
         assert config is not None

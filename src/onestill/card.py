@@ -13,6 +13,7 @@ import yaml
 from onestill.teachers.base import TeacherSpec
 
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
+TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
 NO_TABLE = "Not evaluated yet: `onestill evaluate --student RUN` writes the table here."
 
 
@@ -26,6 +27,7 @@ class Facts:
         settings: Command or settings that made it.
         license: The teacher's license; read from its card if empty.
         lora: What the student is as a LoRA, in words; not said if empty.
+        size: Arguments of the call it was distilled at, in words; not said if empty.
     """
 
     guidance: str = "none"
@@ -33,10 +35,16 @@ class Facts:
     settings: str = ""
     license: str = ""
     lora: str = ""
+    size: str = ""
 
 
 def write_card(
-    folder: Path, spec: TeacherSpec, facts: Facts, self_check: float, arguments: Mapping[str, Any] | None = None
+    folder: Path,
+    spec: TeacherSpec,
+    facts: Facts,
+    self_check: float,
+    arguments: Mapping[str, Any] | None = None,
+    returns: str = "images",
 ) -> Path:
     """Write README.md into an exported folder and return its path.
 
@@ -46,9 +54,10 @@ def write_card(
         facts: What is known of the run.
         self_check: Largest difference between the folder and the student.
         arguments: For a stock pipeline of a family: what its plain one-step call is given besides the condition.
+        returns: Where that call's output has its results: "images", "frames" or "audios".
     """
-    front = yaml.safe_dump(_front_matter(spec, facts, arguments is not None), sort_keys=False)
-    text = f"---\n{front}---\n\n{_body(spec, facts, self_check, arguments)}"
+    front = yaml.safe_dump(_front_matter(spec, facts, arguments is not None, returns), sort_keys=False)
+    text = f"---\n{front}---\n\n{_body(spec, facts, self_check, arguments, returns)}"
     path = folder / "README.md"
     path.write_text(text, encoding="utf-8")
     return path
@@ -78,10 +87,10 @@ def teacher_license(source: str) -> str:
     return str(front.get("license", "")) if isinstance(front, dict) else ""
 
 
-def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool) -> dict[str, object]:
+def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool, returns: str) -> dict[str, object]:
     front: dict[str, object] = {
         "library_name": "diffusers" if is_stock or spec.family == "unet2d" else "onestill",
-        "pipeline_tag": "text-to-image" if spec.text else "unconditional-image-generation",
+        "pipeline_tag": TEXT_TO[returns] if spec.text else "unconditional-image-generation",
         "tags": ["diffusers", "distillation", "one-step", "data-free", "onestill"],
     }
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", spec.source) and not Path(spec.source).exists()
@@ -92,13 +101,13 @@ def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool) -> dict[str, 
     return front
 
 
-def _body(spec: TeacherSpec, facts: Facts, self_check: float, arguments: Mapping[str, Any] | None) -> str:
+def _body(spec: TeacherSpec, facts: Facts, self_check: float, arguments: Mapping[str, Any] | None, returns: str) -> str:
     shape = " x ".join(map(str, spec.sample_shape))
     if arguments is not None or spec.family == "unet2d":
         call = (
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-            f"images = pipe({_arguments(spec, arguments)}).images  # one network evaluation"
+            f"{returns} = pipe({_arguments(spec, arguments)}).{returns}  # one network evaluation"
         )
     else:
         call = (
@@ -120,7 +129,7 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 - Guidance distilled in: {facts.guidance} (u + w (c - u)). Do not guide again.
 - Training: {facts.training or "not recorded"}.
 - Settings: {facts.settings or "see config.yaml of the run"}.
-{f"- LoRA: {facts.lora}.{chr(10)}" if facts.lora else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
+{f"- Size: {facts.size}.{chr(10)}" if facts.size else ""}{f"- LoRA: {facts.lora}.{chr(10)}" if facts.lora else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
 
 ## Measured
 

@@ -90,6 +90,12 @@ def check_beside(teacher: Teacher) -> None:
         )
 
 
+def check_start(teacher: Teacher) -> None:
+    """Raise ValueError if a student that starts where the teacher does could not be exported."""
+    if isinstance(teacher, PipelineTeacher):
+        teacher.check_start()
+
+
 def check_times(config: DistillConfig, teacher: Teacher) -> None:
     """Raise ValueError if the step size or the cleanest time does not fit the teacher's start level."""
     t_max = teacher.spec.t_max

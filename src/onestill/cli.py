@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect as signatures
 import json
@@ -172,6 +173,8 @@ def distill(
     try:
         result = room.run(prepared)
     except (NonFiniteLossError, PromptCacheError) as error:
+        with contextlib.suppress(OSError):  # which holds something already, or another process has been here
+            made.output_dir.rmdir()
         err.print(f"[red]stopped:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except ValueError as error:
@@ -216,8 +219,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.checks import check_device, check_times
+    from onestill.checks import check_device, check_start, check_times
     from onestill.inspection import inspect_teacher
+    from onestill.prompt_plan import refuse_prompts, use_negative_prompt
     from onestill.teachers.load import load_teacher
 
     _quiet()
@@ -231,8 +235,14 @@ def inspect(
         local_files_only=made.local_files_only,
         null_class=made.null_class,
         t_max=made.t_max,
+        arguments=made.call_arguments,
     )
     check_times(made, teacher)
+    check_start(teacher)
+    guided = made.guidance_scale != 1 or made.guidance_range is not None
+    use_negative_prompt(teacher, made.negative_prompt, acts=guided or made.empty_prompt_fraction > 0)
+    if not teacher.spec.text:
+        refuse_prompts(made)
     found = inspect_teacher(teacher, made)
     if as_json:
         print(json.dumps(found.as_dict()))
@@ -250,8 +260,13 @@ def inspect(
         "prediction": found.prediction_type,
         "conditioning": found.conditioning + classes,
         "sample shape": " x ".join(map(str, found.sample_shape)),
+        **(
+            {"call": ", ".join(f"{name} = {value}" for name, value in found.arguments.items())}
+            if found.arguments
+            else {}
+        ),
         "parameters": f"{found.num_parameters:,}",
-        "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}: {found.t_max_reason}",
+        "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}, sigma = {found.sigma_at_t_max:.3g}: {found.t_max_reason}",
         "thresholding": f"{found.thresholding} (of the teacher's own scheduler)",
         "target time enters": found.target_time_enters,
         "estimate": f"{found.estimated_memory_gb:.2f} GB and {found.estimated_seconds_per_step:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}",
@@ -298,6 +313,15 @@ def sample(
     negative_prompt: Annotated[
         str | None, typer.Option("--negative_prompt", help="In place of 'no prompt' in a text teacher's guidance.")
     ] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Height of a teacher's pictures.", min=1)] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Width of a teacher's pictures.", min=1)] = None,
+    num_frames: Annotated[int | None, typer.Option("--num_frames", help="Frames of a teacher's video.", min=1)] = None,
+    audio_end_in_s: Annotated[
+        float | None, typer.Option("--audio_end_in_s", help="End of a teacher's sound in seconds.")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option("--max_sequence_length", help="Tokens of a prompt that a teacher takes.", min=1)
+    ] = None,
     batch_size: BatchOption = 64,
     interpolate: Annotated[
         int | None,
@@ -337,8 +361,18 @@ def sample(
     played = _played(interpolate, to_seed, fixed_noise, guidance_scales, target_times)
     pictures.check_output(output, overwrite=overwrite, moves=played is not None)
     check_writable(output, "output")
+    if (height is None) != (width is None):
+        raise ValueError("--height and --width are given together or not at all")
+    call = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "audio_end_in_s": audio_end_in_s,
+        "max_sequence_length": max_sequence_length,
+    }
     where: dict[str, Any] = {
         "teacher": teacher,
+        "arguments": {name: value for name, value in call.items() if value is not None},
         "num_inference_steps": num_inference_steps,
         "solver": solver,
         "null_class": null_class,

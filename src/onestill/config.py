@@ -18,6 +18,10 @@ def _field(default: Any, panel: str, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
 
 
+CALL_ARGUMENTS = ("height", "width", "num_frames", "audio_end_in_s", "max_sequence_length")
+"""Settings that are arguments of every call of the teacher's pipeline; its own defaults where they are not given."""
+
+
 class DistillConfig(BaseModel):
     """Everything that decides a distillation run. Frozen; unknown names are refused."""
 
@@ -33,6 +37,18 @@ class DistillConfig(BaseModel):
     local_files_only: bool = _field(False, TEACHER, "Never use the network.")
     null_class: int | None = _field(None, TEACHER, "Label that means 'no class'; needed for guidance.", ge=0)
     t_max: float | None = _field(None, TEACHER, "Start level; chosen from the teacher if not given.", gt=0, le=1)
+    height: int | None = _field(None, TEACHER, "Height of the pictures in pixels; the pipeline's if not given.", ge=1)
+    width: int | None = _field(None, TEACHER, "Width of the pictures in pixels; given with --height.", ge=1)
+    num_frames: int | None = _field(None, TEACHER, "Frames of a video; the pipeline's if not given.", ge=1)
+    audio_end_in_s: float | None = _field(
+        None, TEACHER, "End of a sound in seconds; the pipeline's if not given.", gt=0
+    )
+    max_sequence_length: int | None = _field(
+        None,
+        TEACHER,
+        "Tokens of a prompt that a T5 or language-model encoder takes; the pipeline's if not given.",
+        ge=1,
+    )
     guidance_scale: float = _field(1.0, TEACHER, "w in u + w (c - u), distilled into the student; 1 is none.", ge=0)
     guidance_scale_min: float | None = _field(
         None, TEACHER, "Draw w per image from here ... and give it to the student.", ge=0
@@ -160,6 +176,8 @@ class DistillConfig(BaseModel):
             raise ValueError(f"--t_min {self.t_min:g} must be below --t_max {t_max:g}")
         if self.delta >= t_max - self.t_min:
             raise ValueError(f"--delta {self.delta:g} must be below --t_max minus --t_min, {t_max - self.t_min:g}")
+        if (self.height is None) != (self.width is None):
+            raise ValueError("--height and --width are given together or not at all")
         low, high = self.guidance_scale_min, self.guidance_scale_max
         if (low is None) != (high is None):
             raise ValueError("--guidance_scale_min and --guidance_scale_max are given together or not at all")
@@ -191,6 +209,11 @@ class DistillConfig(BaseModel):
             )
             raise ValueError(f"--lora_{given} says how to train a LoRA: give --lora_rank too")
         return self
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """The arguments of every call of the teacher's pipeline that are given."""
+        return {name: value for name in CALL_ARGUMENTS if (value := getattr(self, name)) is not None}
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:

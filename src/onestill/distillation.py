@@ -29,6 +29,7 @@ from onestill.checks import (
     check_beside,
     check_device,
     check_output_dir,
+    check_start,
     check_times,
     check_tracker,
     check_writable,
@@ -36,13 +37,14 @@ from onestill.checks import (
     make_output_dir,
 )
 from onestill.conditions import Conditions, LabelConditions, check_labels
-from onestill.config import DistillConfig, make_config, write_yaml
+from onestill.config import CALL_ARGUMENTS, DistillConfig, make_config, write_yaml
 from onestill.export import export_student
 from onestill.lora import Lora, has_loader
 from onestill.prompt_cache import default_cache_dir
 from onestill.prompt_plan import PromptPlan, plan_prompts, refuse_prompts, use_negative_prompt
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
+from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher, with_t_max
 from onestill.trainer import StepLog, Trainer
@@ -135,7 +137,7 @@ def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, An
     """Return what the run's configuration must say of a teacher object, so that it can be opened again.
 
     Raises:
-        ValueError: If the settings name another null class than the object has.
+        ValueError: If the settings name another null class than the object has, or other arguments of its call.
     """
     spec = teacher.spec
     if given.get("null_class") not in (None, spec.null_class):
@@ -143,8 +145,16 @@ def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, An
             f"--null_class {given['null_class']} was given with a teacher object whose null class is {spec.null_class}; "
             "name it where the object is made: load_teacher or module_teacher"
         )
+    asked = teacher.family.asked if isinstance(teacher, PipelineTeacher) else {}
+    for name in CALL_ARGUMENTS:
+        if given.get(name) not in (None, asked.get(name)):
+            raise ValueError(
+                f"--{name} {given[name]} was given with a teacher object; name it where the object is made: "
+                "load_teacher(..., arguments={...})"
+            )
     t_max = spec.t_max if given.get("t_max") is None else given["t_max"]
-    return {"teacher": spec.source or PYTHON_OBJECT, "null_class": spec.null_class, "t_max": t_max}
+    facts = {"teacher": spec.source or PYTHON_OBJECT, "null_class": spec.null_class, "t_max": t_max}
+    return {**facts, **{name: asked.get(name) for name in CALL_ARGUMENTS}}
 
 
 def _absolute(teacher: str) -> str:
@@ -171,11 +181,13 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         local_files_only=config.local_files_only,
         null_class=config.null_class,
         t_max=config.t_max,
+        arguments=config.call_arguments,
     )
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
         base = with_t_max(teacher, config.t_max)
     check_beside(base)
     check_times(config, base)
+    check_start(base)
     guided = config.guidance_scale != 1 or config.guidance_range is not None
     use_negative_prompt(base, config.negative_prompt, acts=guided or config.empty_prompt_fraction > 0)
     fitted = fit_teacher(base, config)

@@ -26,7 +26,7 @@ from onestill.lora import LORA_FOLDER, SCHEDULER_FILE, has_loader, load_with_lor
 from onestill.process import head
 from onestill.sampler import Generate, noise, student_generator
 from onestill.student import Student, TimeEmbeddingInjection, time_embeddings
-from onestill.teachers.family import PipelineTeacher, load_stock
+from onestill.teachers.family import Family, PipelineTeacher, load_stock
 from onestill.teachers.schedulers import one_level
 from onestill.tensors import Cond, without_autocast
 
@@ -88,14 +88,17 @@ def export_student(
     facts = facts or card.Facts()
     if isinstance(student.teacher, PipelineTeacher):
         baked = student.bake(t, guidance_scale)
-        student.teacher.write_student(baked, partial)
+        plain = student.teacher.write_student(baked, partial)
         pipeline = load_stock(type(student.teacher.pipeline), partial)
-        error = _check_family(student, student.teacher, pipeline, t, guidance_scale)
+        error = _check_family(student, student.teacher, plain, pipeline, t, guidance_scale)
+        if size := _size_words(student.teacher, is_default=plain is not student.teacher.family):
+            facts = replace(facts, size=size)
         if why_no_file(student) is None:
             lora = partial / LORA_FOLDER
             write_lora(student.teacher, student.network, _baked_times(student, baked), lora)
             pipeline = load_with_lora(student.teacher, lora)
-            error = max(error, _check_family(student, student.teacher, pipeline, t, guidance_scale))
+            family = student.teacher.family  # this pipeline is the teacher's own, whose default size is another
+            error = max(error, _check_family(student, student.teacher, family, pipeline, t, guidance_scale))
     elif student.spec.family == "unet2d":
         _write_unet2d(student, partial, t, guidance_scale)
         error = _check_pipeline(student, partial, t, guidance_scale)
@@ -110,8 +113,11 @@ def export_student(
         )
     if student.lora is not None:
         facts = replace(facts, lora=_lora_words(student, partial))
-    family = student.teacher.family if isinstance(student.teacher, PipelineTeacher) else None
-    card.write_card(partial, student.spec, facts, error, None if family is None else family.export_arguments)
+    if isinstance(student.teacher, PipelineTeacher):
+        returns = student.teacher.family.returns
+        card.write_card(partial, student.spec, facts, error, student.teacher.plain_arguments, returns)
+    else:
+        card.write_card(partial, student.spec, facts, error)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
@@ -217,14 +223,37 @@ def _lora_words(student: Student, folder: Path) -> str:
     )
 
 
+def _size_words(teacher: PipelineTeacher, *, is_default: bool) -> str:
+    """Return what a card says of the arguments that were asked for; "" if none were."""
+    asked = ", ".join(f"{name} {value}" for name, value in teacher.family.asked.items())
+    default = "this folder's default size is that one too" if is_default else "the folder's defaults are others"
+    return f"{asked}, as distilled and as in the call above; {default}" if asked else ""
+
+
 @torch.no_grad()
 @without_autocast
 def _check_family(
-    student: Student, teacher: PipelineTeacher, pipeline: Any, t: float, guidance_scale: float | None, num: int = 2
+    student: Student,
+    teacher: PipelineTeacher,
+    family: Family,
+    pipeline: Any,
+    t: float,
+    guidance_scale: float | None,
+    num: int = 2,
 ) -> float:
-    """Return the largest difference of images between the plain call of a pipeline, loaded afresh, and the student."""
+    """Return the largest difference of images between the plain call of a pipeline, loaded afresh, and the student.
+
+    Args:
+        student: The student.
+        teacher: Its teacher.
+        family: How the pipeline is called.
+        pipeline: The pipeline.
+        t: The target time.
+        guidance_scale: w, for students that take it.
+        num: Images.
+    """
     device = next(student.parameters()).device
-    images, eps, cond = teacher.family.plain_call(pipeline.to(device), teacher, num)
+    images, eps, cond = family.plain_call(pipeline.to(device), teacher, num)
     if student.guidance_range is not None:
         cond["guidance_scale"] = torch.full((num,), _baked_scale(student, guidance_scale))
     expected = teacher.decode(student_generator(student, t=t, device=device)(eps, cond))

@@ -15,6 +15,7 @@ from onestill.distillation import fit_teacher, make_student
 from onestill.sampler import to_device
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.family import PipelineTeacher
 from onestill.tensors import num_parameters
 from onestill.trajectory import CALLS_PER_STEP
 
@@ -31,10 +32,12 @@ class Inspection:
     num_classes: int | None
     null_class: int | None
     sample_shape: tuple[int, ...]
+    arguments: dict[str, Any]
     num_parameters: int
     t_max: float
     t_max_reason: str
     alpha_at_t_max: float
+    sigma_at_t_max: float
     thresholding: str
     target_time_enters: str
     train_batch_size: int
@@ -68,10 +71,12 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig) -> Inspectio
         num_classes=spec.num_classes,
         null_class=spec.null_class,
         sample_shape=spec.sample_shape,
+        arguments=dict(teacher.family.asked) if isinstance(teacher, PipelineTeacher) else {},
         num_parameters=num_parameters(teacher.network) if isinstance(teacher.network, torch.nn.Module) else 0,
         t_max=spec.t_max,
         t_max_reason=spec.t_max_reason,
         alpha_at_t_max=spec.process.level(spec.t_max)[0],
+        sigma_at_t_max=spec.process.level(spec.t_max)[1],
         thresholding=spec.threshold.mode,
         target_time_enters="at the network's time embedding" if reached else "as a bias of every layer (fallback)",
         train_batch_size=config.train_batch_size,

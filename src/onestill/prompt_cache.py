@@ -43,6 +43,11 @@ def default_cache_dir() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "onestill" / "prompts"
 
 
+def in_words(num_bytes: int) -> str:
+    """Return a size on disk in words: in GB, or in MB below one."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.2f} MB"
+
+
 class PromptCache:
     """The rows that one encoder made. Opening it writes nothing.
 
@@ -120,7 +125,7 @@ class PromptCache:
         free, needed = shutil.disk_usage(place).free, num * self.row_bytes
         if needed > free:
             raise ValueError(
-                f"--prompt_cache_dir {self.root}: {num:,} encoded prompts need {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB "
+                f"--prompt_cache_dir {self.root}: {num:,} encoded prompts need {in_words(needed)} and {in_words(free)} "
                 "are free; name a folder on another disk, or draw from fewer prompts with --num_prompts"
             )
 
@@ -183,7 +188,7 @@ class PromptCache:
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise PromptCacheError(
-                f"--prompt_cache_dir {self.root} cannot be written: {' '.join(str(error).split())} ({free / 1e9:.2f} GB "
+                f"--prompt_cache_dir {self.root} cannot be written: {' '.join(str(error).split())} ({in_words(free)} "
                 "free). Name a folder on another disk; what was encoded before is kept"
             ) from error
         finally:

@@ -76,7 +76,7 @@ class PromptPlan:
                 self.cache.add(
                     self._texts(texts),
                     self.teacher.encode,
-                    lambda batch: encoders.are_cut(self.teacher.pipeline, batch),
+                    self.teacher.are_cut,
                     progress=bar.update,
                 )
         self.prompts.close()
@@ -96,7 +96,7 @@ class PromptPlan:
         keys = np.unique(np.concatenate([self.conditions.shown, self.conditions.keys]))
         texts, found = self._texts(self.missing()), self.cache.num_cut(keys)
         while batch := list(islice(texts, 32 * BATCH_SIZE)):
-            found += sum(encoders.are_cut(self.teacher.pipeline, batch))
+            found += sum(self.teacher.are_cut(batch))
         return found
 
 
@@ -187,12 +187,11 @@ def _messages(plan: PromptPlan, config: DistillConfig) -> tuple[str, ...]:
     size = missing * plan.cache.row_bytes / 1e6
     cached = f"{missing:,} to encode into {plan.cache.folder} ({size:,.1f} MB)" if missing else "all encoded already"
     found = [f"{prompts.path}: {len(prompts):,} prompts{repeated}{drawn}; {cached}", *plan.cache.messages]
-    pipeline = plan.teacher.pipeline
+    teacher = plan.teacher
     if num_cut := plan.num_cut():
-        most = encoders.limit(pipeline)
-        found.append(
-            f"warning: {num_cut:,} prompts are longer than the {most} tokens the text encoder takes; it cuts them"
-        )
-    if config.negative_prompt is not None and any(encoders.are_cut(pipeline, [config.negative_prompt])):
-        found.append(f"warning: --negative_prompt is longer than {encoders.limit(pipeline)} tokens and is cut")
+        most = teacher.prompt_limit
+        are, them = ("prompt is", "it") if num_cut == 1 else ("prompts are", "them")
+        found.append(f"warning: {num_cut:,} {are} longer than the {most} tokens the text encoder takes; it cuts {them}")
+    if config.negative_prompt is not None and any(teacher.are_cut([config.negative_prompt])):
+        found.append(f"warning: --negative_prompt is longer than {teacher.prompt_limit} tokens and is cut")
     return tuple(found)

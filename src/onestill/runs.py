@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +45,7 @@ def load_source(
     solver: str | None = None,
     null_class: int | None = None,
     negative_prompt: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
     device: str = "auto",
     local_files_only: bool = False,
 ) -> Source:
@@ -57,6 +60,7 @@ def load_source(
         solver: Step of the teacher: ddim (if None), heun or midpoint.
         null_class: The teacher's label for "no class".
         negative_prompt: Takes the place of "no prompt" in a teacher's guidance.
+        arguments: Arguments of every call of a teacher's pipeline, such as height, as in `load_teacher`.
         device: auto, cpu, cuda, cuda:N or mps.
         local_files_only: Never use the network.
 
@@ -82,6 +86,7 @@ def load_source(
             local_files_only=local_files_only,
             null_class=null_class,
             negative_prompt=negative_prompt,
+            arguments=arguments,
         )
     assert student is not None
     if negative_prompt is not None:
@@ -92,7 +97,7 @@ def load_source(
         raise ValueError(
             f"--num_inference_steps {num_inference_steps}: a student has one step; give --teacher for more"
         )
-    for flag, given in (("solver", solver), ("null_class", null_class)):
+    for flag, given in (("solver", solver), ("null_class", null_class), *(arguments or {}).items()):
         if given is not None:
             raise ValueError(f"--{flag} {given} is for a teacher; a student has it distilled in")
     return open_student(
@@ -192,14 +197,26 @@ def open_teacher(
     local_files_only: bool = False,
     null_class: int | None = None,
     negative_prompt: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Source:
     """Return a teacher's multi-step sampler, thresholded as its own scheduler does."""
     if num_steps < 1:
         raise ValueError(f"--num_inference_steps must be at least 1, got {num_steps}")
     if isinstance(teacher, NetworkTeacher):
+        if arguments:
+            raise ValueError(
+                f"--{next(iter(arguments))} was given with a teacher object; name it where the object is made: "
+                "load_teacher(..., arguments={...})"
+            )
         teacher = copy.copy(teacher)  # its null condition may be replaced here, and the caller's stays
     else:
-        teacher = load_teacher(teacher, local_files_only=local_files_only, null_class=null_class, device=str(device))
+        teacher = load_teacher(
+            teacher,
+            local_files_only=local_files_only,
+            null_class=null_class,
+            device=str(device),
+            arguments=arguments,
+        )
     use_negative_prompt(teacher, negative_prompt, acts=guidance_scale != 1)
     return _teacher_at(teacher, guidance_scale, num_steps, solver, device)
 
@@ -242,6 +259,7 @@ def run_teacher(
         local_files_only=config.local_files_only or local_files_only,
         null_class=config.null_class,
         t_max=config.t_max,
+        arguments=config.call_arguments,
         device=str(device),
     )
     facts = run / TEACHER_FILE

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from onestill.export import load_pipeline
 from onestill.sampler import Generate, Rows, student_generator, teacher_generator
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock
+from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock, read_call
+from onestill.teachers.generic import plain_family
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
 from onestill.teachers.recording import Signature, record
+from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.tensors import Cond
 
 
@@ -48,6 +50,7 @@ class Source:
         decode: From latents to the images of `generate`, where the two can be had apart.
         encode: From prompts to their encoded conditions, one row each; None where it takes no prompts.
         reopen: What `at` does: from (guidance scale, target time), None for what stays, to the source there.
+        arguments: Arguments of every call of the pipeline that were asked for, such as a size.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Source:
     decode: Callable[[Tensor], Tensor] | None = None
     encode: Callable[[Sequence[str]], Cond] | None = None
     reopen: Callable[[float | None, float | None], Source] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Source:
         """Return the same at another guidance scale or target time; nothing is loaded twice.
@@ -189,6 +193,7 @@ def _around(
         decodes=decodes,
         decode=decode if decodes else None,
         encode=encode,
+        arguments=base.family.asked if isinstance(base, PipelineTeacher) else {},
     )
 
 
@@ -205,10 +210,12 @@ def open_pipeline(
         ValueError: If it does not load.
     """
     try:
-        class_name = read_index(folder, "the folder")["_class_name"]
-        if class_name in FAMILY_OF_PIPELINE:
+        index = read_index(folder, "the folder")
+        class_name = index["_class_name"]
+        if class_name not in UNET2D_PIPELINES:
             pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
-            return _open_family(FAMILY_OF_PIPELINE[class_name], pipeline, folder, device, run, config)
+            family = FAMILY_OF_PIPELINE.get(class_name) or plain_family(index, pipeline)
+            return _open_family(family.asking(read_call(folder)), pipeline, folder, device, run, config)
         pipeline = load_pipeline(folder, device)
         network = pipeline.unet.config
     except (OSError, ValueError, AttributeError) as error:
@@ -282,6 +289,7 @@ def _open_family(
         latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.decode is not None else None,
         decodes=family.decode is not None,
         encode=(lambda prompts: family.encode(pipeline, signature(), prompts)) if text else None,
+        arguments=family.asked,
     )
 
 

@@ -55,3 +55,10 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 def num_parameters(module: nn.Module) -> int:
     """Return the number of scalar parameters of `module`."""
     return sum(p.numel() for p in module.parameters())
+
+
+def refuse_non_finite(module: nn.Module, name: str) -> None:
+    """Raise ValueError naming the first of a module's tensors that holds non-finite numbers, if one does."""
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"the weights hold non-finite numbers (NaN or infinity): {key!r} of the {name}")

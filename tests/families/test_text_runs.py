@@ -7,6 +7,7 @@ import json
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,6 +274,40 @@ def test_a_prompt_that_is_too_long_is_counted(tmp_path: Path) -> None:
         )
 
 
+def test_a_cache_of_another_encoder_is_said_by_the_command(tmp_path: Path) -> None:
+    flags = as_flags(settings(tmp_path / "cache"))
+    (tmp_path / "cache" / "clip-of-somebody").mkdir(parents=True)
+    outcome = call_cli("distill", "--dry_run", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *flags)
+    assert outcome.code == 0, outcome.err
+    assert "holds prompts of 1 other text encoders (clip-of-somebody); they are kept apart" in outcome.words
+    assert "18 to encode into" in outcome.words and not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_while_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_rows: Any, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onestill.prompt_cache.save_file", full)
+    flags = ["distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *as_flags(settings(tmp_path / "cache"))]  # fmt: skip
+    outcome = call_cli(*flags)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert f"stopped: --prompt_cache_dir {tmp_path / 'cache'} cannot be written: " in outcome.words
+    assert "No space left on device" in outcome.words and "Name a folder on another disk" in outcome.words
+    assert not (tmp_path / "run").exists() and not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    monkeypatch.undo()
+    assert call_cli(*flags).code == 0, "the same command goes on once there is room"
+
+
+def test_a_disk_without_room_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestill.prompt_cache.shutil.disk_usage", lambda _: SimpleNamespace(free=2000))
+    flags = as_flags(settings(tmp_path / "cache"))
+    outcome = call_cli("distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *flags)
+    assert outcome.code == 2, outcome.err
+    assert "18 encoded prompts need 0.01 MB and 0.00 MB are free; name a folder on another disk" in outcome.words
+    assert list(tmp_path.iterdir()) == []
+
+
 # Draws
 
 
@@ -330,6 +365,17 @@ BAD = [
     ("labels", D + "--teacher TEXT --prompt_file p.txt --class_labels 1", "takes prompts, not labels"),
     ("range reversed", D + "--teacher TEXT --prompt_file p.txt --guidance_scale_min 4 --guidance_scale_max 2", "--guidance_scale_min 4 must be below"),
     ("cache is a file", D.replace("cache ", "p.txt ") + "--teacher TEXT --prompt_file p.txt", "--prompt_cache_dir p.txt is a file"),
+    ("zero byte", D + "--teacher TEXT --prompt_file zero.txt", "--prompt_file zero.txt, line 2 holds a zero byte: this is a binary file, or not UTF-8"),
+    ("negative of classes", D + "--teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
+    ("sample with a negative of classes", "sample --output x.png --teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
+    ("guidance without a null condition", D + "--teacher FLUX --prompt_file p.txt --guidance_scale 3", "--guidance_scale 3 needs a null condition, and a flux pipeline has none"),
+    ("range without a null condition", D + "--teacher FLUX --prompt_file p.txt --guidance_scale_min 1 --guidance_scale_max 3", "--guidance_scale_min and _max need a null condition, and a flux pipeline has none: guidance is in its weights already. Leave them out"),
+    ("negative without a null condition", D + "--teacher FLUX --prompt_file p.txt --negative_prompt x", "--negative_prompt 'x': a FluxPipeline has no null condition"),
+    ("LoRA of no rank", D + "--teacher TEXT --prompt_file p.txt --lora_rank 0", "--lora_rank: input should be greater than or equal to 1, got 0"),
+    ("LoRA of no layers", D + "--teacher TEXT --prompt_file p.txt --lora_rank 2 --lora_target_modules nowhere", "--lora_target_modules nowhere: no Linear or ungrouped Conv layer of UNet2DConditionModel"),
+    ("encoder's folder missing", D + "--teacher GONE --prompt_file p.txt", "the folder text_encoder/ (CLIPTextModel) is missing, which model_index.json names"),
+    ("no encoder", D + "--teacher MUTE --prompt_file p.txt", "the StableDiffusionPipeline does not run without text_encoder, which encode its prompts: use a folder that holds the whole pipeline"),
+    ("stage II alone", D + "--teacher LARGE --prompt_file p.txt", "enlarges the picture of an earlier model"),
     ("too many to show", D + "--teacher TEXT --prompt_file p.txt --num_validation_images 1 --validation_prompt a --validation_prompt b", "--validation_prompt was given 2 times"),
     ("sample of no prompt", "sample --output x.png --student TRUN", "takes text: say what to draw with --prompt or --prompt_file"),
     ("sample of a teacher and no prompt", "sample --output x.png --teacher TEXT", "takes text: say what to draw with --prompt or --prompt_file"),
@@ -354,12 +400,29 @@ BAD = [
 ]  # fmt: skip
 
 
+SPECIAL = {"FLUX": "flux-schnell", "LARGE": "if-super-resolution", "GONE": "sd-epsilon", "MUTE": "sd-epsilon"}
+
+
+@functools.cache
+def special(word: str) -> str:
+    """Return a teacher that cannot do what is asked, with the flags it needs to load."""
+    folder = place() / word.lower()
+    build(SPECIAL[word]).save_pretrained(folder)
+    if word == "GONE":
+        (folder / "text_encoder").rename(place() / "text_encoder")
+    if word == "MUTE":
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None]}))
+    return f"{folder} --height 16 --width 16 --max_sequence_length 16" if word == "FLUX" else str(folder)
+
+
 @pytest.mark.parametrize(("name", "command", "words"), BAD, ids=[name for name, *_ in BAD])
 def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("red\nblue\n")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"red\n\xff\xd8\n")
+    (tmp_path / "zero.txt").write_bytes(b"red\nbl\0ue\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "red"}\n')
     (tmp_path / "p.xml").write_text("<a/>")
     before = snapshot(tmp_path)
@@ -367,6 +430,8 @@ def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypa
         command = command.replace("TRUN", str(text_run()))
     if " RUN" in command:
         command = command.replace(" RUN", f" {finished_run()}")
+    for word in SPECIAL:
+        command = command.replace(word, special(word)) if word in command else command
     command = command.replace("TEXT", str(place() / "t")).replace("PLAIN", str(teacher_folder()))
     outcome = call_cli(*command.split())
     assert outcome.code == 2, outcome

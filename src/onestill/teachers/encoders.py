@@ -83,13 +83,18 @@ def _tokenizer_words(tokenizer: Any) -> str:
     return f"{type(tokenizer).__name__} {tokenizer.model_max_length} {special} {rules}"
 
 
-def limits(pipeline: Any) -> list[tuple[Any, int]]:
+def limits(pipeline: Any, longest: int | None = None) -> list[tuple[Any, int]]:
     """Return (tokenizer, the tokens it passes on) for each tokenizer that has a limit.
 
     Pipelines with a T5 or a language model as encoder cut its prompts at their `max_sequence_length` argument.
+
+    Args:
+        pipeline: The pipeline.
+        longest: That argument; its default if None.
     """
     argument = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
-    longest = argument.default if argument is not None and isinstance(argument.default, int) else NO_LIMIT
+    if longest is None:
+        longest = argument.default if argument is not None and isinstance(argument.default, int) else NO_LIMIT
     found = []
     for name, part in parts(pipeline).items():
         if name.startswith("tokenizer") and hasattr(part, "model_max_length"):
@@ -98,14 +103,14 @@ def limits(pipeline: Any) -> list[tuple[Any, int]]:
     return [(tokenizer, limit) for tokenizer, limit in found if limit < NO_LIMIT]
 
 
-def limit(pipeline: Any) -> int | None:
+def limit(pipeline: Any, longest: int | None = None) -> int | None:
     """Return the most tokens that any of the encoders takes; None if that is not known."""
-    return max((most for _, most in limits(pipeline)), default=None)
+    return max((most for _, most in limits(pipeline, longest)), default=None)
 
 
-def are_cut(pipeline: Any, texts: Sequence[str]) -> list[bool]:
+def are_cut(pipeline: Any, texts: Sequence[str], longest: int | None = None) -> list[bool]:
     """Return whether each prompt is longer than every encoder takes, the roomiest too."""
-    known = limits(pipeline)
+    known = limits(pipeline, longest)
     if not known or not texts:
         return [False] * len(texts)
     tokenizer, most = max(known, key=lambda pair: pair[1])

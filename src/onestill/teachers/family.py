@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -25,11 +25,14 @@ from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher, TeacherSpec, Threshold
 from onestill.teachers.recording import Call, Signature, as_call, asked_shift, record, split, watch
 from onestill.teachers.schedulers import times_of
-from onestill.tensors import Cond, as_times
+from onestill.tensors import Cond, as_times, refuse_non_finite
 from onestill.trajectory import Trajectory
 
 SELF_CHECK_TOLERANCE = 1e-4
 INDEX = "model_index.json"
+CALL_FILE = "onestill_call.json"
+"""In an exported folder: the arguments of the call that a student was distilled at, if any were asked for."""
+PLAIN = (bool, int, float, str)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -81,6 +84,7 @@ class Family:
         decode: From (pipeline, latents) to images; None where the network works on pixels.
         one_step: From (pipeline, prediction_type, alpha at the start level) to the scheduler of an exported student.
         arguments: Arguments of every call of the pipeline.
+        asked: Those of them that were asked for, such as a size.
         result: From what a call with output_type="pt" returns to images in [-1, 1], as `decode` gives them.
         guidance: Name of the call's argument for the guidance scale; None if it has none.
         prompt: Name of the call's argument for conditions: "prompt" or "class_labels".
@@ -93,6 +97,9 @@ class Family:
         size: From the pipeline to arguments of every call that follow from its configuration.
         pack: From (latents, constant arguments of the call) to what the network sees, where that is a permutation.
         unpack: The inverse of `pack`.
+        set_size: From (network, height and width of x_t) to whether the class's own default size is now that one.
+        cut: From (pipeline, what `decode` gives, arguments of every call) to what the pipeline returns of it.
+        returns: Where the pipeline's output has its results: "images", "frames" or "audios".
     """
 
     name: str
@@ -102,6 +109,7 @@ class Family:
     decode: Callable[[Any, Tensor], Tensor] | None
     one_step: Callable[[Any, str, float], Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
     result: Callable[[Any], Tensor] = lambda output: output.images * 2 - 1
     guidance: str | None = "guidance_scale"
     prompt: str = "prompt"
@@ -116,6 +124,13 @@ class Family:
     size: Callable[[Any], Mapping[str, Any]] = lambda pipeline: {}
     pack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda latents, constant: latents
     unpack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda packed, constant: packed
+    set_size: Callable[[Any, tuple[int, int]], bool] = lambda network, size: False
+    cut: Callable[[Any, Tensor, Mapping[str, Any]], Tensor] = lambda pipeline, decoded, arguments: decoded
+    returns: str = "images"
+
+    def asking(self, arguments: Mapping[str, Any]) -> Family:
+        """Return the family with these arguments in every call."""
+        return replace(self, arguments={**self.arguments, **arguments}, asked={**self.asked, **arguments})
 
     def call(
         self, pipeline: Any, conditions: Sequence[Any], arguments: Mapping[str, Any], *, seeds: Sequence[int] = ()
@@ -257,6 +272,15 @@ class PipelineTeacher(NetworkTeacher):
         )
         return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
 
+    @property
+    def prompt_limit(self) -> int | None:
+        """The most tokens of a prompt that the text encoders take; None if that is not known."""
+        return encoders.limit(self.pipeline, self.family.asked.get("max_sequence_length"))
+
+    def are_cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Return whether each prompt is longer than that."""
+        return encoders.are_cut(self.pipeline, prompts, self.family.asked.get("max_sequence_length"))
+
     def release_encoders(self) -> None:
         """Let the text encoders and tokenizers go; `encode` is over, everything else stays."""
         encoders.release(self.pipeline)
@@ -289,22 +313,51 @@ class PipelineTeacher(NetworkTeacher):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of latents; pixels are images already."""
-        return latents if self.family.decode is None else self.family.decode(self.pipeline, latents)
+        family = self.family
+        if family.decode is None:
+            return latents
+        return family.cut(self.pipeline, family.decode(self.pipeline, latents), family.arguments)
 
-    def write_student(self, network: nn.Module, folder: Path) -> None:
+    def check_start(self) -> None:
+        """Raise ValueError if no stock pipeline could start an exported student at this start level."""
+        spec = self.spec
+        self.family.one_step(self.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])
+
+    @property
+    def plain_arguments(self) -> dict[str, Any]:
+        """The arguments of the plain call of an exported student, besides the condition."""
+        family = self.family
+        sizes = {**family.size(self.pipeline), **family.asked}
+        # Without it the pipeline would take the nearest of its own sizes.
+        exact = ("use_resolution_binning",) if "height" in sizes else ()
+        return {**family.export_arguments, **sizes, **{n: family.arguments[n] for n in exact if n in family.arguments}}
+
+    def write_student(self, network: nn.Module, folder: Path) -> Family:
         """Write the pipeline with a student in its network's place: one step, no guidance, everything else stock.
+
+        Where a size was asked for and the class takes its default size from the network, that is the student's.
 
         Args:
             network: The student's network with the target time baked in.
             folder: An empty folder.
+
+        Returns:
+            The family of the folder's plain call: without the size, if that is its default.
         """
         family, spec = self.family, self.spec
         family.adapt(network)
+        plain = family
+        if "height" in family.asked and family.set_size(network, (spec.sample_shape[-2], spec.sample_shape[-1])):
+            rest = {name: value for name, value in family.arguments.items() if name not in ("height", "width")}
+            plain = replace(family, arguments=rest)
         alpha = spec.process.level(spec.t_max)[0]
         parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
         parts |= dict.fromkeys(family.without)
         load_stock(type(self.pipeline), self.folder, parts).save_pretrained(folder, safe_serialization=True)
         _keep_facts(self.folder / INDEX, folder / INDEX)
+        if kept := {name: value for name, value in family.asked.items() if isinstance(value, PLAIN)}:
+            (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        return plain
 
 
 def _keep_facts(old: Path, new: Path) -> None:
@@ -313,6 +366,19 @@ def _keep_facts(old: Path, new: Path) -> None:
     missing = {key: value for key, value in facts.items() if key not in written and not key.startswith("_")}
     if missing:
         new.write_text(json.dumps({**written, **missing}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_call(folder: Path) -> dict[str, Any]:
+    """Return the arguments of the call that the student in an exported folder was distilled at.
+
+    Raises:
+        ValueError: If they do not parse.
+    """
+    path = folder / CALL_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(found, dict) or not all(isinstance(value, PLAIN) for value in found.values()):
+        raise ValueError(f"{CALL_FILE} holds no arguments of a call")
+    return found
 
 
 def load_stock(cls: Any, folder: Path, parts: Mapping[str, Any] = MappingProxyType({})) -> Any:
@@ -348,13 +414,22 @@ def load_family(
     try:
         return pipeline_teacher(family, pipeline, folder, source)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{source}: {_naming_flags(str(error), family.asked)}") from error
     except (RuntimeError, AttributeError, TypeError, LookupError) as error:
         absent = [n for n, part in pipeline.components.items() if part is None and n.startswith(("text", "token"))]
-        raise ValueError(
-            f"{source}: the {cls.__name__} does not run{f' (it has no {absent[0]})' if absent else ''}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        why = f": {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if absent:
+            why = (
+                f" without {' and '.join(absent)}, which encode its prompts: use a folder that holds the whole pipeline"
+            )
+        raise ValueError(f"{source}: the {cls.__name__} does not run{why}") from error
+
+
+def _naming_flags(message: str, asked: Mapping[str, Any]) -> str:
+    """Return a pipeline's message behind the flags of the arguments it speaks of."""
+    flags = [f"--{name} {value}" for name, value in asked.items() if name in message.lower()]
+    said = " ".join(message.split())
+    return f"{' '.join(flags)}: {said}" if flags and not said.startswith("--") else said
 
 
 def load_pipeline(
@@ -427,9 +502,12 @@ def pipeline_teacher(family: Family, pipeline: Any, folder: Path, source: str = 
         threshold=schedule.threshold,
         text=family.prompt == "prompt",
     )
+    _check_size(family, pipeline, spec.sample_shape)
     null = {} if null_class is not None else _null_conditions(family, pipeline, signature)
     teacher = PipelineTeacher(family, pipeline, folder, spec, signature, null, signature.conditions(one))
     self_check(teacher, schedule.stock)
+    if isinstance(vae := getattr(pipeline, "vae", None), nn.Module):
+        refuse_non_finite(vae, "vae")  # which the steps above do not use
     return teacher
 
 
@@ -447,6 +525,25 @@ def _check_channels(family: Family, config: Any) -> None:
             f"the network takes {noisy} channels and returns {output}: the others hold a mask or a picture "
             "(inpainting, image to image), which would have to be given with every prompt, so it is not supported"
         )
+
+
+def _check_size(family: Family, pipeline: Any, sample_shape: tuple[int, ...]) -> None:
+    """Raise ValueError if the pipeline rounded a size that was asked for, which some do without a word."""
+    asked = family.asked
+    spatial = getattr(pipeline, "vae_scale_factor_spatial", getattr(pipeline, "vae_scale_factor", None))
+    temporal = getattr(pipeline, "vae_scale_factor_temporal", None)
+    made = {}
+    if spatial is None and getattr(pipeline, "vae", None) is None:
+        spatial = 1
+    if spatial is not None and len(sample_shape) >= 3:
+        made = {"height": sample_shape[-2] * spatial, "width": sample_shape[-1] * spatial}
+    if temporal is not None and len(sample_shape) == 4:
+        made["num_frames"] = (sample_shape[-3] - 1) * temporal + 1
+    rounded = [name for name in made if name in asked and asked[name] != made[name]]
+    if rounded:
+        flags = " ".join(f"--{name} {asked[name]}" for name in rounded)
+        nearest = " ".join(f"--{name} {made[name]}" for name in rounded)
+        raise ValueError(f"{flags}: a {type(pipeline).__name__} cannot make that and rounds it; ask for {nearest}")
 
 
 def _calls(
@@ -524,9 +621,11 @@ def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> floa
         ours = Trajectory(teacher.spec.process, t).state(f, ours, as_times(s, 2))
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= SELF_CHECK_TOLERANCE:
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                refuse_non_finite(part, name)
         raise ValueError(
             f"self-check failed: {num_steps} steps of onestill and of {type(pipeline).__name__} differ by {error:.1e} "
-            f"(allowed {SELF_CHECK_TOLERANCE:.0e}). Either the weights hold non-finite numbers or the pipeline does "
-            "not do what its configuration says"
+            f"(allowed {SELF_CHECK_TOLERANCE:.0e}): the pipeline does not do what its configuration says"
         )
     return error

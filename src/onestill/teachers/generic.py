@@ -68,6 +68,19 @@ def load_generic(
         ) from error
 
 
+def plain_family(index: dict[str, Any], pipeline: Any) -> Family:
+    """Return the description of an exported student's pipeline that no family names: enough for its plain call.
+
+    Args:
+        index: Its model_index.json.
+        pipeline: The pipeline.
+
+    Raises:
+        ValueError: If it is no pipeline that a teacher could be made of.
+    """
+    return _described(_network(index), pipeline)
+
+
 def _network(index: dict[str, Any]) -> str:
     there = [name for name, entry in index.items() if isinstance(entry, list) and entry[1] is not None]
     networks = [name for name in there if name.startswith(NETWORKS)]
@@ -99,7 +112,7 @@ def _first_that_fits(
 def _candidates(network: str, pipeline: Any, arguments: dict[str, Any]) -> Iterator[Family]:
     """Yield the descriptions that a pipeline may have."""
     _check_network(network, pipeline)
-    base = replace(_described(network, pipeline), arguments=arguments)
+    base = _described(network, pipeline).asking(arguments)
     first = _first_call(base, pipeline)
     if hasattr(pipeline.scheduler, "alphas_cumprod") and not pipeline.scheduler.config.get("use_flow_sigmas"):
         yield base

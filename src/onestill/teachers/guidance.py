@@ -24,16 +24,19 @@ class Guided(Teacher):
     """
 
     def __init__(self, teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False) -> None:
+        asked = "--guidance_scale_min and _max" if drawn else f"--guidance_scale {guidance_scale:g}"
+        needs = "need" if drawn else "needs"
+        instead = "Leave them out" if drawn else "Leave --guidance_scale at 1"
         if (drawn or guidance_scale != 1) and not teacher.can_guide and teacher.spec.text:
             raise ValueError(
-                f"--guidance_scale {guidance_scale:g} needs a null condition, and a {teacher.spec.family} pipeline has "
-                "none: guidance is in its weights already. Leave --guidance_scale at 1"
+                f"{asked} {needs} a null condition, and a {teacher.spec.family} pipeline has "
+                f"none: guidance is in its weights already. {instead}"
             )
         if (drawn or guidance_scale != 1) and not teacher.can_guide:
             raise ValueError(
-                f"--guidance_scale {guidance_scale:g} needs a teacher with a null class, and this one has "
+                f"{asked} {needs} a teacher with a null class, and this one has "
                 f"{'no classes' if teacher.spec.num_classes is None else 'none that is known'}. "
-                "Name it with --null_class if one of the labels means 'no class', or leave --guidance_scale at 1"
+                f"Name it with --null_class if one of the labels means 'no class'. {instead} otherwise"
             )
         self.teacher, self.spec, self.guidance_scale, self.drawn = (
             teacher,

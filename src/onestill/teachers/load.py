@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -10,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
+from onestill.config import CALL_ARGUMENTS
 from onestill.process import check_t_max
 from onestill.teachers import deepfloyd, dit, flux, lumina2, pixart, sana, sd3, stable_audio, stable_diffusion, wan
 from onestill.teachers.base import NetworkTeacher
@@ -37,8 +41,7 @@ def _loader(family: Family) -> Loader:
         **arguments: Any,
     ) -> NetworkTeacher:
         _knows_its_null(index, null_class)
-        asked = replace(family, arguments={**family.arguments, **arguments})
-        return load_family(asked, folder, index, source, variant)
+        return load_family(family.asking(arguments), folder, index, source, variant)
 
     return load
 
@@ -128,8 +131,8 @@ def load_teacher(
         null_class: The label that means "no class"; known for embedded teachers.
         t_max: Start level in (0, 1]; chosen from the process and the prediction type if None.
         device: Where the network goes.
-        arguments: Arguments of every call of a text pipeline, such as height, width or num_frames; its own defaults
-            if None.
+        arguments: Arguments of every call of the pipeline, such as height, width or num_frames; its own defaults if
+            None.
 
     Raises:
         ValueError: If there is no such teacher, the folder is no pipeline, the pipeline is not supported, its
@@ -147,13 +150,25 @@ def load_teacher(
         supported = ", ".join(sorted(FAMILIES))
         reason = REFUSED[class_name]
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
-    if arguments and class_name in UNET2D_PIPELINES:
-        raise ValueError(f"{source}: a {class_name} takes no arguments such as {next(iter(arguments))}")
+    _check_arguments(arguments or {}, class_name)
     loader: Loader = FAMILIES.get(class_name, _load_unknown)
     teacher = loader(folder, index, source, variant, null_class, **(arguments or {}))
     if t_max is not None:
         teacher = with_t_max(teacher, t_max)
     return teacher.to(device)
+
+
+def _check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
+    """Raise ValueError if a pipeline's call has no such arguments; a class that is unknown is refused elsewhere."""
+    cls = getattr(diffusers, class_name, None)
+    if cls is None:
+        return
+    taken = () if class_name in UNET2D_PIPELINES else inspect.signature(cls.__call__).parameters
+    for name in arguments:
+        if name not in taken:
+            known = [f"--{known}" for known in CALL_ARGUMENTS if known in taken]
+            has = f"it has {', '.join(known)}" if known else "it has none of these"
+            raise ValueError(f"--{name}: a {class_name}'s call has no such argument; {has}")
 
 
 def with_t_max(teacher: NetworkTeacher, t_max: float) -> NetworkTeacher:
@@ -179,9 +194,10 @@ def _find_folder(
         raise ValueError(
             f"--teacher {source} is a file; give the folder of a diffusers pipeline (the one with model_index.json)"
         )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    is_path = source.startswith((".", "/", "~"))
+    if is_path or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise ValueError(
-            f"no such teacher: {source}. Give a folder of a diffusers pipeline, a hub id 'owner/name', "
+            f"no such teacher: {source}{': no such folder' if is_path else ''}. Give a folder of a diffusers pipeline, a hub id 'owner/name', "
             f"or an embedded teacher ({', '.join(EMBEDDED)})"
         )
     return _download(source, revision, variant, cache_dir, offline)

@@ -10,7 +10,7 @@ from typing import Any
 
 from onestill.teachers.family import Family, Schedule
 from onestill.teachers.flow import flow_schedule, one_flow_step
-from onestill.teachers.stable_diffusion import decode_vae
+from onestill.teachers.stable_diffusion import decode_vae, square_size
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -28,5 +28,6 @@ FAMILIES = (
         one_step=one_flow_step,
         arguments={"cfg_normalization": False},
         sign=-1.0,
+        set_size=square_size,
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onestill.teachers.family import Family
 from onestill.teachers.flow import flow_schedule, one_flow_step
-from onestill.teachers.stable_diffusion import decode_vae
+from onestill.teachers.stable_diffusion import decode_vae, square_size
 
 FAMILIES = (
     Family(
@@ -14,5 +14,6 @@ FAMILIES = (
         schedule=flow_schedule,
         decode=decode_vae,
         one_step=one_flow_step,
+        set_size=square_size,
     ),
 )

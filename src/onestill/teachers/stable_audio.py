@@ -14,6 +14,7 @@ from unit noise whose result is the head: DDIM with v-prediction at one level.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def schedule(pipeline: Any) -> Schedule:
     return Schedule(CosineVP(), "v_prediction", stock)
 
 
+def cut(pipeline: Any, sound: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Return the part of a sound that the pipeline returns: up to its argument `audio_end_in_s`."""
+    end = arguments.get("audio_end_in_s")
+    return sound if end is None else sound[:, :, : int(end * pipeline.vae.config.sampling_rate)]
+
+
 FAMILIES = (
     Family(
         name="stable_audio",
@@ -63,5 +70,7 @@ FAMILIES = (
         decode=decode_vae,
         one_step=one_ddim_step,
         result=lambda output: output.audios,
+        returns="audios",
+        cut=cut,
     ),
 )

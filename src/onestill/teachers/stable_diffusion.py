@@ -36,6 +36,18 @@ def one_ddim_step(_pipeline: Any, prediction_type: str, alpha: float) -> Any:
     return one_level(alpha, prediction_type, clip_sample=False)
 
 
+def any_size(network: Any, size: tuple[int, int]) -> bool:
+    """Make (height, width) of the latents the default size of the pipeline around a network."""
+    height, width = size
+    network.register_to_config(sample_size=height if height == width else [height, width])
+    return True
+
+
+def square_size(network: Any, size: tuple[int, int]) -> bool:
+    """Make a size the default of a pipeline that multiplies its network's `sample_size`, which must be one number."""
+    return size[0] == size[1] and any_size(network, size)
+
+
 FAMILIES = (
     Family(
         name="stable_diffusion",
@@ -44,6 +56,7 @@ FAMILIES = (
         schedule=vp_schedule,
         decode=decode_vae,
         one_step=one_ddim_step,
+        set_size=any_size,
     ),
     Family(
         name="stable_diffusion_xl",
@@ -52,5 +65,6 @@ FAMILIES = (
         schedule=vp_schedule,
         decode=decode_vae,
         one_step=one_ddim_step,
+        set_size=square_size,
     ),
 )

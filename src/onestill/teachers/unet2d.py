@@ -14,7 +14,7 @@ from torch import Tensor
 from onestill.process import VE, choose_t_max
 from onestill.teachers.base import NetworkTeacher, TeacherSpec
 from onestill.teachers.schedulers import plain_ddim, scheduler_process, scheduler_threshold, times_of
-from onestill.tensors import Cond, without_autocast
+from onestill.tensors import Cond, refuse_non_finite, without_autocast
 from onestill.trajectory import Trajectory
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
@@ -121,10 +121,12 @@ def self_check(teacher: NetworkTeacher, scheduler: Any) -> float:
         theirs = stock.step(output, stock.timesteps[i], theirs).prev_sample
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= SELF_CHECK_TOLERANCE:
+        if isinstance(teacher.network, torch.nn.Module):
+            refuse_non_finite(teacher.network, "unet")
         raise ValueError(
             f"self-check failed: two steps of onestill and of {type(scheduler).__name__} differ by {error:.1e} "
-            f"(allowed {SELF_CHECK_TOLERANCE:.0e}). Either the weights hold non-finite numbers or the scheduler's "
-            f"configuration does not say what it does (prediction_type={spec.prediction_type!r})"
+            f"(allowed {SELF_CHECK_TOLERANCE:.0e}): the scheduler's configuration does not say what it does "
+            f"(prediction_type={spec.prediction_type!r})"
         )
     return error
 
@@ -167,7 +169,9 @@ def _count_classes(config: Any, null_class: int | None) -> int | None:
 
 
 def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel:
-    weights = folder / "unet"
+    # Old folders keep the network beside model_index.json, and diffusers reads those too.
+    flat = not (folder / "unet").is_dir() and (folder / "config.json").is_file()
+    weights = folder if flat else folder / "unet"
     name = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
     present = sorted(p.name for p in weights.glob("*")) if weights.is_dir() else []
     if not any(p.startswith(name) and ".safetensors" in p for p in present):
@@ -181,7 +185,7 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
     try:
         network, info = UNet2DModel.from_pretrained(
             folder,
-            subfolder="unet",
+            subfolder=None if flat else "unet",
             use_safetensors=True,
             variant=variant,
             local_files_only=True,
@@ -207,7 +211,8 @@ def _load_scheduler(folder: Path, class_name: str, source: str) -> Any:
     if cls is None or not class_name.endswith("Scheduler"):
         raise ValueError(f"{source}: {class_name!r} is no scheduler of diffusers {diffusers.__version__}")
     try:
-        return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        flat = not (folder / "scheduler").is_dir() and (folder / "scheduler_config.json").is_file()
+        return cls.from_pretrained(folder, subfolder=None if flat else "scheduler", local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise ValueError(
             f"{source}: scheduler/scheduler_config.json does not load: {' '.join(str(error).split())[:200]}"

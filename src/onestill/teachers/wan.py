@@ -42,5 +42,6 @@ FAMILIES = (
         decode=decode_vae,
         one_step=one_flow_step,
         result=frames,
+        returns="frames",
     ),
 )

@@ -1,0 +1,143 @@
+"""The recipes: each parses as settings, its command as a command, and fits the class of teacher that it names."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import diffusers
+import pytest
+import typer
+from pipelines import build
+from runs_helpers import call_cli, teacher_folder
+
+from onestill import cli
+from onestill.config import DistillConfig, make_config, read_yaml
+from onestill.prompt_plan import refuse_prompts
+from onestill.teachers.load import EMBEDDED, FAMILIES, FAMILY_OF_PIPELINE
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+# A tiny pipeline of each recipe's class, and what makes the recipe small enough for it.
+TINY = {
+    "cifar10": ("", []),
+    "dit-xl": ("dit", []),
+    "flux": ("flux", ["--height", 16, "--width", 16, "--max_sequence_length", 16]),
+    "if-xl": ("if", []),
+    "pixart": ("pixart-alpha", []),
+    "sd15": ("sd-epsilon", []),
+    "sd21-base": ("sd-epsilon", []),
+    "sd3": ("sd3", []),
+    "sdxl": ("sdxl-zeros", []),
+}
+each = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def header(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line[2:] for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))])
+
+
+def commands(path: Path) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in header(path).splitlines() if line.strip().startswith("onestill ")]
+
+
+def pipeline_of(path: Path) -> str:
+    return re.findall(r"^pipeline: (\w+)$", header(path), re.MULTILINE)[0]
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """Return what the command line makes of a command, without running it."""
+    group: Any = typer.main.get_command(cli.app)
+    command: click.Command = group.commands[words[0]]
+    return {k: v for k, v in command.make_context(words[0], words[1:]).params.items() if v not in (None, [], False)}
+
+
+def test_there_are_recipes_and_a_table_of_them() -> None:
+    names = {path.stem for path in RECIPES}
+    assert names == {*TINY, "digits", "glyphs"}
+    table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    for path in RECIPES:
+        teacher = read_yaml(path)["teacher"]
+        assert f"| `{path.stem}` | {'embedded' if teacher in EMBEDDED else f'`{teacher}`'} " in table
+
+
+@each
+def test_a_recipe_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None:
+    config = make_config({"output_dir": "run"}, path)
+    assert config.teacher in EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.teacher)
+    # Folders and files are the user's, and so is where it runs.
+    for name in ("output_dir", "prompt_file", "cache_dir", "prompt_cache_dir", "device", "resume_from_checkpoint"):
+        assert name not in read_yaml(path)
+    assert pipeline_of(path) in FAMILIES and hasattr(diffusers, pipeline_of(path))
+
+
+@each
+def test_a_recipe_says_what_has_been_run(path: Path) -> None:
+    text = " ".join(header(path).split())
+    assert "Hardware: " in text
+    if path.stem != "digits":
+        assert "memory and speed not measured" in text
+        assert "Not yet run on the published weights" in text or path.stem == "glyphs"
+
+
+@each
+def test_its_commands_are_commands(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert commands(path)
+    for words in commands(path):
+        given = parsed(words)
+        assert given["config"] == Path("recipes") / path.name
+        settings = {name: value for name, value in given.items() if name in DistillConfig.model_fields}
+        config = make_config(settings, given["config"])
+        assert config.output_dir.parts[0] == "runs"
+        family = FAMILY_OF_PIPELINE.get(pipeline_of(path))
+        if family is None or family.prompt != "prompt":
+            refuse_prompts(config)
+        else:
+            assert config.prompt_file == Path("prompts.txt") or EMBEDDED[config.teacher].prompts
+
+
+def test_the_digits_are_those_of_the_numbers() -> None:
+    source = (ROOT / "benchmarks" / "digits.py").read_text(encoding="utf-8")
+    recipe = read_yaml(ROOT / "recipes" / "digits.yaml")
+    found = re.search(r"SETTINGS: dict\[str, Any\] = (\{.*?\n\})", source, re.DOTALL)
+    assert found and {"teacher": "digits", **eval(found.group(1))} == {**recipe, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("name", ["digits", "glyphs"])
+def test_what_is_embedded_would_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (words,) = commands(ROOT / "recipes" / f"{name}.yaml")
+    outcome = call_cli(*words, "--output_dir", tmp_path / "run", "--prompt_cache_dir", tmp_path / "cache", "--dry_run")
+    if name == "digits":  # which takes no prompts
+        assert outcome.code == 2 and "--prompt_cache_dir" in outcome.words
+        outcome = call_cli(*words, "--output_dir", tmp_path / "run", "--dry_run")
+    assert outcome.code == 0 and "dry run: everything fits" in outcome.words, outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_recipe_fits_the_class_it_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its very settings, on a tiny pipeline of that class: guidance, LoRA, checkpointing, prompts, start level."""
+    monkeypatch.chdir(ROOT)
+    path, (kind, small) = ROOT / "recipes" / f"{name}.yaml", TINY[name]
+    words = commands(path)[0]
+    teacher = teacher_folder("epsilon")
+    if kind:
+        teacher = tmp_path / "teacher"
+        pipeline = build(kind)
+        assert type(pipeline).__name__ == pipeline_of(path)
+        pipeline.save_pretrained(teacher)
+    (tmp_path / "p.txt").write_text("a photo\na drawing\n")
+    own: list[object] = ["--prompt_file", tmp_path / "p.txt", "--prompt_cache_dir", tmp_path / "cache"]
+    text = "--prompt_file" in words
+    outcome = call_cli(
+        *words, "--teacher", teacher, "--output_dir", tmp_path / "run", "--device", "cpu", *(own if text else []), *small,
+        "--dry_run",
+    )  # fmt: skip
+    assert outcome.code == 0 and "dry run: everything fits" in outcome.words, outcome.err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
