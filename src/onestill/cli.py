@@ -44,6 +44,10 @@ PromptFileOption = Annotated[
 PromptFieldOption = Annotated[
     str | None, typer.Option("--prompt_field", help="Field of the prompt in a .jsonl or .csv \\[default: prompt].")
 ]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option("--base_student", help="For super-resolution: who draws what is enlarged; that of the run."),
+]
 OfflineOption = Annotated[bool, typer.Option("--local_files_only", help="Never use the network.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 BatchOption = Annotated[int, typer.Option("--batch_size", help="Images in one network call.")]
@@ -215,6 +219,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
+    from onestill.chain import choose_base
     from onestill.checks import check_device, check_times
     from onestill.inspection import inspect_teacher
     from onestill.teachers.load import load_teacher
@@ -231,8 +236,13 @@ def inspect(
         null_class=made.null_class,
         t_max=made.t_max,
     )
+    base = (
+        choose_base(teacher, made.base_student, made.noise_level)
+        if made.base_student or made.noise_level is not None
+        else None
+    )
     check_times(made, teacher)
-    found = inspect_teacher(teacher, made)
+    found = inspect_teacher(teacher, made, base)
     if as_json:
         print(json.dumps(found.as_dict()))
         return
@@ -247,7 +257,7 @@ def inspect(
         "family": found.family,
         "process": found.process,
         "prediction": found.prediction_type,
-        "conditioning": found.conditioning + classes,
+        "conditioning": found.conditioning + classes + (f" and {found.enlarges}" if found.enlarges else ""),
         "sample shape": " x ".join(map(str, found.sample_shape)),
         "parameters": f"{found.num_parameters:,}",
         "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}: {found.t_max_reason}",
@@ -291,6 +301,10 @@ def sample(
     negative_prompt: Annotated[
         str | None, typer.Option("--negative_prompt", help="In place of 'no prompt' in a text teacher's guidance.")
     ] = None,
+    base_student: BaseOption = None,
+    noise_level: Annotated[
+        int | None, typer.Option("--noise_level", help="Noise in what a teacher enlarges \\[default: 250].")
+    ] = None,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
@@ -318,6 +332,8 @@ def sample(
         prompt_file=prompt_file,
         prompt_field=prompt_field,
         negative_prompt=negative_prompt,
+        base_student=base_student,
+        noise_level=noise_level,
         batch_size=batch_size,
         device=device,
         local_files_only=local_files_only,
@@ -362,6 +378,7 @@ def evaluate(
         str | None,
         typer.Option("--negative_prompt", help="In place of 'no prompt' in the teacher's guidance; that of the run."),
     ] = None,
+    base_student: BaseOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 64,
     speed: Annotated[bool, typer.Option("--speed/--no_speed", help="Time the rows.")] = True,
@@ -394,6 +411,7 @@ def evaluate(
         prompt_file=prompt_file,
         prompt_field=prompt_field,
         negative_prompt=negative_prompt,
+        base_student=base_student,
         seed=seed,
         batch_size=batch_size,
         measure_speed=speed,

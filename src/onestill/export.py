@@ -111,7 +111,14 @@ def export_student(
     if student.lora is not None:
         facts = replace(facts, lora=_lora_words(student, partial))
     family = student.teacher.family if isinstance(student.teacher, PipelineTeacher) else None
-    card.write_card(partial, student.spec, facts, error, None if family is None else family.export_arguments)
+    card.write_card(
+        partial,
+        student.spec,
+        facts,
+        error,
+        None if family is None else family.export_arguments,
+        noise_level=None if family is None or family.beside is None else family.beside.level,
+    )
     if folder.exists():
         old = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
