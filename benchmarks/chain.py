@@ -282,8 +282,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher_steps", type=int, nargs=2, default=(800, 500))
     parser.add_argument("--student_steps", type=int, nargs=2, default=(400, 250))
-    parser.add_argument("--num_test", type=int, default=90)
-    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--num_test", type=int, default=60)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
     args = parser.parse_args()
     torch.set_num_threads(1)
     diffusers.logging.set_verbosity_error()
@@ -331,7 +331,7 @@ def main() -> None:
 
         return call
 
-    seconds = speed.compare({"many": both(True), "one": both(False)}, repeats=5)
+    seconds = speed.compare({"many": both(True), "one": both(False)}, repeats=3)
     n = args.num_inference_steps
     data = draw(captions, torch.Generator().manual_seed(1))
     print(f"core-minutes: { {k: round(v, 2) for k, v in spent.items()} }")

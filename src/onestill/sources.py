@@ -205,7 +205,10 @@ def _with_guidance(generate: Generate, guidance_scale: float) -> Generate:
 
 def enlarges(folder: Path) -> bool:
     """Return whether an exported pipeline enlarges the picture of an earlier stage."""
-    family = FAMILY_OF_PIPELINE.get(read_index(folder, str(folder))["_class_name"])
+    try:
+        family = FAMILY_OF_PIPELINE.get(read_index(folder, str(folder))["_class_name"])
+    except ValueError:
+        return False  # opening it says what is wrong
     return family is not None and family.beside is not None
 
 
