@@ -107,6 +107,7 @@ def test_resumable_changes_are_fields_and_leave_out_what_decides_the_weights() -
         "negative_prompt",
         "empty_prompt_fraction",
         *CALL_ARGUMENTS,
+        "noise_level",
     }
     assert decisive <= set(DistillConfig.model_fields) and not decisive & RESUMABLE_CHANGES
 
@@ -203,6 +204,7 @@ OUT_OF_RANGE = {
     "lora_alpha": [0, -1],
     "max_train_steps": [0, -5, 2.5],
     "num_prompts": [0, -1, 1.5],
+    "noise_level": [-1, 1.5],
     "empty_prompt_fraction": [-0.1, 1.0, 2],
     "prompt_field": [""],
     "train_batch_size": [0, 1, -4, "many"],

@@ -31,6 +31,7 @@ from onestill.export import MODULE_FILE, export_student
 from onestill.prompt_plan import use_negative_prompt
 from onestill.prompts import PromptFile
 from onestill.runs import (
+    base_of_run,
     check_student_request,
     load_source,
     open_student,
@@ -41,6 +42,7 @@ from onestill.runs import (
 from onestill.sampler import generate_images
 from onestill.sources import Source, teacher_source
 from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher
 
@@ -64,6 +66,8 @@ def sample(
     prompt_field: str | None = None,
     negative_prompt: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    base_student: str | Path | None = None,
+    noise_level: int | None = None,
     batch_size: int = 64,
     device: str = "auto",
     local_files_only: bool = False,
@@ -88,6 +92,9 @@ def sample(
         prompt_field: Field of the prompt in a .jsonl or .csv; "prompt" if None.
         negative_prompt: Takes the place of "no prompt" in a teacher's guidance.
         arguments: Arguments of every call of a teacher's pipeline, such as height and width; its own defaults if None.
+        base_student: For super-resolution: the student that draws what is enlarged, one step before; that of the
+            student's run if None.
+        noise_level: Noise mixed into those pictures, for a teacher; a student has that of its run.
         batch_size: Images per network call.
         device: auto, cpu, cuda, cuda:N or mps.
         local_files_only: Never use the network.
@@ -109,6 +116,8 @@ def sample(
         null_class=null_class,
         negative_prompt=negative_prompt,
         arguments=arguments,
+        base_student=base_student,
+        noise_level=noise_level,
         device=device,
         local_files_only=local_files_only,
     )
@@ -153,6 +162,7 @@ def evaluate(
     prompt_file: str | Path | None = None,
     prompt_field: str | None = None,
     negative_prompt: str | None = None,
+    base_student: str | Path | None = None,
     seed: int = 0,
     batch_size: int = 64,
     measure_speed: bool = True,
@@ -185,6 +195,7 @@ def evaluate(
             some, where its images are the reference or its own prompts were those of the run; else those of the run.
         prompt_field: Field of the prompt in a .jsonl or .csv.
         negative_prompt: Takes the place of "no prompt" in the teacher's guidance; that of the run if None.
+        base_student: For super-resolution: the student that draws what every row enlarges; that of the run if None.
         seed: Seed of the first image.
         batch_size: Images per network call, and the large batch of the speeds.
         measure_speed: Whether to time the rows.
@@ -202,7 +213,7 @@ def evaluate(
     _check_evaluation(num_samples, steps, batch_size, num_reference_steps, output, overwrite)
     check_seeds(seed, num_samples)
     check_guidance(guidance_scale)
-    one_step = _open_at_scale(student, place, guidance_scale, local_files_only)
+    one_step = _open_at_scale(student, place, guidance_scale, local_files_only, base_student)
     base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, negative_prompt, place, local_files_only)
     name = base.spec.source
     extractor = features
@@ -223,14 +234,17 @@ def evaluate(
         class_labels=tuple(class_labels) or one_step.labels,
         prompts=asked,
         prompts_from=asked_from,
+        base_student=one_step.base.name if one_step.base is not None else "",
         measure_speed=measure_speed,
         guidance_scale=_guidance_of(one_step.config, guidance_scale, base),
         device=str(place),
     )
     evaluation.check_features(extractor, [one_step])
-    images = _reference(str(reference), base, fitted, extractor, settings, num_reference_steps, place, say)
+    sampler = teacher_source(base, fitted, num_steps=num_reference_steps, device=place, base_student=one_step.base)
+    images = _reference(str(reference), base, sampler, extractor, settings, say)
     rows: list[tuple[str, Source, bool]] = [
-        (f"DDIM-{n}", teacher_source(base, fitted, num_steps=n, device=place), False) for n in steps
+        (f"DDIM-{n}", teacher_source(base, fitted, num_steps=n, device=place, base_student=one_step.base), False)
+        for n in steps
     ]
     report, shown = evaluation.compare_sources(
         [*rows, ("student", one_step, True)], images, extractor, settings, teacher=name, clip=judge, say=say
@@ -248,9 +262,11 @@ def evaluate(
     return report
 
 
-def _open_at_scale(student: str | Path, device: torch.device, scale: float | None, offline: bool) -> Source:
+def _open_at_scale(
+    student: str | Path, device: torch.device, scale: float | None, offline: bool, base: str | Path | None
+) -> Source:
     """Return the student to evaluate, at the guidance scale asked for if it takes one."""
-    source = open_student(student, device=device, local_files_only=offline)
+    source = open_student(student, device=device, local_files_only=offline, base_student=base)
     takes_it = source.config is not None and source.config.guidance_range is not None
     return source if scale is None or not takes_it else source.at(guidance_scale=scale)
 
@@ -354,6 +370,8 @@ def _teacher_of(
         assert config is not None
         base = run_teacher(student.run, config, device, local_files_only=offline)
     _check_pair(student, base)
+    if isinstance(base, PipelineTeacher) and student.base is not None and student.noise_level is not None:
+        base.set_picture(student.noise_level, student.base.examples)
     scale = _guidance_of(config, guidance_scale, base)
     negative = config.negative_prompt if negative_prompt is None and config and base.spec.text else negative_prompt
     use_negative_prompt(base, negative, acts=negative_prompt is None or scale not in (None, 1))
@@ -372,6 +390,10 @@ def _check_pair(student: Source, teacher: NetworkTeacher) -> None:
         raise ValueError(
             f"--student has {len(student.labels)} classes and --teacher {spec.num_classes or 0}: not the same teacher"
         )
+    if isinstance(teacher, PipelineTeacher) and (teacher.family.beside is None) != (student.base is None):
+        raise ValueError(
+            "one of --student and --teacher enlarges a picture and the other does not: not the same teacher"
+        )
     if student.text != spec.text:
         raise ValueError(f"--student {'takes' if student.text else 'takes no'} text, and --teacher is another teacher")
 
@@ -387,21 +409,18 @@ def _guidance_of(config: DistillConfig | None, guidance_scale: float | None, tea
 def _reference(
     reference: str,
     base: NetworkTeacher,
-    fitted: Teacher,
+    sampler: Source,
     extractor: FeatureExtractor,
     settings: evaluation.Settings,
-    num_steps: int,
-    device: torch.device,
     say: Callable[[str], None],
 ) -> evaluation.Reference:
     if reference == "teacher":
-        say(f"reference: {settings.num_samples:,} samples of the teacher at {num_steps} steps")
-        source = teacher_source(base, fitted, num_steps=num_steps, device=device)
-        return evaluation.teacher_reference(source, extractor, settings)
+        say(f"reference: {settings.num_samples:,} samples of the teacher at {sampler.num_steps} steps")
+        return evaluation.teacher_reference(sampler, extractor, settings)
     if reference in EMBEDDED:
         found = evaluation.embedded_reference(reference)
     else:
-        image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=device)).shape[1:]
+        image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=settings.device)).shape[1:]
         found = evaluation.folder_reference(Path(reference), image_shape)
     if getattr(extractor, "of_latents", False):
         raise ValueError(
@@ -456,6 +475,9 @@ def export(
     check_writable(output.absolute().parent, "output")
     config = read_run_config(run)
     restored = restore_student(path, config, resolve_device(device))
+    if config.base_student is not None and config.base_student.is_dir():
+        # Its pictures are those of the self-check; what is written does not depend on them.
+        base_of_run(run, config, restored.teacher, resolve_device(device))
     check_student_request(restored, config, target_time or 0.0, guidance_scale)
     facts = card.Facts(
         guidance=guidance_words(config, guidance_scale),

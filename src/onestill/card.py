@@ -14,6 +14,10 @@ from onestill.teachers.base import TeacherSpec
 
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
 TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
+NOISE_LEVEL = "onestill_noise_level"
+BASE_CALL = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
+small = base("a photo of a cat", num_inference_steps=1, guidance_scale=1.0, output_type="pt").images
+"""
 NO_TABLE = "Not evaluated yet: `onestill evaluate --student RUN` writes the table here."
 
 
@@ -45,6 +49,8 @@ def write_card(
     self_check: float,
     arguments: Mapping[str, Any] | None = None,
     returns: str = "images",
+    *,
+    noise_level: int | None = None,
 ) -> Path:
     """Write README.md into an exported folder and return its path.
 
@@ -55,9 +61,14 @@ def write_card(
         self_check: Largest difference between the folder and the student.
         arguments: For a stock pipeline of a family: what its plain one-step call is given besides the condition.
         returns: Where that call's output has its results: "images", "frames" or "audios".
+        noise_level: For a student that enlarges pictures: how much noise is mixed into them.
     """
-    front = yaml.safe_dump(_front_matter(spec, facts, arguments is not None, returns), sort_keys=False)
-    text = f"---\n{front}---\n\n{_body(spec, facts, self_check, arguments, returns)}"
+    front = _front_matter(spec, facts, arguments is not None, returns)
+    if noise_level is not None:
+        front |= {NOISE_LEVEL: noise_level}
+        arguments = {**(arguments or {}), "noise_level": noise_level}
+    body = _body(spec, facts, self_check, arguments, returns, enlarges=noise_level is not None)
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
     path = folder / "README.md"
     path.write_text(text, encoding="utf-8")
     return path
@@ -76,15 +87,26 @@ def write_table(folder: Path, table: str) -> None:
 
 def teacher_license(source: str) -> str:
     """Return the license named in the card of a teacher's folder, or ""."""
-    path = Path(source) / "README.md"
-    if not source or not path.is_file():
-        return ""
+    return str(_read_front_matter(Path(source)).get("license", "")) if source else ""
+
+
+def noise_level(folder: Path) -> int | None:
+    """Return the noise level of the pictures that an exported student enlarges, or None if its card names none."""
+    found = _read_front_matter(folder).get(NOISE_LEVEL)
+    return found if isinstance(found, int) else None
+
+
+def _read_front_matter(folder: Path) -> dict[str, Any]:
+    """Return the front matter of the card in a folder; {} if there is none that parses."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
     match = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.DOTALL)
     try:
         front = yaml.safe_load(match.group(1)) if match else None
     except yaml.YAMLError:
-        return ""
-    return str(front.get("license", "")) if isinstance(front, dict) else ""
+        return {}
+    return front if isinstance(front, dict) else {}
 
 
 def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool, returns: str) -> dict[str, object]:
@@ -101,13 +123,22 @@ def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool, returns: str)
     return front
 
 
-def _body(spec: TeacherSpec, facts: Facts, self_check: float, arguments: Mapping[str, Any] | None, returns: str) -> str:
+def _body(
+    spec: TeacherSpec,
+    facts: Facts,
+    self_check: float,
+    arguments: Mapping[str, Any] | None,
+    returns: str,
+    *,
+    enlarges: bool = False,
+) -> str:
     shape = " x ".join(map(str, spec.sample_shape))
     if arguments is not None or spec.family == "unet2d":
         call = (
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-            f"{returns} = pipe({_arguments(spec, arguments)}).{returns}  # one network evaluation"
+            f"{BASE_CALL if enlarges else ''}"
+            f"{returns} = pipe({_arguments(spec, arguments, 'image=small' if enlarges else '')}).{returns}  # one network evaluation"
         )
     else:
         call = (
@@ -139,10 +170,11 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 """
 
 
-def _arguments(spec: TeacherSpec, arguments: Mapping[str, Any] | None) -> str:
+def _arguments(spec: TeacherSpec, arguments: Mapping[str, Any] | None, picture: str = "") -> str:
     """Return the arguments of the plain one-step call."""
     labels = f"class_labels={spec.labels[:4]}"
     if arguments is None:
         return f"batch_size=4, {labels}" if spec.num_classes else "batch_size=4"
-    given = ['"a photo of a cat"' if spec.text else labels, *(f"{name}={value!r}" for name, value in arguments.items())]
+    first = ['"a photo of a cat"' if spec.text else labels, *([picture] if picture else [])]
+    given = [*first, *(f"{name}={value!r}" for name, value in arguments.items())]
     return ", ".join(given)

@@ -13,6 +13,7 @@ import torch
 
 from onestill.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
 from onestill.config import DistillConfig, changed_settings
+from onestill.prompt_plan import split_fingerprint
 from onestill.teachers.base import Teacher
 from onestill.teachers.family import PipelineTeacher
 
@@ -79,15 +80,6 @@ def check_tracker(name: str | None) -> None:
         else f"is unknown; accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
     )
     raise ValueError(f"--report_to {name} {hint}")
-
-
-def check_beside(teacher: Teacher) -> None:
-    """Raise ValueError if the teacher takes the picture of an earlier model and there is none to draw it."""
-    if isinstance(teacher, PipelineTeacher) and teacher.family.beside is not None:
-        raise ValueError(
-            f"a {type(teacher.pipeline).__name__} enlarges the picture of an earlier model. Without data that picture "
-            "has to come from a distilled student of the earlier model, and no such --base_student was given"
-        )
 
 
 def check_start(teacher: Teacher) -> None:
@@ -181,7 +173,14 @@ def find_resume(
             f"--resume_from_checkpoint {source}: {folder} was trained on a teacher with other weights "
             f"({values['config']['teacher']}) than --teacher {config.teacher}"
         )
-    if values.get("prompts_fingerprint", "") != prompts_fingerprint:
+    old_prompts, old_base = split_fingerprint(values.get("prompts_fingerprint", ""))
+    prompts, base = split_fingerprint(prompts_fingerprint)
+    if old_base != base:
+        raise ValueError(
+            f"--resume_from_checkpoint {source}: {folder} was trained on the pictures of another student "
+            f"({values['config']['base_student']}) than --base_student {config.base_student}"
+        )
+    if old_prompts != prompts:
         raise ValueError(
             f"--resume_from_checkpoint {source}: {folder} was trained on other prompts, or on those of another text "
             f"encoder, than --prompt_file {config.prompt_file} gives"

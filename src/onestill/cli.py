@@ -46,6 +46,10 @@ PromptFileOption = Annotated[
 PromptFieldOption = Annotated[
     str | None, typer.Option("--prompt_field", help="Field of the prompt in a .jsonl or .csv \\[default: prompt].")
 ]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option("--base_student", help="For super-resolution: who draws what is enlarged; that of the run."),
+]
 OfflineOption = Annotated[bool, typer.Option("--local_files_only", help="Never use the network.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 BatchOption = Annotated[int, typer.Option("--batch_size", help="Images in one network call.")]
@@ -219,6 +223,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
+    from onestill.chain import choose_base
     from onestill.checks import check_device, check_start, check_times
     from onestill.inspection import inspect_teacher
     from onestill.prompt_plan import refuse_prompts, use_negative_prompt
@@ -237,13 +242,18 @@ def inspect(
         t_max=made.t_max,
         arguments=made.call_arguments,
     )
+    base = (
+        choose_base(teacher, made.base_student, made.noise_level)
+        if made.base_student or made.noise_level is not None
+        else None
+    )
     check_times(made, teacher)
     check_start(teacher)
     guided = made.guidance_scale != 1 or made.guidance_range is not None
     use_negative_prompt(teacher, made.negative_prompt, acts=guided or made.empty_prompt_fraction > 0)
     if not teacher.spec.text:
         refuse_prompts(made)
-    found = inspect_teacher(teacher, made)
+    found = inspect_teacher(teacher, made, base)
     if as_json:
         print(json.dumps(found.as_dict()))
         return
@@ -258,7 +268,7 @@ def inspect(
         "family": found.family,
         "process": found.process,
         "prediction": found.prediction_type,
-        "conditioning": found.conditioning + classes,
+        "conditioning": found.conditioning + classes + (f" and {found.enlarges}" if found.enlarges else ""),
         "sample shape": " x ".join(map(str, found.sample_shape)),
         **(
             {"call": ", ".join(f"{name} = {value}" for name, value in found.arguments.items())}
@@ -322,6 +332,10 @@ def sample(
     max_sequence_length: Annotated[
         int | None, typer.Option("--max_sequence_length", help="Tokens of a prompt that a teacher takes.", min=1)
     ] = None,
+    base_student: BaseOption = None,
+    noise_level: Annotated[
+        int | None, typer.Option("--noise_level", help="Noise in what a teacher enlarges \\[default: 250].")
+    ] = None,
     batch_size: BatchOption = 64,
     interpolate: Annotated[
         int | None,
@@ -377,6 +391,8 @@ def sample(
         "solver": solver,
         "null_class": null_class,
         "negative_prompt": negative_prompt,
+        "base_student": base_student,
+        "noise_level": noise_level,
         "device": device,
         "local_files_only": local_files_only,
     }
@@ -457,6 +473,7 @@ def evaluate(
         str | None,
         typer.Option("--negative_prompt", help="In place of 'no prompt' in the teacher's guidance; that of the run."),
     ] = None,
+    base_student: BaseOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 64,
     speed: Annotated[bool, typer.Option("--speed/--no_speed", help="Time the rows.")] = True,
@@ -490,6 +507,7 @@ def evaluate(
         prompt_file=prompt_file,
         prompt_field=prompt_field,
         negative_prompt=negative_prompt,
+        base_student=base_student,
         seed=seed,
         batch_size=batch_size,
         measure_speed=speed,

@@ -61,6 +61,15 @@ class DistillConfig(BaseModel):
     threshold_limit: float = _field(1.0, TEACHER, "Largest magnitude, for static and dynamic.", gt=0)
     threshold_ratio: float = _field(0.995, TEACHER, "Quantile, for dynamic.", gt=0, le=1)
 
+    base_student: Path | None = _field(
+        None,
+        TEACHER,
+        "Run or exported pipeline of the earlier stage's student, which draws what a super-resolution teacher enlarges.",
+    )
+    noise_level: int | None = _field(
+        None, TEACHER, "Noise mixed into those pictures, of 1000; what the pipeline does (250) if not given.", ge=0
+    )
+
     # Prompts
     prompt_file: Path | None = _field(
         None, PROMPTS, "Prompts of a text teacher: a .txt (one per line), .jsonl or .csv in UTF-8."
@@ -234,6 +243,7 @@ class DistillConfig(BaseModel):
 
 RESUMABLE_CHANGES = frozenset(
     {
+        "base_student",
         "cache_dir",
         "checkpointing_steps",
         "checkpoints_total_limit",
@@ -258,8 +268,8 @@ RESUMABLE_CHANGES = frozenset(
         "variant",
     }
 )
-"""Settings that may differ on resume. The teacher's path may, since its weights are compared themselves, and so may the
-prompts' file, since the prompts are."""
+"""Settings that may differ on resume. The paths of the teacher and the base student may, since their weights are compared
+themselves, and so may the prompts' file, since the prompts are."""
 
 
 def make_config(values: Mapping[str, Any], config_file: Path | None = None) -> DistillConfig:

@@ -21,12 +21,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from onestill import card
+from onestill.chain import BaseStudent, choose_base
+from onestill.chain import messages as chain_messages
 from onestill.checkpoint import Checkpoint
 from onestill.checks import (
     CONFIG_FILE,
     PIPELINE_FOLDER,
     TEACHER_FILE,
-    check_beside,
     check_device,
     check_output_dir,
     check_start,
@@ -88,6 +89,7 @@ class Prepared:
     resume: tuple[Path, Checkpoint] | None
     messages: tuple[str, ...]
     prompts: PromptPlan | None = None
+    base_student: BaseStudent | None = None
 
 
 def distill(
@@ -185,14 +187,16 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     )
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
         base = with_t_max(teacher, config.t_max)
-    check_beside(base)
+    base_student = choose_base(base, config.base_student, config.noise_level)
+    if base_student is not None:
+        config = _with_picture(config, base)
     check_times(config, base)
     check_start(base)
     guided = config.guidance_scale != 1 or config.guidance_range is not None
     use_negative_prompt(base, config.negative_prompt, acts=guided or config.empty_prompt_fraction > 0)
     fitted = fit_teacher(base, config)
     labels = check_labels(config.class_labels, base.spec)
-    prompts = choose_prompts(config, base)
+    prompts = choose_prompts(config, base, base_student)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # the new layers start from random numbers too
         student = make_student(base, config, network)
@@ -207,8 +211,8 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     if prompts is None:
         labelled = LabelConditions(labels, config.guidance_range)
         return Prepared(config, base, fitted, labelled, student, fingerprint, resume, messages)
-    said = (*messages, *prompts.messages)
-    return Prepared(config, base, fitted, prompts.conditions, student, fingerprint, resume, said, prompts)
+    said = (*messages, *prompts.messages, *(() if base_student is None else chain_messages(base_student, base)))
+    return Prepared(config, base, fitted, prompts.conditions, student, fingerprint, resume, said, prompts, base_student)
 
 
 def with_embedded_prompts(config: DistillConfig) -> DistillConfig:
@@ -219,7 +223,16 @@ def with_embedded_prompts(config: DistillConfig) -> DistillConfig:
     return config.model_copy(update={"prompt_file": embedded.prompts})
 
 
-def choose_prompts(config: DistillConfig, teacher: NetworkTeacher) -> PromptPlan | None:
+def _with_picture(config: DistillConfig, teacher: NetworkTeacher) -> DistillConfig:
+    """Return the configuration with the noise level of the pictures, and their student's path from anywhere."""
+    assert isinstance(teacher, PipelineTeacher) and config.base_student is not None
+    where = config.base_student.expanduser().resolve()
+    return config.model_copy(update={"base_student": where, "noise_level": teacher.picture.level})
+
+
+def choose_prompts(
+    config: DistillConfig, teacher: NetworkTeacher, base_student: BaseStudent | None = None
+) -> PromptPlan | None:
     """Return the prompts of a run, or None for a teacher that takes no text, whose run must not name any."""
     if not teacher.spec.text:
         refuse_prompts(config)
@@ -227,7 +240,7 @@ def choose_prompts(config: DistillConfig, teacher: NetworkTeacher) -> PromptPlan
     if config.prompt_cache_dir is not None and config.prompt_cache_dir.is_file():
         raise ValueError(f"--prompt_cache_dir {config.prompt_cache_dir} is a file")
     check_writable((config.prompt_cache_dir or default_cache_dir()).expanduser(), "prompt_cache_dir")
-    return plan_prompts(config, teacher, int(os.environ.get("WORLD_SIZE", 1)))
+    return plan_prompts(config, teacher, int(os.environ.get("WORLD_SIZE", 1)), base_student)
 
 
 def make_student(base: NetworkTeacher, config: DistillConfig, network: nn.Module | None = None) -> Student:
@@ -260,6 +273,8 @@ def run(
         make_output_dir(config.output_dir)
         write_yaml(config, config.output_dir / CONFIG_FILE)
         facts = {"fingerprint": prepared.fingerprint, "teacher": config.teacher}
+        if prepared.base_student is not None:
+            facts["base_student"] = prepared.base_student.fingerprint
         (config.output_dir / TEACHER_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
     if config.report_to:
         trainer.accelerator.init_trackers(config.tracker_project_name)
@@ -319,6 +334,8 @@ def make_trainer(prepared: Prepared, *, show_progress: bool = False) -> Trainer:
         prompts_fingerprint=prepared.prompts.fingerprint if prepared.prompts else "",
     )
     prepared.base.to(trainer.device)
+    if prepared.base_student is not None:
+        prepared.base_student.teacher.to(trainer.device)
     if prepared.prompts is not None:
         accelerator = trainer.accelerator
         # One process of each machine encodes; the others then find everything in the cache.

@@ -114,8 +114,10 @@ def export_student(
     if student.lora is not None:
         facts = replace(facts, lora=_lora_words(student, partial))
     if isinstance(student.teacher, PipelineTeacher):
-        returns = student.teacher.family.returns
-        card.write_card(partial, student.spec, facts, error, student.teacher.plain_arguments, returns)
+        family = student.teacher.family
+        level = None if family.beside is None else family.beside.level
+        arguments = student.teacher.plain_arguments
+        card.write_card(partial, student.spec, facts, error, arguments, family.returns, noise_level=level)
     else:
         card.write_card(partial, student.spec, facts, error)
     if folder.exists():

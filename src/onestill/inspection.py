@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from onestill.chain import BaseStudent
 from onestill.checks import resolve_device
 from onestill.conditions import check_labels, middle_guidance
 from onestill.config import DistillConfig
@@ -44,23 +45,25 @@ class Inspection:
     estimated_memory_gb: float
     estimated_seconds_per_step: float
     estimate_device: str
+    enlarges: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
         return asdict(self)
 
 
-def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig) -> Inspection:
+def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: BaseStudent | None = None) -> Inspection:
     """Return what is known of `teacher`, with the cost of a run under `config`, measured on a few images.
 
     Args:
         teacher: The teacher.
         config: Settings of the run; nothing is written to its output_dir.
+        base: The student that would draw the pictures that the teacher enlarges, if it is known.
     """
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
-    memory, seconds = estimate(teacher, student, config, device)
+    memory, seconds = estimate(teacher, student, config, device, base)
     reached = isinstance(student.injection, TimeEmbeddingInjection)
     return Inspection(
         teacher=spec.source,
@@ -83,17 +86,33 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig) -> Inspectio
         estimated_memory_gb=memory / 1e9,
         estimated_seconds_per_step=seconds,
         estimate_device=str(device),
+        enlarges=_enlarges(teacher, base),
     )
 
 
+def _enlarges(teacher: NetworkTeacher, base: BaseStudent | None) -> str:
+    """Return what picture a teacher enlarges, in words; "" if it enlarges none."""
+    if not isinstance(teacher, PipelineTeacher) or teacher.family.beside is None:
+        return ""
+    if base is None:
+        return "a picture to enlarge (name the student that draws it with --base_student)"
+    size = "x".join(map(str, base.examples.shape[2:]))
+    return f"{size} pictures of {base.name} to enlarge, noise level {teacher.picture.level}"
+
+
 def estimate(
-    teacher: NetworkTeacher, student: Student, config: DistillConfig, device: torch.device
+    teacher: NetworkTeacher,
+    student: Student,
+    config: DistillConfig,
+    device: torch.device,
+    base: BaseStudent | None = None,
 ) -> tuple[float, float]:
     """Return (bytes, seconds per optimiser step) of a run.
 
     Memory: the teacher's weights, which a LoRA student shares; what the student trains, with its gradients, two Adam
     moments and their average; and the activations kept for the backward pass, counted on a few images and scaled to the batch. Time: one student and
-    the teacher's forwards and one forward with backward, on a few images, scaled likewise.
+    the teacher's forwards and one forward with backward, on a few images, scaled likewise. A base student adds its
+    weights and its one step.
     """
     num = min(8, config.train_batch_size)
     if config.gradient_checkpointing:
@@ -120,7 +139,14 @@ def estimate(
         student_loss().backward()
     student.zero_grad()
 
+    drawn = None
+    if base is not None:
+        base.teacher.to(device)
+        drawn = torch.zeros(num, *base.shape), base.teacher.example_rows(num)
+
     def step() -> None:
+        if base is not None and drawn is not None:
+            base.pictures(*drawn)
         with torch.no_grad(), autocast(config.mixed_precision, device):
             student(x, t_max / 2, cond)
             for _ in range(CALLS_PER_STEP[config.solver]):
@@ -138,7 +164,7 @@ def estimate(
     scale = config.train_batch_size / num
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = 4 * (copies * trained + _num_weights(teacher))
+    weights = 4 * (copies * trained + _num_weights(teacher) + (_num_weights(base.teacher) if base else 0))
     return weights + kept * scale, seconds * scale * config.gradient_accumulation_steps
 
 

@@ -147,6 +147,11 @@ def interpolate(
     """
     check_interpolation(num_images, seed, to_seed, class_labels, prompts)
     check_count("batch_size", batch_size)
+    if source.base is not None:
+        raise ValueError(
+            f"--interpolate: {source.name} enlarges the pictures of {source.base.name}, which decides what is seen; "
+            "interpolate with that one as --student"
+        )
     u = torch.linspace(0, 1, num_images, dtype=torch.float64)
     from_noise, to_noise = noise([seed, seed if to_seed is None else to_seed], source.sample_shape)
     one = source.conditions(max(len(prompts), 1), tuple(class_labels), prompts, seed=seed)
@@ -229,6 +234,8 @@ def fixed_noise(
             f"{'prompts' if source.text else 'labels'}"
         )
     cond = source.conditions(num, tuple(class_labels), prompts)
+    if "seed" in cond:  # of the pictures that are enlarged
+        cond["seed"] = [seed] * num
     images = generate_images(source.generate, [seed] * num, source.sample_shape, cond, batch_size=batch_size)
     return Sheet(images[None], ("",), _words(cond), f"the same noise in every image (seed {seed})")
 

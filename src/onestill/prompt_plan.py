@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from onestill.conditions import PromptConditions
+from onestill.chain import BaseStudent, PictureConditions, joined_rows, with_prefix
+from onestill.conditions import Conditions, PromptConditions
 from onestill.config import DistillConfig
 from onestill.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir
 from onestill.prompts import Ints, PromptFile, text_key
@@ -40,25 +41,31 @@ class PromptPlan:
         prompts: The file.
         pool: Indices of the prompts that the run draws from.
         shown: The validation prompts.
+        keys: Keys of the shown prompts and of the pool, one after the other.
         cache: Where encoded prompts are.
         conditions: Where the trainer draws from, once all is encoded.
         messages: What should be said.
+        base: The student that draws pictures from the same prompts, if the teacher enlarges some.
+        base_cache: Where the prompts encoded for it are; None where the teacher's rows hold them.
     """
 
     teacher: PipelineTeacher
     prompts: PromptFile
     pool: Ints
     shown: tuple[str, ...]
+    keys: Ints
     cache: PromptCache
-    conditions: PromptConditions
+    conditions: Conditions
     messages: tuple[str, ...]
+    base: BaseStudent | None = None
+    base_cache: PromptCache | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of the encoder and of all prompts: the same conditions, or not."""
+        """Return a hash of the encoder and of all prompts, and after a + that of the base student, if there is one."""
         digest = hashlib.blake2b(self.cache.encoder.encode(), digest_size=8)
         digest.update(np.ascontiguousarray(self.prompts.keys).tobytes())
-        return digest.hexdigest()
+        return digest.hexdigest() + (f"+{self.base.fingerprint}" if self.base is not None else "")
 
     def encode(self, *, show_progress: bool = False) -> None:
         """Encode what the cache lacks and let the text encoders go.
@@ -66,25 +73,35 @@ class PromptPlan:
         Raises:
             PromptCacheError: If the cache cannot be written.
         """
-        self.cache.refresh()  # another run, or another process of this one, may have been here since
-        texts = list(self.missing())
-        if texts:
-            # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
-            rate = 0.5 if sys.stderr.isatty() else 10
-            hidden = not show_progress
-            with encoders.quiet(), tqdm(total=len(texts), disable=hidden, desc="encoding", mininterval=rate) as bar:
-                self.cache.add(
-                    self._texts(texts),
-                    self.teacher.encode,
-                    self.teacher.are_cut,
-                    progress=bar.update,
-                )
+        self._fill(self.cache, self.teacher, show_progress)
+        if self.base is not None and self.base_cache is not None:
+            self._fill(self.base_cache, self.base.teacher, show_progress)
         self.prompts.close()
         self.teacher.release_encoders()
+        if self.base is not None:
+            self.base.teacher.release_encoders()
+
+    def _fill(self, cache: PromptCache, teacher: PipelineTeacher, show_progress: bool) -> None:
+        cache.refresh()  # another run, or another process of this one, may have been here since
+        texts = list(cache.missing(self.keys))
+        if not texts:
+            return
+        # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
+        rate = 0.5 if sys.stderr.isatty() else 10
+        with (
+            encoders.quiet(),
+            tqdm(total=len(texts), disable=not show_progress, desc="encoding", mininterval=rate) as bar,
+        ):
+            cache.add(
+                self._texts(texts),
+                teacher.encode,
+                teacher.are_cut,
+                progress=bar.update,
+            )
 
     def missing(self) -> Ints:
         """Return which prompts are to be encoded: places in the shown ones and the pool, one after the other."""
-        return self.cache.missing(np.concatenate([self.conditions.shown, self.conditions.keys]))
+        return self.cache.missing(self.keys)
 
     def _texts(self, places: Ints | list[int]) -> Iterator[str]:
         for place in places:
@@ -93,8 +110,7 @@ class PromptPlan:
 
     def num_cut(self) -> int:
         """Return how many of the prompts the text encoders will cut."""
-        keys = np.unique(np.concatenate([self.conditions.shown, self.conditions.keys]))
-        texts, found = self._texts(self.missing()), self.cache.num_cut(keys)
+        texts, found = self._texts(self.missing()), self.cache.num_cut(np.unique(self.keys))
         while batch := list(islice(texts, 32 * BATCH_SIZE)):
             found += sum(self.teacher.are_cut(batch))
         return found
@@ -123,7 +139,7 @@ def use_negative_prompt(teacher: NetworkTeacher, negative_prompt: str | None, *,
         raise ValueError(
             f"--negative_prompt {negative_prompt!r} acts through guidance only: give a --guidance_scale other than 1"
         )
-    teacher.null_cond = teacher.encode([negative_prompt])
+    teacher.null_cond = teacher.of_prompts(teacher.encode([negative_prompt]))
 
 
 def refuse_prompts(config: DistillConfig) -> None:
@@ -135,11 +151,25 @@ def refuse_prompts(config: DistillConfig) -> None:
             raise ValueError(f"--{name}{shown} was given, but this teacher takes no text; leave it out")
 
 
-def plan_prompts(config: DistillConfig, teacher: NetworkTeacher, num_processes: int = 1) -> PromptPlan:
+def split_fingerprint(fingerprint: str) -> tuple[str, str]:
+    """Return the parts of a plan's fingerprint: (of the prompts, of the base student or "")."""
+    prompts, _, base = fingerprint.partition("+")
+    return prompts, base
+
+
+def plan_prompts(
+    config: DistillConfig, teacher: NetworkTeacher, num_processes: int = 1, base: BaseStudent | None = None
+) -> PromptPlan:
     """Return the prompts of a run, all checked; nothing is written.
 
     The run draws from as many different prompts as it has draws. Which ones is decided by its seed, and a longer
     run of the same seed has all prompts of a shorter one.
+
+    Args:
+        config: The run.
+        teacher: The teacher.
+        num_processes: How many draw.
+        base: The student that draws the pictures that the teacher enlarges, if it does.
 
     Raises:
         ValueError: If there is no usable prompt file, a setting does not fit the teacher, or the disk has no room.
@@ -157,8 +187,9 @@ def plan_prompts(config: DistillConfig, teacher: NetworkTeacher, num_processes: 
     pool = choose(len(prompts), config.num_prompts or draws, config.seed)
     shown = config.validation_prompt or tuple(prompts[: config.num_validation_images])
     root = (config.prompt_cache_dir or default_cache_dir()).expanduser()
-    cache = PromptCache(root, teacher.encoder_identity(), teacher.example_cond)
-    conditions = PromptConditions(
+    # Without what belongs to a picture: here that is an example, and each row of a run has its own.
+    cache = PromptCache(root, teacher.encoder_identity(), teacher.of_prompts(teacher.example_cond))
+    encoded = PromptConditions(
         rows=cache.rows,
         keys=prompts.keys[pool],
         shown=np.array([text_key(text) for text in shown], dtype=np.int64),
@@ -167,9 +198,34 @@ def plan_prompts(config: DistillConfig, teacher: NetworkTeacher, num_processes: 
         empty_fraction=config.empty_prompt_fraction,
         guidance_range=config.guidance_range,
     )
-    plan = PromptPlan(teacher, prompts, pool, shown, cache, conditions, ())
+    conditions: Conditions = encoded
+    base_cache = None
+    if base is not None:
+        encoded, base_cache = _with_base(encoded, cache, teacher, base, config.negative_prompt or "")
+        conditions = PictureConditions(encoded, teacher, base)
+    keys = np.concatenate([encoded.shown, encoded.keys])
+    plan = PromptPlan(teacher, prompts, pool, shown, keys, cache, conditions, (), base, base_cache)
     cache.check_space(len(plan.missing()))
-    return PromptPlan(teacher, prompts, pool, shown, cache, conditions, _messages(plan, config))
+    if base_cache is not None:
+        base_cache.check_space(len(base_cache.missing(keys)))
+    return replace(plan, messages=_messages(plan, config))
+
+
+def _with_base(
+    encoded: PromptConditions, cache: PromptCache, teacher: PipelineTeacher, base: BaseStudent, no_prompt: str
+) -> tuple[PromptConditions, PromptCache | None]:
+    """Return (the conditions with those of the base student beside them, its own cache or None if it needs none)."""
+    names = tuple(base.teacher.example_cond)
+    no_cond = with_prefix(base.teacher.encode([no_prompt]))
+    if base.shares_rows(teacher):
+        rows = lambda keys: joined_rows(cache.rows(keys), None, names)  # noqa: E731
+        own = None
+        base.fingerprint  # noqa: B018 - of its encoders too, which go here: those of the teacher do the same
+        base.teacher.release_encoders()
+    else:
+        own = PromptCache(cache.root, base.teacher.encoder_identity(), base.teacher.example_cond)
+        rows = lambda keys: joined_rows(cache.rows(keys), lambda: own.rows(keys), names)  # noqa: E731
+    return replace(encoded, rows=rows, null_cond={**encoded.null_cond, **no_cond}), own
 
 
 def choose(num: int, wanted: int, seed: int) -> Ints:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from onestill.chain import BaseStudent, choose_base, open_base
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.checks import (
     CONFIG_FILE,
@@ -26,9 +27,10 @@ from onestill.config import DistillConfig, make_config
 from onestill.distillation import PYTHON_OBJECT, make_student
 from onestill.export import MODULE_FILE
 from onestill.prompt_plan import use_negative_prompt
-from onestill.sources import Source, open_pipeline, student_source, teacher_source
+from onestill.sources import Source, enlarges, open_pipeline, student_source, teacher_source
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.trainer import load_student
@@ -46,6 +48,8 @@ def load_source(
     null_class: int | None = None,
     negative_prompt: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    base_student: str | Path | None = None,
+    noise_level: int | None = None,
     device: str = "auto",
     local_files_only: bool = False,
 ) -> Source:
@@ -61,6 +65,9 @@ def load_source(
         null_class: The teacher's label for "no class".
         negative_prompt: Takes the place of "no prompt" in a teacher's guidance.
         arguments: Arguments of every call of a teacher's pipeline, such as height, as in `load_teacher`.
+        base_student: For super-resolution: the student that draws what is enlarged, one step before; that of the
+            student's run if None.
+        noise_level: Noise mixed into those pictures, for a teacher; a student has that of its run.
         device: auto, cpu, cuda, cuda:N or mps.
         local_files_only: Never use the network.
 
@@ -87,6 +94,8 @@ def load_source(
             null_class=null_class,
             negative_prompt=negative_prompt,
             arguments=arguments,
+            base_student=base_student,
+            noise_level=noise_level,
         )
     assert student is not None
     if negative_prompt is not None:
@@ -97,7 +106,12 @@ def load_source(
         raise ValueError(
             f"--num_inference_steps {num_inference_steps}: a student has one step; give --teacher for more"
         )
-    for flag, given in (("solver", solver), ("null_class", null_class), *(arguments or {}).items()):
+    for flag, given in (
+        ("solver", solver),
+        ("null_class", null_class),
+        ("noise_level", noise_level),
+        *(arguments or {}).items(),
+    ):
         if given is not None:
             raise ValueError(f"--{flag} {given} is for a teacher; a student has it distilled in")
     return open_student(
@@ -106,6 +120,7 @@ def load_source(
         target_time=target_time,
         guidance_scale=guidance_scale,
         local_files_only=local_files_only,
+        base_student=base_student,
     )
 
 
@@ -116,11 +131,20 @@ def open_student(
     target_time: float = 0.0,
     guidance_scale: float | None = None,
     local_files_only: bool = False,
+    base_student: str | Path | None = None,
 ) -> Source:
     """Return the one-step student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
     A run's exported pipeline is used where it can be; another target time, or the guidance scale of a student that
     takes one, needs the run's checkpoint and teacher.
+
+    Args:
+        path: The folder.
+        device: Where it goes.
+        target_time: The student's target time.
+        guidance_scale: w, for a student that takes it.
+        local_files_only: Never use the network.
+        base_student: For a student that enlarges pictures: who draws them; that of its run if None.
 
     Raises:
         ValueError: If there is no student, or the exported folder cannot do what is asked.
@@ -133,6 +157,7 @@ def open_student(
             target_time=target_time if t is None else t,
             guidance_scale=guidance_scale if scale is None else scale,
             local_files_only=local_files_only,
+            base_student=base_student,
         )
 
     path = Path(path)
@@ -147,7 +172,10 @@ def open_student(
                 f"--student {path} is an exported pipeline, whose target time and guidance are baked in; "
                 "give the run's folder for --target_time or --guidance_scale"
             )
-        return replace(open_pipeline(path, device), reopen=reopen)
+        # A run's own pipeline/ knows its run, as far as pictures to enlarge go.
+        parent = path.parent if path.name == PIPELINE_FOLDER and is_run(path.parent) else None
+        base = _base_of(path, path, parent, base_student, device)
+        return replace(open_pipeline(path, device, base_student=base), reopen=reopen)
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
         if (folder / MODULE_FILE).is_file():
             raise ValueError(
@@ -160,13 +188,22 @@ def open_student(
     run = path if is_run(path) else path.parent
     config = read_run_config(run)
     if not special and run == path and (run / PIPELINE_FOLDER / "model_index.json").is_file():
-        return replace(open_pipeline(run / PIPELINE_FOLDER, device, run, config), reopen=reopen)
+        base = _base_of(path, run / PIPELINE_FOLDER, run, base_student, device)
+        return replace(open_pipeline(run / PIPELINE_FOLDER, device, run, config, base), reopen=reopen)
     student = restore_student(path, config, device, local_files_only=local_files_only)
-    return _student_at(student, path, config, target_time, guidance_scale, device)
+    check_student_request(student, config, target_time, guidance_scale)
+    base = base_of_run(run, config, student.teacher, device, given=base_student)
+    return _student_at(student, path, config, target_time, guidance_scale, device, base)
 
 
 def _student_at(
-    student: Student, path: Path, config: DistillConfig, t: float, guidance_scale: float | None, device: torch.device
+    student: Student,
+    path: Path,
+    config: DistillConfig,
+    t: float,
+    guidance_scale: float | None,
+    device: torch.device,
+    base: BaseStudent | None,
 ) -> Source:
     """Return the one step of a student in memory; at another target time or guidance scale it stays the same one."""
     check_student_request(student, config, t, guidance_scale)
@@ -178,13 +215,84 @@ def _student_at(
         t=max(t, config.t_min),
         guidance_scale=guidance_scale,
         device=device,
+        base_student=base,
     )
 
     def reopen(scale: float | None, time: float | None) -> Source:
         scale = guidance_scale if scale is None else scale
-        return _student_at(student, path, config, t if time is None else time, scale, device)
+        return _student_at(student, path, config, t if time is None else time, scale, device, base)
 
     return replace(source, reopen=reopen)
+
+
+def base_of_run(
+    run: Path, config: DistillConfig, teacher: NetworkTeacher, device: torch.device, *, given: str | Path | None = None
+) -> BaseStudent | None:
+    """Return the student that draws the pictures that a run's teacher enlarges; None if it enlarges none.
+
+    Args:
+        run: The run.
+        config: Its configuration.
+        teacher: Its teacher, which is told the noise level and some pictures.
+        device: Where the student goes.
+        given: Where it lies now, or another one, which is warned of; where the run says if None.
+
+    Raises:
+        ValueError: If it is gone, has changed since, or does not fit.
+    """
+    found = _where(run, config.base_student, given) if config.base_student is not None else given
+    base = choose_base(teacher, found, config.noise_level, device=device)
+    if base is not None:
+        _compare(base, run, given)
+    return base
+
+
+def _base_of(
+    path: Path, pipeline: Path, run: Path | None, given: str | Path | None, device: torch.device
+) -> BaseStudent | None:
+    """Return the student that draws the pictures that an exported pipeline enlarges; None if it enlarges none."""
+    if not enlarges(pipeline):
+        if given is not None:
+            raise ValueError(
+                f"--base_student {given} was given, but --student {path} enlarges no picture; leave it out"
+            )
+        return None
+    found = given
+    if run is not None and (recorded := read_run_config(run).base_student) is not None:
+        found = _where(run, recorded, given)
+    if found is None:
+        raise ValueError(
+            f"--student {path} enlarges the pictures of an earlier stage: name the student that draws them with --base_student"
+        )
+    base = open_base(found)
+    base.teacher.to(device)
+    if run is not None:
+        _compare(base, run, given)
+    return base
+
+
+def _where(run: Path, recorded: Path, given: str | Path | None) -> str | Path:
+    """Return where the base student of a run lies: `given`, or what the run recorded if that is still there."""
+    if given is None and not recorded.is_dir():
+        raise ValueError(
+            f"{run} enlarges the pictures of the student in {recorded}, which is not there any more: say where it is with "
+            "--base_student"
+        )
+    return recorded if given is None else given
+
+
+def _compare(base: BaseStudent, run: Path, given: str | Path | None) -> None:
+    """Refuse a base student that has changed since a run was trained on its pictures; warn of another one that is given."""
+    facts = run / TEACHER_FILE
+    recorded = json.loads(facts.read_text(encoding="utf-8")).get("base_student") if facts.is_file() else None
+    if recorded in (None, base.fingerprint):
+        return
+    if given is None:
+        raise ValueError(
+            f"{run}: the student in {base.folder} is not the one whose pictures it was trained on: it has changed since. "
+            "Give that one, or this one all the same, with --base_student"
+        )
+    warnings.warn(f"{run} was trained on the pictures of another student than --base_student {given}", stacklevel=4)
 
 
 def open_teacher(
@@ -198,8 +306,13 @@ def open_teacher(
     null_class: int | None = None,
     negative_prompt: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    base_student: str | Path | None = None,
+    noise_level: int | None = None,
 ) -> Source:
-    """Return a teacher's multi-step sampler, thresholded as its own scheduler does."""
+    """Return a teacher's multi-step sampler, thresholded as its own scheduler does.
+
+    Where it enlarges pictures, `base_student` draws them and noise of `noise_level` is mixed into them.
+    """
     if num_steps < 1:
         raise ValueError(f"--num_inference_steps must be at least 1, got {num_steps}")
     if isinstance(teacher, NetworkTeacher):
@@ -217,12 +330,18 @@ def open_teacher(
             device=str(device),
             arguments=arguments,
         )
+    base = choose_base(teacher, base_student, noise_level, device=device)
     use_negative_prompt(teacher, negative_prompt, acts=guidance_scale != 1)
-    return _teacher_at(teacher, guidance_scale, num_steps, solver, device)
+    return _teacher_at(teacher, guidance_scale, num_steps, solver, device, base)
 
 
 def _teacher_at(
-    teacher: NetworkTeacher, guidance_scale: float, num_steps: int, solver: str, device: torch.device
+    teacher: NetworkTeacher,
+    guidance_scale: float,
+    num_steps: int,
+    solver: str,
+    device: torch.device,
+    base: BaseStudent | None,
 ) -> Source:
     """Return the multi-step sampler of a teacher in memory; at another guidance scale it stays the same one."""
     fitted: Teacher = Guided(teacher, guidance_scale)
@@ -232,9 +351,10 @@ def _teacher_at(
     def reopen(scale: float | None, t: float | None) -> Source:
         if t is not None:
             raise ValueError(_no_target_time(t))
-        return _teacher_at(teacher, guidance_scale if scale is None else scale, num_steps, solver, device)
+        return _teacher_at(teacher, guidance_scale if scale is None else scale, num_steps, solver, device, base)
 
-    return replace(teacher_source(teacher, fitted, num_steps=num_steps, solver=solver, device=device), reopen=reopen)
+    source = teacher_source(teacher, fitted, num_steps=num_steps, solver=solver, device=device, base_student=base)
+    return replace(source, reopen=reopen)
 
 
 def _no_target_time(t: float) -> str:
@@ -268,6 +388,8 @@ def run_teacher(
             f"{run}: the teacher {config.teacher} is not the one it was distilled from: it has changed since"
         )
     use_negative_prompt(base, config.negative_prompt)
+    if isinstance(base, PipelineTeacher) and config.noise_level is not None:
+        base.set_picture(config.noise_level)
     return base
 
 

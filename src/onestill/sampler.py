@@ -13,8 +13,11 @@ from onestill.teachers.base import Teacher
 from onestill.tensors import Cond
 from onestill.trajectory import STEPS, solve, uniform_times
 
+VALIDATION_SEED = 1_000_000
+"""Seed of the first picture that a run shows of itself."""
 Rows = dict[str, Any]
-"""What is asked for, one row for each image: labels as a tensor, or prompts as a list of strings."""
+"""What is asked for, one row for each image: labels as a tensor, or prompts as a list of strings. Where a smaller
+picture is drawn first, their seeds too."""
 Generate = Callable[[Tensor, Cond], Tensor]
 """(eps [B, *sample_shape], cond) -> images [B, *sample_shape] in [-1, 1]."""
 

@@ -15,6 +15,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from onestill import card
+from onestill.chain import BaseStudent, check_shape, second_noise, seeded_rows
 from onestill.config import DistillConfig
 from onestill.export import load_pipeline
 from onestill.sampler import Generate, Rows, student_generator, teacher_generator
@@ -51,6 +53,8 @@ class Source:
         encode: From prompts to their encoded conditions, one row each; None where it takes no prompts.
         reopen: What `at` does: from (guidance scale, target time), None for what stays, to the source there.
         arguments: Arguments of every call of the pipeline that were asked for, such as a size.
+        base: The student that draws what is enlarged here, in one evaluation more; None where nothing is.
+        noise_level: How much noise is mixed into its pictures.
     """
 
     name: str
@@ -69,6 +73,9 @@ class Source:
     encode: Callable[[Sequence[str]], Cond] | None = None
     reopen: Callable[[float | None, float | None], Source] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    base: BaseStudent | None = None
+    noise_level: int | None = None
 
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Source:
         """Return the same at another guidance scale or target time; nothing is loaded twice.
@@ -111,7 +118,8 @@ class Source:
         if self.text:
             if not len(prompts):
                 raise ValueError(f"{self.name} takes text: say what to draw with --prompt or --prompt_file")
-            return {"prompt": [prompts[i % len(prompts)] for i in range(num)]}
+            asked: Rows = {"prompt": [prompts[i % len(prompts)] for i in range(num)]}
+            return asked if self.base is None else {**asked, "seed": list(range(seed, seed + num))}
         labels, first = chosen or self.labels, 0 if chosen else seed
         rows = [labels[i % len(labels)] for i in range(first, first + num)] if labels else []
         return {"class_labels": torch.tensor(rows)} if labels else {}
@@ -126,6 +134,7 @@ def student_source(
     t: float,
     guidance_scale: float | None,
     device: torch.device,
+    base_student: BaseStudent | None = None,
 ) -> Source:
     """Return the one step of a student, at the target time t and, if it takes one, a guidance scale."""
     base, generate = student.teacher, student_generator(student, t=t, device=device)
@@ -133,11 +142,19 @@ def student_source(
         w = sum(student.guidance_range) / 2 if guidance_scale is None else guidance_scale
         generate = _with_guidance(generate, w)
     labels = config.class_labels or tuple(base.spec.labels)
-    return _around(base, generate, name=name, labels=labels, run=run, config=config, clips=True)
+    return _around(
+        base, generate, name=name, labels=labels, run=run, config=config, clips=True, base_student=base_student
+    )
 
 
 def teacher_source(
-    base: NetworkTeacher, fitted: Teacher, *, num_steps: int, device: torch.device, solver: str = "ddim"
+    base: NetworkTeacher,
+    fitted: Teacher,
+    *,
+    num_steps: int,
+    device: torch.device,
+    solver: str = "ddim",
+    base_student: BaseStudent | None = None,
 ) -> Source:
     """Return the multi-step sampler of a teacher.
 
@@ -147,11 +164,20 @@ def teacher_source(
         num_steps: Steps.
         device: Where it is.
         solver: Kind of step.
+        base_student: The student that draws the pictures that the teacher enlarges, if it does.
     """
     generate = teacher_generator(fitted, num_steps=num_steps, solver=solver, device=device)
     calls = num_steps * fitted.calls * (1 if solver == "ddim" else 2)
     name = f"the teacher {base.spec.source}"
-    return _around(base, generate, name=name, labels=tuple(base.spec.labels), num_steps=num_steps, calls=calls)
+    return _around(
+        base,
+        generate,
+        name=name,
+        labels=tuple(base.spec.labels),
+        num_steps=num_steps,
+        calls=calls,
+        base_student=base_student,
+    )
 
 
 def _around(
@@ -165,12 +191,15 @@ def _around(
     num_steps: int = 1,
     calls: int = 1,
     clips: bool = False,
+    base_student: BaseStudent | None = None,
 ) -> Source:
     """Return a source around what a network makes: prompts are encoded before it, latents decoded behind it."""
     decodes = isinstance(base, PipelineTeacher) and base.family.decode is not None
     encode = base.encode if isinstance(base, PipelineTeacher) and base.spec.text else None
 
     def latents(eps: Tensor, rows: Rows) -> Tensor:
+        if isinstance(base, PipelineTeacher) and base_student is not None:
+            return network(eps, seeded_rows(base, base_student, rows["seed"], rows["prompt"]))
         return network(eps, encode(rows["prompt"]) if encode is not None and "prompt" in rows else rows)
 
     @torch.no_grad()
@@ -187,13 +216,15 @@ def _around(
         run=run,
         config=config,
         num_steps=num_steps,
-        calls=calls,
+        calls=calls + (base_student is not None),
         text=base.spec.text,
         latents=latents if decodes else None,
         decodes=decodes,
         decode=decode if decodes else None,
         encode=encode,
         arguments=base.family.asked if isinstance(base, PipelineTeacher) else {},
+        base=base_student,
+        noise_level=base.picture.level if isinstance(base, PipelineTeacher) and base_student is not None else None,
     )
 
 
@@ -201,10 +232,30 @@ def _with_guidance(generate: Generate, guidance_scale: float) -> Generate:
     return lambda eps, cond: generate(eps, {**cond, "guidance_scale": torch.full((len(eps),), guidance_scale)})
 
 
+def enlarges(folder: Path) -> bool:
+    """Return whether an exported pipeline enlarges the picture of an earlier stage."""
+    try:
+        family = FAMILY_OF_PIPELINE.get(read_index(folder, str(folder))["_class_name"])
+    except ValueError:
+        return False  # opening it says what is wrong
+    return family is not None and family.beside is not None
+
+
 def open_pipeline(
-    folder: Path, device: torch.device, run: Path | None = None, config: DistillConfig | None = None
+    folder: Path,
+    device: torch.device,
+    run: Path | None = None,
+    config: DistillConfig | None = None,
+    base_student: BaseStudent | None = None,
 ) -> Source:
     """Return the one step of an exported pipeline: its own components, on noise that is given.
+
+    Args:
+        folder: The exported pipeline.
+        device: Where it goes.
+        run: The run it comes from, if it does.
+        config: That run's configuration.
+        base_student: The student that draws the pictures that the pipeline enlarges, if it does.
 
     Raises:
         ValueError: If it does not load.
@@ -215,6 +266,8 @@ def open_pipeline(
         if class_name not in UNET2D_PIPELINES:
             pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
             family = FAMILY_OF_PIPELINE.get(class_name) or plain_family(index, pipeline)
+            if base_student is not None:
+                return _open_enlarging(family, pipeline, folder, device, run, config, base_student)
             return _open_family(family.asking(read_call(folder)), pipeline, folder, device, run, config)
         pipeline = load_pipeline(folder, device)
         network = pipeline.unet.config
@@ -293,14 +346,56 @@ def _open_family(
     )
 
 
-@contextmanager
-def _noise(pipeline: Any, eps: Tensor) -> Iterator[None]:
-    """Let a pipeline that takes no `latents` start from given noise: its module draws it with `randn_tensor`."""
-    module: Any = sys.modules[type(pipeline).__module__]
-    draw = module.randn_tensor
-    module.randn_tensor = lambda shape, *args, **kwargs: (
-        eps if tuple(shape) == tuple(eps.shape) else draw(shape, *args, **kwargs)
+def _open_enlarging(
+    family: Family,
+    pipeline: Any,
+    folder: Path,
+    device: torch.device,
+    run: Path | None,
+    config: DistillConfig | None,
+    base: BaseStudent,
+) -> Source:
+    """Return the plain call of an exported pipeline that enlarges the pictures of a base student."""
+    assert family.beside is not None
+    network, arguments, beside = getattr(pipeline, family.network), dict(family.export_arguments), family.beside
+    (seen,) = record(lambda: family.call(pipeline, examples(family, 1), arguments), network)
+    shape = tuple(family.sort_call(seen, pipeline).x_t.shape[1:])
+    check_shape(base, shape)
+    recorded = card.noise_level(folder) if config is None else config.noise_level
+    level = beside.level if recorded is None else recorded
+
+    def generate(eps: Tensor, rows: Rows) -> Tensor:
+        pictures = base.seeded(rows["seed"], rows["prompt"])
+        given = {**arguments, **beside.arguments(pictures.to(device), level), "output_type": "pt"}
+        # Its first draw is where it starts, its second the noise in the picture.
+        with _noise(pipeline, eps.to(device), second_noise(rows["seed"], shape).to(device)):
+            return family.result(family.call(pipeline, rows["prompt"], given)).float().clamp(-1, 1)
+
+    return Source(
+        f"the student in {folder}",
+        generate,
+        shape,
+        (),
+        folder=folder,
+        run=run,
+        config=config,
+        calls=2,
+        text=True,
+        base=base,
+        noise_level=level,
     )
+
+
+@contextmanager
+def _noise(pipeline: Any, *draws: Tensor) -> Iterator[None]:
+    """Let a pipeline that takes no `latents` draw given noise, in this order: its module uses `randn_tensor`."""
+    module: Any = sys.modules[type(pipeline).__module__]
+    draw, given = module.randn_tensor, list(draws)
+
+    def drawn(shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        return given.pop(0) if given and tuple(shape) == tuple(given[0].shape) else draw(shape, *args, **kwargs)
+
+    module.randn_tensor = drawn
     try:
         yield
     finally:

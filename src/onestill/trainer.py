@@ -22,13 +22,12 @@ from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anch
 from onestill.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, rotate, write_checkpoint
 from onestill.conditions import Conditions
 from onestill.config import DistillConfig
-from onestill.sampler import generate_images, student_generator, teacher_generator, to_device
+from onestill.sampler import VALIDATION_SEED, generate_images, student_generator, teacher_generator, to_device
 from onestill.student import Student
 from onestill.teachers.base import Teacher
 from onestill.tensors import Cond
 from onestill.trajectory import STEPS
 
-VALIDATION_SEED = 1_000_000
 ANCHOR_SEED = 2**31
 
 
@@ -78,7 +77,7 @@ class Trainer:
         student: The student.
         conditions: Where conditions are drawn from.
         teacher_fingerprint: Hash of the teacher's weights, kept with every checkpoint.
-        prompts_fingerprint: Hash of its prompts, likewise; "" without.
+        prompts_fingerprint: Hash of its prompts, and of what draws pictures from them, likewise; "" without.
     """
 
     def __init__(
@@ -167,6 +166,8 @@ class Trainer:
             return
         names = ("seed", "num_anchors", "num_anchor_steps", "solver", "t_min", "train_batch_size")
         made_with = {name: getattr(config, name) for name in names} | {"teacher": self.teacher_fingerprint}
+        if self.prompts_fingerprint:
+            made_with["prompts"] = self.prompts_fingerprint
         path = config.output_dir / f"anchors-{rank}.safetensors"
         self.anchors = read_anchors(path, made_with)
         if self.anchors is not None:

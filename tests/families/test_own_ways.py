@@ -186,7 +186,7 @@ def test_a_folder_with_safety_checker_and_watermarker_loads_without_the_former(t
 
 def test_low_resolution_rows_are_the_pipelines_own() -> None:
     teacher = teacher_of("if-super-resolution")
-    pictures = teacher.family.beside.example(teacher.pipeline, 2)["image"]  # type: ignore[union-attr]  # it has one
+    pictures = teacher.picture.example(teacher.pipeline, 2)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     # The second draw of each seed's generator; the first is the large picture's noise.
     blur = torch.stack([[torch.randn(3, 16, 16, generator=g) for _ in range(2)][1] for g in generators])
@@ -210,7 +210,7 @@ def test_a_chain_conditions_on_what_its_base_draws() -> None:
     base, teacher = teacher_of("if"), teacher_of("if-super-resolution")
     eps, blur, cond = noise_of(base, 2), noise_of(teacher, 2, seed=1), conditions_of(base)
     rows = teacher.rows_beside(base.one_step, eps, cond, blur)
-    assert set(rows) == set(teacher.family.beside.kept)  # type: ignore[union-attr]  # it has one
+    assert set(rows) == set(teacher.picture.kept)
     assert rows["low_res"].shape == (2, 3, 16, 16)
     x = noise_of(teacher, 2, seed=2)
     apart = teacher.denoised(x, 0.5, {**conditions_of(teacher), **rows}) - teacher.denoised(

@@ -13,9 +13,11 @@ import pytest
 import typer
 from pipelines import build
 from runs_helpers import call_cli, teacher_folder
+from test_conformance import perturbed, teacher_of
 
 from onestill import cli
 from onestill.config import DistillConfig, make_config, read_yaml
+from onestill.export import export_student
 from onestill.prompt_plan import refuse_prompts
 from onestill.teachers.load import EMBEDDED, FAMILIES, FAMILY_OF_PIPELINE
 
@@ -27,6 +29,7 @@ TINY = {
     "dit-xl": ("dit", []),
     "flux": ("flux", ["--height", 16, "--width", 16, "--max_sequence_length", 16]),
     "if-xl": ("if", []),
+    "if-xl-stage2": ("if-super-resolution", []),
     "pixart": ("pixart-alpha", []),
     "sd15": ("sd-epsilon", []),
     "sd21-base": ("sd-epsilon", []),
@@ -54,6 +57,11 @@ def parsed(words: list[str]) -> dict[str, Any]:
     group: Any = typer.main.get_command(cli.app)
     command: click.Command = group.commands[words[0]]
     return {k: v for k, v in command.make_context(words[0], words[1:]).params.items() if v not in (None, [], False)}
+
+
+def export_of_stage_1(folder: Path) -> Path:
+    export_student(perturbed(teacher_of("if")), folder)
+    return folder
 
 
 def test_there_are_recipes_and_a_table_of_them() -> None:
@@ -135,6 +143,8 @@ def test_a_recipe_fits_the_class_it_names(name: str, tmp_path: Path, monkeypatch
     (tmp_path / "p.txt").write_text("a photo\na drawing\n")
     own: list[object] = ["--prompt_file", tmp_path / "p.txt", "--prompt_cache_dir", tmp_path / "cache"]
     text = "--prompt_file" in words
+    if "--base_student" in words:
+        own += ["--base_student", export_of_stage_1(tmp_path / "base")]
     outcome = call_cli(
         *words, "--teacher", teacher, "--output_dir", tmp_path / "run", "--device", "cpu", *(own if text else []), *small,
         "--dry_run",

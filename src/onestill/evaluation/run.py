@@ -79,6 +79,7 @@ class Settings:
         class_labels: Labels to go round; all if empty.
         prompts: Prompts to go round, for text teachers.
         prompts_from: Where they come from, for the protocol.
+        base_student: Who draws the pictures that every row enlarges, for the protocol; "" if none does.
         neighbours: k of precision and recall.
         measure_speed: Whether to time the rows.
         guidance_scale: What was distilled in, for the protocol.
@@ -91,6 +92,7 @@ class Settings:
     class_labels: tuple[int, ...] = ()
     prompts: Sequence[str] = ()
     prompts_from: str = ""
+    base_student: str = ""
     neighbours: int = 3
     measure_speed: bool = True
     guidance_scale: float | None = None
@@ -126,7 +128,7 @@ def compare_sources(
     rows: list[Row] = []
     shown: dict[str, Tensor] = {}
     wanted: _Wanted | None = None
-    notes: tuple[str, ...] = (f"prompts: {settings.prompts_from}",) if settings.prompts_from else ()
+    notes = _notes(settings)
     for name, source, is_student in sources:
         say(f"{name}: {settings.num_samples:,} images")
         cond = source.conditions(settings.num_samples, settings.class_labels, settings.prompts, seed=settings.seed)
@@ -229,6 +231,15 @@ def _clip_score(clip: ClipScore, pictures: Iterator[Tensor], prompts: Sequence[s
         scores.append(clip(batch.clamp(-1, 1), prompts[done : done + len(batch)]))
         done += len(batch)
     return float(torch.cat(scores).double().mean())
+
+
+def _notes(settings: Settings) -> tuple[str, ...]:
+    notes = [f"prompts: {settings.prompts_from}"] if settings.prompts_from else []
+    if settings.base_student:
+        notes.append(
+            f"every row enlarges what {settings.base_student} draws in one step, which its evaluations and its time include"
+        )
+    return tuple(notes)
 
 
 def _of_latents(extractor: FeatureExtractor, source: Candidate) -> bool:
@@ -408,6 +419,10 @@ def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureEx
         alpha, sigma = (broadcast(v, images) for v in process.alpha_sigma(as_times(t, len(images))))
         # What the images show is not said: the null condition where there is one, else the same for all.
         cond = to_device(teacher.null_rows(teacher.example_rows(len(images))), device)
+        if isinstance(teacher, PipelineTeacher) and teacher.family.beside is not None:
+            # Each image beside itself made small, as a super-resolution network expects.
+            small = torch.nn.functional.interpolate(images, scale_factor=1 / teacher.picture.usual_factor, mode="area")
+            cond |= to_device(teacher.picture_rows(small, fixed.expand_as(images)), device)
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
     if hasattr(network, "mid_block"):

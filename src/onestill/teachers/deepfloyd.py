@@ -20,6 +20,8 @@ from onestill.tensors import Cond
 
 NOISE_LEVEL = 250
 """How much noise stage II mixes into the low-resolution picture, of 1000: its pipeline's own default."""
+ENLARGES = 4
+"""How many times the published stage II enlarges its picture: 64 to 256 pixels."""
 
 # A prompt must not depend on whether the two packages that clean captions are installed.
 ARGUMENTS = {"clean_caption": False}
@@ -69,12 +71,22 @@ def low_res_rows(pipeline: Any, pictures: Tensor, noise: Tensor, noise_level: in
     return {"low_res": noised, "class_labels": levels}
 
 
-def example_pictures(pipeline: Any, num: int) -> dict[str, Any]:
-    """Return arguments of stage II's call with some low-resolution pictures, each a slope of another colour."""
+def example_pictures(pipeline: Any, num: int) -> Tensor:
+    """Return some low-resolution pictures, each a slope of another colour, a quarter of stage II's size."""
     config = pipeline.unet.config
-    size, channels = max(config.sample_size // 4, 1), noisy_channels(config)
+    size, channels = max(config.sample_size // ENLARGES, 1), noisy_channels(config)
     slope = torch.linspace(-1, 1, size).expand(channels, size, size)
-    return {"image": torch.stack([slope * (1 - i / 2) for i in range(num)]), "noise_level": NOISE_LEVEL}
+    return torch.stack([slope * (1 - i / 2) for i in range(num)])
+
+
+def picture_arguments(pictures: Tensor, noise_level: int) -> dict[str, Any]:
+    """Return the arguments of stage II's call that give it low-resolution pictures."""
+    return {"image": pictures, "noise_level": noise_level}
+
+
+def num_noise_levels(pipeline: Any) -> int:
+    """Return how many noise levels stage II's pipeline knows."""
+    return int(pipeline.image_noising_scheduler.config.num_train_timesteps)
 
 
 def noisy_channels(config: Any) -> int:
@@ -103,6 +115,16 @@ STAGE_2 = Family(
     arguments=ARGUMENTS,
     result=lambda output: output.images,  # from -1 to 1 already
     without=WITHOUT,
-    beside=Beside("low_res", ("low_res", "class_labels"), noisy_channels, example_pictures, low_res_rows),
+    beside=Beside(
+        name="low_res",
+        kept=("low_res", "class_labels"),
+        channels=noisy_channels,
+        example=example_pictures,
+        arguments=picture_arguments,
+        rows=low_res_rows,
+        num_levels=num_noise_levels,
+        level=NOISE_LEVEL,
+        usual_factor=ENLARGES,
+    ),
 )
 FAMILIES = (STAGE_1, STAGE_2)

@@ -61,15 +61,23 @@ class Beside:
         name: Name of the condition.
         kept: Names of all conditions that come with the picture: a guided step has them in both halves.
         channels: From the network's config to the number of noisy channels, which come first.
-        example: From (pipeline, number of images) to the call's arguments that give it some pictures.
-        rows: From (pipeline, pictures in [-1, 1], noise of the sample's shape) to the conditions in `kept`.
+        example: From (pipeline, number of images) to some pictures in [-1, 1], [B, C, h, w].
+        arguments: From (pictures, level) to the call's arguments that give them to the pipeline.
+        rows: From (pipeline, pictures in [-1, 1], noise of the sample's shape, level) to the conditions in `kept`.
+        num_levels: From the pipeline to the number of noise levels it knows.
+        level: How much noise is mixed into the pictures.
+        usual_factor: How many times larger than the picture the published networks' samples are.
     """
 
     name: str
     kept: tuple[str, ...]
     channels: Callable[[Any], int]
-    example: Callable[[Any, int], Mapping[str, Any]]
-    rows: Callable[[Any, Tensor, Tensor], Cond]
+    example: Callable[[Any, int], Tensor]
+    arguments: Callable[[Tensor, int], Mapping[str, Any]]
+    rows: Callable[[Any, Tensor, Tensor, int], Cond]
+    num_levels: Callable[[Any], int]
+    level: int
+    usual_factor: int
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ class Family:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
         given = {self.prompt: list(conditions), "generator": generators, **self.size(pipeline), **self.arguments}
         if self.beside is not None:
-            given |= self.beside.example(pipeline, len(conditions))
+            given |= self.beside.arguments(self.beside.example(pipeline, len(conditions)), self.beside.level)
         return pipeline(**{**given, **arguments})
 
     def sort_call(self, call: Call, pipeline: Any) -> Call:
@@ -261,6 +269,11 @@ class PipelineTeacher(NetworkTeacher):
             raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
         return self.family.encode(self.pipeline, self.signature, prompts, seeds)
 
+    def of_prompts(self, cond: Cond) -> Cond:
+        """Return the conditions that prompts decide: without those that come with a picture, if the teacher takes one."""
+        kept = () if self.family.beside is None else self.family.beside.kept
+        return {name: value for name, value in cond.items() if name not in kept}
+
     def encoder_identity(self) -> str:
         """Return a name for what turns prompts into conditions: the same name is the same conditions."""
         facts = (
@@ -268,7 +281,10 @@ class PipelineTeacher(NetworkTeacher):
             encoders.plain_config(self.network.config),  # type: ignore[attr-defined]  # a pipeline's network has one
             getattr(self.pipeline, "vae_scale_factor", None),
             sorted(self.family.arguments.items()),
-            [(name, tuple(value.shape[1:]), str(value.dtype)) for name, value in sorted(self.example_cond.items())],
+            [
+                (name, tuple(v.shape[1:]), str(v.dtype))
+                for name, v in sorted(self.of_prompts(self.example_cond).items())
+            ],
         )
         return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
 
@@ -307,9 +323,39 @@ class PipelineTeacher(NetworkTeacher):
         Raises:
             ValueError: If this teacher takes no picture.
         """
+        self.picture  # noqa: B018 - before the earlier model is put to work
+        return self.picture_rows(base(eps, base_cond), noise)
+
+    @property
+    def picture(self) -> Beside:
+        """What is known of the picture that the teacher takes; ValueError if it takes none."""
         if self.family.beside is None:
             raise ValueError(f"a {type(self.pipeline).__name__} takes no picture of an earlier model")
-        return self.family.beside.rows(self.pipeline, base(eps, base_cond), noise)
+        return self.family.beside
+
+    def picture_rows(self, pictures: Tensor, noise: Tensor) -> Cond:
+        """Return the conditions made of pictures [B, C, h, w] in [-1, 1] and of `noise` [B, *sample_shape].
+
+        Raises:
+            ValueError: If this teacher takes no picture.
+        """
+        return self.picture.rows(self.pipeline, pictures, noise, self.picture.level)
+
+    def set_picture(self, level: int, pictures: Tensor | None = None) -> None:
+        """Set the noise level of the pictures, and the pictures of its checks; changes the teacher in place.
+
+        Args:
+            level: How much noise is mixed into each picture.
+            pictures: Some real ones, [N, C, h, w] in [-1, 1], which example calls go round from now on; None to
+                leave what they have.
+
+        Raises:
+            ValueError: If this teacher takes no picture.
+        """
+        beside = replace(self.picture, level=level)
+        if pictures is not None:
+            beside = replace(beside, example=lambda _, num: pictures[[i % len(pictures) for i in range(num)]])
+        self.family = replace(self.family, beside=beside)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of latents; pixels are images already."""
