@@ -297,7 +297,8 @@ def main() -> None:
     def timed(name: str, work: Callable[[], Any]) -> None:
         started = time.process_time()
         work()
-        spent[name] = (time.process_time() - started) / 60
+        if (seconds := time.process_time() - started) > 1:  # what was there already took none
+            spent[name] = seconds / 60
 
     timed("both teachers", lambda: make_teachers(folder, tuple(args.teacher_steps)))
     timed("student I", lambda: distil(folder, 1, args.student_steps[0], 32, args.seed, num_anchors=768))
