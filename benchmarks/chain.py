@@ -2,7 +2,8 @@
 
     python benchmarks/chain.py --output_dir runs/chain --picture docs/images/chain.png
 
-Pictures of a coloured shape on a coloured background, with captions ("a red disc on a blue background"). Stage I, an
+Pictures of a coloured shape on a coloured ground, with captions ("a red disc on grass"; each ground has a word of its
+own, since a T5 of random weights hardly knows the order of words). Stage I, an
 `IFPipeline`, draws 8x8 pixels and stage II, an `IFSuperResolutionPipeline`, enlarges them to 32x32; both read captions
 through a frozen T5 of random weights. The distillation of stage II sees captions and what the distilled stage I draws.
 What is in the output folder already is used again.
@@ -42,8 +43,9 @@ PALETTE = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
 }
+GROUNDS = {"brick": "red", "grass": "green", "sea": "blue", "sand": "yellow", "snow": "white", "coal": "black"}
 SHAPES = ("disc", "square", "triangle")
-CAPTIONS = [f"a {c} {s} on a {b} background" for c in PALETTE for s in SHAPES for b in PALETTE if b != c]
+CAPTIONS = [f"a {c} {s} on {g}" for c in PALETTE for s in SHAPES for g, b in GROUNDS.items() if b != c]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
 WIDTH = 32
 VARIANTS = 40
@@ -67,7 +69,7 @@ def draw(captions: list[str], generator: torch.Generator, size: int = LARGE) -> 
         [{"disc": disc, "square": square, "triangle": triangle}[w[2]][i] for i, w in enumerate(words)]
     )
     inside = (0.5 - distance * size / 2).clamp(0, 1)[:, None]
-    return torch.lerp(colours([w[5] for w in words]), colours([w[1] for w in words]), inside)
+    return torch.lerp(colours([GROUNDS[w[4]] for w in words]), colours([w[1] for w in words]), inside)
 
 
 def shrink(images: Tensor) -> Tensor:
@@ -266,7 +268,7 @@ def colour_accuracy(images: Tensor, captions: list[str]) -> float:
     names, half = list(PALETTE), images.shape[-1] // 2
     middle = images[:, :, half - 1 : half + 1, half - 1 : half + 1].mean((2, 3))
     corners = torch.stack([images[:, :, y, x] for y in (0, -1) for x in (0, -1)]).mean(0)
-    wanted = torch.tensor([[names.index(c.split()[1]), names.index(c.split()[5])] for c in captions])
+    wanted = torch.tensor([[names.index(c.split()[1]), names.index(GROUNDS[c.split()[4]])] for c in captions])
     found = torch.stack([torch.cdist(values, palette).argmin(1) for values in (middle, corners)], 1)
     return float((found == wanted).all(1).float().mean())
 
@@ -280,8 +282,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/chain"))
     parser.add_argument("--picture", type=Path, default=Path("chain.png"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--teacher_steps", type=int, nargs=2, default=(800, 500))
-    parser.add_argument("--student_steps", type=int, nargs=2, default=(400, 250))
+    parser.add_argument("--teacher_steps", type=int, nargs=2, default=(3000, 1000))
+    parser.add_argument("--student_steps", type=int, nargs=2, default=(1200, 500))
     parser.add_argument("--num_test", type=int, default=60)
     parser.add_argument("--num_inference_steps", type=int, default=20)
     args = parser.parse_args()
@@ -301,11 +303,11 @@ def main() -> None:
             spent[name] = seconds / 60
 
     timed("both teachers", lambda: make_teachers(folder, tuple(args.teacher_steps)))
-    timed("student I", lambda: distil(folder, 1, args.student_steps[0], 32, args.seed, num_anchors=768))
+    timed("student I", lambda: distil(folder, 1, args.student_steps[0], 32, args.seed, num_anchors=2304))
     base = folder / "student-1"
     timed(
         "student II",
-        lambda: distil(folder, 2, args.student_steps[1], 12, args.seed, num_anchors=256, base_student=base),
+        lambda: distil(folder, 2, args.student_steps[1], 12, args.seed, num_anchors=512, base_student=base),
     )
 
     chains = Chains(folder, args.num_inference_steps)
