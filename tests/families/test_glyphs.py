@@ -20,7 +20,7 @@ from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.report import Report
-from onestill.evaluation.run import embedded_reference
+from onestill.evaluation.run import NO_KERNEL, embedded_reference
 from onestill.runs import read_run_config
 from onestill.teachers.load import EMBEDDED, load_teacher
 
@@ -99,6 +99,9 @@ def test_an_evaluation_judges_held_out_prompts(run: Path, tmp_path: Path) -> Non
     for row in report.rows:
         assert row.prompt_accuracy is not None and list(row.prompt_accuracy) == ["all", *judge().heads]
         assert row.clip_score is not None and row.label_accuracy is None
+        # An unbiased estimate takes its two sets for independent, and these show the same captions.
+        assert row.kernel_distance is None and row.frechet_distance is not None
+    assert NO_KERNEL in notes and report.protocol.kernel_subset_size is None
 
     # The same numbers by hand, from the same pictures.
     prompts = (GLYPHS.folder / "heldout.txt").read_text(encoding="utf-8").splitlines()[:20]
@@ -124,6 +127,7 @@ def test_named_prompts_win_over_held_out_ones(run: Path, tmp_path: Path) -> None
     report = Report.load(tmp_path / "report")
     assert report.protocol.notes[0] == "prompts: 2 of given ones, in turn"
     assert "no prompt accuracy: no prompt is of the classifier's kind" in report.protocol.notes[1]
+    assert report.rows[-1].kernel_distance is not None and NO_KERNEL not in report.protocol.notes
     assert report.rows[-1].prompt_accuracy is None and report.rows[-1].clip_score is not None
     assert "CLIP↑" in outcome.out and "prompt↑" not in outcome.out and "part by part" not in outcome.out
 

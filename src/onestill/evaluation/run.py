@@ -34,6 +34,7 @@ NUM_SHOWN = 100
 REFERENCE_SEED = 10_000_000
 MIDDLE_LOG_SNR = 2.0
 SPEED_ROUNDS = 5
+NO_KERNEL = "no kernel distance: every row and the reference show the same prompts, and its estimator takes them for independent"
 
 
 class Candidate(Protocol):
@@ -62,10 +63,17 @@ class Candidate(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """Images to compare with, and what they are."""
+    """Images to compare with, and what they are.
+
+    Attributes:
+        images: [N, C, H, W], or latents.
+        name: What they are, in words.
+        prompts: Prompts that they show, where that is known.
+    """
 
     images: Tensor
     name: str
+    prompts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ def compare_sources(
     rows: list[Row] = []
     shown: dict[str, Tensor] = {}
     wanted: _Wanted | None = None
+    paired = False
     notes = _notes(settings)
     for name, source, is_student in sources:
         say(f"{name}: {settings.num_samples:,} images")
@@ -135,10 +144,13 @@ def compare_sources(
         seeds = range(settings.seed, settings.seed + settings.num_samples)
         if not rows and "prompt" in cond:
             wanted, reading = _what_prompts_want(extractor, cond["prompt"])
-            notes += reading + _cut_prompts(clip, cond["prompt"])
+            paired = not set(cond["prompt"]).isdisjoint(reference.prompts)
+            notes += (*reading, *([NO_KERNEL] if paired else []), *_cut_prompts(clip, cond["prompt"]))
         images = _samples(source, extractor, seeds, cond, settings)
         shown[name] = images[:NUM_SHOWN] if not _of_latents(extractor, source) else _shown(source, seeds, cond)
         row = _row(name, source, is_student, images, cond, real, extractor, wanted, settings, seconds)
+        if paired:
+            row = row.model_copy(update={"kernel_distance": None, "kernel_distance_std": None})
         if clip is not None:
             say(f"{name}: CLIP score")
             pictures = _pictures(source, extractor, images, seeds, cond, settings.batch_size)
@@ -159,8 +171,8 @@ def compare_sources(
         device=f"{settings.device}, {torch.get_num_threads()} threads" if settings.device == "cpu" else settings.device,
         clip_model=None if clip is None else clip.name,
         large_batch_size=settings.batch_size if settings.measure_speed else None,
-        kernel_subset_size=size,
-        kernel_num_subsets=50,
+        kernel_subset_size=None if paired else size,
+        kernel_num_subsets=None if paired else 50,
         neighbours=settings.neighbours,
         speedup_over=sources[0][0] if settings.measure_speed else None,
         versions=package_versions(),
@@ -344,7 +356,8 @@ def teacher_reference(source: Candidate, extractor: FeatureExtractor, settings: 
     first = REFERENCE_SEED if settings.seed + num <= REFERENCE_SEED else settings.seed + num
     cond = source.conditions(num, settings.class_labels, settings.prompts, seed=first)
     images = _samples(source, extractor, range(first, first + num), cond, settings)
-    return Reference(images, f"the teacher's own {source.num_steps}-step samples, seeds {first}..")
+    name = f"the teacher's own {source.num_steps}-step samples, seeds {first}.."
+    return Reference(images, name, settings.prompts)
 
 
 def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
@@ -379,7 +392,9 @@ def embedded_reference(name: str) -> Reference:
     """Return the real images that an embedded teacher ships for evaluation."""
     images = load_file(EMBEDDED[name].folder / "images.safetensors")["images"]
     pictures = images.float() * (2 / EMBEDDED[name].white) - 1
-    return Reference(pictures, f"the {len(images):,} real {name} (only ever read by evaluate)")
+    held_out = EMBEDDED[name].heldout
+    prompts = [] if held_out is None else held_out.read_text(encoding="utf-8").splitlines()
+    return Reference(pictures, f"the {len(images):,} real {name} (only ever read by evaluate)", prompts)
 
 
 def choose_features(
