@@ -344,6 +344,12 @@ def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None
         api.export(run, precious, overwrite=True)
     assert len(snapshot(precious)) == 12
 
+    teacher = copied(teacher_folder(), tmp_path / "teacher")
+    before = snapshot(teacher)
+    with pytest.raises(ValueError, match="is no exported student, so --overwrite does not replace it"):
+        api.export(run, teacher, overwrite=True)
+    assert snapshot(teacher) == before
+
 
 @pytest.mark.parametrize(
     ("student", "arguments", "message"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from onestill import card, pictures
+from onestill.chain import choose_base
 from onestill.checks import (
     PIPELINE_FOLDER,
     check_count,
@@ -27,11 +29,10 @@ from onestill.evaluation import run as evaluation
 from onestill.evaluation.clip import ClipScore, check_pictures
 from onestill.evaluation.features import FeatureExtractor
 from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
-from onestill.export import MODULE_FILE, export_student
+from onestill.export import export_student, is_exported
 from onestill.prompt_plan import use_negative_prompt
 from onestill.prompts import PromptFile
 from onestill.runs import (
-    base_of_run,
     check_student_request,
     load_source,
     open_student,
@@ -363,7 +364,13 @@ def _teacher_of(
     elif teacher is not None:
         null = config.null_class if null_class is None and config is not None else null_class
         base = load_teacher(
-            teacher, local_files_only=offline, null_class=null, device=str(device), arguments=student.arguments
+            teacher,
+            local_files_only=offline,
+            null_class=null,
+            device=str(device),
+            arguments=student.arguments,
+            t_max=None if config is None else config.t_max,
+            variant=None if config is None else config.variant,
         )
     else:
         assert student.run is not None
@@ -469,15 +476,15 @@ def export(
         raise ValueError(f"--student {path} is no run and no checkpoint-N folder of one")
     if output.exists() and not overwrite:
         raise ValueError(f"--output {output} exists; name another folder, or give --overwrite to replace it")
-    exported = any((output / name).is_file() for name in ("model_index.json", MODULE_FILE))
-    if output.exists() and not exported:
+    if output.exists() and not is_exported(output):
         raise ValueError(f"--output {output} is no exported student, so --overwrite does not replace it")
     check_writable(output.absolute().parent, "output")
     config = read_run_config(run)
     restored = restore_student(path, config, resolve_device(device))
-    if config.base_student is not None and config.base_student.is_dir():
-        # Its pictures are those of the self-check; what is written does not depend on them.
-        base_of_run(run, config, restored.teacher, resolve_device(device))
+    if config.base_student is not None:
+        # Its pictures are those of the self-check; what is written does not depend on them, so it may be gone.
+        with contextlib.suppress(ValueError):
+            choose_base(restored.teacher, config.base_student, config.noise_level, device=resolve_device(device))
     check_student_request(restored, config, target_time or 0.0, guidance_scale)
     facts = card.Facts(
         guidance=guidance_words(config, guidance_scale),

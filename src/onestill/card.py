@@ -16,9 +16,14 @@ TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill eva
 TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
 NOISE_LEVEL = "onestill_noise_level"
 BASE_CALL = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
-small = base("a photo of a cat", num_inference_steps=1, guidance_scale=1.0, output_type="pt").images
+small = base("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images
 """
 NO_TABLE = "Not evaluated yet: `onestill evaluate --student RUN` writes the table here."
+
+
+def is_card(path: Path) -> bool:
+    """Return whether a file is a card of this package, filled in by somebody or not."""
+    return path.is_file() and TABLE_START in path.read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)

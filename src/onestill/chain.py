@@ -20,7 +20,7 @@ from onestill.sampler import VALIDATION_SEED, noise, to_device
 from onestill.student import last_layer, time_embeddings
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import INDEX, PipelineTeacher, examples
+from onestill.teachers.family import INDEX, PipelineTeacher, examples, read_call
 from onestill.teachers.load import load_teacher
 from onestill.tensors import Cond, without_autocast
 
@@ -218,7 +218,7 @@ def open_base(path: str | Path) -> BaseStudent:
             "export a checkpoint of it with onestill export"
         )
     try:
-        teacher = load_teacher(folder, local_files_only=True)
+        teacher = load_teacher(folder, local_files_only=True, arguments=read_call(folder))
     except ValueError as error:
         raise ValueError(f"--base_student {path}: {str(error).removeprefix(f'{folder}: ')}") from error
     if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:

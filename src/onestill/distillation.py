@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -154,6 +155,11 @@ def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, An
                 f"--{name} {given[name]} was given with a teacher object; name it where the object is made: "
                 "load_teacher(..., arguments={...})"
             )
+    if others := sorted(set(asked) - set(CALL_ARGUMENTS)):
+        raise ValueError(
+            f"the teacher object was loaded with the argument {others[0]} = {asked[others[0]]}, which a run cannot record, so "
+            f"that it could not be opened again; it records {', '.join(CALL_ARGUMENTS)}"
+        )
     t_max = spec.t_max if given.get("t_max") is None else given["t_max"]
     facts = {"teacher": spec.source or PYTHON_OBJECT, "null_class": spec.null_class, "t_max": t_max}
     return {**facts, **{name: asked.get(name) for name in CALL_ARGUMENTS}}
@@ -175,18 +181,23 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     check_device(config.device)
     check_tracker(config.report_to)
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
-    base = teacher or load_teacher(
-        config.teacher,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        local_files_only=config.local_files_only,
-        null_class=config.null_class,
-        t_max=config.t_max,
-        arguments=config.call_arguments,
+    # Its null condition and its pictures may be replaced here, and the caller's stay.
+    base = (
+        copy.copy(teacher)
+        if teacher is not None
+        else load_teacher(
+            config.teacher,
+            revision=config.revision,
+            variant=config.variant,
+            cache_dir=config.cache_dir,
+            local_files_only=config.local_files_only,
+            null_class=config.null_class,
+            t_max=config.t_max,
+            arguments=config.call_arguments,
+        )
     )
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
-        base = with_t_max(teacher, config.t_max)
+        base = with_t_max(base, config.t_max)
     base_student = choose_base(base, config.base_student, config.noise_level)
     if base_student is not None:
         config = _with_picture(config, base)

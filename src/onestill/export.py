@@ -135,6 +135,12 @@ def export_student(
     return error
 
 
+def is_exported(folder: Path) -> bool:
+    """Return whether a folder is an exported student: one may be replaced by another, and nothing else may."""
+    is_pipeline = (folder / "model_index.json").is_file() and card.is_card(folder / "README.md")
+    return is_pipeline or (folder / MODULE_FILE).is_file()
+
+
 def _write_unet2d(student: Student, folder: Path, t: float, guidance_scale: float | None) -> None:
     from diffusers import ConsistencyModelPipeline
 

@@ -243,6 +243,11 @@ def _messages(plan: PromptPlan, config: DistillConfig) -> tuple[str, ...]:
     size = missing * plan.cache.row_bytes / 1e6
     cached = f"{missing:,} to encode into {plan.cache.folder} ({size:,.1f} MB)" if missing else "all encoded already"
     found = [f"{prompts.path}: {len(prompts):,} prompts{repeated}{drawn}; {cached}", *plan.cache.messages]
+    if plan.base_cache is not None and len(lacking := plan.base_cache.missing(plan.keys)):
+        size = len(lacking) * plan.base_cache.row_bytes / 1e6
+        found.append(f"{len(lacking):,} to encode for --base_student into {plan.base_cache.folder} ({size:,.1f} MB)")
+    if plan.base_cache is not None:
+        found.extend(plan.base_cache.messages)
     teacher = plan.teacher
     if num_cut := plan.num_cut():
         most = teacher.prompt_limit

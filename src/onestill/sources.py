@@ -266,9 +266,10 @@ def open_pipeline(
         if class_name not in UNET2D_PIPELINES:
             pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
             family = FAMILY_OF_PIPELINE.get(class_name) or plain_family(index, pipeline)
+            family = family.asking(read_call(folder))
             if base_student is not None:
                 return _open_enlarging(family, pipeline, folder, device, run, config, base_student)
-            return _open_family(family.asking(read_call(folder)), pipeline, folder, device, run, config)
+            return _open_family(family, pipeline, folder, device, run, config)
         pipeline = load_pipeline(folder, device)
         network = pipeline.unet.config
     except (OSError, ValueError, AttributeError) as error:
@@ -381,6 +382,7 @@ def _open_enlarging(
         config=config,
         calls=2,
         text=True,
+        arguments=family.asked,
         base=base,
         noise_level=level,
     )

@@ -200,6 +200,20 @@ def test_a_teacher_object_brings_its_own(tmp_path: Path) -> None:
         onestill.sample(teacher=made, arguments={"height": 8, "width": 8}, prompts=["red"])
 
 
+def test_a_teacher_object_stays_as_it_is_and_is_all_recorded(tmp_path: Path) -> None:
+    made = load_teacher(teacher("sd-epsilon"))
+    own = {**FAST, "prompt_file": place() / "p.txt", "prompt_cache_dir": tmp_path / "cache", "max_train_steps": 1}
+    before = {name: value.clone() for name, value in made.null_cond.items()}
+    run = tmp_path / "run"
+    onestill.distill(made, run, dry_run=True, negative_prompt="ugly", guidance_scale=2.0, show_progress=False, **own)
+    assert all(torch.equal(made.null_cond[name], value) for name, value in before.items())
+
+    other = load_teacher(teacher("flux"), arguments={"height": 16, "width": 16, "guidance_scale": 1.0})
+    with pytest.raises(ValueError, match=r"the argument guidance_scale = 1\.0, which a run cannot record"):
+        onestill.distill(other, run, show_progress=False, **own)
+    assert not run.exists()
+
+
 def test_more_tokens_are_cut_later(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a photo of it\n" + " ".join(["red cat"] * 5) + "\n")
     values = {

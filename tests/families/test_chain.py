@@ -252,6 +252,8 @@ def test_a_base_student_that_moved_or_changed(tmp_path: Path) -> None:
     shutil.copytree(place() / "base", base)
     outcome = call_cli(*flags)
     assert outcome.code == 2 and "it has changed since" in outcome.words
+    # What is written does not depend on its pictures.
+    assert export(tmp_path / "two", tmp_path / "out-2", device="cpu") <= 1e-4
     with pytest.warns(UserWarning, match="trained on the pictures of another student"):
         onestill.sample(tmp_path / "two", prompts=["it"], num_images=1, base_student=base, device="cpu")
 
@@ -279,6 +281,24 @@ def test_a_teacher_enlarges_what_the_base_student_draws() -> None:
     images = onestill.sample(base_student=place() / "base", **common)
     other = onestill.sample(base_student=place() / "base", noise_level=0, **common)
     assert images.shape == (2, 3, 16, 16) and (images - other).abs().max() > 1e-4
+
+
+def test_a_chain_at_another_size(tmp_path: Path) -> None:
+    first = {name: v for name, v in settings(tmp_path / "cache").items() if name != "base_student"}
+    small: dict[str, Any] = {"max_train_steps": 1, "lr_warmup_steps": 0, "show_progress": False}
+    onestill.distill(folder_of("if"), tmp_path / "one", height=16, width=16, **{**first, **small})
+    assert open_base(tmp_path / "one").shape == (3, 16, 16)
+    own = {**settings(tmp_path / "cache", base_student=tmp_path / "one"), **small}
+    result = onestill.distill(folder_of(SR), tmp_path / "two", height=32, width=32, **own)
+    assert result.export_error is not None and result.export_error <= 1e-4
+    both = [
+        onestill.sample(student, prompts=["it"], num_images=1, device="cpu")
+        for student in (tmp_path / "two", tmp_path / "two" / "checkpoint-1")
+    ]
+    assert both[0].shape == (1, 3, 32, 32)
+    torch.testing.assert_close(*both, atol=1e-4, rtol=0)
+    few: dict[str, Any] = {"num_samples": 10, "steps": (1,), "num_reference_steps": 1, "measure_speed": False}
+    assert len(onestill.evaluate(tmp_path / "two", device="cpu", **few).rows) == 2
 
 
 def test_playing_with_a_chain(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ NUM_SHOWN = 100
 REFERENCE_SEED = 10_000_000
 MIDDLE_LOG_SNR = 2.0
 SPEED_ROUNDS = 5
-NO_KERNEL = "no kernel distance: every row and the reference show the same prompts, and its estimator takes them for independent"
+NO_KERNEL = "no kernel distance: rows and reference show the same prompts, at least in part, and its estimator takes them for independent"
 
 
 class Candidate(Protocol):
@@ -148,9 +148,7 @@ def compare_sources(
             notes += (*reading, *([NO_KERNEL] if paired else []), *_cut_prompts(clip, cond["prompt"]))
         images = _samples(source, extractor, seeds, cond, settings)
         shown[name] = images[:NUM_SHOWN] if not _of_latents(extractor, source) else _shown(source, seeds, cond)
-        row = _row(name, source, is_student, images, cond, real, extractor, wanted, settings, seconds)
-        if paired:
-            row = row.model_copy(update={"kernel_distance": None, "kernel_distance_std": None})
+        row = _row(name, source, is_student, images, cond, real, extractor, wanted, paired, settings, seconds)
         if clip is not None:
             say(f"{name}: CLIP score")
             pictures = _pictures(source, extractor, images, seeds, cond, settings.batch_size)
@@ -292,11 +290,15 @@ def _row(
     real: Tensor,
     extractor: FeatureExtractor,
     wanted: _Wanted | None,
+    paired: bool,
     settings: Settings,
     seconds: dict[str, tuple[float, float]],
 ) -> Row:
     fake = extract(extractor, images)
-    kernel, spread = metrics.kernel_distance(real, fake, subset_size=_subset_size(len(real), len(fake)), num_subsets=50)
+    kernel = spread = None
+    if not paired:
+        size = _subset_size(len(real), len(fake))
+        kernel, spread = metrics.kernel_distance(real, fake, subset_size=size, num_subsets=50)
     precision, recall = metrics.precision_recall(real, fake, k=settings.neighbours)
     label_accuracy = prompt_accuracy = None
     if isinstance(extractor, ClassifierFeatures):

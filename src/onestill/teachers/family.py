@@ -245,7 +245,7 @@ class PipelineTeacher(NetworkTeacher):
         super().__init__(getattr(pipeline, family.network), spec, self._call)
         self.family, self.pipeline, self.folder = family, pipeline, folder
         self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
-        self.encoders_released = False
+        self._released: list[bool] = []  # shared by shallow copies, as the pipeline is
 
     def _call(self, network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
         x_t = self.family.pack(x_t, self.signature.constant)
@@ -297,10 +297,15 @@ class PipelineTeacher(NetworkTeacher):
         """Return whether each prompt is longer than that."""
         return encoders.are_cut(self.pipeline, prompts, self.family.asked.get("max_sequence_length"))
 
+    @property
+    def encoders_released(self) -> bool:
+        """Whether the text encoders have left memory, so that `encode` is over."""
+        return bool(self._released)
+
     def release_encoders(self) -> None:
         """Let the text encoders and tokenizers go; `encode` is over, everything else stays."""
         encoders.release(self.pipeline)
-        self.encoders_released = True
+        self._released.append(True)
 
     @torch.no_grad()
     def one_step(self, eps: Tensor, cond: Cond) -> Tensor:
