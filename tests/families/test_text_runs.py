@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 import onestill
 from onestill.config import make_config
 from onestill.distillation import make_trainer, prepare
+from onestill.evaluation.run import NO_KERNEL
 from onestill.prompt_plan import choose
 from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.load import load_teacher
@@ -93,7 +94,8 @@ def test_the_whole_way(tmp_path: Path) -> None:
     outcome = call_cli("evaluate", "--student", run, *few, "--json")
     assert outcome.code == 0, outcome.err
     protocol = json.loads(outcome.out)["protocol"]
-    assert "mid_block of latents" in protocol["extractor"] and protocol["notes"] == ["prompts: 20 of p.txt, in turn"]
+    assert "mid_block of latents" in protocol["extractor"]
+    assert protocol["notes"] == ["prompts: 20 of p.txt, in turn", NO_KERNEL]
     assert protocol["guidance_scale"] == 2
     assert (run / "evaluation" / "samples.png").is_file()
 
