@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from onestill.pictures import check_output, is_picture, read_pixels, save_grid, save_rows, save_samples, to_pil
+from onestill.play import Sheet
 
 
 def shade(num: int, value: float, channels: int = 1, size: int = 8) -> Tensor:
@@ -136,7 +137,7 @@ def test_large_samples_are_not_shrunk(tmp_path: Path) -> None:
     assert contains(sheet, np.asarray(to_pil(noise)[0])) == 1
 
 
-@pytest.mark.parametrize("shape", [(2,), (1,), (2, 8, 8)])
+@pytest.mark.parametrize("shape", [(2,), (1,)])
 def test_points_are_scattered(tmp_path: Path, shape: tuple[int, ...]) -> None:
     rows = {"teacher": torch.randn(50, *shape), "student": torch.randn(50, *shape)}
     sheet = read_pixels(save_rows(rows, tmp_path / "points.png", title="step 10"))
@@ -166,6 +167,16 @@ def test_grid_can_be_enlarged(tmp_path: Path) -> None:
     assert read_pixels(save_grid(shade(4, 0.0), tmp_path / "grid.png", size=32)).shape == (64, 64, 3)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 8, 8), (4, 8, 8), (2, 8)])
+def test_rows_of_what_is_no_picture_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"no pictures; --output can hold them as .safetensors"):
+        save_rows({"a": torch.zeros(2, *shape)}, tmp_path / "new" / "x.png")
+    sheet = Sheet(torch.zeros(1, 2, *shape), ("a",), ("", ""))
+    with pytest.raises(ValueError, match="no pictures"):
+        sheet.save(tmp_path / "new" / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Samples on disk
 
 
@@ -189,6 +200,21 @@ def test_samples_as_a_folder_are_named_by_their_seeds(tmp_path: Path) -> None:
     for seed, value in ((41, 0), (42, 128), (43, 255)):
         with Image.open(folder / f"{seed:06d}.png") as picture:
             assert picture.size == (8, 8) and picture.getpixel((0, 0)) == (value,) * 3
+
+
+def test_a_folder_loses_the_pictures_of_other_seeds_alone(tmp_path: Path) -> None:
+    save_samples(shade(3, 0.0), tmp_path, seed=9)
+    save_samples(shade(1, 0.0), tmp_path, seed=1_234_567)
+    assert {path.name for path in tmp_path.iterdir()} == {"1234567.png"}
+    mine = {"photo.png", "12345.png", "0123456.png", "000001.jpg", "000002.png.png"}
+    for name in mine:
+        (tmp_path / name).touch()
+    (tmp_path / "000007.png").mkdir()
+    with pytest.raises(ValueError, match="no pictures"):
+        save_samples(torch.zeros(2, 4, 8, 8), tmp_path, seed=0)
+    assert (tmp_path / "1234567.png").is_file()
+    save_samples(shade(1, 0.0), tmp_path, seed=3)
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "000007.png", "000003.png"}
 
 
 @pytest.mark.parametrize("name", ["new.png", "new.safetensors", "new", "deep/new.png"])

@@ -27,8 +27,10 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from onestill.export import export_student
 from onestill.process import PREDICTION_TYPES, VE, CosineVP, DiscreteVP, FlowMatching, Process, choose_t_max
 from onestill.sampler import noise
+from onestill.student import Student
 from onestill.teachers import unet2d
 from onestill.teachers.base import NetworkTeacher, Threshold
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
@@ -341,7 +343,9 @@ def test_an_old_folder_with_its_network_beside_the_index_loads(uncond_teacher_fo
 def test_variants_are_found(uncond_teacher_folder: Path) -> None:
     weights = uncond_teacher_folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert load_teacher(uncond_teacher_folder, variant="fp16").spec.sample_shape == (1, 8, 8)
+    teacher = load_teacher(uncond_teacher_folder, variant="fp16")
+    assert teacher.spec.sample_shape == (1, 8, 8)
+    assert export_student(Student(teacher), uncond_teacher_folder.parent / "out") <= 1e-4
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors"):
         load_teacher(uncond_teacher_folder)
 

@@ -252,12 +252,13 @@ def evaluate(
     )
     if output is not None:
         report.save(output, overwrite=overwrite)
-        pictures.save_rows(
-            {k: v[:16] for k, v in shown.items()},
-            Path(output) / PICTURE_NAME,
-            title="same noise in every column",
-            columns=asked[:16],
-        )
+        if pictures.can_be_shown(next(iter(shown.values())).shape[1:]):
+            pictures.save_rows(
+                {k: v[:16] for k, v in shown.items()},
+                Path(output) / PICTURE_NAME,
+                title="same noise in every column",
+                columns=asked[:16],
+            )
         if one_step.folder is not None:
             card.write_table(one_step.folder, report.to_markdown())
     return report

@@ -57,9 +57,14 @@ class BaseStudent:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of its weights, its schedule and its text encoders: the same pictures, or not."""
+        """A hash of its weights, the decoder's included, its schedule and its text encoders: the same pictures, or not."""
         facts = f"{self.teacher.fingerprint()} {self.teacher.encoder_identity()}"
-        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+        digest, pipeline = hashlib.blake2b(facts.encode(), digest_size=8), self.teacher.pipeline
+        hashed = {self.teacher.family.network, *encoders.parts(pipeline)}
+        for name, part in sorted(pipeline.components.items()):
+            if name not in hashed and isinstance(part, torch.nn.Module):
+                encoders.add_module(digest, name, part)
+        return digest.hexdigest()
 
     @torch.no_grad()
     @without_autocast

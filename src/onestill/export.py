@@ -85,7 +85,17 @@ def export_student(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    facts = facts or card.Facts()
+    try:
+        error = _write_checked(student, partial, t, guidance_scale, facts or card.Facts())
+        _put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return error
+
+
+def _write_checked(student: Student, partial: Path, t: float, guidance_scale: float | None, facts: card.Facts) -> float:
+    """Write all of an export into an empty folder; return the difference that its self-check found."""
     if isinstance(student.teacher, PipelineTeacher):
         baked = student.bake(t, guidance_scale)
         plain = student.teacher.write_student(baked, partial)
@@ -106,7 +116,6 @@ def export_student(
         _write_module(student, partial, t, guidance_scale)
         error = _check_module(student, partial, t, guidance_scale)
     if not error <= SELF_CHECK_TOLERANCE:
-        shutil.rmtree(partial)
         raise RuntimeError(
             f"export self-check failed: the reloaded folder's images differ from the student's by {error:.1e} "
             f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
@@ -120,6 +129,11 @@ def export_student(
         card.write_card(partial, student.spec, facts, error, arguments, family.returns, noise_level=level)
     else:
         card.write_card(partial, student.spec, facts, error)
+    return error
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Give a finished export its name, in the place of an older one if there is one."""
     if folder.exists():
         old = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
@@ -132,7 +146,6 @@ def export_student(
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(partial, folder)
-    return error
 
 
 def is_exported(folder: Path) -> bool:

@@ -23,7 +23,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from onestill.teachers.family import PipelineTeacher, load_stock
+from onestill.teachers.family import PipelineTeacher
 
 LORA_FOLDER, SCHEDULER_FILE = "lora", "scheduler_config.json"
 # Attention projections and the linear layers of feed-forwards, as diffusers names them.
@@ -172,19 +172,14 @@ def write_lora(teacher: PipelineTeacher, network: nn.Module, embeddings: Mapping
     """
     spec, family = teacher.spec, teacher.family
     scheduler = family.one_step(teacher.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])
-    parts = {family.network: teacher.network, "scheduler": scheduler, **_left_out(teacher)}
+    parts = {family.network: teacher.network, "scheduler": scheduler}
     # No copy of the network; what else the pipeline has goes where it is.
     device = next(network.parameters()).device
-    pipeline = load_stock(type(teacher.pipeline), teacher.folder, parts).to(device)
+    pipeline = teacher.load_afresh(parts).to(device)
     tensors = adapter_tensors(network, without=tuple(embeddings))
     tensors |= constant_updates(teacher, pipeline, embeddings)
     type(pipeline).save_lora_weights(folder, **{f"{family.network}_lora_layers": tensors}, safe_serialization=True)
     scheduler.save_pretrained(folder)
-
-
-def _left_out(teacher: PipelineTeacher) -> dict[str, None]:
-    """Return the components that a family neither loads nor writes, if it has such."""
-    return dict.fromkeys(getattr(teacher.family, "without", ()))
 
 
 @torch.no_grad()
@@ -219,6 +214,6 @@ def load_with_lora(teacher: PipelineTeacher, folder: Path) -> Any:
     """Return the teacher's own pipeline, loaded afresh, with a LoRA file and the scheduler beside it."""
     kind = json.loads((folder / SCHEDULER_FILE).read_text(encoding="utf-8"))["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True)
-    pipeline = load_stock(type(teacher.pipeline), teacher.folder, {"scheduler": scheduler, **_left_out(teacher)})
+    pipeline = teacher.load_afresh({"scheduler": scheduler})
     pipeline.load_lora_weights(folder, local_files_only=True, use_safetensors=True)
     return pipeline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,7 @@ def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
         ValueError: If the samples have no shape of a picture (1 or 3 channels).
     """
     if not is_picture(images.shape[1:]):
-        raise ValueError(
-            f"samples of shape {list(images.shape[1:])} are no pictures; --output can hold them as .safetensors"
-        )
+        raise ValueError(_no_pictures(images))
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     pictures = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert("RGB") for p in pixels]
     return [p.resize((size, size), Image.Resampling.BICUBIC) for p in pictures] if size else pictures
@@ -35,6 +34,15 @@ def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
 def is_picture(shape: torch.Size | tuple[int, ...]) -> bool:
     """Return whether a sample of this shape can be drawn as an image."""
     return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def can_be_shown(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Return whether `save_rows` shows samples of this shape: images, or points."""
+    return is_picture(shape) or len(shape) == 1
+
+
+def _no_pictures(samples: Tensor) -> str:
+    return f"samples of shape {list(samples.shape[1:])} are no pictures; --output can hold them as .safetensors"
 
 
 def save_rows(
@@ -51,9 +59,15 @@ def save_rows(
 
     Returns:
         `path`.
+
+    Raises:
+        ValueError: If the samples are neither images (1 or 3 channels) nor points.
     """
+    first = next(iter(rows.values()))
+    if not can_be_shown(first.shape[1:]):
+        raise ValueError(_no_pictures(first))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not is_picture(next(iter(rows.values())).shape[1:]):
+    if not is_picture(first.shape[1:]):
         return _save_scatter(rows, path, title)
     _sheet(rows, title, size, columns).save(path)
     return path
@@ -189,7 +203,10 @@ def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
 
 
 def save_samples(images: Tensor, path: Path, seed: int) -> Path:
-    """Write samples as a grid (.png), as they are (.safetensors), or one PNG for each seed (a folder)."""
+    """Write samples as a grid (.png), as they are (.safetensors), or one PNG for each seed (a folder).
+
+    A folder loses the PNGs of seeds that it holds already, and nothing else.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
@@ -198,7 +215,11 @@ def save_samples(images: Tensor, path: Path, seed: int) -> Path:
         return path
     if path.suffix == ".png":
         return save_grid(images, path, size=max(64, images.shape[-1]))
+    drawn = to_pil(images)
     path.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(to_pil(images)):
+    for old in path.glob("*.png"):
+        if re.fullmatch(r"\d{6}|[1-9]\d{6,}", old.stem, re.ASCII) and old.is_file():
+            old.unlink()
+    for i, picture in enumerate(drawn):
         picture.save(path / f"{seed + i:06d}.png")
     return path

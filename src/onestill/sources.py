@@ -21,6 +21,7 @@ from onestill.config import DistillConfig
 from onestill.export import load_pipeline
 from onestill.sampler import Generate, Rows, student_generator, teacher_generator
 from onestill.student import Student
+from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock, read_call
 from onestill.teachers.generic import plain_family
@@ -194,8 +195,11 @@ def _around(
     base_student: BaseStudent | None = None,
 ) -> Source:
     """Return a source around what a network makes: prompts are encoded before it, latents decoded behind it."""
-    decodes = isinstance(base, PipelineTeacher) and base.family.decode is not None
+    decodes = isinstance(base, PipelineTeacher) and base.family.latents
+    clips = clips or (isinstance(base, PipelineTeacher) and base.family.decode is not None)
     encode = base.encode if isinstance(base, PipelineTeacher) and base.spec.text else None
+    if isinstance(base, PipelineTeacher) and base_student is not None:
+        encoders.share(base.pipeline, base_student.teacher.pipeline)
 
     def latents(eps: Tensor, rows: Rows) -> Tensor:
         if isinstance(base, PipelineTeacher) and base_student is not None:
@@ -206,7 +210,7 @@ def _around(
     def decode(made: Tensor) -> Tensor:
         images = base.decode(made)
         # As an exported pipeline leaves them.
-        return images.clamp(-1, 1) if clips or decodes else images
+        return images.clamp(-1, 1) if clips else images
 
     return Source(
         name,
@@ -340,8 +344,8 @@ def _open_family(
         run=run,
         config=config,
         text=text,
-        latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.decode is not None else None,
-        decodes=family.decode is not None,
+        latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.latents else None,
+        decodes=family.latents,
         encode=(lambda prompts: family.encode(pipeline, signature(), prompts)) if text else None,
         arguments=family.asked,
     )
@@ -362,6 +366,7 @@ def _open_enlarging(
     (seen,) = record(lambda: family.call(pipeline, examples(family, 1), arguments), network)
     shape = tuple(family.sort_call(seen, pipeline).x_t.shape[1:])
     check_shape(base, shape)
+    encoders.share(pipeline, base.teacher.pipeline)
     recorded = card.noise_level(folder) if config is None else config.noise_level
     level = beside.level if recorded is None else recorded
 
@@ -383,6 +388,7 @@ def _open_enlarging(
         calls=2,
         text=True,
         arguments=family.asked,
+        decodes=family.latents,
         base=base,
         noise_level=level,
     )

@@ -148,7 +148,7 @@ class Trainer:
             ends = progress.step == config.max_train_steps
             if ends or progress.step % config.validation_steps == 0:
                 log.picture, log.validation_rms = self.validate()
-            if ends or progress.step % config.logging_steps == 0 or log.picture:
+            if ends or progress.step % config.logging_steps == 0 or log.validation_rms is not None:
                 self._write_log(log)
             if ends or progress.step % config.checkpointing_steps == 0:
                 log.checkpoint = self.save()
@@ -290,7 +290,10 @@ class Trainer:
     # What is shown
 
     def validate(self) -> tuple[Path | None, float]:
-        """Draw student beside teacher from the same noise; return (picture, RMS difference of the two)."""
+        """Draw student beside teacher from the same noise; return (picture, RMS difference of the two).
+
+        There is no picture of what cannot be shown in one, such as a video or a sound.
+        """
         config, spec = self.config, self.teacher.spec
         seeds = range(VALIDATION_SEED, VALIDATION_SEED + config.num_validation_images)
         cond = self.conditions.grid(len(seeds))
@@ -306,6 +309,8 @@ class Trainer:
             return None, rms
         rows = {f"teacher, {config.num_teacher_steps} steps": self._teacher_images, "student, 1 step": images}
         rows = {caption: self._decoded(row) for caption, row in rows.items()}
+        if not pictures.can_be_shown(next(iter(rows.values())).shape[1:]):
+            return None, rms
         path = config.output_dir / "samples" / f"step-{self.progress.step:06d}.png"
         pictures.save_rows(rows, path, title=f"step {self.progress.step}", columns=self.conditions.captions)
         for tracker in self.accelerator.trackers if self.config.report_to else ():

@@ -120,6 +120,7 @@ def test_frames_and_tokens_of_a_video(tmp_path: Path) -> None:
     folder = run("wan", height=32, width=48, num_frames=5, max_sequence_length=16)
     together = drawn(folder, tmp_path / "a.safetensors", "--student")
     assert together.shape == (2, 3, 5, 32, 48)
+    assert not (folder / "samples").exists(), "a video has no sheet of pictures"
     alone = drawn(copied(folder / "pipeline", tmp_path / "alone"), tmp_path / "b.safetensors", "--student")
     assert torch.equal(together, alone)
     assert "frames = pipe(" in card(folder / "pipeline") and "pipeline_tag: text-to-video" in card(folder / "pipeline")

@@ -32,12 +32,13 @@ from vp_pipelines import if_parts, if_scheduler, if_unet
 
 import onestill
 from onestill.api import export
-from onestill.chain import BASE_SEED, PictureConditions, open_base, second_noise
+from onestill.chain import BASE_SEED, BaseStudent, PictureConditions, open_base, second_noise
 from onestill.config import make_config
 from onestill.distillation import make_trainer, prepare
 from onestill.export import export_student
 from onestill.runs import open_student
 from onestill.sampler import VALIDATION_SEED, noise
+from onestill.teachers import encoders
 from onestill.teachers.deepfloyd import low_res_rows
 from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.load import load_teacher
@@ -183,6 +184,15 @@ def test_stages_that_share_their_encoders_encode_once(tmp_path: Path) -> None:
     prompts = ["" if gone else prompt for prompt, gone in zip(prompts, empty, strict=True)]
     eps, blur = torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 3, 16, 16, generator=generator)
     base = open_base(tmp_path / "base")
+    pipeline, drawn = build(SR), base.teacher.pipeline
+    rows = base.teacher.encode(prompts)
+    pipeline.text_encoder.load_state_dict({n: v + 1 for n, v in drawn.text_encoder.state_dict().items()})
+    encoders.share(pipeline, drawn)
+    assert pipeline.text_encoder is not drawn.text_encoder
+    pipeline = build(SR)
+    encoders.share(pipeline, drawn)
+    assert pipeline.text_encoder is drawn.text_encoder
+    assert all(torch.equal(rows[name], value) for name, value in base.teacher.encode(prompts).items())
     expected = low_res_rows(teacher_of(SR).pipeline, base.pictures(eps, base.teacher.encode(prompts)), blur, 250)
     torch.testing.assert_close(cond["low_res"], expected["low_res"], atol=1e-5, rtol=0)
 
@@ -274,6 +284,30 @@ def test_evaluation_counts_one_call_for_each_stage() -> None:
     source.base.teacher.network.register_forward_hook(lambda *_: calls.append("base"))  # type: ignore[attr-defined]
     source.generate(noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
     assert calls == ["base"]
+
+
+def test_a_first_stage_is_evaluated_on_its_teachers_features(tmp_path: Path) -> None:
+    few = ["--num_samples", 10, "--steps", "1", "--num_reference_steps", 2, "--device", "cpu", "--batch_size", 5]
+    outcome = call_cli("evaluate", "--student", first_run(), *few, "--json", "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    extractor = json.loads(outcome.out)["protocol"]["extractor"]
+    assert "the teacher's own mid_block" in extractor and "latents" not in extractor
+    assert not any(teacher_of(name).family.latents for name in ("if", SR)) and teacher_of("sd-epsilon").family.latents
+    # A teacher's row is thresholded and clamped as the student's is.
+    source = onestill.load_source(teacher=folder_of("if"), num_inference_steps=1, device="cpu")
+    assert not source.decodes and source.latents is None
+    images = source.generate(3 * noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
+    assert images.abs().max() <= 1
+
+
+def test_a_base_students_fingerprint_is_of_its_decoder_too() -> None:
+    teacher = load_teacher(folder_of("sd-epsilon"))
+    assert isinstance(teacher, PipelineTeacher)
+    one, same, other = (BaseStudent(teacher, Path()) for _ in range(3))
+    assert one.fingerprint == same.fingerprint
+    with torch.no_grad():
+        teacher.pipeline.vae.decoder.conv_out.weight.mul_(2)
+    assert other.fingerprint != one.fingerprint
 
 
 def test_a_teacher_enlarges_what_the_base_student_draws() -> None:

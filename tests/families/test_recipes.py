@@ -113,7 +113,10 @@ def test_what_is_embedded_is_set_as_for_the_numbers(name: str) -> None:
     source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
     recipe = read_yaml(ROOT / "recipes" / f"{name}.yaml")
     found = re.search(r"SETTINGS: dict\[str, Any\] = (\{.*?\n\})", source, re.DOTALL)
-    assert found and {"teacher": name, **eval(found.group(1))} == {**recipe, "learning_rate": 1e-3}
+    assert found and {"teacher": name, **eval(found.group(1))} == {
+        **recipe,
+        "learning_rate": float(recipe["learning_rate"]),
+    }
 
 
 @pytest.mark.parametrize("name", ["digits", "glyphs"])

@@ -89,3 +89,12 @@ def test_a_dit_of_other_classes_than_its_pipeline_guides_with(tmp_path: Path) ->
     )
     pipeline = DiTPipeline(transformer, vae(), build("dit").scheduler)
     assert "the network has 10 classes, but DiTPipeline guides with label 1000" in refusal(pipeline, tmp_path / "t")
+
+
+@pytest.mark.parametrize("entry", [[], ["diffusers"], ["diffusers", 3]])
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "LattePipeline", "DDPMPipeline"])
+def test_an_index_with_a_broken_entry(kind: str, entry: list[Any], tmp_path: Path) -> None:
+    index = {"_class_name": kind, "_ignored": [], "unet": entry, "scheduler": ["diffusers", "DDIMScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    text = message(tmp_path)
+    assert f"model_index.json gives 'unet' as {json.dumps(entry)}, not as [library, class]" in text and "\n" not in text

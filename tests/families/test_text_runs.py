@@ -30,7 +30,9 @@ import onestill
 from onestill.config import make_config
 from onestill.distillation import make_trainer, prepare
 from onestill.evaluation.run import NO_KERNEL
+from onestill.export import export_student
 from onestill.prompt_plan import choose
+from onestill.student import Student
 from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.load import load_teacher
 
@@ -440,3 +442,23 @@ def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypa
     assert words in outcome.words and outcome.out == "" and "Traceback" not in outcome.err, outcome.err
     assert [line[:7] for line in outcome.err.splitlines()] == ["error: "], outcome.err
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("own", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+def test_a_teacher_of_a_variant_is_exported(own: dict[str, Any], tmp_path: Path) -> None:
+    build("sd-epsilon").save_pretrained(tmp_path / "t", variant="fp16")
+    once = settings(tmp_path / "cache", variant="fp16", max_train_steps=1, lr_warmup_steps=0, **own)
+    onestill.distill(tmp_path / "t", tmp_path / "run", show_progress=False, **once)
+    names = {path.name for path in (tmp_path / "run" / "pipeline").rglob("*.safetensors")}
+    lora = {"pytorch_lora_weights.safetensors"} if own else set()
+    assert names == {"diffusion_pytorch_model.safetensors", "model.safetensors"} | lora
+    assert onestill.sample(tmp_path / "run", prompts=["it"], num_images=1, device="cpu").shape == (1, 3, 16, 16)
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    teacher = load_teacher(place() / "t")
+    assert isinstance(teacher, PipelineTeacher)
+    teacher.folder = tmp_path / "gone"
+    with pytest.raises(OSError, match="gone"):
+        export_student(Student(teacher), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -443,7 +443,7 @@ def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureEx
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
     if hasattr(network, "mid_block"):
-        decodes = isinstance(teacher, PipelineTeacher) and teacher.family.decode is not None
+        decodes = isinstance(teacher, PipelineTeacher) and teacher.family.latents
         of_what = " of latents" if decodes else ""
         name = f"the teacher's own mid_block{of_what} at log-SNR {MIDDLE_LOG_SNR:g}"
         return MiddleFeatures(network, look, name=name, of_latents=decodes)

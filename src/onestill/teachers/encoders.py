@@ -31,6 +31,27 @@ def release(pipeline: Any) -> None:
         torch.cuda.empty_cache()
 
 
+def share(pipeline: Any, other: Any) -> None:
+    """Let a pipeline use the text encoders of another in place of equal ones of its own; tokenizers are small."""
+    theirs = parts(other)
+    for name, part in parts(pipeline).items():
+        other_part = theirs.get(name)
+        if isinstance(part, torch.nn.Module) and part is not other_part and _are_equal(part, other_part):
+            setattr(pipeline, name, other_part)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    weights, others = one.state_dict(), other.state_dict()
+    return (
+        plain_config(one.config) == plain_config(other.config)
+        and weights.keys() == others.keys()
+        and all((v.dtype, v.device) == (others[key].dtype, others[key].device) for key, v in weights.items())
+        and all(torch.equal(value, others[key]) for key, value in weights.items())
+    )
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep pipelines from printing every prompt that they cut: those are counted here."""
@@ -53,11 +74,10 @@ def identity(pipeline: Any, facts: Sequence[object]) -> str:
     """
     digest = hashlib.blake2b(repr(tuple(facts)).encode(), digest_size=8)
     for name, part in sorted(parts(pipeline).items()):
-        digest.update(name.encode())
         if isinstance(part, torch.nn.Module):
-            digest.update(plain_config(part.config).encode())
-            _add_weights(digest, part)
+            add_module(digest, name, part)
         else:
+            digest.update(name.encode())
             digest.update(_tokenizer_words(part).encode())
     return digest.hexdigest()
 
@@ -69,9 +89,12 @@ def plain_config(config: Any) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def _add_weights(digest: Any, module: torch.nn.Module) -> None:
-    for name, value in module.state_dict().items():
-        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+def add_module(digest: Any, name: str, module: Any) -> None:
+    """Add a component's name, configuration and weights to a hash."""
+    digest.update(name.encode())
+    digest.update(plain_config(module.config).encode())
+    for key, value in module.state_dict().items():
+        digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -89,7 +89,7 @@ class Family:
         pipelines: Class names of the pipelines.
         network: The component that denoises: "unet" or "transformer".
         schedule: From the pipeline to its schedule.
-        decode: From (pipeline, latents) to images; None where the network works on pixels.
+        decode: From (pipeline, what the network makes) to images; None where that is the images already.
         one_step: From (pipeline, prediction_type, alpha at the start level) to the scheduler of an exported student.
         arguments: Arguments of every call of the pipeline.
         asked: Those of them that were asked for, such as a size.
@@ -108,6 +108,7 @@ class Family:
         set_size: From (network, height and width of x_t) to whether the class's own default size is now that one.
         cut: From (pipeline, what `decode` gives, arguments of every call) to what the pipeline returns of it.
         returns: Where the pipeline's output has its results: "images", "frames" or "audios".
+        on_pixels: Whether `decode` is given pixels, such as to threshold them, and no latents.
     """
 
     name: str
@@ -135,6 +136,12 @@ class Family:
     set_size: Callable[[Any, tuple[int, int]], bool] = lambda network, size: False
     cut: Callable[[Any, Tensor, Mapping[str, Any]], Tensor] = lambda pipeline, decoded, arguments: decoded
     returns: str = "images"
+    on_pixels: bool = False
+
+    @property
+    def latents(self) -> bool:
+        """Whether the network works on latents, which a decoder makes images of."""
+        return self.decode is not None and not self.on_pixels
 
     def asking(self, arguments: Mapping[str, Any]) -> Family:
         """Return the family with these arguments in every call."""
@@ -230,6 +237,7 @@ class PipelineTeacher(NetworkTeacher):
         signature: How its network is called.
         null_cond: The conditions of "no prompt", one row; empty if the pipeline has no guidance.
         example_cond: Those of some prompt.
+        variant: The variant of its weights, such as "fp16".
     """
 
     def __init__(
@@ -241,9 +249,10 @@ class PipelineTeacher(NetworkTeacher):
         signature: Signature,
         null_cond: Cond,
         example_cond: Cond,
+        variant: str | None = None,
     ) -> None:
         super().__init__(getattr(pipeline, family.network), spec, self._call)
-        self.family, self.pipeline, self.folder = family, pipeline, folder
+        self.family, self.pipeline, self.folder, self.variant = family, pipeline, folder, variant
         self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
         self._released: list[bool] = []  # shared by shallow copies, as the pipeline is
 
@@ -383,6 +392,10 @@ class PipelineTeacher(NetworkTeacher):
         exact = ("use_resolution_binning",) if "height" in sizes else ()
         return {**family.export_arguments, **sizes, **{n: family.arguments[n] for n in exact if n in family.arguments}}
 
+    def load_afresh(self, parts: Mapping[str, Any]) -> Any:
+        """Return the pipeline as `load_stock` reads it from where it was loaded, with `parts` in place of its own."""
+        return load_stock(type(self.pipeline), self.folder, _options(self.family.without, self.variant) | dict(parts))
+
     def write_student(self, network: nn.Module, folder: Path) -> Family:
         """Write the pipeline with a student in its network's place: one step, no guidance, everything else stock.
 
@@ -403,8 +416,7 @@ class PipelineTeacher(NetworkTeacher):
             plain = replace(family, arguments=rest)
         alpha = spec.process.level(spec.t_max)[0]
         parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
-        parts |= dict.fromkeys(family.without)
-        load_stock(type(self.pipeline), self.folder, parts).save_pretrained(folder, safe_serialization=True)
+        self.load_afresh(parts).save_pretrained(folder, safe_serialization=True)
         _keep_facts(self.folder / INDEX, folder / INDEX)
         if kept := {name: value for name, value in family.asked.items() if isinstance(value, PLAIN)}:
             (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
@@ -463,7 +475,7 @@ def load_family(
     cls = getattr(diffusers, index["_class_name"])
     pipeline = load_pipeline(folder, index, source, variant, family.without)
     try:
-        return pipeline_teacher(family, pipeline, folder, source)
+        return pipeline_teacher(family, pipeline, folder, source, variant)
     except ValueError as error:
         raise ValueError(f"{source}: {_naming_flags(str(error), family.asked)}") from error
     except (RuntimeError, AttributeError, TypeError, LookupError) as error:
@@ -499,11 +511,15 @@ def load_pipeline(
         ValueError: If a component is missing or a pickle, or it does not load.
     """
     check_components(folder, {n: part for n, part in index.items() if n not in without}, source, variant)
-    parts: dict[str, Any] = {**dict.fromkeys(without), **({"variant": variant} if variant else {})}
     try:
-        return load_stock(getattr(diffusers, index["_class_name"]), folder, parts)
+        return load_stock(getattr(diffusers, index["_class_name"]), folder, _options(without, variant))
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
+
+
+def _options(without: Sequence[str], variant: str | None) -> dict[str, Any]:
+    """Return what `load_stock` is told of the components that are not loaded and of the weights' variant."""
+    return {**dict.fromkeys(without), **({"variant": variant} if variant else {})}
 
 
 def check_components(folder: Path, index: dict[str, Any], source: str, variant: str | None = None) -> None:
@@ -526,8 +542,10 @@ def check_components(folder: Path, index: dict[str, Any], source: str, variant: 
                 raise ValueError(f"{source}: --variant {variant}: {name}/ holds {', '.join(weights)}")
 
 
-def pipeline_teacher(family: Family, pipeline: Any, folder: Path, source: str = "") -> PipelineTeacher:
-    """Return the teacher inside a loaded pipeline, after the self-check.
+def pipeline_teacher(
+    family: Family, pipeline: Any, folder: Path, source: str = "", variant: str | None = None
+) -> PipelineTeacher:
+    """Return the teacher inside a pipeline loaded from `folder`, after the self-check.
 
     Raises:
         ValueError: If the pipeline's schedule or its way of calling the network is not supported, or the
@@ -555,7 +573,7 @@ def pipeline_teacher(family: Family, pipeline: Any, folder: Path, source: str = 
     )
     _check_size(family, pipeline, spec.sample_shape)
     null = {} if null_class is not None else _null_conditions(family, pipeline, signature)
-    teacher = PipelineTeacher(family, pipeline, folder, spec, signature, null, signature.conditions(one))
+    teacher = PipelineTeacher(family, pipeline, folder, spec, signature, null, signature.conditions(one), variant)
     self_check(teacher, schedule.stock)
     if isinstance(vae := getattr(pipeline, "vae", None), nn.Module):
         refuse_non_finite(vae, "vae")  # which the steps above do not use

@@ -60,7 +60,7 @@ def load_generic(
     try:
         network = _network(index)
         pipeline = load_pipeline(folder, index, source, variant)
-        return _first_that_fits(network, pipeline, folder, source, arguments)
+        return _first_that_fits(network, pipeline, folder, source, variant, arguments)
     except ValueError as error:
         message = str(error).removeprefix(f"{source}: ")
         raise ValueError(
@@ -93,12 +93,12 @@ def _network(index: dict[str, Any]) -> str:
 
 
 def _first_that_fits(
-    network: str, pipeline: Any, folder: Path, source: str, arguments: dict[str, Any]
+    network: str, pipeline: Any, folder: Path, source: str, variant: str | None, arguments: dict[str, Any]
 ) -> PipelineTeacher:
     error: ValueError | None = None
     for family in _candidates(network, pipeline, arguments):
         try:
-            teacher = pipeline_teacher(family, pipeline, folder, source)
+            teacher = pipeline_teacher(family, pipeline, folder, source, variant)
         except ValueError as found:
             error = error or found
         except FOREIGN as found:

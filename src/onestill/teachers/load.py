@@ -236,8 +236,12 @@ def _download(
         ) from error
 
 
+def _is_component(entry: list[Any]) -> bool:
+    return len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
+
+
 def read_index(folder: Path, source: str) -> dict[str, Any]:
-    """Return the model_index.json of a pipeline's folder; ValueError if there is none that names a class."""
+    """Return the model_index.json of a pipeline's folder; ValueError if there is none, or a broken one."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise ValueError(f"{source} is no diffusers pipeline: it has no model_index.json")
@@ -247,4 +251,8 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: model_index.json does not parse: {error}") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{source}: model_index.json names no pipeline class (_class_name)")
+    for name, entry in index.items():
+        if isinstance(entry, list) and not name.startswith("_") and not _is_component(entry):
+            said = json.dumps(entry)[:80]
+            raise ValueError(f"{source}: model_index.json gives {name!r} as {said}, not as [library, class]")
     return index
