@@ -184,12 +184,12 @@ def test_stages_that_share_their_encoders_encode_once(tmp_path: Path) -> None:
     prompts = ["" if gone else prompt for prompt, gone in zip(prompts, empty, strict=True)]
     eps, blur = torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 3, 16, 16, generator=generator)
     base = open_base(tmp_path / "base")
-    pipeline, drawn = build(SR), base.teacher.pipeline
-    rows = base.teacher.encode(prompts)
+    drawn, rows = base.teacher.pipeline, base.teacher.encode(prompts)
+    pipeline = DiffusionPipeline.from_pretrained(folder_of(SR))
     pipeline.text_encoder.load_state_dict({n: v + 1 for n, v in drawn.text_encoder.state_dict().items()})
     encoders.share(pipeline, drawn)
     assert pipeline.text_encoder is not drawn.text_encoder
-    pipeline = build(SR)
+    pipeline = DiffusionPipeline.from_pretrained(folder_of(SR))
     encoders.share(pipeline, drawn)
     assert pipeline.text_encoder is drawn.text_encoder
     assert all(torch.equal(rows[name], value) for name, value in base.teacher.encode(prompts).items())
