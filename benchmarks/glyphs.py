@@ -22,13 +22,13 @@ from onestill.evaluation.report import print_report
 
 SETTINGS: dict[str, Any] = {
     "guidance_scale": 3.0,
-    "max_train_steps": 6_000,
+    "max_train_steps": 8_000,
     "train_batch_size": 32,
     "boundary_weight": 0.0,
     "bootstrap_weight": "none",
     "anchor_fraction": 0.75,
-    "num_anchors": 30_000,
-    "num_anchor_steps": 5,
+    "num_anchors": 10_000,
+    "num_anchor_steps": 8,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 100,
