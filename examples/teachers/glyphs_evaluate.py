@@ -6,9 +6,8 @@ those of real renderings of the same captions (masks of a seed of their own).
 
     python examples/teachers/glyphs_evaluate.py --teacher src/onestill/embedded/glyphs --grid runs/glyphs/grid.png
 
-The shipped weights, 500 held-out captions, seeds 0..499, 50 steps: at guidance 2 character 0.936, color and
-background 1.000, style 0.952, family 0.796, Fréchet distance 6.6; at guidance 3 character 0.930 and 7.9. A thousand
-pictures at 50 steps with guidance take about 150 CPU seconds.
+docs/results.md has the numbers of the shipped weights. A thousand pictures at 50 steps with guidance take about 150 CPU
+seconds.
 """
 
 import argparse
