@@ -57,12 +57,12 @@ DEMOS = {
     "glyphs": Demo(
         settings={
             "guidance_scale": 3.0,
-            "max_train_steps": 1200,
+            "max_train_steps": 1000,
             "train_batch_size": 32,
             "boundary_weight": 0.0,
             "bootstrap_weight": "none",
             "anchor_fraction": 0.75,
-            "num_anchors": 3_000,
+            "num_anchors": 2_500,
             "num_anchor_steps": 8,
             "learning_rate": 1e-3,
             "lr_scheduler": "cosine",
