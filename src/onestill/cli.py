@@ -225,23 +225,14 @@ def inspect(
     """Say what a teacher is, and what distilling it would cost with these settings."""
     from onestill.chain import choose_base
     from onestill.checks import check_device, check_start, check_times
+    from onestill.distillation import configured_teacher
     from onestill.inspection import inspect_teacher
     from onestill.prompt_plan import refuse_prompts, use_negative_prompt
-    from onestill.teachers.load import load_teacher
 
     _quiet()
     made = make_config({"output_dir": Path("run"), **settings}, config)
     check_device(made.device)
-    teacher = load_teacher(
-        made.teacher,
-        revision=made.revision,
-        variant=made.variant,
-        cache_dir=made.cache_dir,
-        local_files_only=made.local_files_only,
-        null_class=made.null_class,
-        t_max=made.t_max,
-        arguments=made.call_arguments,
-    )
+    teacher = configured_teacher(made)
     base = (
         choose_base(teacher, made.base_student, made.noise_level)
         if made.base_student or made.noise_level is not None

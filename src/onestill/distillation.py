@@ -165,6 +165,21 @@ def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, An
     return {**facts, **{name: asked.get(name) for name in CALL_ARGUMENTS}}
 
 
+def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> NetworkTeacher:
+    """Return the teacher that a configuration names, loaded as it says; ValueError if it cannot be."""
+    return load_teacher(
+        config.teacher,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        local_files_only=config.local_files_only or local_files_only,
+        null_class=config.null_class,
+        t_max=config.t_max,
+        arguments=config.call_arguments,
+        device=device,
+    )
+
+
 def _absolute(teacher: str) -> str:
     """Return a folder's path so that the run can be opened from anywhere; names and hub ids as they are."""
     is_folder = teacher not in EMBEDDED and Path(teacher).expanduser().is_dir()
@@ -182,20 +197,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     check_tracker(config.report_to)
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
     # Its null condition and its pictures may be replaced here, and the caller's stay.
-    base = (
-        copy.copy(teacher)
-        if teacher is not None
-        else load_teacher(
-            config.teacher,
-            revision=config.revision,
-            variant=config.variant,
-            cache_dir=config.cache_dir,
-            local_files_only=config.local_files_only,
-            null_class=config.null_class,
-            t_max=config.t_max,
-            arguments=config.call_arguments,
-        )
-    )
+    base = copy.copy(teacher) if teacher is not None else configured_teacher(config)
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
         base = with_t_max(base, config.t_max)
     base_student = choose_base(base, config.base_student, config.noise_level)

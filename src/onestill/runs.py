@@ -24,7 +24,7 @@ from onestill.checks import (
     resolve_device,
 )
 from onestill.config import DistillConfig, make_config
-from onestill.distillation import PYTHON_OBJECT, make_student
+from onestill.distillation import PYTHON_OBJECT, configured_teacher, make_student
 from onestill.export import MODULE_FILE
 from onestill.prompt_plan import use_negative_prompt
 from onestill.sources import Source, enlarges, open_pipeline, student_source, teacher_source
@@ -371,17 +371,7 @@ def run_teacher(
     """
     if config.teacher == PYTHON_OBJECT:
         raise ValueError(f"{run} was distilled from a Python object, which a folder cannot name; open it in Python")
-    base = load_teacher(
-        config.teacher,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        local_files_only=config.local_files_only or local_files_only,
-        null_class=config.null_class,
-        t_max=config.t_max,
-        arguments=config.call_arguments,
-        device=str(device),
-    )
+    base = configured_teacher(config, device=str(device), local_files_only=local_files_only)
     facts = run / TEACHER_FILE
     if facts.is_file() and json.loads(facts.read_text(encoding="utf-8"))["fingerprint"] != base.fingerprint():
         raise ValueError(

@@ -157,7 +157,7 @@ def sample_warning(num_real: int, num_fake: int, feature_dim: int) -> str | None
         return None
     return (
         f"the Fréchet distance rests on {num_real} real and {num_fake} generated images in {feature_dim} "
-        f"feature dimensions: with no more images than dimensions it is mostly bias; read the kernel distance"
+        f"feature dimensions: with no more images than dimensions it is mostly bias; take more images"
     )
 
 
