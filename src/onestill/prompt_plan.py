@@ -218,13 +218,13 @@ def _with_base(
     names = tuple(base.teacher.example_cond)
     no_cond = with_prefix(base.teacher.encode([no_prompt]))
     if base.shares_rows(teacher):
-        rows = lambda keys: joined_rows(cache.rows(keys), None, names)  # noqa: E731
+        rows = lambda keys: joined_rows(cache.rows(keys), None, names)  # noqa: E731 - passed on at once
         own = None
         base.fingerprint  # noqa: B018 - of its encoders too, which go here: those of the teacher do the same
         base.teacher.release_encoders()
     else:
         own = PromptCache(cache.root, base.teacher.encoder_identity(), base.teacher.example_cond)
-        rows = lambda keys: joined_rows(cache.rows(keys), lambda: own.rows(keys), names)  # noqa: E731
+        rows = lambda keys: joined_rows(cache.rows(keys), lambda: own.rows(keys), names)  # noqa: E731 - passed on at once
     return replace(encoded, rows=rows, null_cond={**encoded.null_cond, **no_cond}), own
 
 

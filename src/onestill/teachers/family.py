@@ -626,7 +626,7 @@ def _calls(
 ) -> list[Call]:
     """Return the first network call of the pipeline for these conditions; with `until` all of its first step."""
     given = {"num_inference_steps": 2, **family.guided(scale)}
-    run = lambda: family.call(pipeline, conditions, given, seeds=seeds)  # noqa: E731
+    run = lambda: family.call(pipeline, conditions, given, seeds=seeds)  # noqa: E731 - passed on at once
     return [family.sort_call(call, pipeline) for call in record(run, getattr(pipeline, family.network), until)]
 
 
@@ -634,7 +634,7 @@ def _with_shift(process: Process, family: Family, pipeline: Any) -> Process:
     """Return the process under the shift that the pipeline asks a "dynamic" scheduler for, itself elsewhere."""
     if not isinstance(process, FlowMatching) or not pipeline.scheduler.config.get("use_dynamic_shifting", False):
         return process
-    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731
+    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731 - passed on at once
     shift = asked_shift(run, getattr(pipeline, family.network), pipeline.scheduler)
     return FlowMatching(shift, process.net_scale, process.net_offset)
 

@@ -168,7 +168,7 @@ def _result(output: Any) -> Tensor:
 
 def _first_call(family: Family, pipeline: Any) -> float:
     """Return the time in a pipeline's first call of its network, which must work for one prompt alone."""
-    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731
+    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731 - passed on at once
     try:
         (call,) = record(run, getattr(pipeline, family.network))
     except (ValueError, *FOREIGN) as error:
