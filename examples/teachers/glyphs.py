@@ -81,7 +81,7 @@ def build_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
@@ -92,14 +92,14 @@ def build_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(64, 112),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        block_out_channels=(104, 64),
+        layers_per_block=[2, 1],
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=128,
         attention_head_dim=4,  # of diffusers' making: for this class it is the number of heads
-        norm_num_groups=16,
+        norm_num_groups=8,
     )
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
@@ -174,10 +174,11 @@ def main() -> None:
     parser.add_argument("--pool_variants", type=int, default=2)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.vae).to(args.device).eval().requires_grad_(False)
     pipeline = build_pipeline(vae).to(args.device)
