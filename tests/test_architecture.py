@@ -217,6 +217,12 @@ def test_public_names_are_there() -> None:
         onestill.no_such_name  # noqa: B018
 
 
+def test_dir_names_what_is_not_loaded_yet() -> None:
+    printed = in_a_fresh_interpreter("import sys, onestill; print(*dir(onestill)); print('torch' in sys.modules)")
+    names, loaded = printed.splitlines()
+    assert {*onestill.__all__, "__version__"} <= set(names.split()) and loaded == "False"
+
+
 def test_public_names_are_not_shadowed_by_modules() -> None:
     # A module of the name of a function would take its place in the package once it is imported.
     for name in sorted(set(MODULES) - {"onestill", "__main__"}):
