@@ -23,6 +23,7 @@ from onestill.cli.options import (
 from onestill.cli.output import quiet, say
 
 PLAY = "Playing (one of them; the same noise or condition all over)"
+EXAMPLES = {"guidance_scales": "1,2,4,8", "target_times": "1,0.5,0"}
 
 
 def sample(
@@ -92,12 +93,18 @@ def sample(
     ] = False,
     guidance_scales: Annotated[
         str | None,
-        typer.Option("--guidance_scales", help="A row for each w, with commas: 1,2,4,8.", rich_help_panel=PLAY),
+        typer.Option(
+            "--guidance_scales",
+            help=f"A row for each w, with commas: {EXAMPLES['guidance_scales']}.",
+            rich_help_panel=PLAY,
+        ),
     ] = None,
     target_times: Annotated[
         str | None,
         typer.Option(
-            "--target_times", help="A student's prediction at each time, with commas: 1,0.5,0.", rich_help_panel=PLAY
+            "--target_times",
+            help=f"A student's prediction at each time, with commas: {EXAMPLES['target_times']}.",
+            rich_help_panel=PLAY,
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -160,7 +167,9 @@ def sample(
             raise ValueError(f"--num_images {num_images}: --interpolate {interpolate} says how many already")
     # What a list asks for is asked for at once: the scale furthest from none, and the earliest time.
     scale = max(scales, key=lambda w: abs(w - 1)) if scales else guidance_scale
-    source = load_source(student, guidance_scale=scale, target_time=max(times) if times else target_time, **where)
+    time = max(times) if times else target_time
+    with play.asked_by(played):
+        source = load_source(student, guidance_scale=scale, target_time=time, **where)
     if interpolate is not None:
         sheet = play.interpolate(source, interpolate, to_seed=to_seed, **what)
     elif fixed_noise:
@@ -170,7 +179,7 @@ def sample(
     else:
         sheet = play.student_trajectory(source, times, num_images=num_images, **what)
     written = sheet.save(output, overwrite=overwrite)
-    say(f"{sheet.images.shape[0] * sheet.images.shape[1]} images ({played}) -> {written}")
+    say(f"{sheet.images.shape[0] * sheet.images.shape[1]} images (--{played}) -> {written}")
 
 
 def _played(
@@ -186,14 +195,16 @@ def _played(
         ValueError: If there are two.
     """
     flags = {
-        "--interpolate": interpolate is not None,
-        "--fixed_noise": fixed_noise,
-        "--guidance_scales": guidance_scales is not None,
-        "--target_times": target_times is not None,
+        "interpolate": interpolate is not None,
+        "fixed_noise": fixed_noise,
+        "guidance_scales": guidance_scales is not None,
+        "target_times": target_times is not None,
     }
     given = [flag for flag, is_given in flags.items() if is_given]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: give one of them, each is a picture of its own")
+        raise ValueError(
+            f"{' and '.join(f'--{flag}' for flag in given)}: give one of them, each is a picture of its own"
+        )
     if to_seed is not None and interpolate is None:
         raise ValueError(f"--to_seed {to_seed} is where --interpolate goes to; say with it how many images")
     return given[0] if given else None
@@ -205,6 +216,6 @@ def _values(flag: str, text: str, one: float | None) -> list[float]:
 
     if one is not None:
         raise ValueError(f"--{flag} {text} and --{flag.removesuffix('s')} {one:g}: give one or the other")
-    values = numbers(flag, text, float, "numbers with commas, such as 1,0.5,0")
+    values = numbers(flag, text, float, f"numbers with commas, such as {EXAMPLES[flag]}")
     check_values(flag, values)
     return values
