@@ -11,6 +11,8 @@ import functools
 import hashlib
 import io
 import multiprocessing
+import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -162,6 +164,14 @@ def call_cli(*args: object) -> Outcome:
         except SystemExit as end:
             code = 0 if end.code is None else int(end.code)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def go_on_with(said: str) -> list[str]:
+    """Return the command that a stopped run says to go on with, as a shell reads it, without its first word."""
+    (command,) = re.findall(r"Go on with: (.+)$", said, re.MULTILINE)
+    first, *words = shlex.split(command)
+    assert first == "onestill"
+    return words
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

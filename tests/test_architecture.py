@@ -70,6 +70,8 @@ LAYERS = (
     ("api",),
     ("onestill",),
     ("demo",),
+    ("cli.options", "cli.fields", "cli.output"),
+    ("cli.distill", "cli.inspect", "cli.sample", "cli.evaluate", "cli.export", "cli.demo"),
     ("cli",),
     ("__main__",),
 )
@@ -121,7 +123,7 @@ def test_imports_are_seen() -> None:
     assert imports_of("process") == set()
     assert "process" in imports_of("trajectory")
     assert {"objective", "pictures", "sampler"} <= imports_of("trainer")
-    assert "api" in imports_of("cli")
+    assert "cli.sample" in imports_of("cli") and "api" in imports_of("cli.sample")
     assert {"api", "student"} <= imports_of("onestill")
 
 
@@ -213,6 +215,12 @@ def test_public_names_are_there() -> None:
         assert callable(value), f"onestill.{name} is no function or class"
     with pytest.raises(AttributeError, match="module 'onestill' has no attribute 'no_such_name'"):
         onestill.no_such_name  # noqa: B018
+
+
+def test_dir_names_what_is_not_loaded_yet() -> None:
+    printed = in_a_fresh_interpreter("import sys, onestill; print(*dir(onestill)); print('torch' in sys.modules)")
+    names, loaded = printed.splitlines()
+    assert {*onestill.__all__, "__version__"} <= set(names.split()) and loaded == "False"
 
 
 def test_public_names_are_not_shadowed_by_modules() -> None:

@@ -1,8 +1,11 @@
 """The commands as users type them: parse, call, print."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from runs_helpers import (
     call_cli,
     copied,
     finished_run,
+    go_on_with,
     snapshot,
     teacher_folder,
 )
@@ -24,7 +28,11 @@ from safetensors.torch import load_file
 
 import onestill
 from onestill import demo
+from onestill.anchors import Anchors, roll_out
+from onestill.cli import distill as distill_command
 from onestill.config import read_yaml
+from onestill.distillation import RunResult
+from onestill.prompt_cache import BATCH_SIZE, PromptCache
 from onestill.teachers.load import EMBEDDED
 
 FEW = ["--num_samples", 12, "--steps", "2,1", "--num_reference_steps", 2, "--device", "cpu"]
@@ -110,6 +118,114 @@ def test_resume_says_where_from(tmp_path: Path) -> None:
     )
     assert outcome.code == 0, outcome.err
     assert f"resuming from {run / 'checkpoint-4'}" in outcome.words
+
+
+# Ctrl-C. In the midst of the steps it is a signal that the training catches: test_trainer.py
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestill.distillation.prepare", interrupted)
+    outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", tmp_path / "run")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "stopped before the first step; nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestill.distillation.make_trainer", interrupted)
+    outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", tmp_path / "run")
+    assert outcome.code == 130 and outcome.err.endswith("\nstopped before the first step; nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_encoding_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = PromptCache._write
+
+    def write_one(cache: PromptCache, rows: dict[str, torch.Tensor]) -> None:
+        if any(tmp_path.rglob("*.safetensors")):
+            raise KeyboardInterrupt
+        write(cache, rows)
+
+    monkeypatch.setattr(PromptCache, "_write", write_one)
+    monkeypatch.setattr("onestill.prompt_cache.LARGEST_SHARD", 1)  # then a shard is one batch of the encoder
+    outcome = call_cli(
+        "distill", "--teacher", "glyphs", "--output_dir", tmp_path / "run", "--prompt_cache_dir", tmp_path / "cache",
+        "--num_prompts", 100, *as_flags(FAST),
+    )  # fmt: skip
+    assert outcome.code == 130 and "encoding" in outcome.err  # the progress bar
+    (shard,) = tmp_path.rglob("*.safetensors")
+    last = f"stopped before the first step; {BATCH_SIZE} encoded prompts are kept in {shard.parent}, nothing else was written"
+    assert outcome.err.splitlines()[-1] == last
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_ctrl_c_while_making_anchors_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+
+    def one(*args: Any, **kwargs: Any) -> Iterator[Anchors]:
+        for batch in roll_out(*args, **kwargs):
+            yield batch
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("onestill.trainer.roll_out", one)
+        outcome = call_cli(
+            "distill", "--teacher", teacher_folder(), "--output_dir", run, *as_flags(FAST), "--anchor_fraction", 0.5,
+            "--num_anchors", 20,
+        )  # fmt: skip
+    assert outcome.code == 130
+    assert f"stopped before the first step; state saved in {run / 'checkpoint-0'}. Go on with" in outcome.err
+    again = call_cli(*go_on_with(outcome.err))
+    assert again.code == 0 and "loads with plain diffusers" in again.out, again.err
+
+
+def test_ctrl_c_after_the_last_step_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("onestill.distillation.export_student", interrupted)
+        outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", run, *as_flags(FAST))
+    assert outcome.code == 130 and "stopped after the last step; what was saved is kept. Go on with" in outcome.err
+    again = call_cli(*go_on_with(outcome.err))
+    assert again.code == 0 and f"{run / 'pipeline'}: loads with plain diffusers" in again.out
+    assert "was finished before" in call_cli(*go_on_with(outcome.err)).out
+
+
+def test_ctrl_c_before_a_resumed_run_goes_on_says_how_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = copied(finished_run(), tmp_path / "run")
+    for name in ("checkpoint-4", "pipeline"):
+        shutil.rmtree(run / name)
+    config = ["distill", "--config", run / "config.yaml", "--output_dir", run, "--resume_from_checkpoint", "latest"]
+    with monkeypatch.context() as patch:
+        patch.setattr("onestill.trainer.Trainer.restore", interrupted)
+        outcome = call_cli(*config)
+    assert outcome.code == 130 and "stopped before the first step; what was saved is kept. Go on with" in outcome.err
+    again = call_cli(*go_on_with(outcome.err))
+    assert again.code == 0 and f"resuming from {run / 'checkpoint-2'}" in again.err
+
+
+def test_several_processes_go_on_as_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    # Whose arguments those of the one process are: test_trainer.py
+    assert distill_command.go_on(Path("run")).startswith(
+        "torchrun --nproc_per_node 2 -m onestill distill --config run/"
+    )
+
+
+def test_ctrl_c_in_other_commands_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestill.api.export", interrupted)
+    outcome = call_cli("export", "--student", finished_run(), "--output", tmp_path / "out")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_in_the_training_of_a_demo_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = RunResult(tmp_path / "demo", step=1, stopped_by=signal.SIGINT)
+    monkeypatch.setattr(demo, "distill", lambda *_, **__: stopped)
+    monkeypatch.setattr(demo, "evaluate", lambda *_, **__: pytest.fail("it went on"))
+    outcome = call_cli("demo", "digits", "--output_dir", tmp_path / "demo")
+    assert outcome.code == 130 and outcome.err.splitlines()[1:] == ["stopped"] and outcome.out == ""
 
 
 # inspect

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import onestill
 from onestill import runs
-from onestill.play import Sheet, between, slerp
+from onestill.play import Sheet, asked_by, between, slerp
 from onestill.sampler import noise
 
 PLACES = torch.linspace(0, 1, 9, dtype=torch.float64)
@@ -196,8 +196,33 @@ def test_nothing_is_loaded_twice_or_drawn_before_everything_is_known_to_fit(monk
     onestill.student_trajectory(source, [1.0, 0.5, 0.25, 0.0])
     assert len(restored) == 1
     monkeypatch.setattr("onestill.play.generate_images", lambda *a, **k: pytest.fail("drawn too early"))
-    with pytest.raises(ValueError, match="--guidance_scale 9 is outside 1 to 3"):
+    with pytest.raises(ValueError, match="--guidance_scales 9 is outside 1 to 3"):
         onestill.guidance_sweep(source, [1.0, 2.0, 9.0])
+
+
+class OtherError(ValueError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("flag", "said", "heard"),
+    [
+        (
+            "guidance_scales",
+            "--guidance_scale 9; --guidance_scale_min 1",
+            "--guidance_scales 9; --guidance_scale_min 1",
+        ),
+        ("target_times", "--target_time 2, not --target_times", "--target_times 2, not --target_times"),
+        ("target_times", "--guidance_scale 9", "--guidance_scale 9"),
+        ("fixed_noise", "--fixed_noise, --guidance_scale 9", "--fixed_noise, --guidance_scale 9"),
+    ],
+)
+def test_who_refuses_a_value_of_a_list_names_the_list(flag: str, said: str, heard: str) -> None:
+    with pytest.raises(ValueError) as refusal, asked_by(flag):  # noqa: PT011 - compared below
+        raise OtherError(said)
+    assert str(refusal.value) == heard
+    # What names no such flag passes as it is.
+    assert refusal.type is (OtherError if said == heard else ValueError)
 
 
 # Pictures

@@ -23,6 +23,7 @@ from runs_helpers import (
     Interruption,
     as_flags,
     call_cli,
+    go_on_with,
     interrupt_at,
     same_state,
     start_cli,
@@ -352,7 +353,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_by_bit(tmp_path: Path, uninterr
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
 def test_signals_save_and_exit_cleanly(tmp_path: Path, uninterrupted: Path, number: int, code: int) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
+    run, log = tmp_path / "my run", tmp_path / "log"
     # No checkpoint is due before the end: what is there afterwards was written because of the signal.
     settings = {**LONG, "checkpointing_steps": 1000, "logging_steps": 1}
     process = start_cli(log, "distill", "--teacher", teacher_folder(), "--output_dir", run, *as_flags(settings))
@@ -365,9 +366,12 @@ def test_signals_save_and_exit_cleanly(tmp_path: Path, uninterrupted: Path, numb
     assert "Traceback" not in said and "Error" not in said
     (folder,) = list_checkpoints(run)
     assert 0 < step_of(folder) < 45
-    assert f"stopped at step {step_of(folder)}; state saved in" in said and "--resume_from_checkpoint latest" in said
+    assert f"stopped at step {step_of(folder)}; state saved in {folder}. Go on with: onestill distill" in said
     assert not (run / "pipeline").exists()
-    assert same_state(go_on(run), uninterrupted)
+    # What is printed works as it stands: without the flags of before, and with a space in the path.
+    outcome = call_cli(*go_on_with(said))
+    assert outcome.code == 0, outcome.err
+    assert same_state(run / "checkpoint-45", uninterrupted)
 
 
 def test_all_processes_stop_after_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,9 @@ def run_demo(
     _make_room(output_dir, overwrite)
     check_output_dir(output_dir, resuming=False)
     say(f"distilling the embedded {teacher} teacher: {settings['max_train_steps']} steps, no image is read")
-    distill(teacher, output_dir, seed=seed, device=device, **settings)
+    stopped_by = distill(teacher, output_dir, seed=seed, device=device, **settings).stopped_by
+    if stopped_by is not None:  # a signal that the training has caught ends the whole demo
+        signal.raise_signal(stopped_by)
     report = evaluate(
         output_dir,
         num_samples=demo.num_samples,

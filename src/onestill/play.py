@@ -5,8 +5,10 @@ Each function takes a source (`onestill.load_source`) and returns a `Sheet`: the
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -265,9 +267,8 @@ def guidance_sweep(
         ValueError: If the source does not take these scales.
     """
     check_values("guidance_scales", guidance_scales)
-    settings = [(w, None) for w in guidance_scales]
     num = (min(len(prompts), MOST_IMAGES) or MOST_IMAGES) if num_images is None else num_images
-    images, words = _at_each(source, settings, num, seed, class_labels, prompts, batch_size)
+    images, words = _at_each(source, "guidance_scales", guidance_scales, num, seed, class_labels, prompts, batch_size)
     rows = tuple(f"w = {w:g}" for w in guidance_scales)
     columns = words or tuple(f"seed {i}" for i in range(seed, seed + num))
     return Sheet(images, rows, columns, "the same noise in every column", down=True)
@@ -298,10 +299,9 @@ def student_trajectory(
         ValueError: If the source is no student of a run, or was not trained for these times.
     """
     check_values("target_times", target_times)
-    settings = [(None, t) for t in target_times]
     rows: tuple[str, ...]
     num = (min(len(prompts), MOST_IMAGES) or 1) if num_images is None else num_images
-    images, words = _at_each(source, settings, num, seed, class_labels, prompts, batch_size)
+    images, words = _at_each(source, "target_times", target_times, num, seed, class_labels, prompts, batch_size)
     title = "what the student predicts from one noise"
     if num == 1:
         rows, title = ("",), ": ".join([f"{title} (seed {seed})", *words])
@@ -314,25 +314,43 @@ def student_trajectory(
 
 def _at_each(
     source: Source,
-    settings: Sequence[tuple[float | None, float | None]],
+    flag: str,
+    values: Sequence[float],
     num_images: int,
     seed: int,
     class_labels: Sequence[int],
     prompts: Sequence[str],
     batch_size: int,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Return (images [S, N, C, H, W] at S guidance scales or target times, what each of the N is asked for)."""
+    """Return (images [S, N, C, H, W] at the S values of a flag that takes a list, what each of the N is asked for)."""
     check_count("num_images", num_images)
     check_count("batch_size", batch_size)
     check_seeds(seed, num_images)
     cond = source.conditions(num_images, tuple(class_labels), prompts, seed=seed)
     sources = []
-    for guidance_scale, target_time in settings:  # each from the one before, which may have loaded the student already
-        source = source.at(guidance_scale=guidance_scale, target_time=target_time)
-        sources.append(source)
+    with asked_by(flag):
+        for value in values:  # each from the one before, which may have loaded the student already
+            source = source.at(**{flag.removesuffix("s"): value})
+            sources.append(source)
     seeds, shape = range(seed, seed + num_images), source.sample_shape
     images = [generate_images(one.generate, seeds, shape, cond, batch_size=batch_size) for one in sources]
     return torch.stack(images), _words(cond)
+
+
+@contextmanager
+def asked_by(flag: str) -> Iterator[None]:
+    """Let who refuses one value of a list name the list's flag, such as guidance_scales: the one that was given.
+
+    They are asked for one value at a time, and name the flag for one. A flag that takes no list changes nothing.
+    """
+    one = flag.removesuffix("s")
+    try:
+        yield
+    except ValueError as error:
+        words = re.sub(rf"--{one}\b", f"--{flag}", str(error))
+        if words == str(error):
+            raise
+        raise ValueError(words) from None
 
 
 def check_values(flag: str, values: Sequence[float]) -> None:

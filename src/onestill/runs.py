@@ -165,12 +165,16 @@ def open_student(
         raise ValueError(
             f"--student {path}: no such folder; give a run (--output_dir of distill) or an exported pipeline"
         )
-    special = target_time != 0 or guidance_scale is not None
+    special = [
+        flag
+        for flag, given in (("--target_time", target_time != 0), ("--guidance_scale", guidance_scale is not None))
+        if given
+    ]
     if (path / "model_index.json").is_file():
         if special:
             raise ValueError(
                 f"--student {path} is an exported pipeline, whose target time and guidance are baked in; "
-                "give the run's folder for --target_time or --guidance_scale"
+                f"give the run's folder for {' and '.join(special)}"
             )
         # A run's own pipeline/ knows its run, as far as pictures to enlarge go.
         parent = path.parent if path.name == PIPELINE_FOLDER and is_run(path.parent) else None

@@ -1,0 +1,120 @@
+"""The command `distill`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onestill.cli.fields import from_config
+from onestill.cli.output import note, quiet, say
+from onestill.config import DistillConfig, make_config
+
+if TYPE_CHECKING:
+    from onestill.distillation import Prepared, RunResult
+
+
+NOTHING_WRITTEN = "stopped before the first step; nothing was written"
+
+
+@from_config
+def distill(
+    settings: dict[str, Any],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything, train nothing.")] = False,
+) -> None:
+    """Distil a teacher into a one-step student and export it to OUTPUT_DIR/pipeline."""
+    try:
+        prepared = _prepare(make_config(settings, config))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(NOTHING_WRITTEN) from None
+    folder = prepared.config.output_dir
+    if dry_run:
+        note(f"dry run: everything fits, nothing was written to {folder}")
+        return
+    result = _run(prepared)
+    if result.stopped_by is not None:
+        where = f"at step {result.step}" if result.step else "before the first step"
+        note(f"stopped {where}; state saved in {result.checkpoint}. Go on with: {go_on(folder)}")
+        raise typer.Exit(128 + result.stopped_by)
+    if result.export_error is None:
+        if result.num_trained == 0:
+            say(f"{result.pipeline} was finished before; nothing was left to train")
+        return  # otherwise another process of this run has exported, and says so
+    say((str(result.pipeline), "bold"), ": loads with plain diffusers, one network evaluation per image")
+    say(f"  self-check against the student: {result.export_error:.1e}")
+    say(f"  pictures: {folder / 'samples'}")
+    say(f"  next: {shlex.join(['onestill', 'evaluate', '--student', str(folder)])}")
+
+
+def _prepare(config: DistillConfig) -> Prepared:
+    """Load and check everything, and say what was found."""
+    from onestill import distillation as room
+
+    quiet()
+    prepared = room.prepare(config)
+    spec = prepared.base.spec
+    for message in prepared.messages:
+        note(message)
+    classes = f", {spec.num_classes} classes" if spec.num_classes else ""
+    shape = "x".join(map(str, spec.sample_shape))
+    note(
+        f"teacher {prepared.config.teacher}: {spec.family}, {spec.prediction_type}, {shape}{classes}, "
+        f"start level t = {spec.t_max:.4g} ({spec.t_max_reason})"
+    )
+    return prepared
+
+
+def _run(prepared: Prepared) -> RunResult:
+    """Train and export; a run that cannot go on ends with one line."""
+    from onestill import distillation as room
+    from onestill.checks import make_output_dir
+    from onestill.prompt_cache import PromptCacheError
+    from onestill.trainer import NonFiniteLossError
+
+    folder = prepared.config.output_dir
+    make_output_dir(folder)
+    try:
+        return room.run(prepared)
+    except (NonFiniteLossError, PromptCacheError) as error:
+        note(("stopped:", "red"), f" {error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_left_by(prepared)) from None
+    except ValueError as error:
+        raise RuntimeError("distillation failed") from error
+    finally:
+        with contextlib.suppress(OSError):  # which holds something, or another process has been here
+            folder.rmdir()
+
+
+def _left_by(prepared: Prepared) -> str:
+    """Return what to say of a run that was stopped before or after its steps, which themselves end with a checkpoint."""
+    from onestill.checkpoint import list_checkpoints, step_of
+    from onestill.checks import is_run
+
+    config, prompts = prepared.config, prepared.prompts
+    if is_run(config.output_dir):
+        steps = map(step_of, list_checkpoints(config.output_dir))
+        where = "after the last step" if config.max_train_steps in steps else "before the first step"
+        return f"stopped {where}; what was saved is kept. Go on with: {go_on(config.output_dir)}"
+    if prompts is not None:
+        prompts.cache.refresh()
+        if num := len(prompts.cache):
+            kept = f"{num:,} encoded prompts are kept in {prompts.cache.folder}"
+            return f"stopped before the first step; {kept}, nothing else was written"
+    return NOTHING_WRITTEN
+
+
+def go_on(run: Path) -> str:
+    """Return the command that goes on with a run, whose folder holds all its settings."""
+    from onestill.checks import CONFIG_FILE
+
+    num = int(os.environ.get("WORLD_SIZE", 1))
+    # Each process has its own random state, so it takes as many.
+    start = ["onestill"] if num == 1 else ["torchrun", "--nproc_per_node", str(num), "-m", "onestill"]
+    return shlex.join([*start, "distill", "--config", str(run / CONFIG_FILE), "--resume_from_checkpoint", "latest"])

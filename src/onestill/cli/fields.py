@@ -1,0 +1,66 @@
+"""Flags made from the fields of the run's configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Optional, get_args, get_origin
+
+import typer
+from rich.markup import escape
+
+from onestill.config import DistillConfig
+
+ALIASES = {"teacher": ["--pretrained_model_name_or_path"]}
+
+
+def from_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(settings, ...)` one flag per field of `DistillConfig`, so that flags and model cannot differ.
+
+    A flag that is not given is absent from `settings`: then the YAML file or the model's default holds.
+    """
+    found = inspect.signature(command, eval_str=True).parameters.values()
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found if p.name != "settings"]
+
+    def wrapped(**given: Any) -> None:
+        settings = {name: given.pop(name) for name in DistillConfig.model_fields}
+        given_settings = {name: value for name, value in settings.items() if value is not None and value != []}
+        command(given_settings, **given)
+
+    parameters = [_parameter(name, info) for name, info in DistillConfig.model_fields.items()]
+    # typer reads a function's signature from here; mypy does not know that functions may have one of their own.
+    wrapped.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    return wrapped
+
+
+def _parameter(name: str, info: Any) -> inspect.Parameter:
+    """Return the keyword parameter, and with it the flag, of one field."""
+    kind = _plain_type(info.annotation)
+    names = [f"--{name}", *ALIASES.get(name, [])]
+    if kind is bool:
+        names = [f"--{name}/--no_{name}"]
+    required = info.is_required()
+    shown = "" if required or info.default in (None, ()) else f" [default: {_short(info.default)}]"
+    option = typer.Option(
+        *names,
+        help=escape(f"{info.description}{' [required]' if required else ''}{shown}"),
+        rich_help_panel=(info.json_schema_extra or {}).get("panel"),
+        show_default=False,
+    )
+    annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045 - made at run time
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return what typer should parse for a field's type: X of X | None, list[int] of tuple[int, ...]."""
+    if get_origin(annotation) is tuple:
+        # A type made at run time, which mypy cannot follow.
+        return list[get_args(annotation)[0]]  # type: ignore[misc]
+    options = [a for a in get_args(annotation) if a is not type(None)]
+    return options[0] if type(None) in get_args(annotation) else annotation
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

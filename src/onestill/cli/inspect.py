@@ -1,0 +1,76 @@
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from onestill.cli.fields import from_config
+from onestill.cli.output import out, quiet
+from onestill.config import make_config
+
+
+@from_config
+def inspect(
+    settings: dict[str, Any],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a teacher is, and what distilling it would cost with these settings."""
+    from onestill.chain import choose_base
+    from onestill.checks import check_device, check_start, check_times
+    from onestill.distillation import configured_teacher
+    from onestill.inspection import inspect_teacher
+    from onestill.prompt_plan import refuse_prompts, use_negative_prompt
+
+    quiet()
+    made = make_config({"output_dir": Path("run"), **settings}, config)
+    check_device(made.device)
+    teacher = configured_teacher(made)
+    base = (
+        choose_base(teacher, made.base_student, made.noise_level)
+        if made.base_student or made.noise_level is not None
+        else None
+    )
+    check_times(made, teacher)
+    check_start(teacher)
+    guided = made.guidance_scale != 1 or made.guidance_range is not None
+    use_negative_prompt(teacher, made.negative_prompt, acts=guided or made.empty_prompt_fraction > 0)
+    if not teacher.spec.text:
+        refuse_prompts(made)
+    found = inspect_teacher(teacher, made, base)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    classes = (
+        ""
+        if found.num_classes is None
+        else f" ({found.num_classes} classes, null class {'none' if found.null_class is None else found.null_class})"
+    )
+    rows = {
+        "teacher": found.teacher,
+        "family": found.family,
+        "process": found.process,
+        "prediction": found.prediction_type,
+        "conditioning": found.conditioning + classes + (f" and {found.enlarges}" if found.enlarges else ""),
+        "sample shape": " x ".join(map(str, found.sample_shape)),
+        **(
+            {"call": ", ".join(f"{name} = {value}" for name, value in found.arguments.items())}
+            if found.arguments
+            else {}
+        ),
+        "parameters": f"{found.num_parameters:,}",
+        "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}, sigma = {found.sigma_at_t_max:.3g}: {found.t_max_reason}",
+        "thresholding": f"{found.thresholding} (of the teacher's own scheduler)",
+        "target time enters": found.target_time_enters,
+        "estimate": f"{found.estimated_memory_gb:.2f} GB and {found.estimated_seconds_per_step:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}",
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    out.print(table)

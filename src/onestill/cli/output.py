@@ -1,0 +1,33 @@
+"""What commands print: results to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from rich.console import Console
+from rich.text import Text
+
+out, err = Console(), Console(stderr=True)
+
+
+def say(*parts: str | tuple[str, str], to: Console = out) -> None:
+    """Print one line as it is: not wrapped, and nothing in it read as markup. A part is words, or (words, style)."""
+    to.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def note(*parts: str | tuple[str, str]) -> None:
+    """Print such a line to standard error."""
+    say(*parts, to=err)
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of the output; errors stay."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()

@@ -1,0 +1,221 @@
+"""The command `sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onestill.cli.options import (
+    BaseOption,
+    BatchOption,
+    DeviceOption,
+    LabelsOption,
+    OfflineOption,
+    OverwriteOption,
+    PromptFieldOption,
+    PromptFileOption,
+    PromptOption,
+    SeedOption,
+    numbers,
+)
+from onestill.cli.output import quiet, say
+
+PLAY = "Playing (one of them; the same noise or condition all over)"
+EXAMPLES = {"guidance_scales": "1,2,4,8", "target_times": "1,0.5,0"}
+
+
+def sample(
+    student: Annotated[
+        str | None, typer.Option("--student", help="Run, checkpoint-N or exported pipeline: one step.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="A teacher instead: many steps.")] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", help="A .png (grid), a .safetensors, or a folder (one PNG per seed); a .gif of what is played."
+        ),
+    ] = Path("samples.png"),
+    num_images: Annotated[
+        int | None,
+        typer.Option("--num_images", help="How many \\[default: 16; fewer when playing].", show_default=False),
+    ] = None,
+    seed: SeedOption = 0,
+    class_labels: LabelsOption = [],  # noqa: B006 - typer copies it
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance_scale", help="w, for teachers and students that take it.")
+    ] = None,
+    target_time: Annotated[
+        float, typer.Option("--target_time", help="The student's target time; 0 is the finished image.")
+    ] = 0.0,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num_inference_steps", help="Steps of a teacher \\[default: 50].")
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option("--solver", help="Step of a teacher: ddim, heun or midpoint \\[default: ddim].")
+    ] = None,
+    null_class: Annotated[int | None, typer.Option("--null_class", help="A teacher's label for 'no class'.")] = None,
+    prompt: PromptOption = [],  # noqa: B006 - typer copies it
+    prompt_file: PromptFileOption = None,
+    prompt_field: PromptFieldOption = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative_prompt", help="In place of 'no prompt' in a text teacher's guidance.")
+    ] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Height of a teacher's pictures.", min=1)] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Width of a teacher's pictures.", min=1)] = None,
+    num_frames: Annotated[int | None, typer.Option("--num_frames", help="Frames of a teacher's video.", min=1)] = None,
+    audio_end_in_s: Annotated[
+        float | None, typer.Option("--audio_end_in_s", help="End of a teacher's sound in seconds.")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option("--max_sequence_length", help="Tokens of a prompt that a teacher takes.", min=1)
+    ] = None,
+    base_student: BaseOption = None,
+    noise_level: Annotated[
+        int | None, typer.Option("--noise_level", help="Noise in what a teacher enlarges \\[default: 250].")
+    ] = None,
+    batch_size: BatchOption = 64,
+    interpolate: Annotated[
+        int | None,
+        typer.Option(
+            "--interpolate",
+            help="So many images from --seed to --to_seed, or from one --prompt to another.",
+            rich_help_panel=PLAY,
+        ),
+    ] = None,
+    to_seed: Annotated[
+        int | None, typer.Option("--to_seed", min=0, help="Where --interpolate goes to.", rich_help_panel=PLAY)
+    ] = None,
+    fixed_noise: Annotated[
+        bool,
+        typer.Option("--fixed_noise", help="One noise (--seed) for every prompt or label.", rich_help_panel=PLAY),
+    ] = False,
+    guidance_scales: Annotated[
+        str | None,
+        typer.Option(
+            "--guidance_scales",
+            help=f"A row for each w, with commas: {EXAMPLES['guidance_scales']}.",
+            rich_help_panel=PLAY,
+        ),
+    ] = None,
+    target_times: Annotated[
+        str | None,
+        typer.Option(
+            "--target_times",
+            help=f"A student's prediction at each time, with commas: {EXAMPLES['target_times']}.",
+            rich_help_panel=PLAY,
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+    local_files_only: OfflineOption = False,
+) -> None:
+    """Generate images: a student's in one step, or a teacher's in many."""
+    from onestill import api, pictures, play
+    from onestill.checks import check_writable
+    from onestill.runs import load_source
+
+    quiet()
+    played = _played(interpolate, to_seed, fixed_noise, guidance_scales, target_times)
+    pictures.check_output(output, overwrite=overwrite, moves=played is not None)
+    check_writable(output, "output")
+    if (height is None) != (width is None):
+        raise ValueError("--height and --width are given together or not at all")
+    call = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "audio_end_in_s": audio_end_in_s,
+        "max_sequence_length": max_sequence_length,
+    }
+    where: dict[str, Any] = {
+        "teacher": teacher,
+        "arguments": {name: value for name, value in call.items() if value is not None},
+        "num_inference_steps": num_inference_steps,
+        "solver": solver,
+        "null_class": null_class,
+        "negative_prompt": negative_prompt,
+        "base_student": base_student,
+        "noise_level": noise_level,
+        "device": device,
+        "local_files_only": local_files_only,
+    }
+    what: dict[str, Any] = {"seed": seed, "class_labels": class_labels, "batch_size": batch_size}
+    if played is None:
+        num_images = 16 if num_images is None else num_images
+        images = api.sample(
+            student,
+            num_images=num_images,
+            guidance_scale=guidance_scale,
+            target_time=target_time,
+            prompts=prompt,
+            prompt_file=prompt_file,
+            prompt_field=prompt_field,
+            **where,
+            **what,
+        )
+        written = pictures.save_samples(images, output, seed)
+        say(f"{num_images} images, seeds {seed}..{seed + num_images - 1} -> {written}")
+        return
+    scales = [] if guidance_scales is None else _values("guidance_scales", guidance_scales, guidance_scale)
+    times = [] if target_times is None else _values("target_times", target_times, target_time or None)
+    what["prompts"] = prompts = api.read_prompts(prompt, prompt_file, prompt_field)
+    if interpolate is not None:
+        play.check_interpolation(interpolate, seed, to_seed, class_labels, prompts)
+        if num_images is not None:
+            raise ValueError(f"--num_images {num_images}: --interpolate {interpolate} says how many already")
+    # What a list asks for is asked for at once: the scale furthest from none, and the earliest time.
+    scale = max(scales, key=lambda w: abs(w - 1)) if scales else guidance_scale
+    time = max(times) if times else target_time
+    with play.asked_by(played):
+        source = load_source(student, guidance_scale=scale, target_time=time, **where)
+    if interpolate is not None:
+        sheet = play.interpolate(source, interpolate, to_seed=to_seed, **what)
+    elif fixed_noise:
+        sheet = play.fixed_noise(source, num_images=num_images, **what)
+    elif scales:
+        sheet = play.guidance_sweep(source, scales, num_images=num_images, **what)
+    else:
+        sheet = play.student_trajectory(source, times, num_images=num_images, **what)
+    written = sheet.save(output, overwrite=overwrite)
+    say(f"{sheet.images.shape[0] * sheet.images.shape[1]} images (--{played}) -> {written}")
+
+
+def _played(
+    interpolate: int | None,
+    to_seed: int | None,
+    fixed_noise: bool,
+    guidance_scales: str | None,
+    target_times: str | None,
+) -> str | None:
+    """Return the flag that says what to play; None for plain samples.
+
+    Raises:
+        ValueError: If there are two.
+    """
+    flags = {
+        "interpolate": interpolate is not None,
+        "fixed_noise": fixed_noise,
+        "guidance_scales": guidance_scales is not None,
+        "target_times": target_times is not None,
+    }
+    given = [flag for flag, is_given in flags.items() if is_given]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(f'--{flag}' for flag in given)}: give one of them, each is a picture of its own"
+        )
+    if to_seed is not None and interpolate is None:
+        raise ValueError(f"--to_seed {to_seed} is where --interpolate goes to; say with it how many images")
+    return given[0] if given else None
+
+
+def _values(flag: str, text: str, one: float | None) -> list[float]:
+    """Return the numbers of a flag that takes a list, beside which `one`, of the flag for one, was not given."""
+    from onestill.play import check_values
+
+    if one is not None:
+        raise ValueError(f"--{flag} {text} and --{flag.removesuffix('s')} {one:g}: give one or the other")
+    values = numbers(flag, text, float, f"numbers with commas, such as {EXAMPLES[flag]}")
+    check_values(flag, values)
+    return values
