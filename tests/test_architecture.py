@@ -18,8 +18,8 @@ import onestill
 PACKAGE = Path(onestill.__file__).parent
 # From the ground up: a module imports from rows above its own only. Modules of one row do not know each other.
 LAYERS = (
-    ("tensors", "config", "checkpoint", "pictures", "prompts"),
-    ("process", "prompt_cache"),
+    ("tensors", "files", "config", "prompts"),
+    ("process", "prompt_cache", "checkpoint", "pictures"),
     ("trajectory",),
     ("teachers.base", "objective"),
     (

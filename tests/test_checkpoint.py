@@ -55,7 +55,7 @@ def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
     assert json.loads((folder / STATE_FILE).read_text())["step"] == 1
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_sync", "replace"])
+@pytest.mark.parametrize("broken", ["save_tensors", "_sync", "replace"])
 def test_crash_while_writing_leaves_nothing_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

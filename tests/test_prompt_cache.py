@@ -126,7 +126,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(
             Path(args[1]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prompt_cache, "save_file", full) if when == "writing" else monkeypatch.setattr(
+    monkeypatch.setattr(prompt_cache, "save_tensors", full) if when == "writing" else monkeypatch.setattr(
         os, "replace", full
     )
     with pytest.raises(PromptCacheError, match=r"--prompt_cache_dir .* cannot be written: .*No space left on device"):

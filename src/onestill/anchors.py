@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from onestill.files import save_tensors
 from onestill.sampler import to_device
 from onestill.teachers.base import Teacher
 from onestill.tensors import Cond
@@ -96,7 +96,7 @@ def write_anchors(anchors: Anchors, path: Path, made_with: dict[str, object]) ->
     tensors = {"eps": anchors.eps, "signal": anchors.signal}
     tensors |= {f"cond.{name}": value.contiguous() for name, value in anchors.cond.items()}
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"made_with": json.dumps(made_with, sort_keys=True)})
+    save_tensors(tensors, partial, metadata={"made_with": json.dumps(made_with, sort_keys=True)})
     os.replace(partial, path)
 
 

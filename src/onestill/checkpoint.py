@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from onestill.files import save_tensors
 
 STATE_FILE = "state.json"
 Tensors = dict[str, Tensor]
@@ -42,7 +44,7 @@ def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Pat
     digests = {}
     for group, tensors in checkpoint.tensors.items():
         path = partial / f"{group}.safetensors"
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+        save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
         digests[path.name] = _digest(path)
         _sync(path)
     state = {"step": step, "files": digests, "values": checkpoint.values}

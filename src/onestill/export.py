@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onestill import card
+from onestill.files import set_usual_mode
 from onestill.lora import LORA_FOLDER, SCHEDULER_FILE, has_loader, load_with_lora, write_lora
 from onestill.process import head
 from onestill.sampler import Generate, noise, student_generator
@@ -129,6 +130,7 @@ def _write_checked(student: Student, partial: Path, t: float, guidance_scale: fl
         card.write_card(partial, student.spec, facts, error, arguments, family.returns, noise_level=level)
     else:
         card.write_card(partial, student.spec, facts, error)
+    set_usual_mode(partial)
     return error
 
 

@@ -209,9 +209,9 @@ def save_samples(images: Tensor, path: Path, seed: int) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from onestill.files import save_tensors
 
-        save_file({"images": images.contiguous()}, path)
+        save_tensors({"images": images.contiguous()}, path)
         return path
     if path.suffix == ".png":
         return save_grid(images, path, size=max(64, images.shape[-1]))

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from onestill.files import save_tensors
 from onestill.prompts import Ints, text_key
 from onestill.tensors import Cond
 
@@ -181,7 +181,7 @@ class PromptCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
-            save_file(rows, partial, metadata={"encoder": self.encoder})
+            save_tensors(rows, partial, metadata={"encoder": self.encoder})
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, final)

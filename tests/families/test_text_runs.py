@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -292,7 +293,7 @@ def test_a_disk_that_fills_up_while_encoding(tmp_path: Path, monkeypatch: pytest
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onestill.prompt_cache.save_file", full)
+    monkeypatch.setattr("onestill.prompt_cache.save_tensors", full)
     flags = ["distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *as_flags(settings(tmp_path / "cache"))]  # fmt: skip
     outcome = call_cli(*flags)
     assert outcome.code == 1 and "Traceback" not in outcome.err
@@ -462,3 +463,21 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
         export_student(Student(teacher), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)], ids=["022", "077"])
+def test_others_may_read_what_they_may_read_elsewhere(tmp_path: Path, umask: int, mode: int) -> None:
+    own = settings(tmp_path / "cache", lora_rank=2, anchor_fraction=0.5, num_anchors=4, num_anchor_steps=1)
+    before = os.umask(umask)
+    try:
+        onestill.distill(place() / "t", tmp_path / "run", show_progress=False, **own)
+        images = tmp_path / "x.safetensors"
+        flags = ["--student", tmp_path / "run", "--prompt", "red a", "--num_images", 1, "--output", images]
+        assert call_cli("sample", *flags).code == 0
+    finally:
+        os.umask(before)
+    weights = sorted(tmp_path.rglob("*.safetensors"))
+    folders = {"cache", "checkpoint-4", "unet", "vae", "text_encoder", "lora"}
+    assert folders <= {part for path in weights for part in path.relative_to(tmp_path).parts}
+    assert images in weights and tmp_path / "run" / "anchors-0.safetensors" in weights
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {mode}

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from onestill.evaluation.heads import heads_of, pattern_of
+from onestill.files import save_tensors
 
 KIND = "onestill.ConvFeatures"
 _NORM_GROUPS = 8
@@ -133,7 +134,7 @@ class ConvFeatures(nn.Module):
         # A file of this name is always complete: it appears only once it is written.
         partial = target.with_name(target.name + ".partial")
         # One entry: safetensors writes several in random order, and equal weights should give equal files.
-        save_file(weights, partial, {"onestill": json.dumps(about)})
+        save_tensors(weights, partial, {"onestill": json.dumps(about)})
         os.replace(partial, target)
 
     @classmethod
