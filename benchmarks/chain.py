@@ -30,9 +30,9 @@ from onestill.chain import BaseStudent, open_base, second_noise
 from onestill.evaluation import speed
 from onestill.process import DiscreteVP
 from onestill.sampler import noise, teacher_generator
-from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Thresholded
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipeline import PipelineTeacher
 
 SMALL, LARGE, LEVEL = 8, 32, 250
 PALETTE = {

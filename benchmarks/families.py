@@ -17,8 +17,9 @@ import transformers
 
 from onestill.export import export_student
 from onestill.student import Student
-from onestill.teachers.family import PipelineTeacher, self_check
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipeline import PipelineTeacher
+from onestill.teachers.probe import self_check
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "families"))
 

@@ -43,9 +43,9 @@ from onestill.runs import (
 from onestill.sampler import generate_images
 from onestill.sources import Source, teacher_source
 from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.teachers.pipeline import PipelineTeacher
 
 PICTURE_NAME = "samples.png"
 

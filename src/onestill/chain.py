@@ -20,8 +20,10 @@ from onestill.sampler import VALIDATION_SEED, noise, to_device
 from onestill.student import last_layer, time_embeddings
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import INDEX, PipelineTeacher, examples, read_call
+from onestill.teachers.family import examples
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipeline import PipelineTeacher, read_call
+from onestill.teachers.stock import INDEX
 from onestill.tensors import Cond, without_autocast
 
 BASE_SEED = 2**31

@@ -15,7 +15,7 @@ from onestill.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, r
 from onestill.config import DistillConfig, changed_settings
 from onestill.prompt_plan import split_fingerprint
 from onestill.teachers.base import Teacher
-from onestill.teachers.family import PipelineTeacher
+from onestill.teachers.pipeline import PipelineTeacher
 
 CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", "teacher.json", "pipeline"
 """What a run's folder holds, besides checkpoints, logs and pictures."""

@@ -46,9 +46,9 @@ from onestill.prompt_cache import default_cache_dir
 from onestill.prompt_plan import PromptPlan, plan_prompts, refuse_prompts, use_negative_prompt
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
-from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher, with_t_max
+from onestill.teachers.pipeline import PipelineTeacher
 from onestill.trainer import StepLog, Trainer
 
 PYTHON_OBJECT = "python object"

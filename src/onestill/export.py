@@ -27,8 +27,10 @@ from onestill.lora import LORA_FOLDER, SCHEDULER_FILE, has_loader, load_with_lor
 from onestill.process import head
 from onestill.sampler import Generate, noise, student_generator
 from onestill.student import Student, TimeEmbeddingInjection, time_embeddings
-from onestill.teachers.family import Family, PipelineTeacher, load_stock
+from onestill.teachers.family import Family
+from onestill.teachers.pipeline import PipelineTeacher
 from onestill.teachers.schedulers import one_level
+from onestill.teachers.stock import load_stock
 from onestill.tensors import Cond, without_autocast
 
 SELF_CHECK_TOLERANCE = 1e-4
@@ -276,7 +278,7 @@ def _check_family(
         num: Images.
     """
     device = next(student.parameters()).device
-    images, eps, cond = family.plain_call(pipeline.to(device), teacher, num)
+    images, eps, cond = family.plain_call(pipeline.to(device), teacher.signature, num)
     if student.guidance_range is not None:
         cond["guidance_scale"] = torch.full((num,), _baked_scale(student, guidance_scale))
     expected = teacher.decode(student_generator(student, t=t, device=device)(eps, cond))

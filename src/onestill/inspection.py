@@ -16,7 +16,7 @@ from onestill.distillation import fit_teacher, make_student
 from onestill.sampler import to_device
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import PipelineTeacher
+from onestill.teachers.pipeline import PipelineTeacher
 from onestill.tensors import num_parameters
 from onestill.trajectory import CALLS_PER_STEP
 

@@ -23,7 +23,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from onestill.teachers.family import PipelineTeacher
+from onestill.teachers.pipeline import PipelineTeacher
 
 LORA_FOLDER, SCHEDULER_FILE = "lora", "scheduler_config.json"
 # Attention projections and the linear layers of feed-forwards, as diffusers names them.
@@ -198,7 +198,7 @@ def constant_updates(teacher: PipelineTeacher, pipeline: Any, embeddings: Mappin
         for name in embeddings
     ]
     try:
-        teacher.family.plain_call(pipeline, teacher, 1)
+        teacher.family.plain_call(pipeline, teacher.signature, 1)
     finally:
         for hook in hooks:
             hook.remove()

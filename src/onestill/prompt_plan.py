@@ -19,7 +19,7 @@ from onestill.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir
 from onestill.prompts import Ints, PromptFile, text_key
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import PipelineTeacher
+from onestill.teachers.pipeline import PipelineTeacher
 
 PROMPT_SETTINGS = (
     "prompt_file",

@@ -30,9 +30,9 @@ from onestill.prompt_plan import use_negative_prompt
 from onestill.sources import Source, enlarges, open_pipeline, student_source, teacher_source
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipeline import PipelineTeacher
 from onestill.trainer import load_student
 from onestill.trajectory import STEPS
 

@@ -23,10 +23,12 @@ from onestill.sampler import Generate, Rows, student_generator, teacher_generato
 from onestill.student import Student
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.family import Family, PipelineTeacher, examples, load_stock, read_call
+from onestill.teachers.family import Family, examples
 from onestill.teachers.generic import plain_family
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
+from onestill.teachers.pipeline import PipelineTeacher, read_call
 from onestill.teachers.recording import Signature, record
+from onestill.teachers.stock import load_stock
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.tensors import Cond
 

@@ -40,8 +40,8 @@ from onestill.runs import open_student
 from onestill.sampler import VALIDATION_SEED, noise
 from onestill.teachers import encoders
 from onestill.teachers.deepfloyd import low_res_rows
-from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipeline import PipelineTeacher
 
 PROMPTS = ["a photo", "a drawing of it", "red cat", "blue cat"]
 LEVEL = 100

@@ -21,10 +21,13 @@ from onestill.lora import Lora
 from onestill.sampler import noise
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import PipelineTeacher, examples, load_stock, self_check
+from onestill.teachers.family import examples
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipeline import PipelineTeacher
+from onestill.teachers.probe import self_check
 from onestill.teachers.recording import record
+from onestill.teachers.stock import load_stock
 from onestill.trajectory import STEPS
 
 # Self-attention and normalisation of tiny random networks amplify float32 rounding by up to 100 over four steps.
@@ -242,7 +245,7 @@ def plain_lora_call(teacher: PipelineTeacher, lora: Path) -> tuple[Tensor, Tenso
     pipeline.load_lora_weights(lora)
     kind = json.loads((lora / "scheduler_config.json").read_text())["_class_name"]
     pipeline.scheduler = getattr(diffusers, kind).from_pretrained(lora)
-    return teacher.family.plain_call(pipeline, teacher, 2)
+    return teacher.family.plain_call(pipeline, teacher.signature, 2)
 
 
 def test_bfloat16_runs(name: str) -> None:

@@ -19,9 +19,9 @@ from onestill import distill
 from onestill.export import export_student
 from onestill.sampler import noise
 from onestill.teachers.deepfloyd import NOISE_LEVEL, low_res_rows
-from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipeline import PipelineTeacher
 
 
 def recorded_steps(pipeline: Any, **call: Any) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -34,8 +34,8 @@ from onestill.evaluation.run import NO_KERNEL
 from onestill.export import export_student
 from onestill.prompt_plan import choose
 from onestill.student import Student
-from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipeline import PipelineTeacher
 
 PROMPTS = [f"{word} {letter}" for word in ("red", "blue") for letter in "abcdefghij"]
 

@@ -26,8 +26,8 @@ from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
 from onestill.sampler import Rows, generate_images, noise, to_device
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import PipelineTeacher
 from onestill.teachers.load import EMBEDDED
+from onestill.teachers.pipeline import PipelineTeacher
 from onestill.tensors import Cond, as_times, broadcast
 
 NUM_SHOWN = 100

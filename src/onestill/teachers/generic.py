@@ -19,19 +19,14 @@ import diffusers
 import torch
 from torch import Tensor
 
-from onestill.teachers.family import (
-    SELF_CHECK_TOLERANCE,
-    Family,
-    PipelineTeacher,
-    Schedule,
-    examples,
-    load_pipeline,
-    pipeline_teacher,
-)
+from onestill.teachers.family import Family, Schedule, examples
 from onestill.teachers.flow import flow_schedule, one_flow_step
+from onestill.teachers.pipeline import PipelineTeacher
+from onestill.teachers.probe import SELF_CHECK_TOLERANCE, pipeline_teacher
 from onestill.teachers.recording import finish, record
 from onestill.teachers.schedulers import plain_ddim, scheduler_process, scheduler_threshold
 from onestill.teachers.stable_diffusion import decode_vae, one_ddim_step
+from onestill.teachers.stock import load_pipeline
 
 NETWORKS = ("transformer", "unet")
 # Fields of a pipeline's output, and from what "pt" gives to what the decoder gives.

@@ -17,8 +17,9 @@ from onestill.config import CALL_ARGUMENTS
 from onestill.process import check_t_max
 from onestill.teachers import deepfloyd, dit, flux, lumina2, pixart, sana, sd3, stable_audio, stable_diffusion, wan
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import Family, load_family
+from onestill.teachers.family import Family
 from onestill.teachers.generic import load_generic
+from onestill.teachers.probe import load_family
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.unet2d import load_unet2d
 

@@ -1,0 +1,241 @@
+"""The teacher inside a stock pipeline: its prompts, its decoder, and the stock folder of its student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestill.teachers import encoders
+from onestill.teachers.base import NetworkTeacher, TeacherSpec
+from onestill.teachers.family import Beside, Family
+from onestill.teachers.recording import Signature
+from onestill.teachers.stock import INDEX, load_stock, options
+from onestill.tensors import Cond
+
+CALL_FILE = "onestill_call.json"
+"""In an exported folder: the arguments of the call that a student was distilled at, if any were asked for."""
+PLAIN = (bool, int, float, str)
+
+
+class PipelineTeacher(NetworkTeacher):
+    """A teacher inside a stock pipeline: besides its network it has prompts, a decoder, and a folder to write.
+
+    Args:
+        family: Its family.
+        pipeline: The pipeline; its text encoders may be released once the prompts are encoded.
+        folder: Where it was loaded from.
+        spec: What is known of it.
+        signature: How its network is called.
+        null_cond: The conditions of "no prompt", one row; empty if the pipeline has no guidance.
+        example_cond: Those of some prompt.
+        variant: The variant of its weights, such as "fp16".
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pipeline: Any,
+        folder: Path,
+        spec: TeacherSpec,
+        signature: Signature,
+        null_cond: Cond,
+        example_cond: Cond,
+        variant: str | None = None,
+    ) -> None:
+        super().__init__(getattr(pipeline, family.network), spec, self._call)
+        self.family, self.pipeline, self.folder, self.variant = family, pipeline, folder, variant
+        self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
+        self._released: list[bool] = []  # shared by shallow copies, as the pipeline is
+
+    def _call(self, network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        x_t = self.family.pack(x_t, self.signature.constant)
+        output = self.signature(network, x_t, net_time, cond)
+        output = output[:, : x_t.shape[1]] if output.shape != x_t.shape else output
+        return self.family.sign * self.family.unpack(output, self.signature.constant)
+
+    def to(self, device: torch.device | str) -> PipelineTeacher:
+        """Move the network, the decoder and the text encoders to `device`."""
+        self.pipeline.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], seeds: Sequence[int] = ()) -> Cond:
+        """Return the conditions of prompts, one row each; `seeds` for what the pipeline draws on the way.
+
+        Raises:
+            RuntimeError: If the text encoders were released.
+        """
+        if self.encoders_released:
+            raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
+        return self.family.encode(self.pipeline, self.signature, prompts, seeds)
+
+    def of_prompts(self, cond: Cond) -> Cond:
+        """Return the conditions that prompts decide: without those that come with a picture, if the teacher takes one."""
+        kept = () if self.family.beside is None else self.family.beside.kept
+        return {name: value for name, value in cond.items() if name not in kept}
+
+    def encoder_identity(self) -> str:
+        """Return a name for what turns prompts into conditions: the same name is the same conditions."""
+        facts = (
+            type(self.pipeline).__name__,
+            encoders.plain_config(self.network.config),  # type: ignore[attr-defined]  # a pipeline's network has one
+            getattr(self.pipeline, "vae_scale_factor", None),
+            sorted(self.family.arguments.items()),
+            [
+                (name, tuple(v.shape[1:]), str(v.dtype))
+                for name, v in sorted(self.of_prompts(self.example_cond).items())
+            ],
+        )
+        return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """The most tokens of a prompt that the text encoders take; None if that is not known."""
+        return encoders.limit(self.pipeline, self.family.asked.get("max_sequence_length"))
+
+    def are_cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Return whether each prompt is longer than that."""
+        return encoders.are_cut(self.pipeline, prompts, self.family.asked.get("max_sequence_length"))
+
+    @property
+    def encoders_released(self) -> bool:
+        """Whether the text encoders have left memory, so that `encode` is over."""
+        return bool(self._released)
+
+    def release_encoders(self) -> None:
+        """Let the text encoders and tokenizers go; `encode` is over, everything else stays."""
+        encoders.release(self.pipeline)
+        self._released.append(True)
+
+    @torch.no_grad()
+    def one_step(self, eps: Tensor, cond: Cond) -> Tensor:
+        """Return the images of one step from pure noise: of an exported student, loaded as a teacher, its pictures."""
+        return self.decode(self.denoised(eps, 1.0, cond))
+
+    @torch.no_grad()
+    def rows_beside(self, base: Callable[[Tensor, Cond], Tensor], eps: Tensor, base_cond: Cond, noise: Tensor) -> Cond:
+        """Return the conditions made of the pictures that an earlier model draws: what a chain of students needs.
+
+        They take the place of those that `encode` made of an example picture.
+
+        Args:
+            base: The earlier model's generation: (eps, cond) -> pictures in [-1, 1], [B, C, h, w], such as the
+                `one_step` of its exported student.
+            eps: Its noise, [B, ...].
+            base_cond: Its conditions.
+            noise: Noise of this teacher's sample shape, for pipelines that blur the pictures with some.
+
+        Raises:
+            ValueError: If this teacher takes no picture.
+        """
+        self.picture  # noqa: B018 - before the earlier model is put to work
+        return self.picture_rows(base(eps, base_cond), noise)
+
+    @property
+    def picture(self) -> Beside:
+        """What is known of the picture that the teacher takes; ValueError if it takes none."""
+        if self.family.beside is None:
+            raise ValueError(f"a {type(self.pipeline).__name__} takes no picture of an earlier model")
+        return self.family.beside
+
+    def picture_rows(self, pictures: Tensor, noise: Tensor) -> Cond:
+        """Return the conditions made of pictures [B, C, h, w] in [-1, 1] and of `noise` [B, *sample_shape].
+
+        Raises:
+            ValueError: If this teacher takes no picture.
+        """
+        return self.picture.rows(self.pipeline, pictures, noise, self.picture.level)
+
+    def set_picture(self, level: int, pictures: Tensor | None = None) -> None:
+        """Set the noise level of the pictures, and the pictures of its checks; changes the teacher in place.
+
+        Args:
+            level: How much noise is mixed into each picture.
+            pictures: Some real ones, [N, C, h, w] in [-1, 1], which example calls go round from now on; None to
+                leave what they have.
+
+        Raises:
+            ValueError: If this teacher takes no picture.
+        """
+        beside = replace(self.picture, level=level)
+        if pictures is not None:
+            beside = replace(beside, example=lambda _, num: pictures[[i % len(pictures) for i in range(num)]])
+        self.family = replace(self.family, beside=beside)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images of latents; pixels are images already."""
+        family = self.family
+        if family.decode is None:
+            return latents
+        return family.cut(self.pipeline, family.decode(self.pipeline, latents), family.arguments)
+
+    def check_start(self) -> None:
+        """Raise ValueError if no stock pipeline could start an exported student at this start level."""
+        spec = self.spec
+        self.family.one_step(self.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])
+
+    @property
+    def plain_arguments(self) -> dict[str, Any]:
+        """The arguments of the plain call of an exported student, besides the condition."""
+        family = self.family
+        sizes = {**family.size(self.pipeline), **family.asked}
+        # Without it the pipeline would take the nearest of its own sizes.
+        exact = ("use_resolution_binning",) if "height" in sizes else ()
+        return {**family.export_arguments, **sizes, **{n: family.arguments[n] for n in exact if n in family.arguments}}
+
+    def load_afresh(self, parts: Mapping[str, Any]) -> Any:
+        """Return the pipeline as `load_stock` reads it from where it was loaded, with `parts` in place of its own."""
+        return load_stock(type(self.pipeline), self.folder, options(self.family.without, self.variant) | dict(parts))
+
+    def write_student(self, network: nn.Module, folder: Path) -> Family:
+        """Write the pipeline with a student in its network's place: one step, no guidance, everything else stock.
+
+        Where a size was asked for and the class takes its default size from the network, that is the student's.
+
+        Args:
+            network: The student's network with the target time baked in.
+            folder: An empty folder.
+
+        Returns:
+            The family of the folder's plain call: without the size, if that is its default.
+        """
+        family, spec = self.family, self.spec
+        family.adapt(network)
+        plain = family
+        if "height" in family.asked and family.set_size(network, (spec.sample_shape[-2], spec.sample_shape[-1])):
+            rest = {name: value for name, value in family.arguments.items() if name not in ("height", "width")}
+            plain = replace(family, arguments=rest)
+        alpha = spec.process.level(spec.t_max)[0]
+        parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
+        self.load_afresh(parts).save_pretrained(folder, safe_serialization=True)
+        _keep_facts(self.folder / INDEX, folder / INDEX)
+        if kept := {name: value for name, value in family.asked.items() if isinstance(value, PLAIN)}:
+            (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        return plain
+
+
+def _keep_facts(old: Path, new: Path) -> None:
+    """Add what a pipeline's index says and its class does not write again, such as DiT's names of classes."""
+    facts, written = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
+    missing = {key: value for key, value in facts.items() if key not in written and not key.startswith("_")}
+    if missing:
+        new.write_text(json.dumps({**written, **missing}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_call(folder: Path) -> dict[str, Any]:
+    """Return the arguments of the call that the student in an exported folder was distilled at.
+
+    Raises:
+        ValueError: If they do not parse.
+    """
+    path = folder / CALL_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(found, dict) or not all(isinstance(value, PLAIN) for value in found.values()):
+        raise ValueError(f"{CALL_FILE} holds no arguments of a call")
+    return found

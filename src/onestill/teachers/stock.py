@@ -1,0 +1,81 @@
+"""Folders of diffusers' pipelines: what of them is loaded, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import diffusers
+
+INDEX = "model_index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_stock(cls: Any, folder: Path, parts: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Return a stock pipeline; safetensors only, no remote code, no network, and no text on the screen.
+
+    Args:
+        cls: Its class.
+        folder: Its folder.
+        parts: Components in the place of the folder's, and options of `from_pretrained`.
+    """
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    # Some pipelines ask for a part they can do without, such as a third text encoder, unless told it is absent.
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipeline = cls.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **{**absent, **parts}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "watermark", None) is not None:
+        pipeline.watermark = None  # SDXL marks its pictures where a package for it happens to be installed
+    return pipeline
+
+
+def load_pipeline(
+    folder: Path, index: dict[str, Any], source: str, variant: str | None, without: tuple[str, ...] = ()
+) -> Any:
+    """Return the stock pipeline in a folder, with the class that its index names.
+
+    Args:
+        folder: The folder.
+        index: Its model_index.json.
+        source: Its name in messages.
+        variant: Weights' variant.
+        without: Optional components that are not loaded.
+
+    Raises:
+        ValueError: If a component is missing or a pickle, or it does not load.
+    """
+    check_components(folder, {n: part for n, part in index.items() if n not in without}, source, variant)
+    try:
+        return load_stock(getattr(diffusers, index["_class_name"]), folder, options(without, variant))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
+        raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
+
+
+def options(without: Sequence[str], variant: str | None) -> dict[str, Any]:
+    """Return what `load_stock` is told of the components that are not loaded and of the weights' variant."""
+    return {**dict.fromkeys(without), **({"variant": variant} if variant else {})}
+
+
+def check_components(folder: Path, index: dict[str, Any], source: str, variant: str | None = None) -> None:
+    """Raise ValueError if a component that the index names has no folder, or only pickles for weights."""
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[1] is None:
+            continue
+        if not (folder / name).is_dir():
+            raise ValueError(f"{source}: the folder {name}/ ({entry[1]}) is missing, which model_index.json names")
+        files = [p.name for p in (folder / name).iterdir()]
+        if pickles := [f for f in files if f.endswith(PICKLES)]:
+            if not any(f.endswith(".safetensors") for f in files):
+                raise ValueError(
+                    f"{source}: {name}/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it "
+                    "once where you trust it, with save_pretrained of its class"
+                )
+        elif variant and not any(f".{variant}." in f for f in files if f.endswith(".safetensors")):
+            weights = [f for f in files if f.endswith(".safetensors")]
+            if weights and name in ("unet", "transformer"):
+                raise ValueError(f"{source}: --variant {variant}: {name}/ holds {', '.join(weights)}")
