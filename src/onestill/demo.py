@@ -58,13 +58,13 @@ DEMOS = {
     "glyphs": Demo(
         settings={
             "guidance_scale": 3.0,
-            "max_train_steps": 1000,
+            "max_train_steps": 800,
             "train_batch_size": 32,
             "boundary_weight": 0.0,
             "bootstrap_weight": "none",
-            "anchor_fraction": 0.75,
-            "num_anchors": 2_500,
-            "num_anchor_steps": 8,
+            "anchor_fraction": 0.875,
+            "num_anchors": 2_000,
+            "num_anchor_steps": 5,
             "learning_rate": 1e-3,
             "lr_scheduler": "cosine",
             "checkpointing_steps": 400,
