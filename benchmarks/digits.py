@@ -45,7 +45,9 @@ def main() -> None:
     run = args.output_dir / f"seed-{args.seed}"
     settings = {**SETTINGS, "max_train_steps": args.max_train_steps, "resume_from_checkpoint": "latest"}
     wall, cpu = time.monotonic(), time.process_time()
-    distill("digits", run, seed=args.seed, device=args.device, show_progress=False, **settings)
+    result = distill("digits", run, seed=args.seed, device=args.device, show_progress=False, **settings)
+    if result.stopped_by is not None:
+        raise SystemExit(128 + result.stopped_by)
     wall, cpu = (time.monotonic() - wall) / 60, (time.process_time() - cpu) / 60
     print(
         f"seed {args.seed}: {args.max_train_steps} steps, {wall:.1f} minutes, {cpu:.1f} core-minutes, {args.threads} threads"

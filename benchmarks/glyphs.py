@@ -1,7 +1,7 @@
 """The embedded glyphs: text to image in one step, against the teacher's 50 guided steps, on held-out captions.
 
-python benchmarks/glyphs.py --output_dir runs/glyphs --seed 0 --threads 1
-python benchmarks/glyphs.py --output_dir runs/glyphs --seed 1 --threads 1
+python benchmarks/glyphs.py --output_dir runs/glyphs --seed 0 --threads 2
+python benchmarks/glyphs.py --output_dir runs/glyphs --seed 1 --threads 2
 python benchmarks/text_speed.py --student runs/glyphs/seed-0/pipeline --threads 1
 """
 
@@ -22,13 +22,13 @@ from onestill.evaluation.report import print_report
 
 SETTINGS: dict[str, Any] = {
     "guidance_scale": 3.0,
-    "max_train_steps": 8_000,
+    "max_train_steps": 7_000,
     "train_batch_size": 32,
     "boundary_weight": 0.0,
     "bootstrap_weight": "none",
-    "anchor_fraction": 0.75,
-    "num_anchors": 10_000,
-    "num_anchor_steps": 8,
+    "anchor_fraction": 0.875,
+    "num_anchors": 15_000,
+    "num_anchor_steps": 5,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 100,
@@ -53,7 +53,9 @@ def main() -> None:
     chosen = {"max_train_steps": args.max_train_steps, "num_anchors": args.num_anchors}
     settings = {**SETTINGS, **chosen, "resume_from_checkpoint": "latest"}
     wall, cpu = time.monotonic(), time.process_time()
-    distill("glyphs", run, seed=args.seed, device=args.device, show_progress=False, **settings)
+    result = distill("glyphs", run, seed=args.seed, device=args.device, show_progress=False, **settings)
+    if result.stopped_by is not None:
+        raise SystemExit(128 + result.stopped_by)
     wall, cpu = (time.monotonic() - wall) / 60, (time.process_time() - cpu) / 60
     print(f"seed {args.seed}: {args.max_train_steps} steps, {wall:.1f} minutes, {cpu:.1f} core-minutes", flush=True)
     report = onestill.evaluate(
