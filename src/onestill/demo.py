@@ -135,7 +135,10 @@ def run_demo(
     check_output_dir(output_dir, resuming=False)
     say(f"distilling the embedded {teacher} teacher: {settings['max_train_steps']} steps, no image is read")
     stopped_by = distill(teacher, output_dir, seed=seed, device=device, **settings).stopped_by
-    if stopped_by is not None:  # a signal that the training has caught ends the whole demo
+    # A signal that the training has caught ends the whole demo, also where a shell in the background ignores Ctrl-C.
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stopped_by is not None:
         signal.raise_signal(stopped_by)
     report = evaluate(
         output_dir,
