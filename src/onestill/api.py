@@ -35,14 +35,8 @@ from onestill.evaluation.run import compare_sources
 from onestill.export import export_student, is_exported
 from onestill.prompt_plan import use_negative_prompt
 from onestill.prompts import PromptFile
-from onestill.runs import (
-    check_student_request,
-    load_source,
-    open_student,
-    read_run_config,
-    restore_student,
-    run_teacher,
-)
+from onestill.restore import check_student_request, read_run_config, restore_student, run_teacher
+from onestill.runs import load_source, open_student
 from onestill.sampler import generate_images
 from onestill.sources import Source, teacher_source
 from onestill.teachers.base import NetworkTeacher, Teacher

@@ -22,7 +22,7 @@ from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import embedded_reference
 from onestill.evaluation.report import Report
 from onestill.evaluation.run import NO_KERNEL
-from onestill.runs import read_run_config
+from onestill.restore import read_run_config
 from onestill.teachers.load import EMBEDDED, load_teacher
 
 GLYPHS = EMBEDDED["glyphs"]
