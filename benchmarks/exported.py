@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from onestill.checks import PIPELINE_FOLDER
-from onestill.runs import read_run_config, restore_student
+from onestill.restore import read_run_config, restore_student
 from onestill.sampler import noise, student_generator
 
 STOCK = """

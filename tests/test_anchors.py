@@ -108,7 +108,7 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
     for fraction in (0.0, 0.5):
         run = tmp_path / f"run-{fraction}"
         onestill.distill(teacher_folder(), run, anchor_fraction=fraction, num_anchors=100, **settings)
-        from onestill.runs import read_run_config, restore_student
+        from onestill.restore import read_run_config, restore_student
 
         student = restore_student(run, read_run_config(run), torch.device("cpu"))
         with torch.no_grad():

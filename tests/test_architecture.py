@@ -56,9 +56,9 @@ LAYERS = (
     ("prompt_plan",),
     ("trainer", "export", "checks"),
     ("distillation", "sources"),
-    ("evaluation.heads",),
+    ("exported", "evaluation.heads"),
     (
-        "runs",
+        "restore",
         "play",
         "inspection",
         "evaluation.classifier",
@@ -66,8 +66,9 @@ LAYERS = (
         "evaluation.report",
         "evaluation.speed",
     ),
-    ("evaluation.features",),
-    ("evaluation.clip",),
+    ("runs", "evaluation.features"),
+    ("evaluation.pretrained", "evaluation.candidates"),
+    ("evaluation.choice", "evaluation.references", "evaluation.clip"),
     ("evaluation.run",),
     ("api",),
     ("onestill",),
@@ -132,7 +133,7 @@ def test_imports_are_seen() -> None:
 def test_order_is_the_one_of_the_design() -> None:
     spine = (
         "tensors", "process", "trajectory", "teachers.base", "teachers.unet2d", "student", "sampler", "trainer",
-        "distillation", "runs", "api", "demo", "cli",
+        "distillation", "restore", "runs", "api", "demo", "cli",
     )  # fmt: skip
     assert [LEVEL[name] for name in spine] == sorted(LEVEL[name] for name in spine)
     assert len({LEVEL[name] for name in spine}) == len(spine)

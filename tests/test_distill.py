@@ -81,7 +81,7 @@ def test_exported_is_the_averaged_student(kind: str) -> None:
     """Plain diffusers on the folder against the student with the averaged weights of the checkpoint, same noise."""
     from diffusers import DiffusionPipeline
 
-    from onestill.runs import restore_student
+    from onestill.restore import restore_student
     from onestill.sampler import noise
 
     run = finished_run(kind)

@@ -10,8 +10,10 @@ from torch import Tensor
 from onestill.checkpoint import read_checkpoint
 from onestill.config import make_config
 from onestill.distillation import fit_teacher
-from onestill.runs import Source, open_student, open_teacher, read_run_config, restore_student, run_teacher
+from onestill.restore import check_student_request, read_run_config, restore_student, run_teacher
+from onestill.runs import open_student, open_teacher
 from onestill.sampler import generate_images, noise
+from onestill.sources import Source
 from onestill.teachers.load import load_teacher
 
 CPU = torch.device("cpu")
@@ -176,8 +178,6 @@ def test_refusals_say_what_is_wrong(message: str) -> None:
 
 
 def test_target_times_below_what_was_trained_are_refused() -> None:
-    from onestill.runs import check_student_request
-
     run = finished_run()
     student = restore_student(run, read_run_config(run), CPU)
     config = make_config({**read_run_config(run).model_dump(), "t_min": 0.2})

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import trange
 
-from onestill.evaluation.features import ClassifierFeatures, ConvFeatures, extract
+from onestill.evaluation.classifier import ConvFeatures
+from onestill.evaluation.features import ClassifierFeatures, extract
 from onestill.evaluation.metrics import frechet_distance, label_accuracy
 
 MAX_SHIFT_PIXELS = 0.75

@@ -25,21 +25,18 @@ from onestill.checks import (
 )
 from onestill.config import DistillConfig
 from onestill.distillation import fit_teacher, guidance_words
-from onestill.evaluation import run as evaluation
+from onestill.evaluation.candidates import Settings, check_features
+from onestill.evaluation.choice import choose_features, default_features
 from onestill.evaluation.clip import ClipScore, check_pictures
 from onestill.evaluation.features import FeatureExtractor
+from onestill.evaluation.references import Reference, embedded_reference, folder_reference, teacher_reference
 from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
+from onestill.evaluation.run import compare_sources
 from onestill.export import export_student, is_exported
 from onestill.prompt_plan import use_negative_prompt
 from onestill.prompts import PromptFile
-from onestill.runs import (
-    check_student_request,
-    load_source,
-    open_student,
-    read_run_config,
-    restore_student,
-    run_teacher,
-)
+from onestill.restore import check_student_request, read_run_config, restore_student, run_teacher
+from onestill.runs import load_source, open_student
 from onestill.sampler import generate_images
 from onestill.sources import Source, teacher_source
 from onestill.teachers.base import NetworkTeacher, Teacher
@@ -219,8 +216,8 @@ def evaluate(
     name = base.spec.source
     extractor = features
     if isinstance(extractor, str):
-        chosen = evaluation.default_features(name) if extractor == "auto" else extractor
-        extractor = evaluation.choose_features(chosen, base, local_files_only=local_files_only, device=place)
+        chosen = default_features(name) if extractor == "auto" else extractor
+        extractor = choose_features(chosen, base, local_files_only=local_files_only, device=place)
     if reference == "auto":
         sees_images = not getattr(extractor, "of_latents", False)
         reference = name if name in EMBEDDED and sees_images else "teacher"
@@ -228,7 +225,7 @@ def evaluate(
     asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field, held_out)
     one_step.conditions(1, tuple(class_labels), asked)
     judge = None if clip is None else _open_clip(clip, base, place, local_files_only)
-    settings = evaluation.Settings(
+    settings = Settings(
         num_samples=num_samples,
         batch_size=batch_size,
         seed=seed,
@@ -240,14 +237,14 @@ def evaluate(
         guidance_scale=_guidance_of(one_step.config, guidance_scale, base),
         device=str(place),
     )
-    evaluation.check_features(extractor, [one_step])
+    check_features(extractor, [one_step])
     sampler = teacher_source(base, fitted, num_steps=num_reference_steps, device=place, base_student=one_step.base)
     images = _reference(str(reference), base, sampler, extractor, settings, say)
     rows: list[tuple[str, Source, bool]] = [
         (f"DDIM-{n}", teacher_source(base, fitted, num_steps=n, device=place, base_student=one_step.base), False)
         for n in steps
     ]
-    report, shown = evaluation.compare_sources(
+    report, shown = compare_sources(
         [*rows, ("student", one_step, True)], images, extractor, settings, teacher=name, clip=judge, say=say
     )
     if output is not None:
@@ -419,17 +416,17 @@ def _reference(
     base: NetworkTeacher,
     sampler: Source,
     extractor: FeatureExtractor,
-    settings: evaluation.Settings,
+    settings: Settings,
     say: Callable[[str], None],
-) -> evaluation.Reference:
+) -> Reference:
     if reference == "teacher":
         say(f"reference: {settings.num_samples:,} samples of the teacher at {sampler.num_steps} steps")
-        return evaluation.teacher_reference(sampler, extractor, settings)
+        return teacher_reference(sampler, extractor, settings)
     if reference in EMBEDDED:
-        found = evaluation.embedded_reference(reference)
+        found = embedded_reference(reference)
     else:
         image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=settings.device)).shape[1:]
-        found = evaluation.folder_reference(Path(reference), image_shape)
+        found = folder_reference(Path(reference), image_shape)
     if getattr(extractor, "of_latents", False):
         raise ValueError(
             f"--reference {reference} holds images, and --features teacher looks at latents; name a transformers model"

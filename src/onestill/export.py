@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onestill import card
-from onestill.files import set_usual_mode
+from onestill.files import save_tensors, set_usual_mode
 from onestill.lora import LORA_FOLDER, SCHEDULER_FILE, has_loader, load_with_lora, write_lora
 from onestill.process import head
 from onestill.sampler import Generate, noise, student_generator
@@ -338,7 +338,7 @@ def call_pipeline(pipeline: Any, seeds: Sequence[int], labels: list[int] | None)
 def _write_module(student: Student, folder: Path, t: float, guidance_scale: float | None) -> None:
     network, spec = student.bake(t, guidance_scale), student.spec
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
-    save_file(weights, folder / MODULE_WEIGHTS)
+    save_tensors(weights, folder / MODULE_WEIGHTS)
     at_start = start_head(student)
     description = {
         "kind": "onestill.module",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,11 +23,24 @@ def set_usual_mode(path: Path) -> None:
     safetensors writes a temporary file, readable by its owner alone, and renames it: without this nobody else could
     load what is shared with them.
     """
-    # The umask can only be read by setting it, which another thread might notice: an empty file shows what it does.
-    folder = path if path.is_dir() else path.parent
-    probe = folder / f".{path.name}.mode"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
+    usual = _mode_of_new_files(path if path.is_dir() else path.parent)
     for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-        file.chmod(mode)
+        # A file system without modes shows the same one for all files, and may not let any be set.
+        if stat.S_IMODE(file.stat().st_mode) != usual:
+            file.chmod(usual)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """Return the mode that a file gets that is made in a folder now.
+
+    The umask can only be read by setting it, and until it is set back every thread would write under the wrong one;
+    read once, at import, it would miss what is set later. An empty file shows what it does, and what the folder's own
+    default (an ACL) makes of it.
+    """
+    # A name that nobody has, not even a killed process of another umask: one that is there would keep its mode.
+    probe = folder / f".{uuid.uuid4().hex}.partial"
+    try:
+        probe.touch(exist_ok=False)
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)

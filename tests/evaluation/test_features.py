@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from onestill.evaluation.choice import load_features
+from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import (
     ClassifierFeatures,
-    ConvFeatures,
     FeatureExtractor,
     MiddleFeatures,
     ModuleFeatures,
-    TransformersFeatures,
     extract,
-    load_features,
 )
 from onestill.evaluation.metrics import frechet_distance, label_accuracy
+from onestill.evaluation.pretrained import TransformersFeatures
 
 DIGITS = Path(str(files("onestill"))) / "embedded" / "digits"
 

@@ -12,20 +12,18 @@ from PIL import Image
 from runs_helpers import NULL_CLASS, teacher_folder
 from torch import Tensor, nn
 
-from onestill.evaluation import run
+from onestill.evaluation import candidates, choice, references, run
+from onestill.evaluation.candidates import Settings
+from onestill.evaluation.choice import choose_features, default_features, teacher_features
 from onestill.evaluation.features import ClassifierFeatures
-from onestill.evaluation.run import (
+from onestill.evaluation.references import (
     REFERENCE_SEED,
     Reference,
-    Settings,
-    choose_features,
-    compare_sources,
-    default_features,
     embedded_reference,
     folder_reference,
-    teacher_features,
     teacher_reference,
 )
+from onestill.evaluation.run import compare_sources
 from onestill.process import CosineVP
 from onestill.sampler import Rows, noise
 from onestill.teachers.load import EMBEDDED, load_teacher
@@ -394,4 +392,4 @@ def test_features_of_a_teacher_without_a_middle_are_refused() -> None:
 
 
 def test_the_room_never_reaches_for_a_run() -> None:
-    assert "Source" not in vars(run)
+    assert not [room for room in (candidates, choice, references, run) if "Source" in vars(room)]

@@ -19,9 +19,10 @@ from onestill.config import read_yaml
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
+from onestill.evaluation.references import embedded_reference
 from onestill.evaluation.report import Report
-from onestill.evaluation.run import NO_KERNEL, embedded_reference
-from onestill.runs import read_run_config
+from onestill.evaluation.run import NO_KERNEL
+from onestill.restore import read_run_config
 from onestill.teachers.load import EMBEDDED, load_teacher
 
 GLYPHS = EMBEDDED["glyphs"]

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from onestill.evaluation.features import HUB_ID, check_range, load_transformers, name_with_commit
+from onestill.evaluation.features import check_range
+from onestill.evaluation.pretrained import HUB_ID, load_transformers, name_with_commit
 
 FLAG = "--clip"
 

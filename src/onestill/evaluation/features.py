@@ -4,21 +4,14 @@ A Fréchet distance is a number about images *and* an extractor, so every extrac
 printed beneath the table. Images are floats in [-1, 1], [N, C, H, W]; features are float32, [N, D].
 """
 
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from onestill.evaluation.classifier import ConvFeatures as ConvFeatures
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+from onestill.evaluation.classifier import ConvFeatures
 
 
 class FeatureExtractor(Protocol):
@@ -115,76 +108,11 @@ class ModuleFeatures:
         """
         if isinstance(self.module, nn.Module):
             with _evaluating(self.module):
-                output = self.module(_as_parameters(images, self.module))
+                output = self.module(as_parameters(images, self.module))
         else:
             output = self.module(images)
         features = _first_tensor(output, self.name)
-        return features.flatten(1).float() if self.pool == "flatten" else _pooled(features, self.name)
-
-
-class TransformersFeatures:
-    """A transformers vision model (DINOv2, CLIP, ViT, ...) as an extractor.
-
-    The whole image is resized to the model's input size (bicubic, antialiased; no crop, since the border of a
-    generated image counts too) and normalised with the processor's mean and standard deviation; grey images
-    are repeated to 3 channels. The feature is the pooled output, or the mean of the tokens where the model
-    has no pooled output or its file has no weights for one.
-
-    Args:
-        model_id: A local folder or a hub id. Only safetensors weights are read and no remote code is run.
-        revision: Branch, tag or commit of a hub id.
-        local_files_only: Never ask the network.
-        device: Where the model runs.
-
-    Raises:
-        ValueError: If the model or its processor cannot be loaded, its weights are incomplete, or it does not
-            take images.
-    """
-
-    def __init__(
-        self,
-        model_id: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        source = os.fspath(model_id)
-        local_files_only = local_files_only or Path(source).is_dir()
-        self._model, has_pooler = _load_vision(source, revision, local_files_only)
-        self._model.to(device).eval().requires_grad_(False)
-        processor = _load_processor(source, revision, local_files_only)
-        self.size = _input_size(processor, source)
-        self._mean = torch.tensor(processor.image_mean).view(1, -1, 1, 1)
-        self._std = torch.tensor(processor.image_std).view(1, -1, 1, 1)
-        with torch.no_grad():
-            blank = _as_parameters(torch.zeros(1, 3, *self.size), self._model)
-            output = self._model(pixel_values=blank)
-        self._use_pooler = has_pooler and getattr(output, "pooler_output", None) is not None
-        pooling = "pooled output" if self._use_pooler else "mean of tokens"
-        height, width = self.size
-        self.name = f"{name_with_commit(source, revision)} ({pooling}, {height}x{width} bicubic)"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return features [N, D] of images [N, 1 or 3, H, W] in [-1, 1].
-
-        Raises:
-            ValueError: If the images have neither 1 nor 3 channels.
-        """
-        output = self._model(pixel_values=self.pixels(images))
-        return _pooled(output.pooler_output if self._use_pooler else output.last_hidden_state, self.name)
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Return the model's input: resized to `size`, in [0, 1], then `(pixels - mean) / std`."""
-        check_range(images)
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"{self.name} sees grey or RGB images, [N, 1 or 3, H, W], and was given {list(images.shape)}"
-            )
-        pixels = images.float().expand(-1, 3, -1, -1) / 2 + 0.5
-        pixels = functional.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 1)
-        normalised = (pixels - self._mean.to(pixels)) / self._std.to(pixels)
-        return _as_parameters(normalised, self._model)
+        return features.flatten(1).float() if self.pool == "flatten" else pooled(features, self.name)
 
 
 class MiddleFeatures:
@@ -239,139 +167,13 @@ class MiddleFeatures:
             handle.remove()
         if len(seen) != 1:
             raise ValueError(f"{self.name}: run(images) must pass through the submodule once, it did {len(seen)} times")
-        features = _pooled(_first_tensor(seen[0], self.name), self.name)
+        features = pooled(_first_tensor(seen[0], self.name), self.name)
         if len(features) != len(images):
             raise ValueError(
                 f"{self.name}: run(images) sent {len(features)} images through the network for {len(images)} "
                 "given; run each once, without guidance"
             )
         return features
-
-
-def load_features(spec: str, *, local_files_only: bool = False, device: str | torch.device = "cpu") -> FeatureExtractor:
-    """Return the extractor that `--features` names.
-
-    Args:
-        spec: A `.safetensors` file written by `ConvFeatures.save`, or the folder or hub id of a transformers
-            vision model.
-        local_files_only: Never ask the network.
-        device: Where the extractor runs.
-
-    Raises:
-        ValueError: If there is no such file or folder, it is a pickle, or it is of another kind.
-    """
-    path = Path(spec)
-    suffix = path.suffix.lower()
-    if suffix in PICKLES and not path.is_dir():
-        raise ValueError(
-            f"--features: {spec} is a pickle ({suffix}), which can run code when it is opened; give a "
-            ".safetensors file written by ConvFeatures.save, or a transformers model with safetensors weights"
-        )
-    if suffix == ".safetensors" or path.is_file():
-        return ClassifierFeatures(ConvFeatures.load(path, device=device))
-    if not path.is_dir() and not HUB_ID.fullmatch(spec):
-        raise ValueError(
-            f"--features: no such file or folder: {spec!r}; give a .safetensors file written by "
-            "ConvFeatures.save, or the folder or id of a transformers vision model"
-        )
-    return TransformersFeatures(spec, local_files_only=local_files_only, device=device)
-
-
-def load_transformers(
-    source: str,
-    revision: str | None,
-    local_files_only: bool,
-    *,
-    flag: str,
-    dtype: torch.dtype | Literal["auto"] = "auto",
-) -> tuple[nn.Module, set[str]]:
-    """Return the transformers model of a folder or hub id, and the names of the weights that its file lacks.
-
-    Only safetensors are read and no remote code is run.
-
-    Args:
-        source: The folder or hub id.
-        revision: Branch, tag or commit of a hub id.
-        local_files_only: Never ask the network.
-        flag: What errors speak of.
-        dtype: Precision of the weights; "auto" is that of the file.
-
-    Raises:
-        ValueError: If it cannot be loaded, or lacks more weights than those of a pooler.
-    """
-    from transformers import AutoModel
-
-    try:
-        model, info = AutoModel.from_pretrained(
-            source,
-            revision=revision,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=local_files_only,
-            # With peft installed, the look for an adapter would ask the network all the same.
-            adapter_kwargs={"local_files_only": local_files_only},
-            output_loading_info=True,
-            dtype=dtype,
-        )
-    except (OSError, ValueError) as error:
-        offline = " (local files only: nothing was downloaded)" if local_files_only else ""
-        raise ValueError(
-            f"{flag}: cannot load {source!r} as a transformers model with safetensors weights{offline}: {error}"
-        ) from error
-    # transformers fills what a file lacks with random numbers; nothing measured must depend on those.
-    missing = set(info["missing_keys"])
-    without_pooler = {key for key in missing if "pooler" not in key}
-    if without_pooler:
-        shown = ", ".join(sorted(without_pooler)[:3])
-        raise ValueError(f"{flag}: the weights of {source!r} are incomplete; missing: {shown}, ...")
-    return model, missing
-
-
-def _load_vision(source: str, revision: str | None, local_files_only: bool) -> tuple[nn.Module, bool]:
-    """Return the vision model and whether its pooled output has trained weights."""
-    model, missing = load_transformers(source, revision, local_files_only, flag="--features")
-    vision = getattr(model, "vision_model", model)
-    if getattr(vision, "main_input_name", None) != "pixel_values":
-        raise ValueError(f"--features: {source!r} ({type(model).__name__}) does not take images")
-    return vision, not missing
-
-
-def name_with_commit(source: str, revision: str | None) -> str:
-    """Return a folder's name, or a hub id with the commit that was loaded, which a branch does not tell."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(source).is_dir():
-        return Path(source).resolve().name
-    cached = try_to_load_from_cache(source, "config.json", revision=revision)
-    commit = Path(cached).parent.name[:12] if isinstance(cached, str) else revision
-    return f"{source}@{commit}" if commit else source
-
-
-class _Processor(Protocol):
-    image_mean: list[float]
-    image_std: list[float]
-
-
-def _load_processor(source: str, revision: str | None, local_files_only: bool) -> _Processor:
-    from transformers import AutoImageProcessor
-
-    try:
-        processor: _Processor = AutoImageProcessor.from_pretrained(
-            source, revision=revision, trust_remote_code=False, local_files_only=local_files_only
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--features: {source!r} has no usable image processor: {error}") from error
-    return processor
-
-
-def _input_size(processor: _Processor, source: str) -> tuple[int, int]:
-    """Return the height and width that the network sees: the crop's where there is a crop."""
-    crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
-    size = getattr(processor, "crop_size" if crops else "size", None)
-    height, width, edge = (getattr(size, key, None) for key in ("height", "width", "shortest_edge"))
-    if not (height or edge):
-        raise ValueError(f"--features: the image processor of {source!r} names no input size: {size}")
-    return int(height or edge or 0), int(width or edge or 0)
 
 
 def _check_images(images: Tensor) -> None:
@@ -404,7 +206,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _as_parameters(images: Tensor, module: nn.Module) -> Tensor:
+def as_parameters(images: Tensor, module: nn.Module) -> Tensor:
     """Return the images on the device and in the precision of the module's first parameter, if it has one."""
     parameter = next(module.parameters(), None)
     return images if parameter is None else images.to(parameter.device, parameter.dtype)
@@ -418,7 +220,7 @@ def _first_tensor(output: object, name: str) -> Tensor:
     return first
 
 
-def _pooled(features: Tensor, name: str) -> Tensor:
+def pooled(features: Tensor, name: str) -> Tensor:
     """Return [N, D] float32 from features [N, D], maps [N, D, H, W] or sequences [N, L, D]."""
     if features.ndim == 4:
         return features.float().mean(dim=(2, 3))

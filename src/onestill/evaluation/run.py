@@ -5,106 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from onestill.evaluation import metrics, speed
-from onestill.evaluation.classifier import ConvFeatures
-from onestill.evaluation.clip import ClipScore
-from onestill.evaluation.features import (
-    ClassifierFeatures,
-    FeatureExtractor,
-    MiddleFeatures,
-    extract,
-    load_features,
+from onestill.evaluation.candidates import (
+    Candidate,
+    Settings,
+    first_pictures,
+    looks_at_latents,
+    pictures_of_samples,
+    samples,
 )
+from onestill.evaluation.clip import ClipScore
+from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, extract
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
+from onestill.evaluation.references import Reference
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
-from onestill.sampler import Rows, generate_images, noise, to_device
-from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.load import EMBEDDED
-from onestill.teachers.pipeline import PipelineTeacher
-from onestill.tensors import Cond, as_times, broadcast
+from onestill.sampler import Rows, noise
 
 NUM_SHOWN = 100
-REFERENCE_SEED = 10_000_000
-MIDDLE_LOG_SNR = 2.0
 SPEED_ROUNDS = 5
 NO_KERNEL = "no kernel distance: rows and reference show the same prompts, at least in part, and its estimator takes them for independent"
-
-
-class Candidate(Protocol):
-    """What is evaluated: `onestill.runs.Source` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def generate(self) -> Callable[[Tensor, Cond], Tensor]: ...
-    @property
-    def sample_shape(self) -> tuple[int, ...]: ...
-    @property
-    def num_steps(self) -> int: ...
-    @property
-    def calls(self) -> int: ...
-    @property
-    def latents(self) -> Callable[[Tensor, Cond], Tensor] | None: ...
-    @property
-    def decodes(self) -> bool: ...
-    @property
-    def decode(self) -> Callable[[Tensor], Tensor] | None: ...
-    def conditions(
-        self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0
-    ) -> Rows: ...
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Images to compare with, and what they are.
-
-    Attributes:
-        images: [N, C, H, W], or latents.
-        name: What they are, in words.
-        prompts: Prompts that they show, where that is known.
-    """
-
-    images: Tensor
-    name: str
-    prompts: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to evaluate.
-
-    Attributes:
-        num_samples: Images per row.
-        batch_size: Images per network call, and the large batch of the speed columns.
-        seed: Seed of the first image; image i has seed + i, for every row.
-        class_labels: Labels to go round; all if empty.
-        prompts: Prompts to go round, for text teachers.
-        prompts_from: Where they come from, for the protocol.
-        base_student: Who draws the pictures that every row enlarges, for the protocol; "" if none does.
-        neighbours: k of precision and recall.
-        measure_speed: Whether to time the rows.
-        guidance_scale: What was distilled in, for the protocol.
-        device: What the speeds are measured on, for the protocol.
-    """
-
-    num_samples: int = 2000
-    batch_size: int = 64
-    seed: int = 0
-    class_labels: tuple[int, ...] = ()
-    prompts: Sequence[str] = ()
-    prompts_from: str = ""
-    base_student: str = ""
-    neighbours: int = 3
-    measure_speed: bool = True
-    guidance_scale: float | None = None
-    device: str = "cpu"
 
 
 def compare_sources(
@@ -146,12 +69,14 @@ def compare_sources(
             wanted, reading = _what_prompts_want(extractor, cond["prompt"])
             paired = not set(cond["prompt"]).isdisjoint(reference.prompts)
             notes += (*reading, *([NO_KERNEL] if paired else []), *_cut_prompts(clip, cond["prompt"]))
-        images = _samples(source, extractor, seeds, cond, settings)
-        shown[name] = images[:NUM_SHOWN] if not _of_latents(extractor, source) else _shown(source, seeds, cond)
+        images = samples(source, extractor, seeds, cond, settings)
+        shown[name] = (
+            images[:NUM_SHOWN] if not looks_at_latents(extractor, source) else first_pictures(source, seeds, cond)
+        )
         row = _row(name, source, is_student, images, cond, real, extractor, wanted, paired, settings, seconds)
         if clip is not None:
             say(f"{name}: CLIP score")
-            pictures = _pictures(source, extractor, images, seeds, cond, settings.batch_size)
+            pictures = pictures_of_samples(source, extractor, images, seeds, cond, settings.batch_size)
             row = row.model_copy(update={"clip_score": _clip_score(clip, pictures, cond["prompt"])})
         rows.append(row)
     size = _subset_size(len(real), settings.num_samples)
@@ -219,21 +144,6 @@ def _cut_prompts(clip: ClipScore | None, prompts: Sequence[str]) -> tuple[str, .
     return (f"CLIP score: {cut:,} different prompts have more than {clip.max_tokens} tokens, and were cut there",)
 
 
-def _pictures(
-    source: Candidate, extractor: FeatureExtractor, images: Tensor, seeds: range, cond: Rows, batch_size: int
-) -> Iterator[Tensor]:
-    """Yield the pictures of a row in batches: what the features looked at, or decoded from it."""
-    for first in range(0, len(images), batch_size):
-        batch = slice(first, first + batch_size)
-        if not _of_latents(extractor, source):
-            yield images[batch]
-        elif source.decode is not None:
-            yield source.decode(images[batch]).cpu()
-        else:  # an exported pipeline decodes inside its call
-            rows = {name: value[batch] for name, value in cond.items()}
-            yield generate_images(source.generate, seeds[batch], source.sample_shape, rows, batch_size=batch_size)
-
-
 def _clip_score(clip: ClipScore, pictures: Iterator[Tensor], prompts: Sequence[str]) -> float:
     scores: list[Tensor] = []
     done = 0
@@ -250,35 +160,6 @@ def _notes(settings: Settings) -> tuple[str, ...]:
             f"every row enlarges what {settings.base_student} draws in one step, which its evaluations and its time include"
         )
     return tuple(notes)
-
-
-def _of_latents(extractor: FeatureExtractor, source: Candidate) -> bool:
-    """Return whether the features are those of what comes before the decoder."""
-    return source.decodes and getattr(extractor, "of_latents", False)
-
-
-def _samples(source: Candidate, extractor: FeatureExtractor, seeds: range, cond: Rows, settings: Settings) -> Tensor:
-    """Return what the extractor looks at: images, or the latents they are decoded from."""
-    if _of_latents(extractor, source):
-        assert source.latents is not None, "check_features has been called"
-        return generate_images(source.latents, seeds, source.sample_shape, cond, batch_size=settings.batch_size).float()
-    images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
-    # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
-    return images.clamp(-1, 1)
-
-
-def _shown(source: Candidate, seeds: range, cond: Rows, num: int = 16) -> Tensor:
-    first = {name: value[:num] for name, value in cond.items()}
-    return generate_images(source.generate, seeds[:num], source.sample_shape, first, batch_size=num)
-
-
-def check_features(extractor: FeatureExtractor, sources: Sequence[Candidate]) -> None:
-    """Raise ValueError if the extractor looks at latents and a source does not give them."""
-    for source in sources:
-        if _of_latents(extractor, source) and source.latents is None:
-            raise ValueError(
-                f"--features teacher looks at latents, and {source.name} gives images only; name a transformers model"
-            )
 
 
 def _row(
@@ -350,103 +231,3 @@ def _short_name(name: str) -> str:
 
 def _subset_size(num_real: int, num_fake: int) -> int:
     return min(1000, num_real, num_fake)
-
-
-def teacher_reference(source: Candidate, extractor: FeatureExtractor, settings: Settings) -> Reference:
-    """Return the teacher's own many-step samples (or their latents), from seeds that no row uses."""
-    num = settings.num_samples
-    first = REFERENCE_SEED if settings.seed + num <= REFERENCE_SEED else settings.seed + num
-    cond = source.conditions(num, settings.class_labels, settings.prompts, seed=first)
-    images = _samples(source, extractor, range(first, first + num), cond, settings)
-    name = f"the teacher's own {source.num_steps}-step samples, seeds {first}.."
-    return Reference(images, name, settings.prompts)
-
-
-def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
-    """Return the images in a folder (searched recursively), in the teacher's size.
-
-    Raises:
-        ValueError: If there is no folder, fewer than two images, or an image of another size.
-    """
-    if not folder.is_dir():
-        raise ValueError(
-            f"--reference {folder}: no such folder; give 'teacher', an embedded teacher's name, or a folder of images"
-        )
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    if len(paths) < 2:
-        raise ValueError(f"--reference {folder} holds {len(paths)} images; at least 2 are needed")
-    channels, height, width = image_shape
-    images = []
-    for path in paths:
-        with Image.open(path) as picture:
-            if picture.size != (width, height):
-                raise ValueError(
-                    f"--reference: {path} is {picture.width}x{picture.height}, the teacher makes {width}x{height}; resize it first"
-                )
-            pixels = torch.tensor(
-                bytearray(picture.convert("L" if channels == 1 else "RGB").tobytes()), dtype=torch.float32
-            )
-        images.append(pixels.reshape(height, width, channels).permute(2, 0, 1) / 127.5 - 1)
-    return Reference(torch.stack(images), f"the images in {folder.name}/")
-
-
-def embedded_reference(name: str) -> Reference:
-    """Return the real images that an embedded teacher ships for evaluation."""
-    images = load_file(EMBEDDED[name].folder / "images.safetensors")["images"]
-    pictures = images.float() * (2 / EMBEDDED[name].white) - 1
-    held_out = EMBEDDED[name].heldout
-    prompts = [] if held_out is None else held_out.read_text(encoding="utf-8").splitlines()
-    return Reference(pictures, f"the {len(images):,} real {name} (only ever read by evaluate)", prompts)
-
-
-def choose_features(
-    spec: str, teacher: NetworkTeacher, *, local_files_only: bool, device: torch.device
-) -> FeatureExtractor:
-    """Return the extractor for `--features`: teacher, an embedded teacher's name, a file, a folder or an id."""
-    if spec == "teacher":
-        return teacher_features(teacher, device)
-    if spec in EMBEDDED:
-        return ClassifierFeatures(ConvFeatures.load(EMBEDDED[spec].folder / "classifier.safetensors", device=device))
-    return load_features(spec, local_files_only=local_files_only, device=device)
-
-
-def default_features(teacher_source: str) -> str:
-    """Return the features used if none are named: an embedded teacher's classifier, else the teacher's own."""
-    return teacher_source if teacher_source in EMBEDDED else "teacher"
-
-
-def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureExtractor:
-    """Return the teacher's own middle features of slightly noised images, as an extractor.
-
-    The noise is fixed (one seed) and its level is log-SNR 2, where networks see structure more than noise.
-
-    Raises:
-        ValueError: If the teacher has no network with a middle.
-    """
-    network = teacher.network
-    if not isinstance(network, torch.nn.Module):
-        raise ValueError(
-            "--features teacher: this teacher is a plain callable without middle features; name a network file"
-        )
-    process = teacher.spec.process
-    t = float(process.time_at_log_snr(torch.tensor([MIDDLE_LOG_SNR], dtype=torch.float64)))
-    fixed = noise([0], teacher.spec.sample_shape)
-
-    def look(images: Tensor) -> None:
-        alpha, sigma = (broadcast(v, images) for v in process.alpha_sigma(as_times(t, len(images))))
-        # What the images show is not said: the null condition where there is one, else the same for all.
-        cond = to_device(teacher.null_rows(teacher.example_rows(len(images))), device)
-        if isinstance(teacher, PipelineTeacher) and teacher.family.beside is not None:
-            # Each image beside itself made small, as a super-resolution network expects.
-            small = torch.nn.functional.interpolate(images, scale_factor=1 / teacher.picture.usual_factor, mode="area")
-            cond |= to_device(teacher.picture_rows(small, fixed.expand_as(images)), device)
-        teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
-
-    if hasattr(network, "mid_block"):
-        decodes = isinstance(teacher, PipelineTeacher) and teacher.family.latents
-        of_what = " of latents" if decodes else ""
-        name = f"the teacher's own mid_block{of_what} at log-SNR {MIDDLE_LOG_SNR:g}"
-        return MiddleFeatures(network, look, name=name, of_latents=decodes)
-    raise ValueError(
-        f"--features teacher: {type(network).__name__} has no mid_block; name a network file or a transformers model"
-    )

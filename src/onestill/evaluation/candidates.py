@@ -1,0 +1,113 @@
+"""What is evaluated: the sources, the settings that all of them share, and what is drawn from them to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from onestill.evaluation.features import FeatureExtractor
+from onestill.sampler import Rows, generate_images
+from onestill.tensors import Cond
+
+
+class Candidate(Protocol):
+    """What is evaluated: `onestill.sources.Source` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def generate(self) -> Callable[[Tensor, Cond], Tensor]: ...
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def latents(self) -> Callable[[Tensor, Cond], Tensor] | None: ...
+    @property
+    def decodes(self) -> bool: ...
+    @property
+    def decode(self) -> Callable[[Tensor], Tensor] | None: ...
+    def conditions(
+        self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0
+    ) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate.
+
+    Attributes:
+        num_samples: Images per row.
+        batch_size: Images per network call, and the large batch of the speed columns.
+        seed: Seed of the first image; image i has seed + i, for every row.
+        class_labels: Labels to go round; all if empty.
+        prompts: Prompts to go round, for text teachers.
+        prompts_from: Where they come from, for the protocol.
+        base_student: Who draws the pictures that every row enlarges, for the protocol; "" if none does.
+        neighbours: k of precision and recall.
+        measure_speed: Whether to time the rows.
+        guidance_scale: What was distilled in, for the protocol.
+        device: What the speeds are measured on, for the protocol.
+    """
+
+    num_samples: int = 2000
+    batch_size: int = 64
+    seed: int = 0
+    class_labels: tuple[int, ...] = ()
+    prompts: Sequence[str] = ()
+    prompts_from: str = ""
+    base_student: str = ""
+    neighbours: int = 3
+    measure_speed: bool = True
+    guidance_scale: float | None = None
+    device: str = "cpu"
+
+
+def check_features(extractor: FeatureExtractor, sources: Sequence[Candidate]) -> None:
+    """Raise ValueError if the extractor looks at latents and a source does not give them."""
+    for source in sources:
+        if looks_at_latents(extractor, source) and source.latents is None:
+            raise ValueError(
+                f"--features teacher looks at latents, and {source.name} gives images only; name a transformers model"
+            )
+
+
+def looks_at_latents(extractor: FeatureExtractor, source: Candidate) -> bool:
+    """Return whether the features are those of what comes before the decoder."""
+    return source.decodes and getattr(extractor, "of_latents", False)
+
+
+def samples(source: Candidate, extractor: FeatureExtractor, seeds: range, cond: Rows, settings: Settings) -> Tensor:
+    """Return what the extractor looks at: images, or the latents they are decoded from."""
+    if looks_at_latents(extractor, source):
+        assert source.latents is not None, "check_features has been called"
+        return generate_images(source.latents, seeds, source.sample_shape, cond, batch_size=settings.batch_size).float()
+    images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
+    # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
+    return images.clamp(-1, 1)
+
+
+def first_pictures(source: Candidate, seeds: range, cond: Rows, num: int = 16) -> Tensor:
+    """Return the first pictures of a row, to be shown."""
+    first = {name: value[:num] for name, value in cond.items()}
+    return generate_images(source.generate, seeds[:num], source.sample_shape, first, batch_size=num)
+
+
+def pictures_of_samples(
+    source: Candidate, extractor: FeatureExtractor, images: Tensor, seeds: range, cond: Rows, batch_size: int
+) -> Iterator[Tensor]:
+    """Yield the pictures of a row in batches: what the features looked at, or decoded from it."""
+    for first in range(0, len(images), batch_size):
+        batch = slice(first, first + batch_size)
+        if not looks_at_latents(extractor, source):
+            yield images[batch]
+        elif source.decode is not None:
+            yield source.decode(images[batch]).cpu()
+        else:  # an exported pipeline decodes inside its call
+            rows = {name: value[batch] for name, value in cond.items()}
+            yield generate_images(source.generate, seeds[batch], source.sample_shape, rows, batch_size=batch_size)

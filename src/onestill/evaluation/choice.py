@@ -1,0 +1,102 @@
+"""Which extractor an evaluation looks through: what `--features` names, and what it is if nothing is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onestill.evaluation.classifier import ConvFeatures
+from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
+from onestill.evaluation.pretrained import HUB_ID, TransformersFeatures
+from onestill.sampler import noise, to_device
+from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.load import EMBEDDED
+from onestill.teachers.pipeline import PipelineTeacher
+from onestill.tensors import as_times, broadcast
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+MIDDLE_LOG_SNR = 2.0
+
+
+def choose_features(
+    spec: str, teacher: NetworkTeacher, *, local_files_only: bool, device: torch.device
+) -> FeatureExtractor:
+    """Return the extractor for `--features`: teacher, an embedded teacher's name, a file, a folder or an id."""
+    if spec == "teacher":
+        return teacher_features(teacher, device)
+    if spec in EMBEDDED:
+        return ClassifierFeatures(ConvFeatures.load(EMBEDDED[spec].folder / "classifier.safetensors", device=device))
+    return load_features(spec, local_files_only=local_files_only, device=device)
+
+
+def default_features(teacher_source: str) -> str:
+    """Return the features used if none are named: an embedded teacher's classifier, else the teacher's own."""
+    return teacher_source if teacher_source in EMBEDDED else "teacher"
+
+
+def load_features(spec: str, *, local_files_only: bool = False, device: str | torch.device = "cpu") -> FeatureExtractor:
+    """Return the extractor that `--features` names.
+
+    Args:
+        spec: A `.safetensors` file written by `ConvFeatures.save`, or the folder or hub id of a transformers
+            vision model.
+        local_files_only: Never ask the network.
+        device: Where the extractor runs.
+
+    Raises:
+        ValueError: If there is no such file or folder, it is a pickle, or it is of another kind.
+    """
+    path = Path(spec)
+    suffix = path.suffix.lower()
+    if suffix in PICKLES and not path.is_dir():
+        raise ValueError(
+            f"--features: {spec} is a pickle ({suffix}), which can run code when it is opened; give a "
+            ".safetensors file written by ConvFeatures.save, or a transformers model with safetensors weights"
+        )
+    if suffix == ".safetensors" or path.is_file():
+        return ClassifierFeatures(ConvFeatures.load(path, device=device))
+    if not path.is_dir() and not HUB_ID.fullmatch(spec):
+        raise ValueError(
+            f"--features: no such file or folder: {spec!r}; give a .safetensors file written by "
+            "ConvFeatures.save, or the folder or id of a transformers vision model"
+        )
+    return TransformersFeatures(spec, local_files_only=local_files_only, device=device)
+
+
+def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureExtractor:
+    """Return the teacher's own middle features of slightly noised images, as an extractor.
+
+    The noise is fixed (one seed) and its level is log-SNR 2, where networks see structure more than noise.
+
+    Raises:
+        ValueError: If the teacher has no network with a middle.
+    """
+    network = teacher.network
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(
+            "--features teacher: this teacher is a plain callable without middle features; name a network file"
+        )
+    process = teacher.spec.process
+    t = float(process.time_at_log_snr(torch.tensor([MIDDLE_LOG_SNR], dtype=torch.float64)))
+    fixed = noise([0], teacher.spec.sample_shape)
+
+    def look(images: Tensor) -> None:
+        alpha, sigma = (broadcast(v, images) for v in process.alpha_sigma(as_times(t, len(images))))
+        # What the images show is not said: the null condition where there is one, else the same for all.
+        cond = to_device(teacher.null_rows(teacher.example_rows(len(images))), device)
+        if isinstance(teacher, PipelineTeacher) and teacher.family.beside is not None:
+            # Each image beside itself made small, as a super-resolution network expects.
+            small = torch.nn.functional.interpolate(images, scale_factor=1 / teacher.picture.usual_factor, mode="area")
+            cond |= to_device(teacher.picture_rows(small, fixed.expand_as(images)), device)
+        teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
+
+    if hasattr(network, "mid_block"):
+        decodes = isinstance(teacher, PipelineTeacher) and teacher.family.latents
+        of_what = " of latents" if decodes else ""
+        name = f"the teacher's own mid_block{of_what} at log-SNR {MIDDLE_LOG_SNR:g}"
+        return MiddleFeatures(network, look, name=name, of_latents=decodes)
+    raise ValueError(
+        f"--features teacher: {type(network).__name__} has no mid_block; name a network file or a transformers model"
+    )

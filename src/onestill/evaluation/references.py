@@ -1,0 +1,80 @@
+"""What an evaluation compares with: the teacher's own samples, a folder of images, an embedded teacher's real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from onestill.evaluation.candidates import Candidate, Settings, samples
+from onestill.evaluation.features import FeatureExtractor
+from onestill.teachers.load import EMBEDDED
+
+REFERENCE_SEED = 10_000_000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images to compare with, and what they are.
+
+    Attributes:
+        images: [N, C, H, W], or latents.
+        name: What they are, in words.
+        prompts: Prompts that they show, where that is known.
+    """
+
+    images: Tensor
+    name: str
+    prompts: Sequence[str] = ()
+
+
+def teacher_reference(source: Candidate, extractor: FeatureExtractor, settings: Settings) -> Reference:
+    """Return the teacher's own many-step samples (or their latents), from seeds that no row uses."""
+    num = settings.num_samples
+    first = REFERENCE_SEED if settings.seed + num <= REFERENCE_SEED else settings.seed + num
+    cond = source.conditions(num, settings.class_labels, settings.prompts, seed=first)
+    images = samples(source, extractor, range(first, first + num), cond, settings)
+    name = f"the teacher's own {source.num_steps}-step samples, seeds {first}.."
+    return Reference(images, name, settings.prompts)
+
+
+def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
+    """Return the images in a folder (searched recursively), in the teacher's size.
+
+    Raises:
+        ValueError: If there is no folder, fewer than two images, or an image of another size.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"--reference {folder}: no such folder; give 'teacher', an embedded teacher's name, or a folder of images"
+        )
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    if len(paths) < 2:
+        raise ValueError(f"--reference {folder} holds {len(paths)} images; at least 2 are needed")
+    channels, height, width = image_shape
+    images = []
+    for path in paths:
+        with Image.open(path) as picture:
+            if picture.size != (width, height):
+                raise ValueError(
+                    f"--reference: {path} is {picture.width}x{picture.height}, the teacher makes {width}x{height}; resize it first"
+                )
+            pixels = torch.tensor(
+                bytearray(picture.convert("L" if channels == 1 else "RGB").tobytes()), dtype=torch.float32
+            )
+        images.append(pixels.reshape(height, width, channels).permute(2, 0, 1) / 127.5 - 1)
+    return Reference(torch.stack(images), f"the images in {folder.name}/")
+
+
+def embedded_reference(name: str) -> Reference:
+    """Return the real images that an embedded teacher ships for evaluation."""
+    images = load_file(EMBEDDED[name].folder / "images.safetensors")["images"]
+    pictures = images.float() * (2 / EMBEDDED[name].white) - 1
+    held_out = EMBEDDED[name].heldout
+    prompts = [] if held_out is None else held_out.read_text(encoding="utf-8").splitlines()
+    return Reference(pictures, f"the {len(images):,} real {name} (only ever read by evaluate)", prompts)
