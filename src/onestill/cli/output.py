@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from rich.console import Console
 from rich.text import Text
 
@@ -23,11 +21,8 @@ def note(*parts: str | tuple[str, str]) -> None:
 def quiet() -> None:
     """Keep the libraries' own progress bars and notices out of the output; errors stay."""
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    if importlib.util.find_spec("transformers") is not None:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
