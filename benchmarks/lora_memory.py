@@ -22,8 +22,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from onestill.checks import resolve_device
 from onestill.config import make_config
-from onestill.distillation import prepare
 from onestill.inspection import estimate
+from onestill.preparation import prepare
 from onestill.teachers.unet2d import unet2d_teacher
 from onestill.tensors import num_parameters
 from onestill.trainer import Trainer

@@ -14,9 +14,9 @@ import torch
 
 from onestill.checks import PIPELINE_FOLDER
 from onestill.config import make_config
-from onestill.distillation import prepare
 from onestill.evaluation.speed import compare
 from onestill.export import export_student
+from onestill.preparation import prepare
 from onestill.runs import open_student
 from onestill.sampler import noise, teacher_generator
 from onestill.teachers.load import load_teacher

@@ -45,7 +45,8 @@ def measure(folder: Path, prompts: Path, steps: int) -> None:
     """Train to the third step and print, as JSON, the seconds to the first one and the peak of resident memory."""
     started = time.perf_counter()
     from onestill.config import make_config
-    from onestill.distillation import make_trainer, prepare
+    from onestill.distillation import make_trainer
+    from onestill.preparation import prepare
 
     settings = {"teacher": str(folder / "teacher"), "output_dir": str(folder / "run"), "device": "cpu"}
     rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 10**6}

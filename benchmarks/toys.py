@@ -16,7 +16,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from onestill.config import make_config
-from onestill.distillation import prepare, run
+from onestill.distillation import run
+from onestill.preparation import prepare
 from onestill.process import CosineVP
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher

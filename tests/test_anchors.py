@@ -10,7 +10,7 @@ from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_stat
 import onestill
 from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.config import make_config
-from onestill.distillation import prepare
+from onestill.preparation import prepare
 from onestill.process import CosineVP
 from onestill.sampler import teacher_generator
 from onestill.teachers.closed_form import GaussianTeacher

@@ -13,6 +13,7 @@ from torch import Tensor
 import onestill
 from onestill import api
 from onestill.card import NO_TABLE
+from onestill.evaluation.pair import default_report_folder
 from onestill.evaluation.report import Report
 from onestill.export import call_pipeline, load_pipeline
 from onestill.pictures import to_pil
@@ -89,8 +90,8 @@ def test_a_report_never_overwrites_a_picture(tmp_path: Path) -> None:
 
 def test_report_folders() -> None:
     run = finished_run()
-    assert api.default_report_folder(run) == api.default_report_folder(run / "pipeline") == run / "evaluation"
-    assert api.default_report_folder(run / "checkpoint-4") == run / "checkpoint-4" / "evaluation"
+    assert default_report_folder(run) == default_report_folder(run / "pipeline") == run / "evaluation"
+    assert default_report_folder(run / "checkpoint-4") == run / "checkpoint-4" / "evaluation"
 
 
 def test_sample_goes_round_the_labels() -> None:
@@ -301,8 +302,8 @@ def test_evaluate_refuses_a_teacher_of_another_size(tmp_path: Path) -> None:
 
 def test_where_a_report_goes_if_nothing_is_said(tmp_path: Path) -> None:
     run = finished_run()
-    assert api.default_report_folder(run) == api.default_report_folder(run / "pipeline") == run / "evaluation"
-    assert api.default_report_folder(tmp_path / "elsewhere") == Path("evaluation")
+    assert default_report_folder(run) == default_report_folder(run / "pipeline") == run / "evaluation"
+    assert default_report_folder(tmp_path / "elsewhere") == Path("evaluation")
 
 
 # export

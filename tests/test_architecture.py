@@ -55,6 +55,7 @@ LAYERS = (
     ("chain", "anchors"),
     ("prompt_plan",),
     ("trainer", "export", "checks"),
+    ("preparation",),
     ("distillation", "sources"),
     ("exported", "evaluation.heads"),
     (
@@ -69,8 +70,8 @@ LAYERS = (
     ("runs", "evaluation.features"),
     ("evaluation.pretrained", "evaluation.candidates"),
     ("evaluation.choice", "evaluation.references", "evaluation.clip"),
-    ("evaluation.run",),
-    ("api",),
+    ("evaluation.run", "api"),
+    ("evaluation.pair",),
     ("onestill",),
     ("demo",),
     ("cli.options", "cli.fields", "cli.output"),
@@ -127,13 +128,13 @@ def test_imports_are_seen() -> None:
     assert "process" in imports_of("trajectory")
     assert {"objective", "pictures", "sampler"} <= imports_of("trainer")
     assert "cli.sample" in imports_of("cli") and "api" in imports_of("cli.sample")
-    assert {"api", "student"} <= imports_of("onestill")
+    assert {"api", "evaluation.pair", "student"} <= imports_of("onestill")
 
 
 def test_order_is_the_one_of_the_design() -> None:
     spine = (
         "tensors", "process", "trajectory", "teachers.base", "teachers.unet2d", "student", "sampler", "trainer",
-        "distillation", "restore", "runs", "api", "demo", "cli",
+        "preparation", "distillation", "restore", "runs", "api", "demo", "cli",
     )  # fmt: skip
     assert [LEVEL[name] for name in spine] == sorted(LEVEL[name] for name in spine)
     assert len({LEVEL[name] for name in spine}) == len(spine)
@@ -155,7 +156,7 @@ def test_there_are_no_cycles() -> None:
 
 def test_sampling_and_exporting_need_no_trainer() -> None:
     for name in ("sampler", "export", "student", "objective"):
-        assert not reachable(name) & {"trainer", "checkpoint", "distillation", "config"}
+        assert not reachable(name) & {"trainer", "checkpoint", "preparation", "distillation", "config"}
 
 
 def test_maths_is_pure() -> None:

@@ -29,7 +29,8 @@ import onestill
 from onestill.checkpoint import read_checkpoint
 from onestill.checks import check_device, check_output_dir, check_tracker, check_writable, is_run, resolve_device
 from onestill.config import make_config, read_yaml
-from onestill.distillation import RunResult, fit_teacher, guidance_words, prepare
+from onestill.distillation import RunResult, guidance_words
+from onestill.preparation import fit_teacher, prepare
 from onestill.process import CosineVP
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher

@@ -27,9 +27,9 @@ import onestill
 import onestill.api
 from onestill.checkpoint import read_checkpoint
 from onestill.config import make_config
-from onestill.distillation import fit_teacher, prepare
 from onestill.export import export_student
 from onestill.lora import Lora, adapters, attach, merge, target_layers
+from onestill.preparation import fit_teacher, prepare
 from onestill.process import CosineVP
 from onestill.sampler import generate_images, noise, teacher_generator
 from onestill.student import Student

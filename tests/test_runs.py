@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onestill.checkpoint import read_checkpoint
 from onestill.config import make_config
-from onestill.distillation import fit_teacher
+from onestill.preparation import fit_teacher
 from onestill.restore import check_student_request, read_run_config, restore_student, run_teacher
 from onestill.runs import open_student, open_teacher
 from onestill.sampler import generate_images, noise

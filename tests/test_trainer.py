@@ -37,7 +37,8 @@ import onestill
 from onestill import objective
 from onestill.checkpoint import list_checkpoints, read_checkpoint, step_of, write_checkpoint
 from onestill.config import make_config
-from onestill.distillation import Prepared, RunResult, prepare
+from onestill.distillation import RunResult
+from onestill.preparation import Prepared, prepare
 from onestill.trainer import NonFiniteLossError, StepLog, Trainer
 
 GUIDANCE = {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale_max": 3.0}

@@ -13,9 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onestill.api import evaluate, sample
+    from onestill.api import sample
     from onestill.config import DistillConfig
     from onestill.distillation import RunResult, distill
+    from onestill.evaluation.pair import evaluate
     from onestill.export import export_student, load_module
     from onestill.inspection import inspect_teacher
     from onestill.play import fixed_noise, guidance_sweep, interpolate, student_trajectory
@@ -30,7 +31,7 @@ __version__ = "0.1.0"
 
 # Resolved on first use, so that `import onestill` stays fast and loads nothing optional.
 _HOMES = {
-    "evaluate": "api",
+    "evaluate": "evaluation.pair",
     "sample": "api",
     "DistillConfig": "config",
     "RunResult": "distillation",

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from onestill import pictures
-from onestill.api import evaluate, sample
+from onestill.api import sample
 from onestill.checks import CONFIG_FILE, check_device, check_output_dir
 from onestill.config import make_config, read_yaml
 from onestill.distillation import distill
+from onestill.evaluation.pair import evaluate
 from onestill.evaluation.report import Report
 
 PROJECT_NAME = "onestill-demo"

@@ -12,7 +12,7 @@ from onestill.chain import BaseStudent
 from onestill.checks import resolve_device
 from onestill.conditions import check_labels, middle_guidance
 from onestill.config import DistillConfig
-from onestill.distillation import fit_teacher, make_student
+from onestill.preparation import fit_teacher, make_student
 from onestill.sampler import to_device
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher

@@ -222,3 +222,22 @@ def _json_field(line: str, field: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"field {field!r} holds half of a surrogate pair, which is no character") from None
     return text
+
+
+def read_prompts(
+    prompts: Sequence[str] = (), prompt_file: str | Path | None = None, prompt_field: str | None = None
+) -> Sequence[str]:
+    """Return the prompts that are given, or those of a file, which are read as they are asked for.
+
+    Raises:
+        ValueError: If both are given, or the file is unusable.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of prompts, got the one string {prompts!r}")
+    if prompt_file is None:
+        if prompt_field is not None:
+            raise ValueError(f"--prompt_field {prompt_field} is for a --prompt_file, and none was given")
+        return tuple(prompts)
+    if prompts:
+        raise ValueError("give --prompt or --prompt_file, not both")
+    return PromptFile(Path(prompt_file).expanduser(), prompt_field)

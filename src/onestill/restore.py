@@ -12,8 +12,8 @@ from onestill.chain import BaseStudent, choose_base, open_base
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.checks import CONFIG_FILE, TEACHER_FILE, is_run
 from onestill.config import DistillConfig, make_config
-from onestill.distillation import PYTHON_OBJECT, configured_teacher, make_student
 from onestill.exported import enlarges
+from onestill.preparation import PYTHON_OBJECT, configured_teacher, make_student
 from onestill.prompt_plan import use_negative_prompt
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher

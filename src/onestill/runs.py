@@ -25,8 +25,8 @@ from onestill.restore import (
 )
 from onestill.sources import Source, student_source, teacher_source
 from onestill.student import Student
-from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.guidance import Guided, Thresholded
+from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.guidance import as_sampled
 from onestill.teachers.load import load_teacher
 from onestill.trajectory import STEPS
 
@@ -272,9 +272,7 @@ def _teacher_at(
     base: BaseStudent | None,
 ) -> Source:
     """Return the multi-step sampler of a teacher in memory; at another guidance scale it stays the same one."""
-    fitted: Teacher = Guided(teacher, guidance_scale)
-    if teacher.spec.threshold.mode != "none":
-        fitted = Thresholded(fitted, teacher.spec.threshold)
+    fitted = as_sampled(teacher, guidance_scale)
 
     def reopen(scale: float | None, t: float | None) -> Source:
         if t is not None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import onestill
 from onestill.config import CALL_ARGUMENTS, make_config
-from onestill.distillation import prepare
+from onestill.preparation import prepare
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipeline import CALL_FILE
 

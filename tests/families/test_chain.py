@@ -34,8 +34,9 @@ import onestill
 from onestill.api import export
 from onestill.chain import BASE_SEED, BaseStudent, PictureConditions, open_base, second_noise
 from onestill.config import make_config
-from onestill.distillation import make_trainer, prepare
+from onestill.distillation import make_trainer
 from onestill.export import export_student
+from onestill.preparation import prepare
 from onestill.runs import open_student
 from onestill.sampler import VALIDATION_SEED, noise
 from onestill.teachers import encoders

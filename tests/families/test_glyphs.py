@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import onestill
-from onestill.api import _held_out_prompts, _open_clip
 from onestill.config import read_yaml
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
+from onestill.evaluation.pair import _held_out_prompts, _open_clip
 from onestill.evaluation.references import embedded_reference
 from onestill.evaluation.report import Report
 from onestill.evaluation.run import NO_KERNEL

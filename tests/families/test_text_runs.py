@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 
 import onestill
 from onestill.config import make_config
-from onestill.distillation import make_trainer, prepare
+from onestill.distillation import make_trainer
 from onestill.evaluation.run import NO_KERNEL
 from onestill.export import export_student
+from onestill.preparation import prepare
 from onestill.prompt_plan import choose
 from onestill.student import Student
 from onestill.teachers.load import load_teacher

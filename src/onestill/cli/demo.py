@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from onestill.cli.options import DeviceOption, OverwriteOption, SeedOption
+from onestill.cli.options import DeviceOption, OverwriteOption
 from onestill.cli.output import note, out, quiet, say
 
 
@@ -17,7 +17,7 @@ def demo(
     max_train_steps: Annotated[
         int | None, typer.Option("--max_train_steps", help="Steps, if not the demo's own.", min=1)
     ] = None,
-    seed: SeedOption = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the training.")] = 0,
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
 ) -> None:

@@ -15,7 +15,8 @@ from onestill.cli.output import note, quiet, say
 from onestill.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
-    from onestill.distillation import Prepared, RunResult
+    from onestill.distillation import RunResult
+    from onestill.preparation import Prepared
 
 
 NOTHING_WRITTEN = "stopped before the first step; nothing was written"
@@ -53,10 +54,10 @@ def distill(
 
 def _prepare(config: DistillConfig) -> Prepared:
     """Load and check everything, and say what was found."""
-    from onestill import distillation as room
+    from onestill import preparation
 
     quiet()
-    prepared = room.prepare(config)
+    prepared = preparation.prepare(config)
     spec = prepared.base.spec
     for message in prepared.messages:
         note(message)
@@ -71,7 +72,7 @@ def _prepare(config: DistillConfig) -> Prepared:
 
 def _run(prepared: Prepared) -> RunResult:
     """Train and export; a run that cannot go on ends with one line."""
-    from onestill import distillation as room
+    from onestill import distillation
     from onestill.checks import make_output_dir
     from onestill.prompt_cache import PromptCacheError
     from onestill.trainer import NonFiniteLossError
@@ -79,7 +80,7 @@ def _run(prepared: Prepared) -> RunResult:
     folder = prepared.config.output_dir
     make_output_dir(folder)
     try:
-        return room.run(prepared)
+        return distillation.run(prepared)
     except (NonFiniteLossError, PromptCacheError) as error:
         note(("stopped:", "red"), f" {error}")
         raise typer.Exit(1) from None

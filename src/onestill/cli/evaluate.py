@@ -72,12 +72,12 @@ def evaluate(
     local_files_only: OfflineOption = False,
 ) -> None:
     """Compare a student's one step with its teacher's many, in a table with its protocol."""
-    from onestill import api
+    from onestill.evaluation import pair
     from onestill.evaluation.report import print_report
 
     quiet()
-    folder = output or api.default_report_folder(student)
-    report = api.evaluate(
+    folder = output or pair.default_report_folder(student)
+    report = pair.evaluate(
         student,
         teacher=teacher,
         num_samples=num_samples,

@@ -24,8 +24,8 @@ def inspect(
     """Say what a teacher is, and what distilling it would cost with these settings."""
     from onestill.chain import choose_base
     from onestill.checks import check_device, check_start, check_times
-    from onestill.distillation import configured_teacher
     from onestill.inspection import inspect_teacher
+    from onestill.preparation import configured_teacher
     from onestill.prompt_plan import refuse_prompts, use_negative_prompt
 
     quiet()

@@ -114,6 +114,7 @@ def sample(
     """Generate images: a student's in one step, or a teacher's in many."""
     from onestill import api, pictures, play
     from onestill.checks import check_writable
+    from onestill.prompts import read_prompts
     from onestill.runs import load_source
 
     quiet()
@@ -160,7 +161,7 @@ def sample(
         return
     scales = [] if guidance_scales is None else _values("guidance_scales", guidance_scales, guidance_scale)
     times = [] if target_times is None else _values("target_times", target_times, target_time or None)
-    what["prompts"] = prompts = api.read_prompts(prompt, prompt_file, prompt_field)
+    what["prompts"] = prompts = read_prompts(prompt, prompt_file, prompt_field)
     if interpolate is not None:
         play.check_interpolation(interpolate, seed, to_seed, class_labels, prompts)
         if num_images is not None:

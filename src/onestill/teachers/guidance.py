@@ -80,3 +80,12 @@ class Thresholded(Teacher):
 
     def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         return self.threshold(self.teacher.denoised(x_t, t, cond))
+
+
+def as_sampled(
+    teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False, threshold: Threshold | None = None
+) -> Teacher:
+    """Return a teacher guided, then thresholded: as its own sampler does if `threshold` is None."""
+    guided = Guided(teacher, guidance_scale, drawn=drawn)
+    threshold = teacher.spec.threshold if threshold is None else threshold
+    return guided if threshold.mode == "none" else Thresholded(guided, threshold)
