@@ -75,6 +75,7 @@ LAYERS = (
     ("onestill",),
     ("demo",),
     ("cli.options", "cli.fields", "cli.output"),
+    ("cli.help",),
     ("cli.distill", "cli.inspect", "cli.sample", "cli.evaluate", "cli.export", "cli.demo"),
     ("cli",),
     ("__main__",),

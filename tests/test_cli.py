@@ -1,6 +1,8 @@
 """The commands as users type them: parse, call, print."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +32,7 @@ import onestill
 from onestill import demo
 from onestill.anchors import Anchors, roll_out
 from onestill.cli import distill as distill_command
-from onestill.config import read_yaml
+from onestill.config import DistillConfig, read_yaml
 from onestill.distillation import RunResult
 from onestill.prompt_cache import BATCH_SIZE, PromptCache
 from onestill.teachers.load import EMBEDDED
@@ -58,6 +60,15 @@ def test_help_shows_defaults_and_panels() -> None:
     assert "[default: midpoint]" in text and "[default: 0.04]" in text and "[required]" in text
     for panel in ("Teacher", "Objective", "Optimisation", "Run", "Watching"):
         assert panel in text
+
+
+def test_help_has_every_flag_in_full_on_a_narrow_terminal() -> None:
+    command = [sys.executable, "-m", "onestill", "distill", "--help"]
+    narrow = {**os.environ, "COLUMNS": "80"}
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=narrow).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert {f"--{name}" for name in DistillConfig.model_fields} <= set(re.findall(r"--\w+", text))
+    assert "--pretrained_model_name_or_path" in text and "--no_gradient_checkpointing" in text
 
 
 # distill

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from onestill import __version__
 from onestill.cli import demo, distill, evaluate, export, inspect, sample
+from onestill.cli.help import Command
 from onestill.cli.output import note, say
 
 # Flags have underscores, as in diffusers' scripts; dashes mean the same.
@@ -45,7 +46,7 @@ for command in (
     export.export,
     demo.demo,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def main() -> None:

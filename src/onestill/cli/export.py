@@ -18,7 +18,7 @@ def export(
         float | None, typer.Option("--guidance_scale", help="w to bake in, for students that take it.")
     ] = None,
     target_time: Annotated[
-        float | None, typer.Option("--target_time", help="Target time to bake in \\[default: the run's t_min].")
+        float | None, typer.Option("--target_time", help="Target time to bake in [default: the run's t_min].")
     ] = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Annotated, Any, Optional, get_args, get_origin
 
 import typer
-from rich.markup import escape
 
 from onestill.config import DistillConfig
 
@@ -45,7 +44,7 @@ def _parameter(name: str, info: Any) -> inspect.Parameter:
     shown = "" if required or info.default in (None, ()) else f" [default: {_short(info.default)}]"
     option = typer.Option(
         *names,
-        help=escape(f"{info.description}{' [required]' if required else ''}{shown}"),
+        help=f"{info.description}{' [required]' if required else ''}{shown}",
         rich_help_panel=(info.json_schema_extra or {}).get("panel"),
         show_default=False,
     )

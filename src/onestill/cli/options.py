@@ -16,7 +16,7 @@ PromptFileOption = Annotated[
     Path | None, typer.Option("--prompt_file", help="Prompts instead: a .txt, .jsonl or .csv in UTF-8.")
 ]
 PromptFieldOption = Annotated[
-    str | None, typer.Option("--prompt_field", help="Field of the prompt in a .jsonl or .csv \\[default: prompt].")
+    str | None, typer.Option("--prompt_field", help="Field of the prompt in a .jsonl or .csv [default: prompt].")
 ]
 BaseOption = Annotated[
     Path | None,

@@ -39,7 +39,7 @@ def sample(
     ] = Path("samples.png"),
     num_images: Annotated[
         int | None,
-        typer.Option("--num_images", help="How many \\[default: 16; fewer when playing].", show_default=False),
+        typer.Option("--num_images", help="How many [default: 16; fewer when playing].", show_default=False),
     ] = None,
     seed: SeedOption = 0,
     class_labels: LabelsOption = [],  # noqa: B006 - typer copies it
@@ -50,10 +50,10 @@ def sample(
         float, typer.Option("--target_time", help="The student's target time; 0 is the finished image.")
     ] = 0.0,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--num_inference_steps", help="Steps of a teacher \\[default: 50].")
+        int | None, typer.Option("--num_inference_steps", help="Steps of a teacher [default: 50].")
     ] = None,
     solver: Annotated[
-        str | None, typer.Option("--solver", help="Step of a teacher: ddim, heun or midpoint \\[default: ddim].")
+        str | None, typer.Option("--solver", help="Step of a teacher: ddim, heun or midpoint [default: ddim].")
     ] = None,
     null_class: Annotated[int | None, typer.Option("--null_class", help="A teacher's label for 'no class'.")] = None,
     prompt: PromptOption = [],  # noqa: B006 - typer copies it
@@ -73,7 +73,7 @@ def sample(
     ] = None,
     base_student: BaseOption = None,
     noise_level: Annotated[
-        int | None, typer.Option("--noise_level", help="Noise in what a teacher enlarges \\[default: 250].")
+        int | None, typer.Option("--noise_level", help="Noise in what a teacher enlarges [default: 250].")
     ] = None,
     batch_size: BatchOption = 64,
     interpolate: Annotated[
