@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,29 @@ def recorded_steps(pipeline: Any, **call: Any) -> list[tuple[Tensor, Tensor, Ten
     pipeline.scheduler.step = see
     pipeline(output_type="pt", **call)
     return steps
+
+
+# Stable Diffusion
+
+
+@pytest.mark.parametrize("name", ["sd-v", "sdxl-zeros"])
+def test_the_default_guidance_guides_no_student_a_second_time(name: str, tmp_path: Path) -> None:
+    export_student(perturbed(teacher_of(name)), tmp_path / "pipeline")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    sizes: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    draw = functools.partial(pipeline, "a photo", num_inference_steps=1, output_type="np")
+    one, other = (draw(generator=torch.Generator().manual_seed(0), **given) for given in ({}, {"guidance_scale": 1.0}))
+    assert (one.images == other.images).all()
+    assert sizes == [1, 1]
+
+
+@pytest.mark.parametrize(("name", "steps"), [("sd-epsilon", 50), ("sd-v", 50), ("sd-v-zero-snr", 2), ("if", 50)])
+def test_more_steps_than_a_student_has_are_refused(name: str, steps: int, tmp_path: Path) -> None:
+    export_student(perturbed(teacher_of(name)), tmp_path / "pipeline")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=f"{steps} cannot be larger"):
+        pipeline("a photo", num_inference_steps=steps)
 
 
 # Stable Diffusion XL

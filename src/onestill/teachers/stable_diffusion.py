@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from onestill.teachers import codec
 from onestill.teachers.family import Family, Schedule
 from onestill.teachers.schedulers import one_level, plain_ddim, scheduler_process
+
+SCALE_FEATURES = 256  # of the guidance scale, as in the latent consistency models of diffusers
 
 
 def vp_schedule(pipeline: Any) -> Schedule:
@@ -48,6 +50,18 @@ def square_size(network: Any, size: tuple[int, int]) -> bool:
     return size[0] == size[1] and any_size(network, size)
 
 
+def guide_once(network: Any) -> None:
+    """Keep the pipeline from guiding a student, whose guidance is distilled in, at its default scale a second time.
+
+    It guides no network that takes the scale as an input, so the student is given that input, with weight zero.
+    """
+    embedding = network.time_embedding
+    weight = embedding.linear_1.weight
+    embedding.cond_proj = nn.Linear(SCALE_FEATURES, weight.shape[1], bias=False).to(weight.device, weight.dtype)
+    nn.init.zeros_(embedding.cond_proj.weight)
+    network.register_to_config(time_cond_proj_dim=SCALE_FEATURES)
+
+
 FAMILIES = (
     Family(
         name="stable_diffusion",
@@ -56,6 +70,7 @@ FAMILIES = (
         schedule=vp_schedule,
         decode=decode_vae,
         one_step=one_ddim_step,
+        adapt=guide_once,
         set_size=any_size,
     ),
     Family(
@@ -65,6 +80,7 @@ FAMILIES = (
         schedule=vp_schedule,
         decode=decode_vae,
         one_step=one_ddim_step,
+        adapt=guide_once,
         set_size=square_size,
     ),
 )
