@@ -9,6 +9,7 @@ from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_stat
 
 import onestill
 from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
+from onestill.conditions import LabelConditions
 from onestill.config import make_config
 from onestill.preparation import prepare
 from onestill.process import CosineVP
@@ -25,18 +26,14 @@ def pool(num: int = 10, **settings: Any) -> Anchors:
     teacher = Guided(load_teacher(teacher_folder("class"), null_class=NULL_CLASS), 2.0)
     values: dict[str, Any] = {"num_steps": 4, "solver": "midpoint", "t_min": 0.0, "batch_size": 4, **settings}
     generator = torch.Generator().manual_seed(0)
-
-    def draw(rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return {"class_labels": torch.randint(0, 3, (rows,), generator=generator)}
-
-    return joined(list(roll_out(teacher, draw, num, generator=generator, **values)))
+    return joined(list(roll_out(teacher, LabelConditions((0, 1, 2)), num, generator=generator, **values)))
 
 
 def test_an_anchor_is_the_end_of_the_teachers_own_sampling() -> None:
     anchors = pool()
     assert anchors.eps.shape == anchors.signal.shape == (10, 1, 8, 8)
     teacher = Guided(load_teacher(teacher_folder("class"), null_class=NULL_CLASS), 2.0)
-    expected = teacher_generator(teacher, num_steps=4, solver="midpoint")(anchors.eps, anchors.cond)
+    expected = teacher_generator(teacher, num_steps=4, solver="midpoint")(anchors.eps, anchors.chosen)
     # The same sums in batches of another size.
     torch.testing.assert_close(anchors.signal, expected, atol=1e-5, rtol=1e-5)
 
@@ -45,7 +42,7 @@ def test_anchors_of_a_closed_form_reach_the_exact_map() -> None:
     teacher = GaussianTeacher(torch.tensor([0.5, -0.3]), 0.6, CosineVP())
     generator = torch.Generator().manual_seed(0)
     settings: dict[str, Any] = {"num_steps": 64, "solver": "midpoint", "t_min": 0.0, "generator": generator}
-    anchors = joined(list(roll_out(teacher, lambda *_: {}, 100, **settings)))
+    anchors = joined(list(roll_out(teacher, LabelConditions(), 100, **settings)))
     # From pure noise to data: eq. (17) at s = 0.
     exact = torch.tensor([0.5, -0.3]) + 0.6 * anchors.eps
     assert (anchors.signal - exact).abs().max() < 4e-3
@@ -56,7 +53,7 @@ def test_draws_are_rows_of_the_pool_and_belong_together() -> None:
     drawn = anchors.draw(50, torch.Generator().manual_seed(1))
     rows = [int((anchors.eps == eps).flatten(1).all(1).nonzero()) for eps in drawn.eps]
     assert torch.equal(drawn.signal, anchors.signal[rows])
-    assert torch.equal(drawn.cond["class_labels"], anchors.cond["class_labels"][rows])
+    assert torch.equal(drawn.chosen["class_labels"], anchors.chosen["class_labels"][rows])
     assert len(set(rows)) > 5
 
 
@@ -67,7 +64,7 @@ def test_a_file_is_read_only_for_what_it_was_made_with(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["anchors.safetensors"]
     found = read_anchors(path, {"teacher": "a", "seed": 0})
     assert found is not None and torch.equal(found.signal, anchors.signal) and torch.equal(found.eps, anchors.eps)
-    assert torch.equal(found.cond["class_labels"], anchors.cond["class_labels"])
+    assert torch.equal(found.chosen["class_labels"], anchors.chosen["class_labels"])
     assert read_anchors(path, {"teacher": "b", "seed": 0}) is None
 
 
@@ -97,6 +94,18 @@ def test_a_resumed_run_with_anchors_is_uninterrupted_bit_by_bit(tmp_path: Path) 
     (tmp_path / "two" / "anchors-0.safetensors").unlink()
     onestill.distill(teacher_folder(), tmp_path / "two", resume_from_checkpoint="latest", **settings)
     assert same_state(tmp_path / "one" / "checkpoint-4", tmp_path / "two" / "checkpoint-4")
+
+
+def test_a_run_begun_again_with_other_settings_makes_a_pool_of_its_own(tmp_path: Path) -> None:
+    settings = {**FAST, **POOL, "show_progress": False}
+    other = {"guidance_scale": 3.0, "null_class": NULL_CLASS, "class_labels": [1]}
+    onestill.distill(teacher_folder("class"), tmp_path / "clean", **other, **settings)
+    own = {"guidance_scale": 2.0, "null_class": NULL_CLASS}
+    with pytest.raises(Interruption):  # after its pool, before its first checkpoint
+        onestill.distill(teacher_folder("class"), tmp_path / "run", on_step=interrupt_at(1), **own, **settings)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    onestill.distill(teacher_folder("class"), tmp_path / "run", resume_from_checkpoint="latest", **other, **settings)
+    assert same_state(tmp_path / "clean" / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
 
 
 def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_thresholding_comes_after_guidance() -> None:
 
 @given(num=st.integers(1, 50), seed=st.integers(0, 10**6))
 def test_drawn_conditions_are_in_range(num: int, seed: int) -> None:
-    drawn = LabelConditions((2, 5, 7), (1.5, 4.0)).draw(num, torch.Generator().manual_seed(seed))
+    drawn = LabelConditions((2, 5, 7), (1.5, 4.0)).choose(num, torch.Generator().manual_seed(seed))
     assert drawn["class_labels"].shape == drawn["guidance_scale"].shape == (num,)
     assert set(drawn["class_labels"].tolist()) <= {2, 5, 7}
     assert bool(((drawn["guidance_scale"] >= 1.5) & (drawn["guidance_scale"] <= 4.0)).all())
@@ -177,14 +177,14 @@ def test_drawn_conditions_are_in_range(num: int, seed: int) -> None:
 def test_draws_come_from_the_generator_alone() -> None:
     conditions = LabelConditions((0, 1, 2), (1.0, 2.0))
     torch.manual_seed(1)
-    one = conditions.draw(20, torch.Generator().manual_seed(4))
+    one = conditions.choose(20, torch.Generator().manual_seed(4))
     torch.manual_seed(2)
-    two = conditions.draw(20, torch.Generator().manual_seed(4))
+    two = conditions.choose(20, torch.Generator().manual_seed(4))
     assert all(torch.equal(one[name], two[name]) for name in ("class_labels", "guidance_scale"))
 
 
 def test_every_label_is_drawn_alike() -> None:
-    labels = LabelConditions((3, 4, 9)).draw(9000, torch.Generator().manual_seed(0))["class_labels"]
+    labels = LabelConditions((3, 4, 9)).choose(9000, torch.Generator().manual_seed(0))["class_labels"]
     counts = torch.stack([(labels == label).sum() for label in (3, 4, 9)])
     # 3000 each; the standard deviation of a count is 45.
     assert int((counts - 3000).abs().max()) < 200
@@ -194,7 +194,7 @@ def test_grids_go_round_the_labels() -> None:
     grid = LabelConditions((2, 5), (1.0, 4.0)).grid(5)
     assert grid["class_labels"].tolist() == [2, 5, 2, 5, 2]
     assert grid["guidance_scale"].tolist() == [2.5] * 5
-    assert LabelConditions().grid(3) == {} == LabelConditions().draw(3, torch.Generator())
+    assert LabelConditions().grid(3) == {} == LabelConditions().choose(3, torch.Generator())
 
 
 def test_labels_are_checked_against_the_teacher() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from onestill.conditions import Conditions
 from onestill.files import save_tensors
 from onestill.sampler import to_device
 from onestill.teachers.base import Teacher
@@ -32,23 +33,24 @@ class Anchors:
     Attributes:
         eps: Noise, [N, *sample_shape].
         signal: The teacher's signal at t_min from that noise, [N, *sample_shape].
-        cond: The conditions, N rows each.
+        chosen: Which conditions, N rows each: the choices in short, not what the networks are given, which for a
+            text teacher is many times larger than the sample.
     """
 
     eps: Tensor
     signal: Tensor
-    cond: Cond
+    chosen: Cond
 
     def draw(self, num: int, generator: torch.Generator) -> Anchors:
         """Return `num` anchors of the pool, with replacement."""
         rows = torch.randint(len(self.eps), (num,), generator=generator)
-        return Anchors(self.eps[rows], self.signal[rows], {name: value[rows] for name, value in self.cond.items()})
+        return Anchors(self.eps[rows], self.signal[rows], {name: value[rows] for name, value in self.chosen.items()})
 
 
 @torch.no_grad()
 def roll_out(
     teacher: Teacher,
-    draw: Callable[[int, torch.Generator], Cond],
+    conditions: Conditions,
     num: int,
     *,
     num_steps: int,
@@ -62,7 +64,7 @@ def roll_out(
 
     Args:
         teacher: The teacher as the bootstrap uses it.
-        draw: Draws the conditions of some rows.
+        conditions: Where the conditions come from.
         num: How many in all.
         num_steps: Solver steps from t_max to t_min, uniform in t.
         solver: One of `onestill.trajectory.STEPS`.
@@ -75,26 +77,27 @@ def roll_out(
     times = uniform_times(spec.t_max, num_steps, t_min)
     for first in range(0, num, batch_size):
         rows = min(batch_size, num - first)
-        eps, cond = torch.randn(rows, *spec.sample_shape, generator=generator), draw(rows, generator)
-        denoised = teacher.denoiser(to_device(cond, device))
+        eps = torch.randn(rows, *spec.sample_shape, generator=generator)
+        chosen = conditions.choose(rows, generator)
+        denoised = teacher.denoiser(to_device(conditions.rows(chosen), device))
         x_a = spec.trajectory.start(eps.to(device))
-        yield Anchors(eps, solve(spec.trajectory, denoised, x_a, times, STEPS[solver]).cpu(), cond)
+        yield Anchors(eps, solve(spec.trajectory, denoised, x_a, times, STEPS[solver]).cpu(), chosen)
 
 
 def joined(batches: list[Anchors]) -> Anchors:
     """Return batches of anchors as one pool."""
-    names = batches[0].cond
+    names = batches[0].chosen
     return Anchors(
         torch.cat([batch.eps for batch in batches]),
         torch.cat([batch.signal for batch in batches]),
-        {name: torch.cat([batch.cond[name] for batch in batches]) for name in names},
+        {name: torch.cat([batch.chosen[name] for batch in batches]) for name in names},
     )
 
 
 def write_anchors(anchors: Anchors, path: Path, made_with: dict[str, object]) -> None:
     """Write a pool and what it was made with, in one rename."""
     tensors = {"eps": anchors.eps, "signal": anchors.signal}
-    tensors |= {f"cond.{name}": value.contiguous() for name, value in anchors.cond.items()}
+    tensors |= {f"chosen.{name}": value.contiguous() for name, value in anchors.chosen.items()}
     partial = path.with_suffix(".partial")
     save_tensors(tensors, partial, metadata={"made_with": json.dumps(made_with, sort_keys=True)})
     os.replace(partial, path)
@@ -108,5 +111,5 @@ def read_anchors(path: Path, made_with: dict[str, object]) -> Anchors | None:
         if (file.metadata() or {}).get("made_with") != json.dumps(made_with, sort_keys=True):
             return None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    cond = {name.removeprefix("cond."): value for name, value in tensors.items() if name.startswith("cond.")}
-    return Anchors(tensors["eps"], tensors["signal"], cond)
+    chosen = {name.removeprefix("chosen."): value for name, value in tensors.items() if name.startswith("chosen.")}
+    return Anchors(tensors["eps"], tensors["signal"], chosen)

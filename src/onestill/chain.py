@@ -116,12 +116,16 @@ class PictureConditions:
         """The prompts of `grid`."""
         return self.prompts.captions
 
-    def draw(self, num: int, generator: torch.Generator) -> Cond:
-        """Return `num` random conditions; every draw is from `generator`: prompts, pictures, and their noise."""
-        cond = self.prompts.draw(num, generator)
+    def choose(self, num: int, generator: torch.Generator) -> Cond:
+        """Return keys of `num` random prompts, and the noise of their pictures; every draw is from `generator`."""
+        chosen = self.prompts.choose(num, generator)
         eps = torch.randn(num, *self.base.shape, generator=generator)
         blur = torch.randn(num, *self.teacher.spec.sample_shape, generator=generator)
-        return self._with_pictures(cond, eps, blur)
+        return {**chosen, "eps": eps, "blur": blur}
+
+    def rows(self, chosen: Cond) -> Cond:
+        """Return the encoded prompts and the pictures drawn from them."""
+        return self._with_pictures(self.prompts.rows(chosen), chosen["eps"], chosen["blur"])
 
     def grid(self, num: int) -> Cond:
         """Return `num` fixed conditions: the shown prompts, with the pictures of the validation seeds."""

@@ -21,8 +21,12 @@ class Conditions(Protocol):
         """What the conditions of `grid` are, in words; empty if that need not be said."""
         ...
 
-    def draw(self, num: int, generator: torch.Generator) -> Cond:
-        """Return `num` random conditions; every draw is from `generator`."""
+    def choose(self, num: int, generator: torch.Generator) -> Cond:
+        """Return `num` random choices in short, such as keys of prompts; every draw is from `generator`."""
+        ...
+
+    def rows(self, chosen: Cond) -> Cond:
+        """Return the conditions that choices stand for, a row each: what the networks are given."""
         ...
 
     def grid(self, num: int) -> Cond:
@@ -47,13 +51,17 @@ class LabelConditions:
         """Nothing: the labels are seen."""
         return ()
 
-    def draw(self, num: int, generator: torch.Generator) -> Cond:
+    def choose(self, num: int, generator: torch.Generator) -> Cond:
         """Return `num` random conditions; every draw is from `generator`."""
         cond: Cond = {}
         if self.labels:
             rows = torch.randint(len(self.labels), (num,), generator=generator)
             cond["class_labels"] = torch.tensor(self.labels)[rows]
         return cond | draw_guidance(self.guidance_range, num, generator)
+
+    def rows(self, chosen: Cond) -> Cond:
+        """Return the choices: labels stand for themselves."""
+        return chosen
 
     def grid(self, num: int) -> Cond:
         """Return `num` fixed conditions that go round the labels; the guidance scale is the range's middle."""
@@ -65,38 +73,45 @@ class LabelConditions:
 
 @dataclass(frozen=True)
 class PromptConditions:
-    """Encoded prompts, drawn uniformly, some of them in favour of no prompt.
+    """Encoded prompts, drawn uniformly, some of them in favour of the empty prompt.
 
     Attributes:
-        rows: From keys of prompts to their conditions, such as `PromptCache.rows`.
+        encoded: From keys of prompts to their conditions, such as `PromptCache.rows`.
         keys: Keys of the prompts to draw from, [N].
         shown: Keys of the prompts of `grid`.
         captions: Those prompts.
-        null_cond: The conditions of no prompt, one row.
-        empty_fraction: Share of the draws with `null_cond`.
+        empty_cond: The conditions of the empty prompt, one row.
+        empty_fraction: Share of the draws with `empty_cond`.
         guidance_range: Range of the guidance scale given to the student with each image; None if it is fixed.
     """
 
-    rows: Callable[[Ints], Cond]
+    encoded: Callable[[Ints], Cond]
     keys: Ints
     shown: Ints
     captions: tuple[str, ...] = ()
-    null_cond: Cond = field(default_factory=dict)
+    empty_cond: Cond = field(default_factory=dict)
     empty_fraction: float = 0.0
     guidance_range: tuple[float, float] | None = None
 
-    def draw(self, num: int, generator: torch.Generator) -> Cond:
-        """Return `num` random conditions; every draw is from `generator`."""
-        cond = self.rows(self.keys[torch.randint(len(self.keys), (num,), generator=generator).numpy()])
+    def choose(self, num: int, generator: torch.Generator) -> Cond:
+        """Return keys of `num` random prompts, and which rows are to be empty; every draw is from `generator`."""
+        places = torch.randint(len(self.keys), (num,), generator=generator).numpy()
+        chosen: Cond = {"prompt": torch.from_numpy(self.keys[places])}
         if self.empty_fraction > 0:
-            empty = torch.rand(num, generator=generator) < self.empty_fraction
-            for name, value in self.null_cond.items():
-                cond[name][empty] = value.to(cond[name])
-        return cond | draw_guidance(self.guidance_range, num, generator)
+            chosen["empty"] = torch.rand(num, generator=generator) < self.empty_fraction
+        return chosen | draw_guidance(self.guidance_range, num, generator)
+
+    def rows(self, chosen: Cond) -> Cond:
+        """Return the encoded prompts of the chosen keys."""
+        cond = self.encoded(chosen["prompt"].numpy())
+        if "empty" in chosen:
+            for name, value in self.empty_cond.items():
+                cond[name][chosen["empty"]] = value.to(cond[name])
+        return cond | {name: value for name, value in chosen.items() if name == "guidance_scale"}
 
     def grid(self, num: int) -> Cond:
         """Return `num` fixed conditions that go round the shown prompts; the guidance scale is the range's middle."""
-        cond = self.rows(self.shown[[i % len(self.shown) for i in range(num)]])
+        cond = self.encoded(self.shown[[i % len(self.shown) for i in range(num)]])
         return cond | middle_guidance(self.guidance_range, num)
 
 

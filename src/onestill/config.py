@@ -319,17 +319,18 @@ def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: s
         raise ValueError("\n".join(problems))
 
 
+def deciding_settings(config: DistillConfig) -> dict[str, Any]:
+    """Return the settings that decide what a run ends in: those that must not differ on resume."""
+    return {name: v for name, v in config.model_dump(mode="json").items() if name not in RESUMABLE_CHANGES}
+
+
 def changed_settings(old: Mapping[str, Any], new: DistillConfig) -> list[str]:
     """Return "name: old -> new" for each setting that must not differ on resume and does."""
-    values = new.model_dump(mode="json")
+    values = deciding_settings(new)
     # A run of a version without some setting had its default.
     defaults = {k: f.default for k, f in DistillConfig.model_fields.items()}
     old = {name: old.get(name, list(d) if isinstance(d := defaults[name], tuple) else d) for name in values}
-    return [
-        f"{name}: {old[name]!r} -> {values[name]!r}"
-        for name in sorted(values)
-        if name not in RESUMABLE_CHANGES and old[name] != values[name]
-    ]
+    return [f"{name}: {old[name]!r} -> {values[name]!r}" for name in sorted(values) if old[name] != values[name]]
 
 
 def describe(error: ValidationError) -> str:

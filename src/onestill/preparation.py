@@ -142,7 +142,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     check_times(config, base)
     check_start(base)
     guided = config.guidance_scale != 1 or config.guidance_range is not None
-    use_negative_prompt(base, config.negative_prompt, acts=guided or config.empty_prompt_fraction > 0)
+    use_negative_prompt(base, config.negative_prompt, acts=guided)
     fitted = fit_teacher(base, config)
     labels = check_labels(config.class_labels, base.spec)
     prompts = choose_prompts(config, base, base_student)

@@ -139,7 +139,7 @@ def use_negative_prompt(teacher: NetworkTeacher, negative_prompt: str | None, *,
         raise ValueError(
             f"--negative_prompt {negative_prompt!r} acts through guidance only: give a --guidance_scale other than 1"
         )
-    teacher.null_cond = teacher.of_prompts(teacher.encode([negative_prompt]))
+    teacher.null_cond = teacher.encode_negative(negative_prompt)
 
 
 def refuse_prompts(config: DistillConfig) -> None:
@@ -178,10 +178,6 @@ def plan_prompts(
         raise ValueError("the text encoders of this teacher were released by an earlier run: load it again")
     if config.prompt_file is None:
         raise ValueError("this teacher takes prompts: give a file of them with --prompt_file (.txt, .jsonl or .csv)")
-    if config.empty_prompt_fraction > 0 and not teacher.can_guide:
-        raise ValueError(
-            f"--empty_prompt_fraction {config.empty_prompt_fraction:g}: a {type(teacher.pipeline).__name__} has no null condition"
-        )
     prompts = PromptFile(config.prompt_file.expanduser(), config.prompt_field)
     draws = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps * num_processes
     pool = choose(len(prompts), config.num_prompts or draws, config.seed)
@@ -190,18 +186,18 @@ def plan_prompts(
     # Without what belongs to a picture: here that is an example, and each row of a run has its own.
     cache = PromptCache(root, teacher.encoder_identity(), teacher.of_prompts(teacher.example_cond))
     encoded = PromptConditions(
-        rows=cache.rows,
+        encoded=cache.rows,
         keys=prompts.keys[pool],
         shown=np.array([text_key(text) for text in shown], dtype=np.int64),
         captions=shown,
-        null_cond=teacher.null_cond,
+        empty_cond=teacher.of_prompts(teacher.encode([""])),
         empty_fraction=config.empty_prompt_fraction,
         guidance_range=config.guidance_range,
     )
     conditions: Conditions = encoded
     base_cache = None
     if base is not None:
-        encoded, base_cache = _with_base(encoded, cache, teacher, base, config.negative_prompt or "")
+        encoded, base_cache = _with_base(encoded, cache, teacher, base)
         conditions = PictureConditions(encoded, teacher, base)
     keys = np.concatenate([encoded.shown, encoded.keys])
     plan = PromptPlan(teacher, prompts, pool, shown, keys, cache, conditions, (), base, base_cache)
@@ -212,11 +208,11 @@ def plan_prompts(
 
 
 def _with_base(
-    encoded: PromptConditions, cache: PromptCache, teacher: PipelineTeacher, base: BaseStudent, no_prompt: str
+    encoded: PromptConditions, cache: PromptCache, teacher: PipelineTeacher, base: BaseStudent
 ) -> tuple[PromptConditions, PromptCache | None]:
     """Return (the conditions with those of the base student beside them, its own cache or None if it needs none)."""
     names = tuple(base.teacher.example_cond)
-    no_cond = with_prefix(base.teacher.encode([no_prompt]))
+    empty = with_prefix(base.teacher.encode([""]))
     if base.shares_rows(teacher):
         rows = lambda keys: joined_rows(cache.rows(keys), None, names)  # noqa: E731 - passed on at once
         own = None
@@ -225,7 +221,7 @@ def _with_base(
     else:
         own = PromptCache(cache.root, base.teacher.encoder_identity(), base.teacher.example_cond)
         rows = lambda keys: joined_rows(cache.rows(keys), lambda: own.rows(keys), names)  # noqa: E731 - passed on at once
-    return replace(encoded, rows=rows, null_cond={**encoded.null_cond, **no_cond}), own
+    return replace(encoded, encoded=rows, empty_cond={**encoded.empty_cond, **empty}), own
 
 
 def choose(num: int, wanted: int, seed: int) -> Ints:

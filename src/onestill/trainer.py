@@ -21,7 +21,7 @@ from onestill import objective, pictures
 from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, rotate, write_checkpoint
 from onestill.conditions import Conditions
-from onestill.config import DistillConfig
+from onestill.config import DistillConfig, deciding_settings
 from onestill.sampler import VALIDATION_SEED, generate_images, student_generator, teacher_generator, to_device
 from onestill.student import Student
 from onestill.teachers.base import Teacher
@@ -164,10 +164,12 @@ class Trainer:
         config, rank = self.config, self.accelerator.process_index
         if config.num_anchor_rows == 0:
             return
-        names = ("seed", "num_anchors", "num_anchor_steps", "solver", "t_min", "train_batch_size")
-        made_with = {name: getattr(config, name) for name in names} | {"teacher": self.teacher_fingerprint}
-        if self.prompts_fingerprint:
-            made_with["prompts"] = self.prompts_fingerprint
+        made_with: dict[str, object] = {
+            "settings": deciding_settings(config),
+            "teacher": self.teacher_fingerprint,
+            "prompts": self.prompts_fingerprint,
+            "num_processes": self.accelerator.num_processes,
+        }
         path = config.output_dir / f"anchors-{rank}.safetensors"
         self.anchors = read_anchors(path, made_with)
         if self.anchors is not None:
@@ -178,7 +180,7 @@ class Trainer:
         with self.accelerator.autocast():
             for batch in roll_out(
                 self.teacher,
-                self.conditions.draw,
+                self.conditions,
                 num,
                 num_steps=config.num_anchor_steps,
                 solver=config.solver,
@@ -227,7 +229,8 @@ class Trainer:
         num, num_boundary = config.train_batch_size - config.num_anchor_rows, config.num_boundary_rows
         eps = torch.randn(num, *spec.sample_shape, generator=self.generator)
         u = torch.rand(num, generator=self.generator, dtype=torch.float64)
-        cond = to_device(self.conditions.draw(num, self.generator), self.device)
+        chosen = self.conditions.choose(num, self.generator)
+        cond = to_device(self.conditions.rows(chosen), self.device)
         share = self.progress.step / config.max_train_steps
         t, s = objective.draw_times(u, config.time_sampling, config.delta, config.t_min, spec.t_max, share)
         t[:num_boundary] = s[:num_boundary] = spec.t_max
@@ -242,7 +245,8 @@ class Trainer:
             anchors = self.anchors.draw(config.num_anchor_rows, self.generator)
             x_a = torch.cat([x_a, spec.trajectory.start(anchors.eps.to(self.device))])
             target = torch.cat([target, anchors.signal.to(target)])
-            cond = {name: torch.cat([value, anchors.cond[name].to(value)]) for name, value in cond.items()}
+            others = to_device(self.conditions.rows(anchors.chosen), self.device)
+            cond = {name: torch.cat([value, others[name]]) for name, value in cond.items()}
             t = torch.cat([t, t.new_full((len(anchors.eps),), spec.t_max)])
             s = torch.cat([s, s.new_full((len(anchors.eps),), config.t_min)])
         y_s = self.model(x_a, s, cond)

@@ -108,6 +108,12 @@ def prepared_chain(tmp_path: Path, **own: Any) -> Any:
     return prepare(make_config(values))
 
 
+def some_rows(trainer: Any, num: int, *, seed: int) -> dict[str, Tensor]:
+    conditions = trainer.conditions
+    rows: dict[str, Tensor] = conditions.rows(conditions.choose(num, torch.Generator().manual_seed(seed)))
+    return rows
+
+
 def test_rows_hold_the_picture_of_the_same_prompt(tmp_path: Path) -> None:
     prepared = prepared_chain(tmp_path, noise_level=LEVEL)
     assert prepared.config.noise_level == LEVEL and prepared.config.base_student.is_absolute()
@@ -116,7 +122,7 @@ def test_rows_hold_the_picture_of_the_same_prompt(tmp_path: Path) -> None:
     assert prepared.base.pipeline.text_encoder is None
     assert prepared.base_student.teacher.pipeline.text_encoder is None
 
-    cond = trainer.conditions.draw(3, torch.Generator().manual_seed(7))
+    cond = some_rows(trainer, 3, seed=7)
     generator = torch.Generator().manual_seed(7)
     prompts = [PROMPTS[i] for i in torch.randint(len(PROMPTS), (3,), generator=generator)]
     eps, blur = torch.randn(3, 3, 8, 8, generator=generator), torch.randn(3, 3, 16, 16, generator=generator)
@@ -130,7 +136,7 @@ def test_rows_hold_the_picture_of_the_same_prompt(tmp_path: Path) -> None:
         cond["encoder_hidden_states"], teacher.encode(prompts)["encoder_hidden_states"], atol=1e-6, rtol=0
     )
     assert set(cond) == set(teacher.example_cond)
-    again = trainer.conditions.draw(3, torch.Generator().manual_seed(7))
+    again = some_rows(trainer, 3, seed=7)
     assert all(torch.equal(value, again[name]) for name, value in cond.items())
 
     # What a run shows has the pictures that `sample` draws for its seeds.
@@ -178,7 +184,7 @@ def test_stages_that_share_their_encoders_encode_once(tmp_path: Path) -> None:
     trainer = make_trainer(prepared)
     assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 1
     generator = torch.Generator().manual_seed(3)
-    cond = trainer.conditions.draw(6, torch.Generator().manual_seed(3))
+    cond = some_rows(trainer, 6, seed=3)
     prompts = [PROMPTS[i] for i in torch.randint(len(PROMPTS), (6,), generator=generator)]
     empty = torch.rand(6, generator=generator) < 0.5
     assert 0 < empty.sum() < 6

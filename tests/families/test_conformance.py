@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 from onestill import objective
 from onestill.export import export_student, why_no_file
 from onestill.lora import Lora
+from onestill.prompt_plan import use_negative_prompt
 from onestill.sampler import noise
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
@@ -83,6 +85,15 @@ def perturbed(teacher: NetworkTeacher, **settings: Any) -> Student:
 def test_four_guided_steps_are_the_pipelines_own(teacher: PipelineTeacher) -> None:
     stock = teacher.family.schedule(teacher.pipeline).stock
     assert self_check(teacher, stock, num_steps=4) <= PARITY
+
+
+def test_four_steps_away_from_a_negative_prompt_are_the_pipelines_own(teacher: PipelineTeacher) -> None:
+    if not teacher.spec.text or not teacher.can_guide:
+        pytest.skip("takes no negative prompt")
+    ours, stock = copy.copy(teacher), teacher.family.schedule(teacher.pipeline).stock
+    use_negative_prompt(ours, "a drawing")
+    assert any((ours.null_cond[name] != value).any() for name, value in teacher.null_cond.items() if value.numel())
+    assert self_check(ours, stock, num_steps=4, negative_prompt="a drawing") <= PARITY
 
 
 def test_a_seed_is_the_pipelines_own_noise(teacher: PipelineTeacher) -> None:

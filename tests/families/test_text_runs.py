@@ -325,13 +325,19 @@ def test_the_seed_decides_the_prompts_and_longer_runs_have_those_of_shorter_ones
 
 def test_empty_prompts_come_as_often_as_asked(tmp_path: Path) -> None:
     values = {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", **settings(tmp_path / "cache")}
-    prepared = prepare(make_config({**values, "empty_prompt_fraction": 0.25}))
+    # The negative prompt is what is guided away from, and nothing that is drawn.
+    away = {"guidance_scale": 2.0, "negative_prompt": "blue b"}
+    prepared = prepare(make_config({**values, **away, "empty_prompt_fraction": 0.25}))
     make_trainer(prepared)
-    (name,) = prepared.base.null_cond
-    cond = prepared.conditions.draw(2000, torch.Generator().manual_seed(0))
-    empty = (cond[name] == prepared.base.null_cond[name]).flatten(1).all(1).float().mean()
+    chosen = prepared.conditions.choose
+    drawn = lambda: prepared.conditions.rows(chosen(2000, torch.Generator().manual_seed(0)))  # noqa: E731
+    teacher = load_teacher(place() / "t")
+    assert isinstance(teacher, PipelineTeacher)
+    ((name, nothing),) = teacher.encode([""]).items()
+    cond = drawn()
+    empty = (cond[name] == nothing).flatten(1).all(1).float().mean()
     assert abs(empty - 0.25) < 0.04  # four standard deviations
-    again = prepared.conditions.draw(2000, torch.Generator().manual_seed(0))
+    again = drawn()
     assert torch.equal(cond[name], again[name])
     grid = prepared.conditions.grid(3)[name]
     assert torch.equal(grid[2], grid[0]) and prepared.conditions.captions == tuple(PROMPTS[:2])

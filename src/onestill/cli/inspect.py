@@ -40,7 +40,7 @@ def inspect(
     check_times(made, teacher)
     check_start(teacher)
     guided = made.guidance_scale != 1 or made.guidance_range is not None
-    use_negative_prompt(teacher, made.negative_prompt, acts=guided or made.empty_prompt_fraction > 0)
+    use_negative_prompt(teacher, made.negative_prompt, acts=guided)
     if not teacher.spec.text:
         refuse_prompts(made)
     found = inspect_teacher(teacher, made, base)

@@ -155,10 +155,17 @@ class Family:
         return split(call, self.beside.name, self.beside.channels(getattr(pipeline, self.network).config))
 
     def calls(
-        self, pipeline: Any, conditions: Sequence[Any], scale: float, until: Any = None, *, seeds: Sequence[int] = ()
+        self,
+        pipeline: Any,
+        conditions: Sequence[Any],
+        scale: float,
+        until: Any = None,
+        *,
+        seeds: Sequence[int] = (),
+        **own: Any,
     ) -> list[Call]:
         """Return the first network call of the pipeline for these conditions; with `until` all of its first step."""
-        given = {"num_inference_steps": 2, **self.guided(scale)}
+        given = {"num_inference_steps": 2, **self.guided(scale), **own}
         run = lambda: self.call(pipeline, conditions, given, seeds=seeds)  # noqa: E731 - passed on at once
         return [self.sort_call(call, pipeline) for call in record(run, getattr(pipeline, self.network), until)]
 
@@ -197,6 +204,27 @@ class Family:
         """
         (call,) = self.calls(pipeline, prompts, 1.0, seeds=seeds or range(len(prompts)))
         return signature.conditions(call)
+
+    @torch.no_grad()
+    def null_conditions(self, pipeline: Any, signature: Signature, negative_prompt: str | None = None) -> Cond:
+        """Return the conditions of the unguided half of a guided step; {} if the pipeline does not guide.
+
+        A pipeline either calls its network once with both halves, "no prompt" first, or twice, the prompt first.
+
+        Args:
+            pipeline: The pipeline.
+            signature: How it calls its network.
+            negative_prompt: In the place of "no prompt".
+        """
+        if self.guidance is None:
+            return {}
+        own = {} if negative_prompt is None else {"negative_prompt": [negative_prompt]}
+        calls = self.calls(pipeline, examples(self, 1), 2.0, pipeline.scheduler, seeds=(0,), **own)
+        rows = signature.conditions(calls[-1])
+        if len(calls) == 1 and all(len(value) == 1 for value in rows.values()):
+            return {}
+        kept = () if self.beside is None else self.beside.kept
+        return {name: value[:1] for name, value in rows.items() if name not in kept}
 
     @contextmanager
     def encoded(self, pipeline: Any, signature: Signature, cond: Cond) -> Iterator[None]:

@@ -75,6 +75,19 @@ class PipelineTeacher(NetworkTeacher):
             raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
         return self.family.encode(self.pipeline, self.signature, prompts, seeds)
 
+    @torch.no_grad()
+    def encode_negative(self, prompt: str) -> Cond:
+        """Return the conditions that a prompt makes in the place of "no prompt", one row.
+
+        They may differ from `encode`: some pipelines put words of their own before a prompt, and none before this one.
+
+        Raises:
+            RuntimeError: If the text encoders were released.
+        """
+        if self.encoders_released:
+            raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
+        return self.family.null_conditions(self.pipeline, self.signature, prompt)
+
     def of_prompts(self, cond: Cond) -> Cond:
         """Return the conditions that prompts decide: without those that come with a picture, if the teacher takes one."""
         kept = () if self.family.beside is None else self.family.beside.kept

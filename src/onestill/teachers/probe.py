@@ -15,10 +15,10 @@ from onestill.process import FlowMatching, Process, choose_t_max
 from onestill.teachers.base import TeacherSpec
 from onestill.teachers.family import Family, examples
 from onestill.teachers.pipeline import PipelineTeacher
-from onestill.teachers.recording import Signature, asked_shift, watch
+from onestill.teachers.recording import asked_shift, watch
 from onestill.teachers.schedulers import times_of
 from onestill.teachers.stock import load_pipeline
-from onestill.tensors import Cond, as_times, refuse_non_finite
+from onestill.tensors import as_times, refuse_non_finite
 from onestill.trajectory import Trajectory
 
 SELF_CHECK_TOLERANCE = 1e-4
@@ -85,7 +85,7 @@ def pipeline_teacher(
         text=family.prompt == "prompt",
     )
     _check_size(family, pipeline, spec.sample_shape)
-    null = {} if null_class is not None else _null_conditions(family, pipeline, signature)
+    null = {} if null_class is not None else family.null_conditions(pipeline, signature)
     teacher = PipelineTeacher(family, pipeline, folder, spec, signature, null, signature.conditions(one), variant)
     self_check(teacher, schedule.stock)
     if isinstance(vae := getattr(pipeline, "vae", None), nn.Module):
@@ -132,38 +132,30 @@ def _with_shift(process: Process, family: Family, pipeline: Any) -> Process:
     return FlowMatching(shift, process.net_scale, process.net_offset)
 
 
-def _null_conditions(family: Family, pipeline: Any, signature: Signature) -> Cond:
-    """Return the conditions of the unguided half of a guided step; {} if the pipeline does not guide.
-
-    A pipeline either calls its network once with both halves, "no prompt" first, or twice, the prompt first.
-    """
-    if family.guidance is None:
-        return {}
-    calls = family.calls(pipeline, examples(family, 1), 2.0, pipeline.scheduler)
-    rows = signature.conditions(calls[-1])
-    if len(calls) == 1 and all(len(value) == 1 for value in rows.values()):
-        return {}
-    kept = () if family.beside is None else family.beside.kept
-    return {name: value[:1] for name, value in rows.items() if name not in kept}
-
-
 @torch.no_grad()
-def self_check(teacher: PipelineTeacher, stock: Any, num_steps: int = 2) -> float:
+def self_check(
+    teacher: PipelineTeacher, stock: Any, num_steps: int = 2, *, negative_prompt: str | None = None
+) -> float:
     """Compare some guided steps of ours with the pipeline's own call; return the largest relative difference.
 
-    The pipeline runs with `stock`, a deterministic scheduler on its own schedule.
+    Args:
+        teacher: The teacher; its null condition is that of `negative_prompt`.
+        stock: A deterministic scheduler on the pipeline's own schedule, which it runs with.
+        num_steps: How many steps.
+        negative_prompt: What the pipeline guides away from, in the place of "no prompt".
 
     Raises:
         ValueError: If they differ by more than 1e-4.
     """
     family, pipeline = teacher.family, teacher.pipeline
     scale, conditions, usual = 2.0 if teacher.can_guide else 1.0, examples(family, 2), pipeline.scheduler
+    given = {"num_inference_steps": num_steps, **family.guided(scale)}
+    if negative_prompt is not None:
+        given["negative_prompt"] = [negative_prompt] * len(conditions)
     pipeline.scheduler = stock
     try:
         x_t, theirs = watch(
-            lambda: family.call(
-                pipeline, conditions, {"num_inference_steps": num_steps, **family.guided(scale)}, seeds=(0, 1)
-            ),
+            lambda: family.call(pipeline, conditions, given, seeds=(0, 1)),
             teacher.network,  # type: ignore[arg-type]  # a pipeline's network is a module
             stock,
             num_steps,

@@ -104,7 +104,7 @@ def one_level(alpha: float, prediction_type: str, *, clip_sample: bool, stochast
     """Return the scheduler whose one step from unit noise is the head at a single level.
 
     "epsilon" gives (eps - sigma output) / alpha, "v_prediction" alpha eps - sigma output and "sample" the output.
-    It has no more training steps than it needs, so that a call with many steps is refused.
+    The former two have few training steps, so that a call with many is refused.
 
     Args:
         alpha: Signal level of the start.
@@ -113,11 +113,11 @@ def one_level(alpha: float, prediction_type: str, *, clip_sample: bool, stochast
         stochastic: Write a `DDPMScheduler`, for pipelines that ask it for its variance; its last step adds none.
     """
     cls = DDPMScheduler if stochastic else DDIMScheduler
-    if prediction_type == "sample":
-        alpha = 0.0  # the output itself depends on no level
-    factors = LEVEL_FACTORS if alpha else 1
-    betas = [1 - (alpha**2) ** (1 / factors)] * factors
-    level = {"num_train_timesteps": factors, "trained_betas": betas}
+    level: dict[str, Any] = {}
+    if prediction_type != "sample":
+        # With one training step it could not be loaded as a teacher, which is watched in calls of two.
+        betas = [1 - (alpha**2) ** (1 / LEVEL_FACTORS)] * LEVEL_FACTORS if alpha else [0.5, 1.0]
+        level = {"num_train_timesteps": len(betas), "trained_betas": betas}
     # The offset means nothing with this spacing, but Stable Diffusion's pipeline warns of any other.
     own: dict[str, Any] = (
         {"variance_type": "fixed_small"} if stochastic else {"set_alpha_to_one": True, "steps_offset": 1}
