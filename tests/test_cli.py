@@ -85,6 +85,22 @@ def test_distill_trains_exports_and_says_what_is_next(tmp_path: Path) -> None:
     assert (run / "pipeline" / "model_index.json").is_file()
 
 
+def test_a_run_of_relative_paths_opens_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (there := tmp_path / "there").mkdir()
+    shutil.copytree(teacher_folder(), there / "t")
+    monkeypatch.chdir(there)
+    outcome = call_cli("distill", "--teacher", "t", "--output_dir", "run", *as_flags(FAST))
+    assert outcome.code == 0, outcome.err
+    assert "run/pipeline: loads with plain diffusers" in outcome.out  # as it was given
+    monkeypatch.chdir(tmp_path)
+    run = there / "run"
+    outcome = call_cli("sample", "--student", run / "checkpoint-4", "--num_images", 2, "--output", "x.png")
+    assert outcome.code == 0, outcome.err
+    outcome = call_cli("distill", "--config", run / "config.yaml", "--resume_from_checkpoint", "latest")
+    assert outcome.code == 0 and "was finished before" in outcome.out, outcome.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "x.png"]
+
+
 def test_flags_win_over_the_file_and_dashes_are_underscores(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"teacher: {teacher_folder()}\ntrain-batch-size: 4\ndelta: 0.3\nlr_warmup_steps: 0\n")

@@ -463,6 +463,23 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(
     assert outcome.code == 1 and f"the last good checkpoint is {run / 'checkpoint-6'}" in outcome.words
 
 
+def test_a_disk_that_fills_up_stops_the_run_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, save = tmp_path / "run", Trainer.save
+
+    def full(trainer: Trainer) -> Path:
+        if trainer.progress.step > 2:
+            raise OSError(28, "No space left on device")
+        return save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", full)
+    flags = as_flags({**FAST, "checkpointing_steps": 2})
+    outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", run, *flags)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert "stopped: [Errno 28] No space left on device" in outcome.words and "what was saved is kept" in outcome.words
+    monkeypatch.undo()
+    assert call_cli(*go_on_with(outcome.err)).code == 0
+
+
 def test_without_a_checkpoint_the_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, range(1, 100))
     with pytest.raises(NonFiniteLossError, match="not finite 2 times in a row, up to step 2; no checkpoint"):

@@ -213,11 +213,11 @@ def choose_base(
     return base
 
 
-def open_base(path: str | Path) -> BaseStudent:
-    """Return the one-step student in a run's folder or an exported pipeline.
+def find_base(path: str | Path) -> Path:
+    """Return the folder of the exported pipeline in a run's folder, or that folder itself.
 
     Raises:
-        ValueError: If there is none that draws pictures from prompts in one step.
+        ValueError: If there is none.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -228,6 +228,16 @@ def open_base(path: str | Path) -> BaseStudent:
             f"--base_student {path} holds no exported pipeline ({INDEX}): give a finished run of the earlier stage, or "
             "export a checkpoint of it with onestill export"
         )
+    return folder
+
+
+def open_base(path: str | Path) -> BaseStudent:
+    """Return the one-step student in a run's folder or an exported pipeline.
+
+    Raises:
+        ValueError: If there is none that draws pictures from prompts in one step.
+    """
+    path, folder = Path(path).expanduser(), find_base(path)
     try:
         teacher = load_teacher(folder, local_files_only=True, arguments=read_call(folder))
     except ValueError as error:

@@ -84,7 +84,7 @@ class DistillConfig(BaseModel):
         None, PROMPTS, "Where encoded prompts are kept for all runs; ~/.cache/onestill/prompts if not given."
     )
     negative_prompt: str | None = _field(None, PROMPTS, "Takes the place of 'no prompt' in the guidance.")
-    empty_prompt_fraction: float = _field(0.0, PROMPTS, "Share of the draws with no prompt.", ge=0, lt=1)
+    empty_prompt_fraction: float = _field(0.0, PROMPTS, "Share of the draws with the empty prompt.", ge=0, lt=1)
 
     # Objective
     time_sampling: Literal["uniform", "s_first", "progressive"] = _field(

@@ -98,7 +98,8 @@ def run(
     trainer = make_trainer(prepared, show_progress=show_progress)
     if trainer.accelerator.is_main_process:
         make_output_dir(config.output_dir)
-        write_yaml(config, config.output_dir / CONFIG_FILE)
+        here = config.output_dir.absolute()
+        write_yaml(config.model_copy(update={"output_dir": here}), here / CONFIG_FILE)
         facts = {"fingerprint": prepared.fingerprint, "teacher": config.teacher}
         if prepared.base_student is not None:
             facts["base_student"] = prepared.base_student.fingerprint

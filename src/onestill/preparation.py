@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onestill.chain import BaseStudent, choose_base
+from onestill.chain import BaseStudent, choose_base, find_base
 from onestill.chain import messages as chain_messages
 from onestill.checkpoint import Checkpoint
 from onestill.checks import (
@@ -29,6 +29,7 @@ from onestill.config import CALL_ARGUMENTS, DistillConfig, make_config
 from onestill.lora import Lora, has_loader
 from onestill.prompt_cache import default_cache_dir
 from onestill.prompt_plan import PromptPlan, plan_prompts, refuse_prompts, use_negative_prompt
+from onestill.prompts import PromptFile
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
 from onestill.teachers.guidance import as_sampled
@@ -69,7 +70,7 @@ def configure(
     """
     if isinstance(teacher, NetworkTeacher):
         return make_config({**given, **_facts_of(teacher, given)}, config_file)
-    return make_config({**given, "teacher": _absolute(str(teacher))}, config_file)
+    return make_config({**given, "teacher": str(teacher)}, config_file)
 
 
 def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,10 +102,17 @@ def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, An
     return {**facts, **{name: asked.get(name) for name in CALL_ARGUMENTS}}
 
 
-def _absolute(teacher: str) -> str:
-    """Return a folder's path so that the run can be opened from anywhere; names and hub ids as they are."""
-    is_folder = teacher not in EMBEDDED and Path(teacher).expanduser().is_dir()
-    return str(Path(teacher).expanduser().resolve()) if is_folder else teacher
+def _from_anywhere(config: DistillConfig) -> DistillConfig:
+    """Return the configuration with absolute paths, so that its run opens from anywhere; names and hub ids stay."""
+    found: dict[str, Any] = {
+        name: path.expanduser().absolute()
+        for name in ("prompt_file", "prompt_cache_dir", "cache_dir")
+        if (path := getattr(config, name)) is not None
+    }
+    folder = Path(config.teacher).expanduser()
+    if config.teacher not in EMBEDDED and folder.is_dir():
+        found["teacher"] = str(folder.resolve())
+    return config.model_copy(update=found)
 
 
 def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> NetworkTeacher:
@@ -132,6 +140,10 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     check_device(config.device)
     check_tracker(config.report_to)
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
+    # Before a teacher is loaded, which may take minutes.
+    prompt_file = open_prompts(config)
+    if config.base_student is not None:
+        find_base(config.base_student)
     # Its null condition and its pictures may be replaced here, and the caller's stay.
     base = copy.copy(teacher) if teacher is not None else configured_teacher(config)
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
@@ -145,7 +157,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     use_negative_prompt(base, config.negative_prompt, acts=guided)
     fitted = fit_teacher(base, config)
     labels = check_labels(config.class_labels, base.spec)
-    prompts = choose_prompts(config, base, base_student)
+    prompts = choose_prompts(config, base, prompt_file, base_student)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # the new layers start from random numbers too
         student = make_student(base, config, network)
@@ -157,11 +169,19 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         messages += (
             "--lora_rank: the teacher's pipeline takes no LoRA files, so the merged student alone is exported",
         )
+    config = _from_anywhere(config)
     if prompts is None:
         labelled = LabelConditions(labels, config.guidance_range)
         return Prepared(config, base, fitted, labelled, student, fingerprint, resume, messages)
     said = (*messages, *prompts.messages, *(() if base_student is None else chain_messages(base_student, base)))
     return Prepared(config, base, fitted, prompts.conditions, student, fingerprint, resume, said, prompts, base_student)
+
+
+def open_prompts(config: DistillConfig) -> PromptFile | None:
+    """Return the prompts in the file that a configuration names, all read once; None if it names none."""
+    if config.prompt_file is None:
+        return None
+    return PromptFile(config.prompt_file.expanduser(), config.prompt_field)
 
 
 def with_embedded_prompts(config: DistillConfig) -> DistillConfig:
@@ -180,7 +200,10 @@ def _with_picture(config: DistillConfig, teacher: NetworkTeacher) -> DistillConf
 
 
 def choose_prompts(
-    config: DistillConfig, teacher: NetworkTeacher, base_student: BaseStudent | None = None
+    config: DistillConfig,
+    teacher: NetworkTeacher,
+    prompt_file: PromptFile | None,
+    base_student: BaseStudent | None = None,
 ) -> PromptPlan | None:
     """Return the prompts of a run, or None for a teacher that takes no text, whose run must not name any."""
     if not teacher.spec.text:
@@ -189,7 +212,9 @@ def choose_prompts(
     if config.prompt_cache_dir is not None and config.prompt_cache_dir.is_file():
         raise ValueError(f"--prompt_cache_dir {config.prompt_cache_dir} is a file")
     check_writable((config.prompt_cache_dir or default_cache_dir()).expanduser(), "prompt_cache_dir")
-    return plan_prompts(config, teacher, int(os.environ.get("WORLD_SIZE", 1)), base_student)
+    if prompt_file is None:
+        raise ValueError("this teacher takes prompts: give a file of them with --prompt_file (.txt, .jsonl or .csv)")
+    return plan_prompts(config, teacher, prompt_file, int(os.environ.get("WORLD_SIZE", 1)), base_student)
 
 
 def make_student(base: NetworkTeacher, config: DistillConfig, network: nn.Module | None = None) -> Student:

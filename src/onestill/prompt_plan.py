@@ -158,7 +158,11 @@ def split_fingerprint(fingerprint: str) -> tuple[str, str]:
 
 
 def plan_prompts(
-    config: DistillConfig, teacher: NetworkTeacher, num_processes: int = 1, base: BaseStudent | None = None
+    config: DistillConfig,
+    teacher: NetworkTeacher,
+    prompts: PromptFile,
+    num_processes: int = 1,
+    base: BaseStudent | None = None,
 ) -> PromptPlan:
     """Return the prompts of a run, all checked; nothing is written.
 
@@ -168,17 +172,15 @@ def plan_prompts(
     Args:
         config: The run.
         teacher: The teacher.
+        prompts: The prompts to choose from.
         num_processes: How many draw.
         base: The student that draws the pictures that the teacher enlarges, if it does.
 
     Raises:
-        ValueError: If there is no usable prompt file, a setting does not fit the teacher, or the disk has no room.
+        ValueError: If a setting does not fit the teacher, or the disk has no room.
     """
     if not isinstance(teacher, PipelineTeacher) or teacher.encoders_released:
         raise ValueError("the text encoders of this teacher were released by an earlier run: load it again")
-    if config.prompt_file is None:
-        raise ValueError("this teacher takes prompts: give a file of them with --prompt_file (.txt, .jsonl or .csv)")
-    prompts = PromptFile(config.prompt_file.expanduser(), config.prompt_field)
     draws = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps * num_processes
     pool = choose(len(prompts), config.num_prompts or draws, config.seed)
     shown = config.validation_prompt or tuple(prompts[: config.num_validation_images])

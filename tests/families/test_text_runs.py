@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -297,12 +298,33 @@ def test_a_disk_that_fills_up_while_encoding(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("onestill.prompt_cache.save_tensors", full)
     flags = ["distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *as_flags(settings(tmp_path / "cache"))]  # fmt: skip
     outcome = call_cli(*flags)
-    assert outcome.code == 1 and "Traceback" not in outcome.err
-    assert f"stopped: --prompt_cache_dir {tmp_path / 'cache'} cannot be written: " in outcome.words
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert f"error: --prompt_cache_dir {tmp_path / 'cache'} cannot be written: " in outcome.words
     assert "No space left on device" in outcome.words and "Name a folder on another disk" in outcome.words
     assert not (tmp_path / "run").exists() and not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     monkeypatch.undo()
     assert call_cli(*flags).code == 0, "the same command goes on once there is room"
+
+
+def test_a_prompt_that_cannot_be_encoded_ends_with_one_line(tmp_path: Path) -> None:
+    shutil.copytree(place() / "t", tmp_path / "t")
+    weights = load_file(path := tmp_path / "t" / "text_encoder" / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith("token_embedding.weight"))
+    teacher = load_teacher(place() / "t")
+    assert isinstance(teacher, PipelineTeacher)
+    blue = teacher.pipeline.tokenizer("blue").input_ids
+    common = {
+        token
+        for word in ("", "red", "a photo", "a drawing of it")
+        for token in teacher.pipeline.tokenizer(word).input_ids
+    }
+    weights[name][sorted(set(blue) - common)] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    flags = as_flags(settings(tmp_path / "cache"))
+    outcome = call_cli("distill", "--teacher", tmp_path / "t", "--output_dir", tmp_path / "run", *flags)
+    assert outcome.code == 1 and "Traceback" not in outcome.err, outcome.err
+    assert "stopped: " in outcome.err.splitlines()[-1] and "non-finite" in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_disk_without_room_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,6 +387,8 @@ D = "distill --output_dir run --device cpu --prompt_cache_dir cache "
 BAD = [
     ("no prompts", D + "--teacher TEXT", "this teacher takes prompts: give a file of them with --prompt_file"),
     ("no file", D + "--teacher TEXT --prompt_file no.txt", "--prompt_file no.txt: no such file"),
+    ("no file, before a teacher is looked for", D + "--teacher no/where --prompt_file no.txt", "--prompt_file no.txt: no such file"),
+    ("no base, before a teacher is looked for", D + "--teacher no/where --base_student no", "--base_student no: no such folder"),
     ("kind", D + "--teacher TEXT --prompt_file p.xml", "--prompt_file p.xml: give a .txt"),
     ("empty", D + "--teacher TEXT --prompt_file empty.txt", "--prompt_file empty.txt holds no prompt"),
     ("binary", D + "--teacher TEXT --prompt_file binary.txt", "--prompt_file binary.txt, line 2 is not UTF-8"),

@@ -72,8 +72,11 @@ def _prepare(config: DistillConfig) -> Prepared:
 
 def _run(prepared: Prepared) -> RunResult:
     """Train and export; a run that cannot go on ends with one line."""
+    import torch
+    from safetensors import SafetensorError
+
     from onestill import distillation
-    from onestill.checks import make_output_dir
+    from onestill.checks import is_run, make_output_dir
     from onestill.prompt_cache import PromptCacheError
     from onestill.trainer import NonFiniteLossError
 
@@ -81,13 +84,19 @@ def _run(prepared: Prepared) -> RunResult:
     make_output_dir(folder)
     try:
         return distillation.run(prepared)
-    except (NonFiniteLossError, PromptCacheError) as error:
+    except PromptCacheError as error:
+        note(("error:", "red"), f" {error}")
+        raise typer.Exit(2) from None
+    except NonFiniteLossError as error:
         note(("stopped:", "red"), f" {error}")
+        raise typer.Exit(1) from None
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        note(("stopped:", "red"), f" {error}")
+        if is_run(folder):
+            note(f"what was saved is kept. Go on with: {go_on(folder)}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_left_by(prepared)) from None
-    except ValueError as error:
-        raise RuntimeError("distillation failed") from error
     finally:
         with contextlib.suppress(OSError):  # which holds something, or another process has been here
             folder.rmdir()
