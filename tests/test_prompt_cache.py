@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from onestill import prompt_cache
+from onestill.files import PROBE
 from onestill.prompt_cache import PromptCache, PromptCacheError, default_cache_dir
 from onestill.prompts import Ints, text_key
 from onestill.tensors import Cond
@@ -126,9 +127,11 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(
             Path(args[1]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prompt_cache, "save_tensors", full) if when == "writing" else monkeypatch.setattr(
-        os, "replace", full
-    )
+    if when == "writing":
+        monkeypatch.setattr(prompt_cache, "save_tensors", full)
+    else:
+        monkeypatch.setattr(os, "link", full)
+        monkeypatch.setattr(os, "replace", full)
     with pytest.raises(PromptCacheError, match=r"--prompt_cache_dir .* cannot be written: .*No space left on device"):
         fill(PromptCache(tmp_path, "one", LIKE), TEXTS)
     assert list((tmp_path / "one").iterdir()) == []
@@ -152,6 +155,51 @@ def test_what_a_killed_process_left_is_ignored_and_removed_when_old(tmp_path: Pa
     assert len(cache) == 0 and cache.messages == []
     fill(cache, TEXTS)
     assert young.exists() and not old.exists()
+
+
+def test_what_another_process_takes_away_meanwhile_is_nothing_to_stop_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").mkdir()
+    stat, gone = Path.stat, [".other-1.partial", f".other{PROBE}"]
+    for name in gone:
+        (tmp_path / "one" / name).touch()
+
+    def late(path: Path, **options: Any) -> os.stat_result:
+        if path.name in gone:
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", late)
+    fill(PromptCache(tmp_path, "one", LIKE), TEXTS)
+    assert len(PromptCache(tmp_path, "one", LIKE)) == 100
+
+
+def test_no_probe_of_the_mode_looks_like_a_half_written_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch, probes = Path.touch, []
+    monkeypatch.setattr(Path, "touch", lambda path, **options: probes.append(path.name) or touch(path, **options))
+    fill(PromptCache(tmp_path, "one", LIKE), TEXTS)
+    assert probes and not [name for name in probes if name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_rows_that_are_there_stay_when_another_run_encodes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    first, second = (PromptCache(tmp_path, "one", LIKE) for _ in range(2))
+    fill(first, TEXTS)
+    before = first.rows(keys_of(TEXTS))
+    # On another device, say, or on more threads.
+    fill(second, TEXTS, lambda texts: {name: value + 1 for name, value in Encoder()(texts).items()})
+    for cache in (first, second, PromptCache(tmp_path, "one", LIKE)):
+        cache.refresh()
+        assert all(torch.equal(value, before[name]) for name, value in cache.rows(keys_of(TEXTS)).items())
+    assert len(list((tmp_path / "one").iterdir())) == 1
 
 
 def test_conditions_that_are_not_numbers_or_not_alike_are_refused(tmp_path: Path) -> None:

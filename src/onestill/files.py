@@ -10,6 +10,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+PROBE = ".probe"
+"""Ends the name of an empty file that shows the mode of new files and is gone at once; no other file ends so."""
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the mode that new files get."""
@@ -38,7 +41,7 @@ def _mode_of_new_files(folder: Path) -> int:
     default (an ACL) makes of it.
     """
     # A name that nobody has, not even a killed process of another umask: one that is there would keep its mode.
-    probe = folder / f".{uuid.uuid4().hex}.partial"
+    probe = folder / f".{uuid.uuid4().hex}{PROBE}"
     try:
         probe.touch(exist_ok=False)
         return stat.S_IMODE(probe.stat().st_mode)

@@ -1,7 +1,8 @@
 """Encoded prompts on disk, shared between runs: safetensors shards in one folder for each encoder.
 
 A row is found by (encoder, text). Each encoder has its own folder, named by a hash of its weights, so what one
-encoder made is never read for another. Shards are written under a hidden name and renamed when they are whole.
+encoder made is never read for another. Shards are written under a hidden name and published when they are whole; one
+that is there already stays, so that what a run has read is what it reads again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import hashlib
 import os
 import shutil
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from onestill.files import save_tensors
+from onestill.files import PROBE, save_tensors
 from onestill.prompts import Ints, text_key
 from onestill.tensors import Cond
 
@@ -46,6 +49,14 @@ def default_cache_dir() -> Path:
 def in_words(num_bytes: int) -> str:
     """Return a size on disk in words: in GB, or in MB below one."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.2f} MB"
+
+
+def _published(path: Path) -> tuple[int, str]:
+    """Return what shards are ordered by, oldest first; one that is gone meanwhile is first, and cannot be read."""
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except FileNotFoundError:
+        return 0, path.name
 
 
 class PromptCache:
@@ -85,7 +96,7 @@ class PromptCache:
         self._handles.clear()
         self._shards: list[Path] = []
         found: list[tuple[Ints, Ints]] = []
-        for path in sorted(self.folder.glob("[!.]*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name)):
+        for path in sorted(self.folder.glob("[!.]*.safetensors"), key=_published):
             try:
                 found.append(self._read_index(path))
                 self._shards.append(path)
@@ -177,14 +188,14 @@ class PromptCache:
     def _write(self, rows: dict[str, Tensor]) -> None:
         name = hashlib.blake2b(rows[_KEYS].numpy().tobytes(), digest_size=8).hexdigest()
         final = self.folder / f"{name}.safetensors"
-        partial = self.folder / f".{name}-{os.getpid()}.partial"
+        partial = self.folder / f".{name}-{uuid.uuid4().hex}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
             save_tensors(rows, partial, metadata={"encoder": self.encoder})
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            os.replace(partial, final)
+            self._publish(partial, final)
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise PromptCacheError(
@@ -194,11 +205,28 @@ class PromptCache:
         finally:
             partial.unlink(missing_ok=True)
 
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Give a whole shard its name, unless another process published the same prompts meanwhile: those rows stay."""
+        os.utime(partial)  # the oldest shard counts, by when it could first be read
+        try:
+            os.link(partial, final)
+        except OSError:  # it is there, or this file system has no links
+            if not self._is_usable(final):
+                os.replace(partial, final)
+
+    def _is_usable(self, path: Path) -> bool:
+        try:
+            self._read_index(path)
+        except (SafetensorError, OSError, ValueError):
+            return False
+        return True
+
     def _remove_stale(self) -> None:
         """Remove what a killed process left a day or more ago; a younger one may still be being written."""
-        for left in self.folder.glob(".*.partial"):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink(missing_ok=True)
+        for left in [*self.folder.glob(".*.partial"), *self.folder.glob(f".*{PROBE}")]:
+            with suppress(FileNotFoundError):  # its own process was here first
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
 
     def rows(self, keys: Ints) -> Cond:
         """Return the conditions of prompts by their keys, read from the mapped files.
