@@ -34,7 +34,7 @@ LAYERS = (
         "conditions",
         "card",
     ),
-    ("teachers.family", "teachers.unet2d"),
+    ("teachers.family", "teachers.tokenizing", "teachers.unet2d"),
     ("teachers.pipeline", "teachers.stable_diffusion", "teachers.flow"),
     ("teachers.probe",),
     (

@@ -1,4 +1,4 @@
-"""The text encoders and tokenizers of a stock pipeline: which they are, how long a prompt they take, letting them go."""
+"""What a stock pipeline makes conditions of prompts with: which parts that is, how long a prompt they take, letting them go."""
 
 from __future__ import annotations
 
@@ -12,18 +12,36 @@ from typing import Any
 
 import torch
 
-PREFIXES = ("text_encoder", "tokenizer")
+# Parts that make no conditions: what denoises, what decodes, and what is done to finished pictures.
+OTHERS = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "watermark")
 # Tokenizers that have no limit say so with an endless number.
 NO_LIMIT = 100_000
 
 
 def parts(pipeline: Any) -> dict[str, Any]:
-    """Return the pipeline's text encoders and tokenizers by name."""
-    return {name: part for name, part in pipeline.components.items() if name.startswith(PREFIXES) and part is not None}
+    """Return by name what makes conditions: text encoders, tokenizers, and any other module, such as a projection."""
+    return {
+        name: part
+        for name, part in pipeline.components.items()
+        if not name.startswith(OTHERS) and (isinstance(part, torch.nn.Module) or _tokenizer_of(part) is not None)
+    }
+
+
+def tokenizers(pipeline: Any) -> dict[str, Any]:
+    """Return the pipeline's tokenizers by the name of the component that each is, or is in."""
+    found = {name: _tokenizer_of(part) for name, part in parts(pipeline).items()}
+    return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
+
+
+def _tokenizer_of(part: Any) -> Any:
+    """Return a tokenizer, or the one in a processor; None for anything else."""
+    if isinstance(part, torch.nn.Module):
+        return None
+    return part if hasattr(part, "get_vocab") else getattr(part, "tokenizer", None)
 
 
 def release(pipeline: Any) -> None:
-    """Take the text encoders and tokenizers out of the pipeline, so that their memory is free."""
+    """Take these parts out of the pipeline, so that their memory is free."""
     for name in parts(pipeline):
         setattr(pipeline, name, None)
     gc.collect()
@@ -32,7 +50,7 @@ def release(pipeline: Any) -> None:
 
 
 def share(pipeline: Any, other: Any) -> None:
-    """Let a pipeline use the text encoders of another in place of equal ones of its own; tokenizers are small."""
+    """Let a pipeline use these modules of another in place of equal ones of its own; tokenizers are small."""
     theirs = parts(other)
     for name, part in parts(pipeline).items():
         other_part = theirs.get(name)
@@ -45,7 +63,7 @@ def _are_equal(one: Any, other: Any) -> bool:
         return False
     weights, others = one.state_dict(), other.state_dict()
     return (
-        plain_config(one.config) == plain_config(other.config)
+        plain_config(_config_of(one)) == plain_config(_config_of(other))
         and weights.keys() == others.keys()
         and all((v.dtype, v.device) == (others[key].dtype, others[key].device) for key, v in weights.items())
         and all(torch.equal(value, others[key]) for key, value in weights.items())
@@ -66,10 +84,10 @@ def quiet() -> Iterator[None]:
 
 
 def identity(pipeline: Any, facts: Sequence[object]) -> str:
-    """Return a hash of the encoders' weights and configurations, of the tokenizers and of `facts`.
+    """Return a hash of these parts, weights and configurations and rules of tokenizers, and of `facts`.
 
     Args:
-        pipeline: The pipeline, with its encoders.
+        pipeline: The pipeline, with its parts.
         facts: What else decides the conditions of a prompt.
     """
     digest = hashlib.blake2b(repr(tuple(facts)).encode(), digest_size=8)
@@ -78,7 +96,7 @@ def identity(pipeline: Any, facts: Sequence[object]) -> str:
             add_module(digest, name, part)
         else:
             digest.update(name.encode())
-            digest.update(_tokenizer_words(part).encode())
+            digest.update(_tokenizer_words(_tokenizer_of(part)).encode())
     return digest.hexdigest()
 
 
@@ -92,10 +110,14 @@ def plain_config(config: Any) -> str:
 def add_module(digest: Any, name: str, module: Any) -> None:
     """Add a component's name, configuration and weights to a hash."""
     digest.update(name.encode())
-    digest.update(plain_config(module.config).encode())
+    digest.update(plain_config(_config_of(module)).encode())
     for key, value in module.state_dict().items():
         digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _config_of(module: Any) -> Any:
+    return getattr(module, "config", {})  # a plain module of torch has none
 
 
 def _tokenizer_words(tokenizer: Any) -> str:
@@ -119,8 +141,8 @@ def limits(pipeline: Any, longest: int | None = None) -> list[tuple[Any, int]]:
     if longest is None:
         longest = argument.default if argument is not None and isinstance(argument.default, int) else NO_LIMIT
     found = []
-    for name, part in parts(pipeline).items():
-        if name.startswith("tokenizer") and hasattr(part, "model_max_length"):
+    for part in tokenizers(pipeline).values():
+        if hasattr(part, "model_max_length"):
             limit = int(min(part.model_max_length, NO_LIMIT))
             found.append((part, limit if "CLIP" in type(part).__name__ else min(limit, longest)))
     return [(tokenizer, limit) for tokenizer, limit in found if limit < NO_LIMIT]

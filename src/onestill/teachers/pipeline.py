@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestill.teachers import encoders
+from onestill.teachers import encoders, tokenizing
 from onestill.teachers.base import NetworkTeacher, TeacherSpec
 from onestill.teachers.family import Beside, Family
 from onestill.teachers.recording import Signature
@@ -94,8 +94,16 @@ class PipelineTeacher(NetworkTeacher):
         return {name: value for name, value in cond.items() if name not in kept}
 
     def encoder_identity(self) -> str:
-        """Return a name for what turns prompts into conditions: the same name is the same conditions."""
+        """Return a name for what turns prompts into conditions: the same name is the same conditions.
+
+        Raises:
+            RuntimeError: If the text encoders were released.
+        """
+        # The tokens of a prompt show what the installed diffusers puts around it, which no configuration holds.
+        with tokenizing.listening(self.pipeline) as heard:
+            self.encode([tokenizing.EXAMPLE])
         facts = (
+            [(call.name, call.tokens) for call in heard],
             type(self.pipeline).__name__,
             encoders.plain_config(self.network.config),  # type: ignore[attr-defined]  # a pipeline's network has one
             getattr(self.pipeline, "vae_scale_factor", None),
@@ -122,7 +130,7 @@ class PipelineTeacher(NetworkTeacher):
         return bool(self._released)
 
     def release_encoders(self) -> None:
-        """Let the text encoders and tokenizers go; `encode` is over, everything else stays."""
+        """Let the text encoders go and all else that only `encode` needs, which is over."""
         encoders.release(self.pipeline)
         self._released.append(True)
 
