@@ -107,10 +107,10 @@ class PromptCache:
         shard = np.repeat(np.arange(len(found), dtype=np.int32), [len(k) for k, _ in found])
         row = np.concatenate([np.arange(len(k), dtype=np.int32) for k, _ in found] or [empty.astype(np.int32)])
         cut = np.concatenate([empty, *(c for _, c in found)])
-        self._keys, self._shard, self._row, self._cut = keys, shard[first], row[first], cut[first].astype(bool)
+        self._keys, self._shard, self._row, self._cut = keys, shard[first], row[first], cut[first]
 
     def _read_index(self, path: Path) -> tuple[Ints, Ints]:
-        """Return (keys, whether each prompt was cut) of a shard; ValueError if it is not of this encoder."""
+        """Return (keys, which limits of the encoder each prompt exceeds) of a shard; ValueError if it is not of this encoder."""
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("encoder") != self.encoder:
                 raise ValueError("it was written for another text encoder")
@@ -126,9 +126,9 @@ class PromptCache:
         different, first = np.unique(keys, return_index=True)
         return np.sort(first[~np.isin(different, self._keys)])
 
-    def num_cut(self, keys: Ints) -> int:
-        """Return how many of `keys` are in the cache and were cut by the encoder."""
-        return int(np.isin(keys, self._keys[self._cut]).sum())
+    def num_cut(self, keys: Ints, limit: int = 0) -> int:
+        """Return how many of `keys` are in the cache and exceed this limit of the encoder, the smallest being 0."""
+        return int(np.isin(keys, self._keys[(self._cut >> limit) % 2 == 1]).sum())
 
     def check_space(self, num: int) -> None:
         """Raise ValueError if the disk has no room for `num` more rows."""
@@ -144,7 +144,7 @@ class PromptCache:
         self,
         texts: Iterator[str],
         encode: Callable[[Sequence[str]], Cond],
-        is_cut: Callable[[Sequence[str]], list[bool]],
+        cuts: Callable[[Sequence[str]], Sequence[int]],
         *,
         progress: Callable[[int], object] = lambda num: None,
     ) -> None:
@@ -153,7 +153,7 @@ class PromptCache:
         Args:
             texts: Prompts that are missing.
             encode: From prompts to their conditions.
-            is_cut: Whether each prompt is longer than the encoder takes.
+            cuts: Which limits of the encoder each prompt exceeds: bit i for the i-th.
             progress: Called with the number of prompts written.
 
         Raises:
@@ -166,7 +166,7 @@ class PromptCache:
             encoded = [self._checked(encode(part), part) for part in parts]
             rows = {name: torch.cat([part[name] for part in encoded]) for name in self.like}
             rows[_KEYS] = torch.tensor([text_key(text) for text in block])
-            rows[_CUT] = torch.tensor([cut for part in parts for cut in is_cut(part)], dtype=torch.uint8)
+            rows[_CUT] = torch.tensor([int(cut) for part in parts for cut in cuts(part)], dtype=torch.int32)
             self._write(rows)
             progress(len(block))
         self.refresh()

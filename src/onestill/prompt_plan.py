@@ -95,7 +95,7 @@ class PromptPlan:
             cache.add(
                 self._texts(texts),
                 teacher.encode,
-                teacher.are_cut,
+                teacher.cuts,
                 progress=bar.update,
             )
 
@@ -108,11 +108,13 @@ class PromptPlan:
             index = int(place) - len(self.shown)
             yield self.shown[place] if index < 0 else self.prompts[int(self.pool[index])]
 
-    def num_cut(self) -> int:
-        """Return how many of the prompts the text encoders will cut."""
-        texts, found = self._texts(self.missing()), self.cache.num_cut(np.unique(self.keys))
+    def num_cut(self) -> list[int]:
+        """Return how many of the prompts exceed each limit of the text encoders, which cut them there."""
+        texts, keys, places = self._texts(self.missing()), np.unique(self.keys), range(len(self.teacher.prompt_limits))
+        found = [self.cache.num_cut(keys, place) for place in places]
         while batch := list(islice(texts, 32 * BATCH_SIZE)):
-            found += sum(self.teacher.are_cut(batch))
+            cuts = self.teacher.cuts(batch)
+            found = [num + sum(cut >> place & 1 for cut in cuts) for place, num in enumerate(found)]
         return found
 
 
@@ -246,11 +248,9 @@ def _messages(plan: PromptPlan, config: DistillConfig) -> tuple[str, ...]:
         found.append(f"{len(lacking):,} to encode for --base_student into {plan.base_cache.folder} ({size:,.1f} MB)")
     if plan.base_cache is not None:
         found.extend(plan.base_cache.messages)
-    teacher = plan.teacher
-    if num_cut := plan.num_cut():
-        most = teacher.prompt_limit
-        are, them = ("prompt is", "it") if num_cut == 1 else ("prompts are", "them")
-        found.append(f"warning: {num_cut:,} {are} longer than the {most} tokens the text encoder takes; it cuts {them}")
-    if config.negative_prompt is not None and any(teacher.are_cut([config.negative_prompt])):
-        found.append(f"warning: --negative_prompt is longer than {teacher.prompt_limit} tokens and is cut")
+    limits = plan.teacher.prompt_limits
+    found.extend(limit.warning(num) for limit, num in zip(limits, plan.num_cut(), strict=True) if num)
+    if config.negative_prompt is not None:
+        for limit in plan.teacher.negative_limits(config.negative_prompt):
+            found.append(f"warning: --negative_prompt is longer than {limit.room} tokens and is cut")
     return tuple(found)

@@ -1,4 +1,4 @@
-"""What of a pipeline makes the conditions of a prompt, and what is known of that: its identity, its release."""
+"""What of a pipeline makes the conditions of a prompt: its identity, its release, and where it cuts a prompt."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from components import word_tokenizer
 from pipelines import ARGUMENTS, build
 from safetensors.torch import load_file, save_file
-from test_conformance import conditions_of, folder_of, noise_of, perturbed
+from test_conformance import conditions_of, folder_of, noise_of, perturbed, teacher_of
 from torch import nn
 
 import onestill
+from onestill.config import make_config
 from onestill.export import export_student
-from onestill.teachers import encoders
+from onestill.preparation import prepare
+from onestill.teachers import encoders, tokenizing
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipeline import PipelineTeacher
 
@@ -27,6 +29,19 @@ def own_teacher(name: str) -> PipelineTeacher:
     teacher = load_teacher(folder_of(name), arguments=ARGUMENTS.get(name))
     assert isinstance(teacher, PipelineTeacher)
     return teacher
+
+
+def settings(folder: Path, **own: Any) -> dict[str, Any]:
+    base = {
+        "device": "cpu",
+        "train_batch_size": 2,
+        "max_train_steps": 1,
+        "lr_warmup_steps": 0,
+        "num_teacher_steps": 2,
+        "prompt_file": folder / "p.txt",
+        "prompt_cache_dir": folder / "cache",
+    }
+    return {**base, **own}
 
 
 def test_a_projection_is_of_the_encoders_and_leaves_with_them(tmp_path: Path) -> None:
@@ -51,16 +66,7 @@ def test_a_projection_is_of_the_encoders_and_leaves_with_them(tmp_path: Path) ->
 def test_a_run_on_another_projection_is_not_gone_on_with(tmp_path: Path) -> None:
     build("stable-audio").save_pretrained(tmp_path / "t")
     (tmp_path / "p.txt").write_text("red\nblue\n")
-    once: dict[str, Any] = {
-        "device": "cpu",
-        "train_batch_size": 2,
-        "max_train_steps": 1,
-        "lr_warmup_steps": 0,
-        "num_teacher_steps": 2,
-        "prompt_file": tmp_path / "p.txt",
-        "prompt_cache_dir": tmp_path / "cache",
-        "show_progress": False,
-    }
+    once = {**settings(tmp_path), "show_progress": False}
     onestill.distill(tmp_path / "t", tmp_path / "run", **once)
     path = tmp_path / "t" / "projection_model" / "diffusion_pytorch_model.safetensors"
     weights = {name: value + 0.5 for name, value in load_file(path).items()}
@@ -104,3 +110,74 @@ def test_parts_are_all_but_what_denoises_decodes_and_finishes() -> None:
     with torch.no_grad():
         parts["connectors"].weight.add_(1)
     assert encoders.identity(pipeline, ()) != before
+
+
+# Where prompts are cut
+
+# Words that fit, behind what the pipeline puts before them, beside the tokens that begin and end a text: by encoder.
+FIT = {
+    "sd-epsilon": [("text_encoder", 6)],
+    "sdxl-zeros": [("text_encoder, text_encoder_2", 6)],
+    "sd3": [("text_encoder, text_encoder_2", 6), ("text_encoder_3", 255)],
+    "sd3-two-encoders": [("text_encoder, text_encoder_2", 6)],
+    "flux": [("text_encoder", 6), ("text_encoder_2", 15)],
+    "if": [("text_encoder", 76)],
+    "if-super-resolution": [("text_encoder", 76)],
+    "pixart-sigma": [("text_encoder", 299)],
+    "lumina2": [("text_encoder", 255 - 30)],
+    "sana": [("text_encoder", 298)],
+    "wan": [("text_encoder", 15)],
+    "stable-audio": [("text_encoder", 15)],
+    "unnamed-auraflow": [("text_encoder", 15)],
+}
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_prompts_are_cut_where_the_pipeline_cuts_them(name: str) -> None:
+    teacher = teacher_of(name)
+    assert [", ".join(limit.encoders) for limit in teacher.prompt_limits] == [encoder for encoder, _ in FIT[name]]
+    for place, (_, fit) in enumerate(FIT[name]):
+        for num, is_cut in ((fit, False), (fit + 1, True)):
+            prompt = " ".join("a" * num)
+            assert teacher.cuts([prompt, ""]) == [2**place - 1 + (2**place if is_cut else 0), 0], num
+            with tokenizing.listening(teacher.pipeline) as heard:
+                teacher.encode([prompt])
+            names = {name.replace("text_encoder", "tokenizer") for name in teacher.prompt_limits[place].encoders}
+            calls = [call for call in heard if call.name in names and call.most is not None]
+            assert calls
+            for call in calls:
+                (row,) = call.tokenizer(list(call.texts), verbose=False).input_ids
+                assert (len(row) > call.most) == is_cut
+
+
+def test_the_warning_names_the_encoder_that_cuts(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n".join(" ".join("a" * num) for num in (6, 7, 8, 300)))
+    values = settings(tmp_path, max_train_steps=3, teacher=str(folder_of("sd3")), output_dir=tmp_path / "run")
+    expected = [
+        "warning: 3 prompts are longer than the 8 tokens text_encoder and text_encoder_2 take; they cut them",
+        "warning: 1 prompt is longer than the 256 tokens text_encoder_3 takes; it cuts it",
+    ]
+    for _ in range(2):  # counted when they are encoded, and when they come from the cache
+        prepared = prepare(make_config(values))
+        assert [message for message in prepared.messages if "longer" in message] == expected
+        assert prepared.prompts is not None
+        prepared.prompts.encode()
+
+
+def test_the_pipelines_number_counts_and_not_the_tokenizers(tmp_path: Path) -> None:
+    pipeline = build("if")
+    pipeline.tokenizer = word_tokenizer(512)
+    pipeline.save_pretrained(tmp_path / "t")
+    (tmp_path / "p.txt").write_text("\n".join(" ".join("a" * num) for num in (76, 77, 100)))
+    values = settings(tmp_path, max_train_steps=3, teacher=str(tmp_path / "t"), output_dir=tmp_path / "run")
+    said = prepare(make_config(values)).messages
+    assert "warning: 2 prompts are longer than the 77 tokens the text encoder takes; it cuts them" in said
+
+
+def test_a_negative_prompt_has_the_limit_of_no_prompt(tmp_path: Path) -> None:
+    # Lumina 2 puts its words before a prompt and none before a negative one.
+    (tmp_path / "p.txt").write_text("red\nblue\n")
+    values = settings(tmp_path, guidance_scale=2.0, teacher=str(folder_of("lumina2")), output_dir=tmp_path / "run")
+    for num, is_cut in ((255, False), (256, True)):
+        said = prepare(make_config({**values, "negative_prompt": " ".join("a" * num)})).messages
+        assert ("warning: --negative_prompt is longer than 256 tokens and is cut" in said) == is_cut

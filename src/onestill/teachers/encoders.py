@@ -1,10 +1,9 @@
-"""What a stock pipeline makes conditions of prompts with: which parts that is, how long a prompt they take, letting them go."""
+"""What a stock pipeline makes conditions of prompts with: which parts that is, and letting them go."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,6 @@ import torch
 
 # Parts that make no conditions: what denoises, what decodes, and what is done to finished pictures.
 OTHERS = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "watermark")
-# Tokenizers that have no limit say so with an endless number.
-NO_LIMIT = 100_000
 
 
 def parts(pipeline: Any) -> dict[str, Any]:
@@ -126,44 +123,3 @@ def _tokenizer_words(tokenizer: Any) -> str:
     rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     return f"{type(tokenizer).__name__} {tokenizer.model_max_length} {special} {rules}"
-
-
-def limits(pipeline: Any, longest: int | None = None) -> list[tuple[Any, int]]:
-    """Return (tokenizer, the tokens it passes on) for each tokenizer that has a limit.
-
-    Pipelines with a T5 or a language model as encoder cut its prompts at their `max_sequence_length` argument.
-
-    Args:
-        pipeline: The pipeline.
-        longest: That argument; its default if None.
-    """
-    argument = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
-    if longest is None:
-        longest = argument.default if argument is not None and isinstance(argument.default, int) else NO_LIMIT
-    found = []
-    for part in tokenizers(pipeline).values():
-        if hasattr(part, "model_max_length"):
-            limit = int(min(part.model_max_length, NO_LIMIT))
-            found.append((part, limit if "CLIP" in type(part).__name__ else min(limit, longest)))
-    return [(tokenizer, limit) for tokenizer, limit in found if limit < NO_LIMIT]
-
-
-def limit(pipeline: Any, longest: int | None = None) -> int | None:
-    """Return the most tokens that any of the encoders takes; None if that is not known."""
-    return max((most for _, most in limits(pipeline, longest)), default=None)
-
-
-def are_cut(pipeline: Any, texts: Sequence[str], longest: int | None = None) -> list[bool]:
-    """Return whether each prompt is longer than every encoder takes, the roomiest too."""
-    known = limits(pipeline, longest)
-    if not known or not texts:
-        return [False] * len(texts)
-    tokenizer, most = max(known, key=lambda pair: pair[1])
-    # A token is a byte or more, and two more begin and end the text: most prompts need no counting.
-    long = [i for i, text in enumerate(texts) if len(text.encode()) + 3 > most]
-    cut = [False] * len(texts)
-    if long:
-        tokens = tokenizer([texts[i] for i in long], truncation=False, padding=False, verbose=False).input_ids
-        for i, row in zip(long, tokens, strict=True):
-            cut[i] = len(row) > most
-    return cut

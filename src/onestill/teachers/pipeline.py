@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -99,11 +100,9 @@ class PipelineTeacher(NetworkTeacher):
         Raises:
             RuntimeError: If the text encoders were released.
         """
-        # The tokens of a prompt show what the installed diffusers puts around it, which no configuration holds.
-        with tokenizing.listening(self.pipeline) as heard:
-            self.encode([tokenizing.EXAMPLE])
         facts = (
-            [(call.name, call.tokens) for call in heard],
+            # The tokens show what the installed diffusers puts around a prompt, which no configuration holds.
+            [(call.name, call.tokens) for call in self._heard()],
             type(self.pipeline).__name__,
             encoders.plain_config(self.network.config),  # type: ignore[attr-defined]  # a pipeline's network has one
             getattr(self.pipeline, "vae_scale_factor", None),
@@ -115,14 +114,26 @@ class PipelineTeacher(NetworkTeacher):
         )
         return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
 
-    @property
-    def prompt_limit(self) -> int | None:
-        """The most tokens of a prompt that the text encoders take; None if that is not known."""
-        return encoders.limit(self.pipeline, self.family.asked.get("max_sequence_length"))
+    def _heard(self) -> list[tokenizing.Heard]:
+        """Return how the pipeline calls its tokenizers for a prompt."""
+        with tokenizing.listening(self.pipeline) as heard:
+            self.encode([tokenizing.EXAMPLE])
+        return heard
 
-    def are_cut(self, prompts: Sequence[str]) -> list[bool]:
-        """Return whether each prompt is longer than that."""
-        return encoders.are_cut(self.pipeline, prompts, self.family.asked.get("max_sequence_length"))
+    @functools.cached_property
+    def prompt_limits(self) -> tuple[tokenizing.Limit, ...]:
+        """The numbers of tokens of a prompt that its text encoders take, the smallest first; () if none is known."""
+        return tokenizing.limits(self._heard())
+
+    def cuts(self, prompts: Sequence[str]) -> list[int]:
+        """Return which of those limits each prompt exceeds, as a number: bit i for the i-th."""
+        return tokenizing.exceeded(self.prompt_limits, prompts)
+
+    def negative_limits(self, prompt: str) -> list[tokenizing.Limit]:
+        """Return which limits of a prompt in the place of "no prompt" this one exceeds."""
+        with tokenizing.listening(self.pipeline) as heard:
+            self.encode_negative(tokenizing.EXAMPLE)
+        return [limit for limit in tokenizing.limits(heard) if limit.are_exceeded([prompt])[0]]
 
     @property
     def encoders_released(self) -> bool:
