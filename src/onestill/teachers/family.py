@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -162,10 +163,10 @@ class Family:
         until: Any = None,
         *,
         seeds: Sequence[int] = (),
-        **own: Any,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[Call]:
         """Return the first network call of the pipeline for these conditions; with `until` all of its first step."""
-        given = {"num_inference_steps": 2, **self.guided(scale), **own}
+        given = {"num_inference_steps": 2, **self.guided(scale), **arguments}
         run = lambda: self.call(pipeline, conditions, given, seeds=seeds)  # noqa: E731 - passed on at once
         return [self.sort_call(call, pipeline) for call in record(run, getattr(pipeline, self.network), until)]
 
@@ -219,7 +220,7 @@ class Family:
         if self.guidance is None:
             return {}
         own = {} if negative_prompt is None else {"negative_prompt": [negative_prompt]}
-        calls = self.calls(pipeline, examples(self, 1), 2.0, pipeline.scheduler, seeds=(0,), **own)
+        calls = self.calls(pipeline, examples(self, 1), 2.0, pipeline.scheduler, seeds=(0,), arguments=own)
         rows = signature.conditions(calls[-1])
         if len(calls) == 1 and all(len(value) == 1 for value in rows.values()):
             return {}
