@@ -1,7 +1,7 @@
 """The embedded glyphs: text to image in one step, against the teacher's 50 guided steps, on held-out captions.
 
-python benchmarks/glyphs.py --output_dir runs/glyphs --seed 0 --threads 2
-python benchmarks/glyphs.py --output_dir runs/glyphs --seed 1 --threads 2
+python benchmarks/glyphs.py --output_dir runs/glyphs --seed 0 --threads 1
+python benchmarks/glyphs.py --output_dir runs/glyphs --seed 1 --threads 1
 python benchmarks/text_speed.py --student runs/glyphs/seed-0/pipeline --threads 1
 """
 
@@ -22,12 +22,12 @@ from onestill.evaluation.report import print_report
 
 SETTINGS: dict[str, Any] = {
     "guidance_scale": 3.0,
-    "max_train_steps": 7_000,
+    "max_train_steps": 5_000,
     "train_batch_size": 32,
     "boundary_weight": 0.0,
     "bootstrap_weight": "none",
     "anchor_fraction": 0.875,
-    "num_anchors": 15_000,
+    "num_anchors": 10_000,
     "num_anchor_steps": 5,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
