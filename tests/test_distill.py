@@ -207,8 +207,9 @@ def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     text = (finished_run("class") / "pipeline" / "README.md").read_text(encoding="utf-8")
     assert "w = 2" in text and "No training data was used" in text and "4 steps of 4 images" in text
     drawn = make_config({}, finished_run("drawn") / "config.yaml")
-    assert guidance_words(drawn) == "w = 2, of a student trained on 1 to 3"
-    assert guidance_words(drawn, 1.5) == "w = 1.5, of a student trained on 1 to 3"
+    teacher = load_teacher(teacher_folder("class"), null_class=drawn.null_class)
+    assert guidance_words(drawn, teacher) == "w = 2 in u + w (c - u), of a student trained on 1 to 3"
+    assert guidance_words(drawn, teacher, 1.5) == "w = 1.5 in u + w (c - u), of a student trained on 1 to 3"
 
 
 def test_a_run_in_a_thread_needs_no_signals(tmp_path: Path) -> None:

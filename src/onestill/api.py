@@ -141,7 +141,7 @@ def export(
             choose_base(restored.teacher, config.base_student, config.noise_level, device=resolve_device(device))
     check_student_request(restored, config, target_time or 0.0, guidance_scale)
     facts = card.Facts(
-        guidance=guidance_words(config, guidance_scale),
+        guidance=guidance_words(config, restored.teacher, guidance_scale),
         training=f"{config.max_train_steps:,} steps planned, exported from {path.name}, seed {config.seed}",
     )
     t = config.t_min if target_time is None else max(target_time, config.t_min)

@@ -162,7 +162,7 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 {call}
 ```
 
-- Guidance distilled in: {facts.guidance} (u + w (c - u)). Do not guide again.
+- Guidance distilled in: {facts.guidance}. Do not guide again.
 - Training: {facts.training or "not recorded"}.
 - Settings: {facts.settings or "see config.yaml of the run"}.
 {f"- Size: {facts.size}.{chr(10)}" if facts.size else ""}{f"- LoRA: {facts.lora}.{chr(10)}" if facts.lora else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).

@@ -49,7 +49,9 @@ class DistillConfig(BaseModel):
         "Tokens of a prompt that a T5 or language-model encoder takes; the pipeline's if not given.",
         ge=1,
     )
-    guidance_scale: float = _field(1.0, TEACHER, "w in u + w (c - u), distilled into the student; 1 is none.", ge=0)
+    guidance_scale: float = _field(
+        1.0, TEACHER, "w in u + w (c - u), distilled into the student; 1 is none. Flux: what its network is told.", ge=0
+    )
     guidance_scale_min: float | None = _field(
         None, TEACHER, "Draw w per image from here ... and give it to the student.", ge=0
     )

@@ -24,7 +24,7 @@ from onestill.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_out
 from onestill.config import DistillConfig, write_yaml
 from onestill.export import export_student
 from onestill.preparation import Prepared, configure, prepare
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.trainer import StepLog, Trainer
 
 
@@ -202,16 +202,20 @@ def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts
     )
     training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
     settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
-    return card.Facts(guidance=guidance_words(config), training=training, settings=settings)
+    guidance = guidance_words(config, prepared.base)
+    return card.Facts(guidance=guidance, training=training, settings=settings)
 
 
-def guidance_words(config: DistillConfig, guidance_scale: float | None = None) -> str:
+def guidance_words(config: DistillConfig, teacher: Teacher, guidance_scale: float | None = None) -> str:
     """Return what guidance an exported student has, for its card."""
+    if teacher.guidance_input is not None:
+        usual = f"leave the call's guidance_scale at its default, {teacher.usual_guidance:g}"
+        return f"embedded guidance {config.guidance_scale:g}, an input of the teacher's network; {usual}"
     if config.guidance_range is None:
-        return f"w = {config.guidance_scale:g}" if config.guidance_scale != 1 else "none"
+        return f"w = {config.guidance_scale:g} in u + w (c - u)" if config.guidance_scale != 1 else "none"
     low, high = config.guidance_range
     w = (low + high) / 2 if guidance_scale is None else guidance_scale
-    return f"w = {w:g}, of a student trained on {low:g} to {high:g}"
+    return f"w = {w:g} in u + w (c - u), of a student trained on {low:g} to {high:g}"
 
 
 @contextmanager

@@ -153,6 +153,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         config = _with_picture(config, base)
     check_times(config, base)
     check_start(base)
+    config = with_usual_guidance(config, base)
     guided = config.guidance_scale != 1 or config.guidance_range is not None
     use_negative_prompt(base, config.negative_prompt, acts=guided)
     fitted = fit_teacher(base, config)
@@ -190,6 +191,17 @@ def with_embedded_prompts(config: DistillConfig) -> DistillConfig:
     if embedded is None or embedded.prompts is None or config.prompt_file is not None:
         return config
     return config.model_copy(update={"prompt_file": embedded.prompts})
+
+
+def with_usual_guidance(config: DistillConfig, teacher: Teacher) -> DistillConfig:
+    """Return the configuration with the scale that the teacher's network is told, where it is told one and none is named."""
+    if (
+        teacher.guidance_input is None
+        or config.guidance_range is not None
+        or "guidance_scale" in config.model_fields_set
+    ):
+        return config
+    return config.model_copy(update={"guidance_scale": teacher.usual_guidance})
 
 
 def _with_picture(config: DistillConfig, teacher: NetworkTeacher) -> DistillConfig:

@@ -82,7 +82,7 @@ def load_source(
             teacher,
             device=place,
             num_steps=50 if num_inference_steps is None else num_inference_steps,
-            guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+            guidance_scale=guidance_scale,
             solver=solver or "ddim",
             local_files_only=local_files_only,
             null_class=null_class,
@@ -228,7 +228,7 @@ def open_teacher(
     *,
     device: torch.device,
     num_steps: int = 50,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     solver: str = "ddim",
     local_files_only: bool = False,
     null_class: int | None = None,
@@ -259,8 +259,9 @@ def open_teacher(
             arguments=arguments,
         )
     base = choose_base(teacher, base_student, noise_level, device=device)
-    use_negative_prompt(teacher, negative_prompt, acts=guidance_scale != 1)
-    return _teacher_at(teacher, guidance_scale, num_steps, solver, device, base)
+    scale = teacher.usual_guidance if guidance_scale is None else guidance_scale
+    use_negative_prompt(teacher, negative_prompt, acts=scale != 1)
+    return _teacher_at(teacher, scale, num_steps, solver, device, base)
 
 
 def _teacher_at(

@@ -111,6 +111,16 @@ class Teacher(ABC):
         """Whether there is a null condition, which guidance needs."""
         return bool(self.null_cond) or self.spec.null_class is not None
 
+    @property
+    def guidance_input(self) -> str | None:
+        """Name of the condition that tells the network its guidance scale; None where that is no input of it."""
+        return None
+
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance scale where none is named: what the pipeline tells its network, or 1, which is none."""
+        return 1.0 if self.guidance_input is None else float(self.example_cond[self.guidance_input][0])
+
     def null_rows(self, cond: Cond) -> Cond:
         """Return `cond` with the null condition in place of what a prompt or a label sets."""
         if self.spec.null_class is not None:

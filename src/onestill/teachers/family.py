@@ -80,6 +80,7 @@ class Family:
         asked: Those of them that were asked for, such as a size.
         result: From what a call with output_type="pt" returns to images in [-1, 1], as `decode` gives them.
         guidance: Name of the call's argument for the guidance scale; None if it has none.
+        guidance_input: Name of the network's argument for the guidance scale, where it may take that as an input.
         prompt: Name of the call's argument for conditions: "prompt" or "class_labels".
         sign: Factor on the network's output that makes it what the prediction type says.
         export_arguments: Arguments of the plain call of an exported student, besides the condition.
@@ -106,6 +107,7 @@ class Family:
     asked: Mapping[str, Any] = field(default_factory=dict)
     result: Callable[[Any], Tensor] = lambda output: output.images * 2 - 1
     guidance: str | None = "guidance_scale"
+    guidance_input: str | None = None
     prompt: str = "prompt"
     sign: float = 1.0
     export_arguments: Mapping[str, Any] = field(

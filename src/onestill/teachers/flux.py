@@ -4,8 +4,9 @@ The trajectory lives in the latents' own space [16, H, W], where the pipeline dr
 same picture here and there; packing, a permutation of the values, happens at the network's border.
 
 The distilled Flux teachers (dev) take the guidance scale as an input. It is recorded with the prompt as the
-condition "guidance", 3.5 unless the call's argument `guidance_scale` says otherwise; there is no "no prompt", so
-these teachers cannot be guided a second time. Flux schnell has no such input.
+condition "guidance", with the 3.5 of the pipeline's own call; a run at another scale puts that into the teacher's
+place of it (`guidance.EmbeddedGuidance`). There is no "no prompt", so these teachers cannot be guided a second time. Flux
+schnell has no such input.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ FAMILIES = (
         decode=decode_vae,
         one_step=one_flow_step,
         guidance=None,
+        guidance_input="guidance",
         export_arguments={"num_inference_steps": 1},
         pack=lambda latents, _constant: pack(latents),
         unpack=lambda sequence, constant: unpack(sequence, constant["img_ids"]),

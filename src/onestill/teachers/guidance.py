@@ -1,4 +1,4 @@
-"""Classifier-free guidance and thresholding as wrappers of any teacher."""
+"""Guidance, classifier-free or as an input of the network, and thresholding as wrappers of any teacher."""
 
 from __future__ import annotations
 
@@ -63,6 +63,37 @@ class Guided(Teacher):
         return without + scale * (with_class - without)
 
 
+class EmbeddedGuidance(Teacher):
+    """A teacher whose network takes the guidance scale as an input, told this one: one evaluation, no null condition.
+
+    Its student keeps being told the pipeline's usual scale, so that an export's call needs no argument for it.
+
+    Args:
+        teacher: The teacher.
+        guidance_scale: As the pipeline's own argument.
+
+    Raises:
+        ValueError: If a range is asked for.
+    """
+
+    def __init__(self, teacher: Teacher, guidance_scale: float, *, drawn: bool = False) -> None:
+        if drawn:
+            raise ValueError(
+                f"--guidance_scale_min and _max: the network of a {teacher.spec.family} pipeline takes the guidance scale "
+                "as an input, and its student is distilled at one of them. Give that with --guidance_scale"
+            )
+        self.teacher, self.spec, self.guidance_scale = teacher, teacher.spec, guidance_scale
+
+    @property
+    def calls(self) -> int:
+        return self.teacher.calls
+
+    def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
+        name = self.teacher.guidance_input
+        assert name is not None
+        return self.teacher.denoised(x_t, t, {**cond, name: torch.full_like(cond[name], self.guidance_scale)})
+
+
 class Thresholded(Teacher):
     """The teacher's prediction after its sampler's thresholding, eq. (15).
 
@@ -86,6 +117,7 @@ def as_sampled(
     teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False, threshold: Threshold | None = None
 ) -> Teacher:
     """Return a teacher guided, then thresholded: as its own sampler does if `threshold` is None."""
-    guided = Guided(teacher, guidance_scale, drawn=drawn)
+    kind = Guided if teacher.guidance_input is None else EmbeddedGuidance
+    guided = kind(teacher, guidance_scale, drawn=drawn)
     threshold = teacher.spec.threshold if threshold is None else threshold
     return guided if threshold.mode == "none" else Thresholded(guided, threshold)

@@ -114,6 +114,11 @@ class PipelineTeacher(NetworkTeacher):
         )
         return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
 
+    @property
+    def guidance_input(self) -> str | None:
+        name = self.family.guidance_input
+        return name if name in self.example_cond else None
+
     def _heard(self) -> list[tokenizing.Heard]:
         """Return how the pipeline calls its tokenizers for a prompt."""
         with tokenizing.listening(self.pipeline) as heard:
