@@ -12,12 +12,13 @@ from onestill.chain import BaseStudent
 from onestill.checks import resolve_device
 from onestill.conditions import check_labels, middle_guidance
 from onestill.config import DistillConfig
-from onestill.preparation import fit_teacher, make_student
+from onestill.preparation import fit_teacher, make_student, open_prompts, with_embedded_prompts, with_usual_guidance
+from onestill.prompt_plan import most_prompts
 from onestill.sampler import to_device
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.pipeline import PipelineTeacher
-from onestill.tensors import num_parameters
+from onestill.tensors import num_parameters, row_bytes
 from onestill.trajectory import CALLS_PER_STEP
 
 
@@ -40,6 +41,12 @@ class Inspection:
     alpha_at_t_max: float
     sigma_at_t_max: float
     thresholding: str
+    guidance: str
+    guidance_scale: float
+    negative_prompts: bool
+    prompt_limits: dict[str, int]
+    num_prompts: int
+    prompt_bytes: int
     target_time_enters: str
     train_batch_size: int
     estimated_memory_gb: float
@@ -60,6 +67,7 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: BaseSt
         config: Settings of the run; nothing is written to its output_dir.
         base: The student that would draw the pictures that the teacher enlarges, if it is known.
     """
+    config = with_usual_guidance(config, teacher)
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
@@ -81,6 +89,12 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: BaseSt
         alpha_at_t_max=spec.process.level(spec.t_max)[0],
         sigma_at_t_max=spec.process.level(spec.t_max)[1],
         thresholding=spec.threshold.mode,
+        guidance=_guidance(teacher),
+        guidance_scale=config.guidance_scale,
+        negative_prompts=spec.text and teacher.can_guide,
+        prompt_limits=_prompt_limits(teacher),
+        num_prompts=_num_prompts(teacher, config),
+        prompt_bytes=_prompt_bytes(teacher, base),
         target_time_enters="at the network's time embedding" if reached else "as a bias of every layer (fallback)",
         train_batch_size=config.train_batch_size,
         estimated_memory_gb=memory / 1e9,
@@ -88,6 +102,38 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: BaseSt
         estimate_device=str(device),
         enlarges=_enlarges(teacher, base),
     )
+
+
+def _guidance(teacher: NetworkTeacher) -> str:
+    """Return how a teacher is guided: "classifier-free", "embedded" (an input of its network) or "none"."""
+    if teacher.guidance_input is not None:
+        return "embedded"
+    return "classifier-free" if teacher.can_guide else "none"
+
+
+def _prompt_limits(teacher: NetworkTeacher) -> dict[str, int]:
+    """Return the tokens of a prompt that each text encoder takes, where that is known."""
+    if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
+        return {}
+    return {name: limit.room for limit in teacher.prompt_limits for name in limit.encoders}
+
+
+def _num_prompts(teacher: NetworkTeacher, config: DistillConfig) -> int:
+    """Return how many prompts a run has to encode at most: those that it shows, and those that it draws from."""
+    if not teacher.spec.text:
+        return 0
+    config = with_embedded_prompts(config)
+    wanted = most_prompts(config) + len(config.validation_prompt)
+    prompts = open_prompts(config)
+    return wanted if prompts is None else min(len(prompts) + len(config.validation_prompt), wanted)
+
+
+def _prompt_bytes(teacher: NetworkTeacher, base: BaseStudent | None) -> int:
+    """Return the size of an encoded prompt, that of a base student's own encoders beside it included."""
+    if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
+        return 0
+    own = 0 if base is None or base.shares_rows(teacher) else row_bytes(base.teacher.example_cond)
+    return row_bytes(teacher.of_prompts(teacher.example_cond)) + own
 
 
 def _enlarges(teacher: NetworkTeacher, base: BaseStudent | None) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from onestill.files import PROBE, save_tensors
 from onestill.prompts import Ints, text_key
-from onestill.tensors import Cond
+from onestill.tensors import Cond, row_bytes
 
 BATCH_SIZE = 32
 SHARD_BYTES = 64 * 2**20
@@ -89,7 +89,7 @@ class PromptCache:
     @property
     def row_bytes(self) -> int:
         """Size of one encoded prompt."""
-        return sum(value[:1].numel() * value.element_size() for value in self.like.values())
+        return row_bytes(self.like)
 
     def refresh(self) -> None:
         """Read which rows the folder holds now; the oldest of equal ones counts, so that resuming reads the same."""

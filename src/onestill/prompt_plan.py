@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from onestill.chain import BaseStudent, PictureConditions, joined_rows, with_prefix
 from onestill.conditions import Conditions, PromptConditions
 from onestill.config import DistillConfig
-from onestill.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir
+from onestill.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir, in_words
 from onestill.prompts import Ints, PromptFile, text_key
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher
@@ -183,8 +183,7 @@ def plan_prompts(
     """
     if not isinstance(teacher, PipelineTeacher) or teacher.encoders_released:
         raise ValueError("the text encoders of this teacher were released by an earlier run: load it again")
-    draws = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps * num_processes
-    pool = choose(len(prompts), config.num_prompts or draws, config.seed)
+    pool = choose(len(prompts), most_prompts(config, num_processes), config.seed)
     shown = config.validation_prompt or tuple(prompts[: config.num_validation_images])
     root = (config.prompt_cache_dir or default_cache_dir()).expanduser()
     # Without what belongs to a picture: here that is an example, and each row of a run has its own.
@@ -228,6 +227,12 @@ def _with_base(
     return replace(encoded, encoded=rows, empty_cond={**encoded.empty_cond, **empty}), own
 
 
+def most_prompts(config: DistillConfig, num_processes: int = 1) -> int:
+    """Return how many different prompts a run draws from, if its file holds so many."""
+    draws = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps * num_processes
+    return config.num_prompts or draws
+
+
 def choose(num: int, wanted: int, seed: int) -> Ints:
     """Return the indices of `wanted` of `num` prompts, or of all if there are no more, in the file's order."""
     if wanted >= num:
@@ -240,12 +245,12 @@ def _messages(plan: PromptPlan, config: DistillConfig) -> tuple[str, ...]:
     prompts, missing = plan.prompts, len(plan.missing())
     repeated = f" ({prompts.num_repeated:,} repeated)" if prompts.num_repeated else ""
     drawn = "" if len(plan.pool) == len(prompts) else f", of which the run draws from {len(plan.pool):,}"
-    size = missing * plan.cache.row_bytes / 1e6
-    cached = f"{missing:,} to encode into {plan.cache.folder} ({size:,.1f} MB)" if missing else "all encoded already"
+    size = in_words(missing * plan.cache.row_bytes)
+    cached = f"{missing:,} to encode into {plan.cache.folder} ({size})" if missing else "all encoded already"
     found = [f"{prompts.path}: {len(prompts):,} prompts{repeated}{drawn}; {cached}", *plan.cache.messages]
     if plan.base_cache is not None and len(lacking := plan.base_cache.missing(plan.keys)):
-        size = len(lacking) * plan.base_cache.row_bytes / 1e6
-        found.append(f"{len(lacking):,} to encode for --base_student into {plan.base_cache.folder} ({size:,.1f} MB)")
+        size = in_words(len(lacking) * plan.base_cache.row_bytes)
+        found.append(f"{len(lacking):,} to encode for --base_student into {plan.base_cache.folder} ({size})")
     if plan.base_cache is not None:
         found.extend(plan.base_cache.messages)
     limits = plan.teacher.prompt_limits

@@ -52,6 +52,11 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return plain
 
 
+def row_bytes(cond: Cond) -> int:
+    """Return the size of one row of conditions."""
+    return sum(value[:1].numel() * value.element_size() for value in cond.values())
+
+
 def num_parameters(module: nn.Module) -> int:
     """Return the number of scalar parameters of `module`."""
     return sum(p.numel() for p in module.parameters())

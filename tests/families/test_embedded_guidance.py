@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "num_validation_images": 1,
     "num_teacher_steps": 1,
 }
+SIZE = as_flags(ARGUMENTS["flux"])
 
 
 @functools.cache
@@ -137,6 +139,10 @@ def test_the_pipelines_own_scale_is_used_and_recorded_where_none_is_named(tmp_pa
     assert yaml.safe_load((folder / "config.yaml").read_text())["guidance_scale"] == 3.5
     assert "embedded guidance 3.5," in (folder / "pipeline" / "README.md").read_text(encoding="utf-8")
     assert call_cli(*command(folder, "--resume_from_checkpoint", "latest")).code == 0
+    flags = ["inspect", "--teacher", folder_of("flux"), "--device", "cpu", *SIZE]
+    assert "an input of the network, 3.5;" in call_cli(*flags).out
+    found = json.loads(call_cli(*flags, "--guidance_scale", 5, "--json").out)
+    assert (found["guidance"], found["guidance_scale"]) == ("embedded", 5)
 
 
 def test_a_teacher_samples_at_a_scale() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,9 @@ from rich.table import Table
 from onestill.cli.fields import from_config
 from onestill.cli.output import out, quiet
 from onestill.config import make_config
+
+if TYPE_CHECKING:
+    from onestill.inspection import Inspection
 
 
 @from_config
@@ -68,9 +71,30 @@ def inspect(
         "parameters": f"{found.num_parameters:,}",
         "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}, sigma = {found.sigma_at_t_max:.3g}: {found.t_max_reason}",
         "thresholding": f"{found.thresholding} (of the teacher's own scheduler)",
+        "guidance": _guidance(found),
+        **({"prompts": _prompts(found)} if found.prompt_bytes else {}),
         "target time enters": found.target_time_enters,
         "estimate": f"{found.estimated_memory_gb:.2f} GB and {found.estimated_seconds_per_step:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}",
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     out.print(table)
+
+
+def _guidance(found: Inspection) -> str:
+    """Return how a teacher is guided, in words."""
+    if found.guidance == "embedded":
+        return f"an input of the network, {found.guidance_scale:g}; another one with --guidance_scale"
+    if found.guidance == "classifier-free":
+        return f"u + w (c - u): --guidance_scale{', --negative_prompt' if found.negative_prompts else ''}"
+    return f"none: there is no null {'class that is known (--null_class)' if found.num_classes else 'condition'}"
+
+
+def _prompts(found: Inspection) -> str:
+    """Return how long prompts may be, how many a run encodes, and what they take on disk, in words."""
+    from onestill.prompt_cache import in_words
+
+    limits = ", ".join(f"{most} ({name})" for name, most in found.prompt_limits.items())
+    longest = f"tokens at most: {limits}; " if limits else ""
+    size = in_words(found.num_prompts * found.prompt_bytes)
+    return f"{longest}{found.num_prompts:,} or fewer to encode, {size} of cache ({found.prompt_bytes:,} bytes each)"
