@@ -108,6 +108,24 @@ def test_its_commands_are_commands(path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert config.prompt_file == Path("prompts.txt") or EMBEDDED[config.teacher].prompts
 
 
+@each
+def test_a_recipe_says_what_its_prompts_take_on_disk(path: Path) -> None:
+    config = make_config({"output_dir": "run"}, path)
+    family = FAMILY_OF_PIPELINE.get(pipeline_of(path))
+    if path.stem in EMBEDDED or family is None or family.prompt != "prompt":
+        assert "Prompt cache" not in header(path) and config.num_prompts is None
+        return
+    ((num, numbers, said),) = re.findall(
+        r"^Prompt cache: ([\d,]+) prompts x ([\d x+()]+) x 4 bytes = ([\d.]+) GB", header(path), re.M
+    )
+    assert config.num_prompts == int(num.replace(",", ""))
+    row = eval(numbers.replace(" x ", " * "))
+    assert f"{config.num_prompts * row * 4 / 1e9:.1f}" == said and float(said) <= 50
+    # As many parts as the tiny pipeline of that class has conditions, and of the same kinds.
+    teacher = teacher_of(TINY[path.stem][0])
+    assert numbers.count("+") + 1 == len(teacher.of_prompts(teacher.example_cond)) + (path.stem == "sd3")
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_what_is_embedded_is_set_as_for_the_numbers(name: str) -> None:
     source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
