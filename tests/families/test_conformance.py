@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,11 @@ from onestill.sampler import noise
 from onestill.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.family import examples
-from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipeline import PipelineTeacher
 from onestill.teachers.probe import self_check
 from onestill.teachers.recording import record
 from onestill.teachers.stock import load_stock
-from onestill.trajectory import STEPS
 
 # Self-attention and normalisation of tiny random networks amplify float32 rounding by up to 100 over four steps.
 PARITY = 1e-4
@@ -148,29 +145,14 @@ def test_the_student_starts_as_the_teacher(teacher: PipelineTeacher, name: str) 
         torch.testing.assert_close(student(x, t, conditions_of(teacher)), expected, atol=0, rtol=0)
 
 
-def test_three_steps_train_the_student_only(teacher: PipelineTeacher) -> None:
-    before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
-    student = Student(teacher)
-    guided = Guided(teacher, 2.0 if teacher.can_guide else 1.0)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    trajectory, cond = teacher.spec.trajectory, conditions_of(teacher)
-    for i in range(3):
-        x_a = trajectory.start(noise_of(teacher, 2, seed=i))
-        t, s = objective.draw_times(
-            torch.tensor([0.3, 0.8], dtype=torch.float64), "s_first", 0.1, 0.0, teacher.spec.t_max
-        )
-        with torch.no_grad():
-            y_t = student(x_a, t, cond)
-            target = objective.bootstrap_target(STEPS["midpoint"], trajectory, guided.denoiser(cond), x_a, y_t, t, s)
-        loss = objective.squared_residuals(student(x_a, s, cond), target).mean()
-        loss.backward()
-        assert math.isfinite(loss.item())
-        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
+def test_gradients_reach_the_student_only(teacher: PipelineTeacher) -> None:
+    # Whole runs are in test_conformance_runs.py.
+    student, cond = Student(teacher), conditions_of(teacher)
+    x_a = teacher.spec.trajectory.start(noise_of(teacher, 2))
+    target = teacher.denoised(x_a, 0.5, cond)
+    objective.squared_residuals(student(x_a, 0.3, cond), target).mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
     assert all(not p.requires_grad and p.grad is None for p in teacher.network.parameters())
-    for key, value in teacher.network.state_dict().items():
-        torch.testing.assert_close(value, before[key], atol=0, rtol=0)
 
 
 def test_the_export_is_the_student(teacher: PipelineTeacher, tmp_path: Path) -> None:
@@ -257,12 +239,3 @@ def plain_lora_call(teacher: PipelineTeacher, lora: Path) -> tuple[Tensor, Tenso
     kind = json.loads((lora / "scheduler_config.json").read_text())["_class_name"]
     pipeline.scheduler = getattr(diffusers, kind).from_pretrained(lora)
     return teacher.family.plain_call(pipeline, teacher.signature, 2)
-
-
-def test_bfloat16_runs(name: str) -> None:
-    teacher = teacher_of(name)
-    x, cond = noise_of(teacher, 2), conditions_of(teacher)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = teacher.denoised(x, 0.5, cond)
-    assert low.dtype == torch.float32
-    assert low.isfinite().all()
