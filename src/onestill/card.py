@@ -18,6 +18,9 @@ NOISE_LEVEL = "onestill_noise_level"
 BASE_CALL = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
 small = base("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images
 """
+CHECKED = """- Safety checker: the teacher's, as it was; this folder's own call blackens what it flags. The self-check below and all
+  numbers of `onestill evaluate` are without it, for student and teacher alike.
+"""
 NO_TABLE = "Not evaluated yet: `onestill evaluate --student RUN` writes the table here."
 
 
@@ -37,6 +40,7 @@ class Facts:
         license: The teacher's license; read from its card if empty.
         lora: What the student is as a LoRA, in words; not said if empty.
         size: Arguments of the call it was distilled at, in words; not said if empty.
+        checked: Whether the folder's own call runs a safety checker.
     """
 
     guidance: str = "none"
@@ -45,6 +49,7 @@ class Facts:
     license: str = ""
     lora: str = ""
     size: str = ""
+    checked: bool = False
 
 
 def write_card(
@@ -165,7 +170,7 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 - Guidance distilled in: {facts.guidance}. Do not guide again.
 - Training: {facts.training or "not recorded"}.
 - Settings: {facts.settings or "see config.yaml of the run"}.
-{f"- Size: {facts.size}.{chr(10)}" if facts.size else ""}{f"- LoRA: {facts.lora}.{chr(10)}" if facts.lora else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
+{f"- Size: {facts.size}.{chr(10)}" if facts.size else ""}{f"- LoRA: {facts.lora}.{chr(10)}" if facts.lora else ""}{CHECKED if facts.checked else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
 
 ## Measured
 

@@ -30,7 +30,7 @@ from onestill.student import Student, TimeEmbeddingInjection, time_embeddings
 from onestill.teachers.family import Family
 from onestill.teachers.pipeline import PipelineTeacher
 from onestill.teachers.schedulers import one_level
-from onestill.teachers.stock import load_stock
+from onestill.teachers.stock import has_checker, load_stock
 from onestill.tensors import Cond, without_autocast
 
 SELF_CHECK_TOLERANCE = 1e-4
@@ -106,6 +106,7 @@ def _write_checked(student: Student, partial: Path, t: float, guidance_scale: fl
         error = _check_family(student, student.teacher, plain, pipeline, t, guidance_scale)
         if size := _size_words(student.teacher, is_default=plain is not student.teacher.family):
             facts = replace(facts, size=size)
+        facts = replace(facts, checked=has_checker(partial))
         if why_no_file(student) is None:
             lora = partial / LORA_FOLDER
             write_lora(student.teacher, student.network, _baked_times(student, baked), lora)

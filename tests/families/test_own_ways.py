@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from pipelines import build
 from test_conformance import conditions_of, noise_of, perturbed, teacher_of
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 from vp_pipelines import if_parts, if_scheduler, if_unet
 
-from onestill import distill
+from onestill import distill, sample
 from onestill.export import export_student
 from onestill.sampler import noise
 from onestill.teachers.deepfloyd import NOISE_LEVEL, low_res_rows
@@ -61,6 +62,48 @@ def test_more_steps_than_a_student_has_are_refused(name: str, steps: int, tmp_pa
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     with pytest.raises(ValueError, match=f"{steps} cannot be larger"):
         pipeline("a photo", num_inference_steps=steps)
+
+
+# A safety checker
+
+
+def flagging_everything(folder: Path) -> Path:
+    """Write a Stable Diffusion whose safety checker flags every picture."""
+    text = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    image = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=image.to_dict(), projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data.fill_(-2)  # cosines are larger
+    extractor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    parts = {**build("sd-epsilon").components, "safety_checker": checker, "feature_extractor": extractor}
+    StableDiffusionPipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+def test_a_safety_checker_is_written_and_never_compared_with(tmp_path: Path) -> None:
+    folder, out = flagging_everything(tmp_path / "sd"), tmp_path / "out"
+    student = perturbed(load_teacher(folder))
+    assert export_student(student, out) <= 1e-4
+    assert "Safety checker" in (out / "README.md").read_text()
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    theirs = pipeline("a photo", num_inference_steps=1, output_type="pt")
+    assert theirs.nsfw_content_detected == [True] and theirs.images.abs().max() == 0, (
+        "stock diffusers runs it as before"
+    )
+    kept = "safety_checker/model.safetensors"
+    assert (out / kept).read_bytes() == (folder / kept).read_bytes()
+    # Drawn by the exported folder and by the student: neither is blackened.
+    images = sample(out, prompts=["a photo"], num_images=2)
+    cond = student.teacher.encode(["a photo"] * 2)
+    expected = student.teacher.decode(student(noise(range(2), (4, 8, 8)), 0.0, cond).detach()).clamp(-1, 1)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+def test_a_card_speaks_of_no_safety_checker_where_there_is_none(tmp_path: Path) -> None:
+    export_student(perturbed(teacher_of("sd-epsilon")), tmp_path / "out")
+    assert "Safety checker" not in (tmp_path / "out" / "README.md").read_text()
 
 
 # Stable Diffusion XL

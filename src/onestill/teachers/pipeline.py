@@ -226,9 +226,10 @@ class PipelineTeacher(NetworkTeacher):
         exact = ("use_resolution_binning",) if "height" in sizes else ()
         return {**family.export_arguments, **sizes, **{n: family.arguments[n] for n in exact if n in family.arguments}}
 
-    def load_afresh(self, parts: Mapping[str, Any]) -> Any:
+    def load_afresh(self, parts: Mapping[str, Any], *, with_checker: bool = False) -> Any:
         """Return the pipeline as `load_stock` reads it from where it was loaded, with `parts` in place of its own."""
-        return load_stock(type(self.pipeline), self.folder, options(self.family.without, self.variant) | dict(parts))
+        given = options(self.family.without, self.variant) | dict(parts)
+        return load_stock(type(self.pipeline), self.folder, given, with_checker=with_checker)
 
     def write_student(self, network: nn.Module, folder: Path) -> Family:
         """Write the pipeline with a student in its network's place: one step, no guidance, everything else stock.
@@ -250,7 +251,7 @@ class PipelineTeacher(NetworkTeacher):
             plain = replace(family, arguments=rest)
         alpha = spec.process.level(spec.t_max)[0]
         parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
-        self.load_afresh(parts).save_pretrained(folder, safe_serialization=True)
+        self.load_afresh(parts, with_checker=True).save_pretrained(folder, safe_serialization=True)
         _keep_facts(self.folder / INDEX, folder / INDEX)
         if kept := {name: value for name, value in family.asked.items() if isinstance(value, PLAIN)}:
             (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")

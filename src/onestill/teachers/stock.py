@@ -11,16 +11,20 @@ from typing import Any
 import diffusers
 
 INDEX = "model_index.json"
+CHECKER = "safety_checker"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def load_stock(cls: Any, folder: Path, parts: Mapping[str, Any] = MappingProxyType({})) -> Any:
+def load_stock(
+    cls: Any, folder: Path, parts: Mapping[str, Any] = MappingProxyType({}), *, with_checker: bool = False
+) -> Any:
     """Return a stock pipeline; safetensors only, no remote code, no network, and no text on the screen.
 
     Args:
         cls: Its class.
         folder: Its folder.
         parts: Components in the place of the folder's, and options of `from_pretrained`.
+        with_checker: Keep its safety checker, which blackens what it flags: to write the pipeline, not to call it.
     """
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     # Some pipelines ask for a part they can do without, such as a third text encoder, unless told it is absent.
@@ -31,6 +35,8 @@ def load_stock(cls: Any, folder: Path, parts: Mapping[str, Any] = MappingProxyTy
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None  # SDXL marks its pictures where a package for it happens to be installed
+    if not with_checker and hasattr(pipeline, "run_safety_checker"):
+        pipeline.safety_checker = None  # a pipeline that has this method does without
     return pipeline
 
 
@@ -54,6 +60,12 @@ def load_pipeline(
         return load_stock(getattr(diffusers, index["_class_name"]), folder, options(without, variant))
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
+
+
+def has_checker(folder: Path) -> bool:
+    """Return whether the pipeline in a folder has a safety checker, which its own call runs."""
+    entry = json.loads((folder / INDEX).read_text(encoding="utf-8")).get(CHECKER)
+    return isinstance(entry, list) and entry[1] is not None
 
 
 def options(without: Sequence[str], variant: str | None) -> dict[str, Any]:
