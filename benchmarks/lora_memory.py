@@ -1,10 +1,13 @@
-"""Peak memory of a LoRA student beside a full one: same teacher, same settings, each in a process of its own.
+"""Peak memory of a LoRA student beside a full one, training and export: same settings, each in a process of its own.
 
-python benchmarks/lora_memory.py                      # a U-Net of 26 million random weights, 3 steps of 4 images
+python benchmarks/lora_memory.py                      # U-Nets of 26 million random weights, 3 steps of 4 images
 python benchmarks/lora_memory.py --width 256 --device cuda
 
+Two teachers: a U-Net on pixels, and one in the Stable Diffusion `glyphs`, in the place of its own small one.
+
 Peak: on CUDA the most that torch had allocated, on a CPU the most that the process had resident, less what it had
-before the teacher was made. Weights: every distinct block of memory among the teacher's and the student's parameters.
+before the teacher was made; of the training, and with the export that ends a run. Weights: every distinct block of
+memory among the teacher's and the student's parameters.
 """
 
 from __future__ import annotations
@@ -15,29 +18,49 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 
 from onestill.checks import resolve_device
 from onestill.config import make_config
+from onestill.distillation import make_trainer
+from onestill.export import export_student
 from onestill.inspection import estimate
 from onestill.preparation import prepare
+from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.unet2d import unet2d_teacher
 from onestill.tensors import num_parameters
-from onestill.trainer import Trainer
+
+TEACHERS = ("pixels", "text")
 
 
-def teacher_of(width: int) -> UNet2DModel:
+def on_pixels(width: int) -> NetworkTeacher:
     """Return a U-Net of random weights on images of 3 x 16 x 16."""
-    return UNet2DModel(
+    network = UNet2DModel(
         sample_size=16,
         block_out_channels=(width, 2 * width, 2 * width),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )
+    return unet2d_teacher(network, DDIMScheduler(prediction_type="v_prediction"))
+
+
+def write_text_teacher(width: int, folder: Path) -> None:
+    """Write `glyphs` with a larger U-Net of random weights."""
+    network = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(width, 2 * width, 2 * width),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+    )
+    StableDiffusionPipeline.from_pretrained(EMBEDDED["glyphs"].folder, unet=network).save_pretrained(folder)
 
 
 def distinct_bytes(*modules: torch.nn.Module) -> int:
@@ -54,29 +77,45 @@ def peak(device: torch.device) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def measure(rank: int, width: int, batch: int, steps: int, device: str) -> dict[str, float]:
-    """Train some steps and return sizes in MB; rank 0 is a full student."""
+def forget_peak(device: torch.device) -> None:
+    """Let `peak` begin again from what is in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def measure(kind: str, rank: int, width: int, batch: int, steps: int, device: str, folder: Path) -> dict[str, float]:
+    """Train some steps, export, and return sizes in MB; rank 0 is a full student."""
     place = resolve_device(device)
+    settings: dict[str, Any] = {"output_dir": f"{folder}/run", "device": device, "train_batch_size": batch}
+    settings |= {"max_train_steps": steps, **({"lora_rank": rank} if rank else {})}
     before = 0 if place.type == "cuda" else psutil.Process().memory_info().rss
-    teacher = unet2d_teacher(teacher_of(width), DDIMScheduler(prediction_type="v_prediction"))
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"teacher": "random", "output_dir": f"{folder}/run", "device": device, "train_batch_size": batch}
-        own = {"lora_rank": rank} if rank else {}
-        prepared = prepare(make_config({**settings, **own}), teacher)
-        trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, "")
-        teacher.to(trainer.device)
-        for _ in range(steps):
-            trainer.update()
-        most = peak(place) - before
+    if kind == "text":
+        teacher = load_teacher(folder / "teacher")
+        settings |= {"prompt_file": EMBEDDED["glyphs"].prompts, "prompt_cache_dir": f"{folder}/cache"}
+    else:
+        teacher = on_pixels(width)
+    prepared = prepare(make_config({**settings, "teacher": "random"}), teacher)
+    trainer = make_trainer(prepared)
+    for _ in range(steps):
+        trainer.update()
+    training = peak(place) - before
     network, student = teacher.network, trainer.student
     assert isinstance(network, torch.nn.Module)
+    both = distinct_bytes(network, student)
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
+    forget_peak(place)
+    with trainer.averaged():
+        export_student(student, folder / "pipeline")
+    exporting = peak(place) - before
     estimated, _ = estimate(teacher, student, prepared.config, trainer.device)
     sizes = {
         "base": 4 * num_parameters(network),
         "trained": trained,
-        "teacher and student": distinct_bytes(network, student),
-        "peak": most,
+        "teacher and student": both,
+        "peak of the training": training,
+        "peak of the export": exporting,
         "inspect says": estimated,
     }
     return {name: size / 1e6 for name, size in sizes.items()}
@@ -89,23 +128,31 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only is not None:
-        print(json.dumps(measure(args.only, args.width, args.batch, args.steps, args.device)))
+        kind, rank, folder = args.only.split(":")
+        sizes = measure(kind, int(rank), args.width, args.batch, args.steps, args.device, Path(folder))
+        print(json.dumps(sizes))
         return
     rows = {}
-    for name, rank in {"full": 0, f"LoRA, rank {args.rank}": args.rank}.items():
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", str(rank)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows[name] = json.loads(done.stdout.splitlines()[-1])
-    columns = list(rows["full"])
+    for kind in TEACHERS:
+        for name, rank in {"full": 0, f"LoRA, rank {args.rank}": args.rank}.items():
+            with tempfile.TemporaryDirectory() as folder:
+                if kind == "text":
+                    write_text_teacher(args.width, Path(folder) / "teacher")
+                command = [sys.executable, __file__, *sys.argv[1:], "--only", f"{kind}:{rank}:{folder}"]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows[f"{kind}, {name}"] = json.loads(done.stdout.splitlines()[-1])
+    columns = list(next(iter(rows.values())))
     print(f"| student (MB, {args.device}) | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, sizes in rows.items():
         print(f"| {name} | {' | '.join(f'{sizes[column]:,.0f}' for column in columns)} |")
-    full, lora = rows.values()
+    full, lora = list(rows.values())[:2]
     second = lora["teacher and student"] - lora["base"] - lora["trained"]
-    print(f"\npeak, LoRA / full: {lora['peak'] / full['peak']:.2f}")
+    print(
+        f"\npeak of the training on pixels, LoRA / full: {lora['peak of the training'] / full['peak of the training']:.2f}"
+    )
     if second > 0.01 * lora["base"]:
         sys.exit(f"the LoRA run holds {second:.1f} MB of a second copy of the base weights")
     print("no second copy of the base weights exists: base + trained is all that teacher and student hold")

@@ -52,7 +52,7 @@ LAYERS = (
     ("lora",),
     ("teachers.load", "student"),
     ("sampler",),
-    ("chain", "anchors"),
+    ("chain", "anchors", "family_export"),
     ("prompt_plan",),
     ("trainer", "export", "checks"),
     ("preparation",),

@@ -9,6 +9,7 @@ the rest of B folded. Each export is loaded afresh and compared with the student
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -22,15 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onestill import card
+from onestill.family_export import lora_words, write_family
 from onestill.files import save_tensors, set_usual_mode
-from onestill.lora import LORA_FOLDER, SCHEDULER_FILE, has_loader, load_with_lora, write_lora
 from onestill.process import head
-from onestill.sampler import Generate, noise, student_generator
-from onestill.student import Student, TimeEmbeddingInjection, time_embeddings
-from onestill.teachers.family import Family
+from onestill.sampler import Generate, noise, student_generator, to_device
+from onestill.student import Student
 from onestill.teachers.pipeline import PipelineTeacher
 from onestill.teachers.schedulers import one_level
-from onestill.teachers.stock import has_checker, load_stock
 from onestill.tensors import Cond, without_autocast
 
 SELF_CHECK_TOLERANCE = 1e-4
@@ -100,24 +99,14 @@ def export_student(
 def _write_checked(student: Student, partial: Path, t: float, guidance_scale: float | None, facts: card.Facts) -> float:
     """Write all of an export into an empty folder; return the difference that its self-check found."""
     if isinstance(student.teacher, PipelineTeacher):
-        baked = student.bake(t, guidance_scale)
-        plain = student.teacher.write_student(baked, partial)
-        pipeline = load_stock(type(student.teacher.pipeline), partial)
-        error = _check_family(student, student.teacher, plain, pipeline, t, guidance_scale)
-        if size := _size_words(student.teacher, is_default=plain is not student.teacher.family):
-            facts = replace(facts, size=size)
-        facts = replace(facts, checked=has_checker(partial))
-        if why_no_file(student) is None:
-            lora = partial / LORA_FOLDER
-            write_lora(student.teacher, student.network, _baked_times(student, baked), lora)
-            pipeline = load_with_lora(student.teacher, lora)
-            family = student.teacher.family  # this pipeline is the teacher's own, whose default size is another
-            error = max(error, _check_family(student, student.teacher, family, pipeline, t, guidance_scale))
+        error, facts = write_family(student, student.teacher, partial, t, guidance_scale, facts)
     elif student.spec.family == "unet2d":
         _write_unet2d(student, partial, t, guidance_scale)
+        gc.collect()  # the network that was written, whose modules know each other in circles
         error = _check_pipeline(student, partial, t, guidance_scale)
     else:
         _write_module(student, partial, t, guidance_scale)
+        gc.collect()
         error = _check_module(student, partial, t, guidance_scale)
     if not error <= SELF_CHECK_TOLERANCE:
         raise RuntimeError(
@@ -125,7 +114,7 @@ def _write_checked(student: Student, partial: Path, t: float, guidance_scale: fl
             f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
         )
     if student.lora is not None:
-        facts = replace(facts, lora=_lora_words(student, partial))
+        facts = replace(facts, lora=lora_words(student, partial))
     if isinstance(student.teacher, PipelineTeacher):
         family = student.teacher.family
         level = None if family.beside is None else family.beside.level
@@ -162,7 +151,7 @@ def is_exported(folder: Path) -> bool:
 def _write_unet2d(student: Student, folder: Path, t: float, guidance_scale: float | None) -> None:
     from diffusers import ConsistencyModelPipeline
 
-    network: Any = student.bake(t, guidance_scale).cpu()
+    network: Any = student.bake(t, guidance_scale)
     _drop_null_class(network, student.spec.null_class)
     _drop_variance(network)
     # The stock pipeline wants one number; a square may be written as a pair.
@@ -219,81 +208,16 @@ def _check_pipeline(student: Student, folder: Path, t: float, guidance_scale: fl
     return float((images - expected.clamp(-1, 1)).abs().max())
 
 
-def why_no_file(student: Student) -> str | None:
-    """Return why a student is not written as a LoRA file too, or None if it is."""
-    if student.lora is None:
-        return "it has no LoRA"
-    if not has_loader(student.teacher):
-        return "the teacher's pipeline takes no LoRA files"
-    if not isinstance(student.injection, TimeEmbeddingInjection):
-        return "the target time enters as biases, which a LoRA file does not hold"
-    return None
-
-
-def _baked_times(student: Student, baked: nn.Module) -> dict[str, Tensor]:
-    """Return the constant that each time embedding of a baked network gives, by its name."""
-    layers = {name: baked.get_submodule(name).linear_2 for name in time_embeddings(baked)}
-    return {name: layer.bias.detach() for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-
-
-def _lora_words(student: Student, folder: Path) -> str:
-    assert student.lora is not None
-    if (reason := why_no_file(student)) is not None:
-        return f"rank {student.lora.rank}, merged into the weights; there is no LoRA file: {reason}"
-    kind = json.loads((folder / LORA_FOLDER / SCHEDULER_FILE).read_text(encoding="utf-8"))["_class_name"]
-    return (
-        f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's own "
-        f'pipeline: `pipe.load_lora_weights("path/to/this/folder/{LORA_FOLDER}")`, then `pipe.scheduler = '
-        f'diffusers.{kind}.from_pretrained("path/to/this/folder/{LORA_FOLDER}")`, then the call above; '
-        "scheduler and LoRA belong together"
-    )
-
-
-def _size_words(teacher: PipelineTeacher, *, is_default: bool) -> str:
-    """Return what a card says of the arguments that were asked for; "" if none were."""
-    asked = ", ".join(f"{name} {value}" for name, value in teacher.family.asked.items())
-    default = "this folder's default size is that one too" if is_default else "the folder's defaults are others"
-    return f"{asked}, as distilled and as in the call above; {default}" if asked else ""
-
-
-@torch.no_grad()
-@without_autocast
-def _check_family(
-    student: Student,
-    teacher: PipelineTeacher,
-    family: Family,
-    pipeline: Any,
-    t: float,
-    guidance_scale: float | None,
-    num: int = 2,
-) -> float:
-    """Return the largest difference of images between the plain call of a pipeline, loaded afresh, and the student.
-
-    Args:
-        student: The student.
-        teacher: Its teacher.
-        family: How the pipeline is called.
-        pipeline: The pipeline.
-        t: The target time.
-        guidance_scale: w, for students that take it.
-        num: Images.
-    """
-    device = next(student.parameters()).device
-    images, eps, cond = family.plain_call(pipeline.to(device), teacher.signature, num)
-    if student.guidance_range is not None:
-        cond["guidance_scale"] = torch.full((num,), _baked_scale(student, guidance_scale))
-    expected = teacher.decode(student_generator(student, t=t, device=device)(eps, cond))
-    return float((images.cpu().clamp(-1, 1) - expected.cpu().clamp(-1, 1)).abs().max())
-
-
 @without_autocast
 def _check_module(student: Student, folder: Path, t: float, guidance_scale: float | None, num: int = 4) -> float:
     """Return the largest difference of samples between the written module, loaded afresh, and the student."""
     eps, cond, expected = _expected(student, t, guidance_scale, num)
-    fresh = student.bake(t, guidance_scale).cpu()
+    fresh = student.bake(t, guidance_scale)
     for parameter in fresh.parameters():
         parameter.data.zero_()
-    return float((load_module(folder, fresh)(eps, cond) - expected).abs().max())
+    device = next(student.parameters()).device  # the student's own, as for pipelines
+    generate = load_module(folder, fresh.to(device))
+    return float((generate(eps.to(device), to_device(cond, device)).cpu() - expected).abs().max())
 
 
 def _expected(student: Student, t: float, guidance_scale: float | None, num: int) -> tuple[Tensor, Cond, Tensor]:
@@ -302,16 +226,8 @@ def _expected(student: Student, t: float, guidance_scale: float | None, num: int
     cond: Cond = {}
     if spec.num_classes:
         cond["class_labels"] = torch.tensor([spec.labels[i % len(spec.labels)] for i in range(num)])
-    asked = dict(cond)
-    if student.guidance_range is not None:
-        asked["guidance_scale"] = torch.full((num,), _baked_scale(student, guidance_scale))
-    device = next(student.parameters()).device
+    asked, device = student.with_scale(cond, guidance_scale, num), next(student.parameters()).device
     return eps, cond, student_generator(student, t=t, device=device)(eps, asked).cpu()
-
-
-def _baked_scale(student: Student, guidance_scale: float | None) -> float:
-    low, high = student.guidance_range or (1.0, 1.0)
-    return (low + high) / 2 if guidance_scale is None else guidance_scale
 
 
 def load_pipeline(folder: Path, device: torch.device | str) -> Any:
@@ -338,7 +254,7 @@ def call_pipeline(pipeline: Any, seeds: Sequence[int], labels: list[int] | None)
 
 def _write_module(student: Student, folder: Path, t: float, guidance_scale: float | None) -> None:
     network, spec = student.bake(t, guidance_scale), student.spec
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    weights = {name: value.detach().contiguous().clone() for name, value in network.state_dict().items()}
     save_tensors(weights, folder / MODULE_WEIGHTS)
     at_start = start_head(student)
     description = {

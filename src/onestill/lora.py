@@ -161,32 +161,31 @@ def has_loader(teacher: object) -> bool:
     return save is not None and f"{teacher.family.network}_lora_layers" in inspect.signature(save).parameters
 
 
-def write_lora(teacher: PipelineTeacher, network: nn.Module, embeddings: Mapping[str, Tensor], folder: Path) -> None:
+def write_lora(
+    teacher: PipelineTeacher, network: nn.Module, embeddings: Mapping[str, Tensor], net_time: float, folder: Path
+) -> None:
     """Write `pytorch_lora_weights.safetensors` for the teacher's own pipeline, and the scheduler of its one step.
 
     Args:
         teacher: The teacher.
         network: The student's network with its adapters.
         embeddings: For each time embedding the constant that it is to give, by name; it replaces its adapters.
+        net_time: The time that the one step gives the network.
         folder: Where to.
     """
     spec, family = teacher.spec, teacher.family
-    scheduler = family.one_step(teacher.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])
-    parts = {family.network: teacher.network, "scheduler": scheduler}
-    # No copy of the network; what else the pipeline has goes where it is.
-    device = next(network.parameters()).device
-    pipeline = teacher.load_afresh(parts).to(device)
     tensors = adapter_tensors(network, without=tuple(embeddings))
-    tensors |= constant_updates(teacher, pipeline, embeddings)
-    type(pipeline).save_lora_weights(folder, **{f"{family.network}_lora_layers": tensors}, safe_serialization=True)
-    scheduler.save_pretrained(folder)
+    tensors |= constant_updates(teacher, net_time, embeddings)
+    save = type(teacher.pipeline).save_lora_weights
+    save(folder, **{f"{family.network}_lora_layers": tensors}, safe_serialization=True)
+    family.one_step(teacher.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0]).save_pretrained(folder)
 
 
 @torch.no_grad()
-def constant_updates(teacher: PipelineTeacher, pipeline: Any, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the updates of rank 1 that give each time embedding its constant in the one step of `pipeline`."""
+def constant_updates(teacher: PipelineTeacher, net_time: float, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the updates of rank 1 that give each time embedding its constant in the one step at `net_time`."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    network: Any = getattr(pipeline, teacher.family.network)
+    network: Any = teacher.network
 
     def see(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen[name] = (inputs[0][0].double().cpu(), output[0].double().cpu())
@@ -197,8 +196,11 @@ def constant_updates(teacher: PipelineTeacher, pipeline: Any, embeddings: Mappin
         )
         for name in embeddings
     ]
+    weight = next(network.parameters())
+    probe = torch.zeros(1, *teacher.spec.sample_shape, device=weight.device, dtype=weight.dtype)
+    cond = {name: value.to(weight.device) for name, value in teacher.example_rows(1).items()}
     try:
-        teacher.family.plain_call(pipeline, teacher.signature, 1)
+        teacher.call(network, probe, torch.full((1,), net_time, device=weight.device, dtype=weight.dtype), cond)
     finally:
         for hook in hooks:
             hook.remove()

@@ -148,7 +148,7 @@ class BiasInjection(Injection):
         for name, layer in _weighted_layers(network):
             bias = self.maps[name.replace(".", "/")](extra).detach()
             old = layer.bias
-            layer.bias = nn.Parameter(bias if old is None else old.detach() + bias.to(old))
+            layer.bias = nn.Parameter(bias.to(layer.weight.device) if old is None else old.detach() + bias.to(old))
 
 
 def time_embeddings(network: nn.Module) -> list[str]:
@@ -265,23 +265,19 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def bake(self, t: float = 0.0, guidance_scale: float | None = None) -> nn.Module:
-        """Return a stock network with the target time (and the guidance scale) written into its weights.
+        """Return a stock network with the target time (and the guidance scale) written into its weights, on the CPU.
 
         For every time embedding fed by the time: weight 0, bias the embedding of start level and target time,
         so the network ignores the time it is given, eq. (13). Without a reachable time embedding the target time
-        goes into the layers' biases and the network must still be given the start level's time.
+        goes into the layers' biases and the network must still be given the start level's time. The device the student
+        is on, which its training has filled, never holds the copy.
 
         Args:
             t: Target time.
             guidance_scale: w, for students that take it; the middle of their range if None.
         """
-        values = torch.tensor([t], dtype=torch.float64)
-        cond: Cond = {}
-        if self.guidance_range is not None:
-            w = sum(self.guidance_range) / 2 if guidance_scale is None else guidance_scale
-            cond["guidance_scale"] = torch.tensor([w])
-        extra = self._extra(values, cond)[0]
-        network = copy.deepcopy(self.network)
+        extra = self._extra(torch.tensor([t], dtype=torch.float64), self.with_scale({}, guidance_scale, 1))[0]
+        network = _copy_on_cpu(self.network)
         merge(network)
         _remove_hooks(network)
         if isinstance(self.injection, TimeEmbeddingInjection):
@@ -289,17 +285,26 @@ class Student(nn.Module):
         self.injection.bake(network, extra)
         return network
 
+    def with_scale(self, cond: Cond, guidance_scale: float | None, num: int) -> Cond:
+        """Return conditions of `num` rows with w, the middle of the range if None; as they are if none is taken."""
+        if self.guidance_range is None:
+            return cond
+        w = sum(self.guidance_range) / 2 if guidance_scale is None else guidance_scale
+        return {**cond, "guidance_scale": torch.full((num,), w)}
+
     def _bake_start_level(self, network: Any) -> None:
-        """Make every time embedding of `network` constant: its value at the start level."""
+        """Make every time embedding of `network` constant: what the student's own gives at the start level."""
         seen: dict[str, Tensor] = {}
         hooks = [
-            network.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: seen.update({name: out}))
+            self.network.get_submodule(name).register_forward_hook(
+                lambda _m, _a, out, name=name: seen.update({name: out})
+            )
             for name in time_embeddings(network)
         ]
-        weight = next(network.parameters())
+        weight = next(self.network.parameters())
         probe = torch.zeros(1, *self.spec.sample_shape, device=weight.device, dtype=weight.dtype)
         cond = {name: value.to(weight.device) for name, value in self._teacher.example_rows(1).items()}
-        self._teacher.denoised_by(network, probe, self.spec.t_max, cond)
+        self._teacher.denoised_by(self.network, probe, self.spec.t_max, cond)
         for hook in hooks:
             hook.remove()
         for name, value in seen.items():
@@ -314,6 +319,16 @@ class Student(nn.Module):
                 raise ValueError("this student takes the guidance scale as an input; give cond['guidance_scale']")
             extra = extra + self.guidance_embedding(cond["guidance_scale"])
         return extra
+
+
+def _copy_on_cpu(network: nn.Module) -> nn.Module:
+    """Return a copy of a network, whose weights are copied to the CPU one by one."""
+    copies: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        copied = tensor.detach().to("cpu", copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    return copy.deepcopy(network, copies)
 
 
 def _remove_hooks(network: nn.Module) -> None:

@@ -16,7 +16,8 @@ from pipelines import ARGUMENTS, BUILDERS, build
 from torch import Tensor
 
 from onestill import objective
-from onestill.export import export_student, why_no_file
+from onestill.export import export_student
+from onestill.family_export import why_no_file
 from onestill.lora import Lora
 from onestill.prompt_plan import use_negative_prompt
 from onestill.sampler import noise

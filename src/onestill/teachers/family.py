@@ -172,6 +172,12 @@ class Family:
         run = lambda: self.call(pipeline, conditions, given, seeds=seeds)  # noqa: E731 - passed on at once
         return [self.sort_call(call, pipeline) for call in record(run, getattr(pipeline, self.network), until)]
 
+    def one_step_time(self, pipeline: Any) -> float:
+        """Return the time that an exported student's plain call gives its network, which computes nothing here."""
+        run = lambda: self.call(pipeline, examples(self, 1), self.export_arguments)  # noqa: E731 - passed on at once
+        (call,) = record(run, getattr(pipeline, self.network))
+        return float(call.net_time.reshape(-1)[0])
+
     @torch.no_grad()
     def plain_call(self, pipeline: Any, signature: Signature, num: int) -> tuple[Tensor, Tensor, Cond]:
         """Return (images in [-1, 1], the noise they came from, their conditions) of an exported student's plain call."""
