@@ -1,6 +1,7 @@
 """`onestill.sample`, `onestill.evaluate` and `onestill.export` on runs and folders."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from onestill.evaluation.pair import default_report_folder
 from onestill.evaluation.report import Report
 from onestill.export import call_pipeline, load_pipeline
 from onestill.pictures import to_pil
+from onestill.runs import open_student
 from onestill.teachers.load import load_teacher
 
 FEW: dict[str, Any] = {
@@ -240,6 +242,46 @@ def test_evaluate_of_an_exported_folder_needs_its_teacher(tmp_path: Path) -> Non
     inside = onestill.evaluate(finished_run("class"), **FEW)
     found = [row.frechet_distance for row in report.rows]
     assert found == pytest.approx([row.frechet_distance for row in inside.rows], rel=1e-3)
+
+
+def test_evaluate_of_a_runs_own_pipeline_is_that_of_the_run(tmp_path: Path) -> None:
+    for kind in ("class", "drawn"):
+        run = copied(finished_run(kind), tmp_path / kind)
+        inside, pipeline = (onestill.evaluate(path, **FEW) for path in (run, run / "pipeline"))
+        assert pipeline == inside and pipeline.protocol.guidance_scale == 2
+    # The teacher is guided as asked; what is baked in stays.
+    asked = onestill.evaluate(run / "pipeline", guidance_scale=3, **FEW)
+    assert asked.protocol.guidance_scale == 3
+    assert open_student(finished_run("null_first") / "pipeline", device=torch.device("cpu")).labels == (1, 2, 3)
+
+
+def test_evaluate_of_an_exported_folder_guides_the_teacher_as_its_card_says(tmp_path: Path) -> None:
+    teacher = teacher_folder("class")
+    for kind, scale in (("class", 2), ("null_first", 1)):
+        folder = copied(finished_run(kind) / "pipeline", tmp_path / kind)
+        report = onestill.evaluate(folder, teacher=teacher, **FEW)
+        inside = onestill.evaluate(finished_run(kind), **FEW)
+        assert report.protocol.guidance_scale == inside.protocol.guidance_scale == scale
+        found, expected = ([row.frechet_distance for row in made.rows] for made in (report, inside))
+        assert found == pytest.approx(expected, rel=1e-3)
+    # What is baked in, not the middle of the range, also where a run's own pipeline was written again.
+    run = copied(finished_run("drawn"), tmp_path / "run")
+    api.export(run, run / "pipeline", guidance_scale=1.5, overwrite=True)
+    assert onestill.evaluate(run, **FEW).protocol.guidance_scale == 1.5
+    # A foreign config.yaml beside an exported folder makes no run of it.
+    (tmp_path / "config.yaml").write_text("model: mine")
+    moved = copied(run / "pipeline", tmp_path / "pipeline")
+    assert onestill.evaluate(moved, teacher=teacher, **FEW).protocol.guidance_scale == 1.5
+
+
+def test_evaluate_of_a_folder_that_does_not_say_its_guidance_asks_for_it(tmp_path: Path) -> None:
+    folder = copied(finished_run("class") / "pipeline", tmp_path / "out")
+    card = folder / "README.md"
+    card.write_text(re.sub("onestill_guidance_scale: .*\n", "", card.read_text(encoding="utf-8")), encoding="utf-8")
+    where: dict[str, Any] = {"teacher": teacher_folder("class"), "null_class": NULL_CLASS, **FEW}
+    with pytest.raises(ValueError, match="does not say what guidance was distilled into it.*--guidance_scale"):
+        onestill.evaluate(folder, **where)
+    assert onestill.evaluate(folder, guidance_scale=1, **where).protocol.guidance_scale == 1
 
 
 def test_evaluate_where_the_null_class_stands_first() -> None:

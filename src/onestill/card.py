@@ -15,6 +15,11 @@ from onestill.teachers.base import TeacherSpec
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
 TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
 NOISE_LEVEL = "onestill_noise_level"
+GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS = (
+    "onestill_guidance_scale",
+    "onestill_negative_prompt",
+    "onestill_null_class",
+)
 BASE_CALL = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
 small = base("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images
 """
@@ -35,6 +40,8 @@ class Facts:
 
     Attributes:
         guidance: How guidance was distilled, in words.
+        guidance_scale: w of the exported student; None if it is not known.
+        negative_prompt: What took the place of "no prompt" in its guidance, if something did.
         training: Steps, batch, time and hardware, in words.
         settings: Command or settings that made it.
         license: The teacher's license; read from its card if empty.
@@ -44,6 +51,8 @@ class Facts:
     """
 
     guidance: str = "none"
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
     training: str = ""
     settings: str = ""
     license: str = ""
@@ -100,6 +109,32 @@ def teacher_license(source: str) -> str:
     return str(_read_front_matter(Path(source)).get("license", "")) if source else ""
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """What an exported folder's card says for programs of its guidance, which a teacher beside it is to have too.
+
+    Attributes:
+        guidance_scale: w; None if the card does not say.
+        negative_prompt: What took the place of "no prompt", if something did.
+        null_class: The teacher's label of "no class", where its folder does not say.
+    """
+
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    null_class: int | None = None
+
+
+def distilled(folder: Path | None) -> Distilled:
+    """Return what the card of an exported folder says of its guidance."""
+    front = {} if folder is None else _read_front_matter(folder)
+    scale, prompt, label = (front.get(name) for name in (GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS))
+    return Distilled(
+        float(scale) if isinstance(scale, (int, float)) else None,
+        prompt if isinstance(prompt, str) else None,
+        label if isinstance(label, int) else None,
+    )
+
+
 def noise_level(folder: Path) -> int | None:
     """Return the noise level of the pictures that an exported student enlarges, or None if its card names none."""
     found = _read_front_matter(folder).get(NOISE_LEVEL)
@@ -130,7 +165,9 @@ def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool, returns: str)
         front |= {"base_model": spec.source, "base_model_relation": "finetune"}
     if name := facts.license or teacher_license(spec.source):
         front["license"] = name
-    return front
+    null_class = spec.null_class if spec.family == "unet2d" else None  # others' pipelines know their own
+    said = {GUIDANCE_SCALE: facts.guidance_scale, NEGATIVE_PROMPT: facts.negative_prompt, NULL_CLASS: null_class}
+    return front | {key: value for key, value in said.items() if value is not None}
 
 
 def _body(

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -202,20 +202,23 @@ def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts
     )
     training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
     settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
-    guidance = guidance_words(config, prepared.base)
-    return card.Facts(guidance=guidance, training=training, settings=settings)
+    return replace(guidance_facts(config, prepared.base), training=training, settings=settings)
 
 
-def guidance_words(config: DistillConfig, teacher: Teacher, guidance_scale: float | None = None) -> str:
+def guidance_facts(config: DistillConfig, teacher: Teacher, guidance_scale: float | None = None) -> card.Facts:
     """Return what guidance an exported student has, for its card."""
+    w, negative = config.guidance_scale, config.negative_prompt
     if teacher.guidance_input is not None:
         usual = f"leave the call's guidance_scale at its default, {teacher.usual_guidance:g}"
-        return f"embedded guidance {config.guidance_scale:g}, an input of the teacher's network; {usual}"
-    if config.guidance_range is None:
-        return f"w = {config.guidance_scale:g} in u + w (c - u)" if config.guidance_scale != 1 else "none"
-    low, high = config.guidance_range
-    w = (low + high) / 2 if guidance_scale is None else guidance_scale
-    return f"w = {w:g} in u + w (c - u), of a student trained on {low:g} to {high:g}"
+        return card.Facts(f"embedded guidance {w:g}, an input of the teacher's network; {usual}", w)
+    trained = ""
+    if config.guidance_range is not None:
+        low, high = config.guidance_range
+        w = (low + high) / 2 if guidance_scale is None else guidance_scale
+        trained = f", of a student trained on {low:g} to {high:g}"
+    away = "" if negative is None else f", away from the negative prompt {negative!r}"
+    words = f"w = {w:g} in u + w (c - u){away}{trained}" if w != 1 or away or trained else "none"
+    return card.Facts(words, w, negative)
 
 
 @contextmanager

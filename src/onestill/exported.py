@@ -75,7 +75,8 @@ def open_pipeline(
         raise ValueError(f"--student {folder} does not load: {str(error).splitlines()[0]}") from error
     size = network.sample_size
     shape = (network.in_channels, *((size, size) if isinstance(size, int) else size))
-    null_class, chosen = (None, ()) if config is None else (config.null_class, config.class_labels)
+    null_class = card.distilled(folder).null_class if config is None else config.null_class
+    chosen = () if config is None else config.class_labels
     labels = chosen or tuple(i for i in range(network.num_class_embeds or 0) if i != null_class)
     return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, run=run, config=config)
 

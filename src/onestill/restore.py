@@ -10,7 +10,7 @@ import torch
 
 from onestill.chain import BaseStudent, choose_base, open_base
 from onestill.checkpoint import Checkpoint, read_checkpoint, read_latest
-from onestill.checks import CONFIG_FILE, TEACHER_FILE, is_run
+from onestill.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, is_run
 from onestill.config import DistillConfig, make_config
 from onestill.exported import enlarges
 from onestill.preparation import PYTHON_OBJECT, configured_teacher, make_student
@@ -24,6 +24,13 @@ from onestill.trainer import load_student
 def read_run_config(run: Path) -> DistillConfig:
     """Return the resolved configuration of a run."""
     return make_config({}, run / CONFIG_FILE)
+
+
+def run_of_pipeline(folder: Path) -> Path | None:
+    """Return the run that an exported folder lies in, as its `pipeline`; None if it lies elsewhere."""
+    folder = folder.resolve()
+    ours = all((folder.parent / name).is_file() for name in (CONFIG_FILE, TEACHER_FILE))
+    return folder.parent if ours and folder.name == PIPELINE_FOLDER else None
 
 
 def run_teacher(

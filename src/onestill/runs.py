@@ -22,6 +22,7 @@ from onestill.restore import (
     check_student_request,
     read_run_config,
     restore_student,
+    run_of_pipeline,
 )
 from onestill.sources import Source, student_source, teacher_source
 from onestill.student import Student
@@ -170,10 +171,10 @@ def open_student(
                 f"--student {path} is an exported pipeline, whose target time and guidance are baked in; "
                 f"give the run's folder for {' and '.join(special)}"
             )
-        # A run's own pipeline/ knows its run, as far as pictures to enlarge go.
-        parent = path.parent if path.name == PIPELINE_FOLDER and is_run(path.parent) else None
+        parent = run_of_pipeline(path)
+        known = None if parent is None else read_run_config(parent)
         base = base_of_pipeline(path, path, parent, base_student, device)
-        return replace(open_pipeline(path, device, base_student=base), reopen=reopen)
+        return replace(open_pipeline(path, device, parent, known, base), reopen=reopen)
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
         if (folder / MODULE_FILE).is_file():
             raise ValueError(

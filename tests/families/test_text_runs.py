@@ -29,6 +29,7 @@ from runs_helpers import (
 from safetensors.torch import load_file, save_file
 
 import onestill
+from onestill import card
 from onestill.config import make_config
 from onestill.distillation import make_trainer
 from onestill.evaluation.run import NO_KERNEL
@@ -82,6 +83,12 @@ def text_run() -> Path:
     return folder / "run"
 
 
+@functools.cache
+def exported_alone() -> Path:
+    """Return that run's exported folder, taken out of it: read only."""
+    return copied(text_run() / "pipeline", Path(tempfile.mkdtemp(prefix="onestill-text-alone-")) / "pipeline")
+
+
 def test_the_whole_way(tmp_path: Path) -> None:
     run = copied(text_run(), tmp_path / "run")
     images = []
@@ -104,12 +111,44 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert protocol["guidance_scale"] == 2
     assert (run / "evaluation" / "samples.png").is_file()
 
-    card = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
-    assert "pipeline_tag: text-to-image" in card and "library_name: diffusers" in card
-    assert 'pipe("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images' in card
-    assert json.loads(outcome.out)["rows"][0]["name"] in card
+    said = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-to-image" in said and "library_name: diffusers" in said
+    assert 'pipe("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images' in said
+    assert json.loads(outcome.out)["rows"][0]["name"] in said
     outcome = call_cli("export", "--student", run / "checkpoint-2", "--output", tmp_path / "out")
     assert outcome.code == 0, outcome.err
+
+
+def test_an_exported_folder_says_its_guidance_and_is_evaluated_with_it(tmp_path: Path) -> None:
+    folder = copied(text_run() / "pipeline", tmp_path / "out")
+    said = (folder / "README.md").read_text(encoding="utf-8")
+    assert "w = 2 in u + w (c - u), away from the negative prompt 'blue'" in said and "onestill_null_class" not in said
+    assert card.distilled(folder) == card.Distilled(2.0, "blue")
+    few: dict[str, Any] = {"num_samples": 10, "steps": [2], "num_reference_steps": 2, "measure_speed": False}
+    few |= {"prompts": PROMPTS[:2], "device": "cpu"}
+    inside = onestill.evaluate(text_run(), **few)
+    for student, teacher in ((folder, place() / "t"), (text_run() / "pipeline", None)):
+        report = onestill.evaluate(student, teacher=teacher, **few)
+        assert report.protocol.guidance_scale == 2
+        for one, other in zip(report.rows, inside.rows, strict=True):
+            assert one.frechet_distance == pytest.approx(other.frechet_distance, rel=1e-3)
+    unlike = onestill.evaluate(folder, teacher=place() / "t", negative_prompt="red a", **few)
+    assert unlike.rows[0].frechet_distance != pytest.approx(inside.rows[0].frechet_distance, rel=1e-3)
+
+
+def test_the_license_of_a_teacher_of_the_hub_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = copied(place() / "t", tmp_path / "snapshot")
+
+    def fetch(_source: str, name: str, **_: Any) -> str:
+        (snapshot / name).write_text("---\nlicense: mit\n---\n")
+        return str(snapshot / name)
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    result = onestill.distill("owner/name", tmp_path / "run", show_progress=False, **settings(tmp_path / "cache"))
+    assert result.pipeline is not None
+    said = (result.pipeline / "README.md").read_text(encoding="utf-8")
+    assert "license: mit" in said and "base_model: owner/name" in said and str(tmp_path) not in said
 
 
 def test_one_seed_is_one_image_in_any_batch_and_a_prompt_matters() -> None:
@@ -429,7 +468,7 @@ BAD = [
     ("one noise more often than prompts", "sample --output x.png --student TRUN --fixed_noise --prompt a --num_images 2", "one image for each of the 1 prompts"),
     ("scales of a fixed text student", "sample --output x.png --student TRUN --prompt a --guidance_scales 1,2", "distilled with w = 2 fixed"),
     ("times of an exported text student", "sample --output x.png --student TRUN/pipeline --prompt a --target_times 1,0", "give the run's folder"),
-    ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student TRUN/pipeline --teacher TEXT", "takes text: say what to draw"),
+    ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student ALONE --teacher TEXT", "takes text: say what to draw"),
     ("evaluate of prompts of no text teacher", "evaluate --num_samples 10 --output out --student RUN --prompt a", "--prompt was given, but this teacher takes no text"),
     ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", "--teacher makes samples of shape (1, 8, 8)"),
     ("evaluate latents with a folder", "evaluate --num_samples 10 --output out --student TRUN --reference none", "--reference none: no such folder"),
@@ -462,6 +501,8 @@ def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypa
     (tmp_path / "p.jsonl").write_text('{"prompt": "red"}\n')
     (tmp_path / "p.xml").write_text("<a/>")
     before = snapshot(tmp_path)
+    if "ALONE" in command:
+        command = command.replace("ALONE", str(exported_alone()))
     if "TRUN" in command:
         command = command.replace("TRUN", str(text_run()))
     if " RUN" in command:

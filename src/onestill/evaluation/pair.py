@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def evaluate(
             name (its classifier, which also judges prompts or labels), a .safetensors file of `ConvFeatures`, a
             transformers vision model by folder or id, an extractor, or "auto".
         clip: A transformers CLIP model by folder or id, for the CLIP score of images and prompts.
-        guidance_scale: w of the teacher's rows; what was distilled if None.
+        guidance_scale: w of the teacher's rows; what was distilled if None, as the student's card or its run says.
         null_class: The label of `teacher` that means "no class"; that of the run if None.
         class_labels: Labels to go round; all that the student knows if empty.
         prompts: Prompts to go round, for text students: every row has the same.
@@ -131,7 +132,7 @@ def evaluate(
         prompts_from=asked_from,
         base_student=one_step.base.name if one_step.base is not None else "",
         measure_speed=measure_speed,
-        guidance_scale=_guidance_of(one_step.config, guidance_scale, base),
+        guidance_scale=_guidance_of(one_step, guidance_scale, base),
         device=str(place),
     )
     check_features(extractor, [one_step])
@@ -163,7 +164,7 @@ def _open_at_scale(
 ) -> Source:
     """Return the student to evaluate, at the guidance scale asked for if it takes one."""
     source = open_student(student, device=device, local_files_only=offline, base_student=base)
-    takes_it = source.config is not None and source.config.guidance_range is not None
+    takes_it = source.config is not None and source.config.guidance_range is not None and source.folder != Path(student)
     return source if scale is None or not takes_it else source.at(guidance_scale=scale)
 
 
@@ -251,22 +252,28 @@ def _teacher_of(
     device: torch.device,
     offline: bool,
 ) -> tuple[NetworkTeacher, Teacher]:
-    config = student.config
+    config, said = student.config, card.distilled(student.folder)
     if teacher is None and config is None:
         raise ValueError("--student is an exported folder that does not know its teacher; name it with --teacher")
     if isinstance(teacher, NetworkTeacher):
         base = copy.copy(teacher)  # its null condition may be replaced here, and the caller's stays
     elif teacher is not None:
-        null = config.null_class if null_class is None and config is not None else null_class
-        base = load_teacher(
+        known = said.null_class if config is None else config.null_class
+        load = functools.partial(
+            load_teacher,
             teacher,
             local_files_only=offline,
-            null_class=null,
             device=str(device),
             arguments=student.arguments,
             t_max=None if config is None else config.t_max,
             variant=None if config is None else config.variant,
         )
+        try:
+            base = load(null_class=known if null_class is None else null_class)
+        except ValueError:
+            if null_class is None and known is not None:
+                _check_pair(student, load())  # another teacher has no such label, which nobody has named
+            raise
     else:
         assert student.run is not None
         assert config is not None
@@ -274,8 +281,15 @@ def _teacher_of(
     _check_pair(student, base)
     if isinstance(base, PipelineTeacher) and student.base is not None and student.noise_level is not None:
         base.set_picture(student.noise_level, student.base.examples)
-    scale = _guidance_of(config, guidance_scale, base)
-    negative = config.negative_prompt if negative_prompt is None and config and base.spec.text else negative_prompt
+    scale = _guidance_of(student, guidance_scale, base)
+    if scale is None and base.can_guide:
+        raise ValueError(
+            f"{student.name} does not say what guidance was distilled into it, and its teacher can guide: say which w the "
+            "teacher is to have with --guidance_scale (1 for none)"
+        )
+    negative = negative_prompt
+    if negative is None and base.spec.text:
+        negative = said.negative_prompt if config is None else config.negative_prompt
     use_negative_prompt(base, negative, acts=negative_prompt is None or scale not in (None, 1))
     if config is not None:
         return base, fit_teacher(base, config, scale)
@@ -299,11 +313,14 @@ def _check_pair(student: Source, teacher: NetworkTeacher) -> None:
         raise ValueError(f"--student {'takes' if student.text else 'takes no'} text, and --teacher is another teacher")
 
 
-def _guidance_of(config: DistillConfig | None, guidance_scale: float | None, teacher: Teacher) -> float | None:
-    if teacher.spec.conditioning == "none" and guidance_scale is None:
-        return None
-    if guidance_scale is not None or config is None:
+def _guidance_of(student: Source, guidance_scale: float | None, teacher: Teacher) -> float | None:
+    """Return w of the teacher's rows: what is given, what the student's folder has baked in, or what its run says."""
+    config = student.config
+    if guidance_scale is not None or teacher.spec.conditioning == "none":
         return guidance_scale
+    baked = card.distilled(student.folder).guidance_scale
+    if baked is not None or config is None:
+        return baked
     return config.guidance_scale if config.guidance_range is None else sum(config.guidance_range) / 2
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,9 +218,10 @@ def _download(
     source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool
 ) -> Path:
     from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
 
     try:
-        return Path(
+        folder = Path(
             DiffusionPipeline.download(
                 source,
                 revision=revision,
@@ -235,6 +237,10 @@ def _download(
             f"no such teacher: {source} is no folder here, and the hub gave no pipeline of that name "
             f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         ) from error
+    # Its card, which names its license, is in no pipeline's download; there may be none.
+    with suppress(Exception):
+        hf_hub_download(source, "README.md", revision=revision, cache_dir=cache_dir, local_files_only=offline)
+    return folder
 
 
 def _is_component(entry: list[Any]) -> bool:
