@@ -84,6 +84,10 @@ def bad_teacher(kind: str = "plain") -> Path:
     return copied(teacher_folder(kind), Path("teacher"))
 
 
+def exported_alone() -> None:
+    copied(finished_run() / "pipeline", Path("alone"))
+
+
 def no_pipeline() -> None:
     Path("teacher").mkdir()
     Path("teacher/photo.png").write_text("x")
@@ -519,7 +523,7 @@ OTHERS = [
     Case("sample with an unknown flag", S + "--studnt RUN", "No such option: --studnt"),
     Case("evaluate of nothing", E, "Missing option '--student'"),
     Case("evaluate of no folder", E + "--student none", "--student none: no such folder"),
-    Case("evaluate of an export that knows no teacher", E + "--student RUN/pipeline --output out", "name it with --teacher"),
+    Case("evaluate of an export that knows no teacher", E + "--student alone --output out", "name it with --teacher", exported_alone),
     Case("evaluate of too few", "evaluate --student RUN --num_samples 9 --output out", "--num_samples must be at least 10"),
     Case("evaluate at no steps", E + "--student RUN --steps 4,x --output out", "--steps '4,x' must be whole numbers with commas"),
     Case("evaluate at zero steps", E + "--student RUN --steps 4,0 --output out", "--steps must be different numbers of at least 1"),
