@@ -59,12 +59,12 @@ DEMOS = {
     "glyphs": Demo(
         settings={
             "guidance_scale": 3.0,
-            "max_train_steps": 500,
+            "max_train_steps": 420,
             "train_batch_size": 32,
             "boundary_weight": 0.0,
             "bootstrap_weight": "none",
             "anchor_fraction": 0.875,
-            "num_anchors": 1_200,
+            "num_anchors": 1_000,
             "num_anchor_steps": 5,
             "learning_rate": 1e-3,
             "lr_scheduler": "cosine",
