@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from runs_helpers import copied, teacher_folder
 from torch import Tensor, nn
 
 from onestill import export
@@ -23,6 +25,7 @@ from onestill.process import CosineVP
 from onestill.sampler import noise, student_generator
 from onestill.student import Student
 from onestill.teachers.base import NetworkTeacher, TeacherSpec
+from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
 from onestill.teachers.unet2d import unet2d_teacher
 from onestill.tensors import Cond
@@ -397,7 +400,7 @@ def test_card_names_the_hub_teacher(tmp_path: Path) -> None:
 def test_card_takes_the_teachers_license(tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     teacher.mkdir()
-    assert teacher_license(str(teacher)) == "" == teacher_license("") == teacher_license("owner/name")
+    assert teacher_license(teacher) == "" == teacher_license(Path("owner/name"))
     for text, found in (
         ("---\nlicense: cc-by-4.0\ntags: [a]\n---\n# A model", "cc-by-4.0"),
         ("---\ntags: [a]\n---\n", ""),
@@ -406,12 +409,31 @@ def test_card_takes_the_teachers_license(tmp_path: Path) -> None:
         ("---\njust words\n---\n", ""),
     ):
         (teacher / "README.md").write_text(text)
-        assert teacher_license(str(teacher)) == found
-    (teacher / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
-    write_card(tmp_path, spec_of(str(teacher)), Facts(), 1e-6)
-    assert front_matter(tmp_path)["license"] == "cc-by-4.0"
-    write_card(tmp_path, spec_of(str(teacher)), Facts(license="mit"), 1e-6)
-    assert front_matter(tmp_path)["license"] == "mit", "what is given wins"
+        assert teacher_license(teacher) == found
+
+
+def test_card_of_a_hub_teacher_has_its_license(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(teacher_folder(), tmp_path / "snapshot")
+
+    def fetch(source: str, name: str, **_: Any) -> str:
+        assert (source, name) == ("owner/name", "README.md")
+        (folder / name).write_text("---\nlicense: cc-by-4.0\n---\n")
+        return str(folder / name)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_args, **_options: str(folder))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    student = trained(load_teacher("owner/name"))
+    export_student(student, tmp_path / "out")
+    assert front_matter(tmp_path / "out")["license"] == "cc-by-4.0"
+    assert front_matter(tmp_path / "out")["base_model"] == "owner/name"
+    export_student(student, tmp_path / "mine", facts=Facts(license="mit"))
+    assert front_matter(tmp_path / "mine")["license"] == "mit", "what is given wins"
+
+
+def test_a_hub_teacher_without_a_card_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    # conftest.py sets HF_HUB_OFFLINE: the card cannot be had.
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_args, **_options: str(teacher_folder()))
+    assert load_teacher("owner/name").folder == teacher_folder()
 
 
 def test_table_is_put_in_place_of_the_one_before(tmp_path: Path) -> None:

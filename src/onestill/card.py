@@ -44,7 +44,7 @@ class Facts:
         negative_prompt: What took the place of "no prompt" in its guidance, if something did.
         training: Steps, batch, time and hardware, in words.
         settings: Command or settings that made it.
-        license: The teacher's license; read from its card if empty.
+        license: The teacher's license; read from the card in its folder if empty.
         lora: What the student is as a LoRA, in words; not said if empty.
         size: Arguments of the call it was distilled at, in words; not said if empty.
         checked: Whether the folder's own call runs a safety checker.
@@ -104,9 +104,9 @@ def write_table(folder: Path, table: str) -> None:
         path.write_text(pattern.sub(lambda _: f"{TABLE_START}\n{table}\n{TABLE_END}", text), encoding="utf-8")
 
 
-def teacher_license(source: str) -> str:
+def teacher_license(folder: Path) -> str:
     """Return the license named in the card of a teacher's folder, or ""."""
-    return str(_read_front_matter(Path(source)).get("license", "")) if source else ""
+    return str(_read_front_matter(folder).get("license", ""))
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool, returns: str)
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", spec.source) and not Path(spec.source).exists()
     if is_id:
         front |= {"base_model": spec.source, "base_model_relation": "finetune"}
-    if name := facts.license or teacher_license(spec.source):
-        front["license"] = name
+    if facts.license:
+        front["license"] = facts.license
     null_class = spec.null_class if spec.family == "unet2d" else None  # others' pipelines know their own
     said = {GUIDANCE_SCALE: facts.guidance_scale, NEGATIVE_PROMPT: facts.negative_prompt, NULL_CLASS: null_class}
     return front | {key: value for key, value in said.items() if value is not None}

@@ -113,6 +113,8 @@ def _write_checked(student: Student, partial: Path, t: float, guidance_scale: fl
             f"export self-check failed: the reloaded folder's images differ from the student's by {error:.1e} "
             f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
         )
+    if not facts.license and student.teacher.folder is not None:
+        facts = replace(facts, license=card.teacher_license(student.teacher.folder))
     if student.lora is not None:
         facts = replace(facts, lora=lora_words(student, partial))
     if isinstance(student.teacher, PipelineTeacher):

@@ -46,9 +46,7 @@ def write_family(
     plain, embeddings = _write_folder(student, teacher, folder, t, guidance_scale)
     gc.collect()  # what was written: modules know each other in circles
     error, net_time = _check_folder(student, teacher, plain, folder, t, guidance_scale)
-    # Its folder, where the run names a hub id.
-    license = facts.license or card.teacher_license(str(teacher.folder))
-    facts = replace(facts, checked=has_checker(folder), license=license)
+    facts = replace(facts, checked=has_checker(folder))
     if size := _size_words(teacher, is_default=plain is not teacher.family):
         facts = replace(facts, size=size)
     if why_no_file(student) is None:

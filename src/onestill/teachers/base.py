@@ -7,6 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -105,6 +106,8 @@ class Teacher(ABC):
     """The conditions of "no prompt", one row each; empty where the null condition is a label, or there is none."""
     example_cond: Cond = MappingProxyType({})  # type: ignore[assignment]  # read only
     """The conditions of some prompt, one row each; empty where labels or nothing condition the teacher."""
+    folder: Path | None = None
+    """Where it was loaded from, that of a hub id's files included; None of a teacher made in Python."""
 
     @property
     def can_guide(self) -> bool:

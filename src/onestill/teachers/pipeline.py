@@ -38,6 +38,8 @@ class PipelineTeacher(NetworkTeacher):
         variant: The variant of its weights, such as "fp16".
     """
 
+    folder: Path
+
     def __init__(
         self,
         family: Family,

@@ -42,9 +42,11 @@ def load_unet2d(
     network = _load_network(folder, source, variant)
     scheduler = _load_scheduler(folder, index["scheduler"][1], source)
     try:
-        return unet2d_teacher(network, scheduler, source=source, null_class=null_class)
+        teacher = unet2d_teacher(network, scheduler, source=source, null_class=null_class)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    teacher.folder = folder
+    return teacher
 
 
 def unet2d_teacher(
