@@ -99,6 +99,12 @@ def test_a_run_of_relative_paths_opens_from_anywhere(tmp_path: Path, monkeypatch
     outcome = call_cli("distill", "--config", run / "config.yaml", "--resume_from_checkpoint", "latest")
     assert outcome.code == 0 and "was finished before" in outcome.out, outcome.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "x.png"]
+    # A copy goes on where it lies, not where it lay.
+    copied(run, tmp_path / "copy")
+    shutil.rmtree(run)
+    outcome = call_cli("distill", "--config", tmp_path / "copy/config.yaml", "--resume_from_checkpoint", "latest")
+    assert outcome.code == 0 and "copy/pipeline was finished before" in outcome.out, outcome.err
+    assert not run.exists()
 
 
 def test_flags_win_over_the_file_and_dashes_are_underscores(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def _read_front_matter(folder: Path) -> dict[str, Any]:
     path = folder / "README.md"
     if not path.is_file():
         return {}
-    match = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.DOTALL)
+    match = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
         front = yaml.safe_load(match.group(1)) if match else None
     except yaml.YAMLError:

@@ -36,6 +36,10 @@ SELF_CHECK_TOLERANCE = 1e-4
 MODULE_FILE, MODULE_WEIGHTS = "onestill.json", "model.safetensors"
 
 
+class ExportError(RuntimeError):
+    """A written folder does not draw what its student draws."""
+
+
 @dataclass(frozen=True)
 class StartHead:
     """y = a eps + b network(c eps) at the start level, eq. (19)."""
@@ -109,7 +113,7 @@ def _write_checked(student: Student, partial: Path, t: float, guidance_scale: fl
         gc.collect()
         error = _check_module(student, partial, t, guidance_scale)
     if not error <= SELF_CHECK_TOLERANCE:
-        raise RuntimeError(
+        raise ExportError(
             f"export self-check failed: the reloaded folder's images differ from the student's by {error:.1e} "
             f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
         )

@@ -70,7 +70,7 @@ def configure(
     """
     if isinstance(teacher, NetworkTeacher):
         return make_config({**given, **_facts_of(teacher, given)}, config_file)
-    return make_config({**given, "teacher": str(teacher)}, config_file)
+    return make_config({**given, "teacher": _absolute(str(teacher))}, config_file)
 
 
 def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,10 +109,13 @@ def _from_anywhere(config: DistillConfig) -> DistillConfig:
         for name in ("prompt_file", "prompt_cache_dir", "cache_dir")
         if (path := getattr(config, name)) is not None
     }
-    folder = Path(config.teacher).expanduser()
-    if config.teacher not in EMBEDDED and folder.is_dir():
-        found["teacher"] = str(folder.resolve())
-    return config.model_copy(update=found)
+    return config.model_copy(update={**found, "teacher": _absolute(config.teacher)})
+
+
+def _absolute(teacher: str) -> str:
+    """Return a folder's absolute path; names and hub ids as they are."""
+    folder = Path(teacher).expanduser()
+    return str(folder.resolve()) if teacher not in EMBEDDED and folder.is_dir() else teacher
 
 
 def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> NetworkTeacher:

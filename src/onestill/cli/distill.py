@@ -29,6 +29,8 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything, train nothing.")] = False,
 ) -> None:
     """Distil a teacher into a one-step student and export it to OUTPUT_DIR/pipeline."""
+    if config is not None and "output_dir" not in settings and (config.parent / "teacher.json").is_file():
+        settings = {**settings, "output_dir": config.parent}  # the settings of a run, which may have been moved
     try:
         prepared = _prepare(make_config(settings, config))
     except KeyboardInterrupt:
@@ -77,6 +79,7 @@ def _run(prepared: Prepared) -> RunResult:
 
     from onestill import distillation
     from onestill.checks import is_run, make_output_dir
+    from onestill.export import ExportError
     from onestill.prompt_cache import PromptCacheError
     from onestill.trainer import NonFiniteLossError
 
@@ -90,7 +93,7 @@ def _run(prepared: Prepared) -> RunResult:
     except NonFiniteLossError as error:
         note(("stopped:", "red"), f" {error}")
         raise typer.Exit(1) from None
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, SafetensorError, ExportError, torch.OutOfMemoryError) as error:
         note(("stopped:", "red"), f" {error}")
         if is_run(folder):
             note(f"what was saved is kept. Go on with: {go_on(folder)}")
