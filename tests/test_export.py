@@ -448,3 +448,11 @@ def test_table_is_put_in_place_of_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Somebody else's card")
     write_table(tmp_path, "| c |")
     assert (tmp_path / "README.md").read_text() == "# Somebody else's card"
+
+
+@pytest.mark.parametrize(
+    ("front", "license"), [("license: mit", "mit"), ("license:", ""), ("license: [mit, bsd]", ""), ("\xe9: \xff", "")]
+)
+def test_a_license_is_a_name(front: str, license: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n", encoding="latin-1")
+    assert teacher_license(tmp_path) == license

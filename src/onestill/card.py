@@ -105,8 +105,9 @@ def write_table(folder: Path, table: str) -> None:
 
 
 def teacher_license(folder: Path) -> str:
-    """Return the license named in the card of a teacher's folder, or ""."""
-    return str(_read_front_matter(folder).get("license", ""))
+    """Return the license named in the card of a teacher's folder, or "" if it names none, or more than one."""
+    found = _read_front_matter(folder).get("license")
+    return found if isinstance(found, str) else ""
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ def _num_prompts(teacher: NetworkTeacher, config: DistillConfig) -> int:
     if not teacher.spec.text:
         return 0
     config = with_embedded_prompts(config)
-    wanted = most_prompts(config) + len(config.validation_prompt)
-    prompts = open_prompts(config)
-    return wanted if prompts is None else min(len(prompts) + len(config.validation_prompt), wanted)
+    named, prompts = len(config.validation_prompt), open_prompts(config)
+    wanted = most_prompts(config) + (named or config.num_validation_images)
+    return wanted if prompts is None else min(len(prompts) + named, wanted)
 
 
 def _prompt_bytes(teacher: NetworkTeacher, base: BaseStudent | None) -> int:

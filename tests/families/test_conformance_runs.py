@@ -170,7 +170,7 @@ def test_inspect_tells_the_truth(name: str) -> None:
     # And the teacher does what is said of it.
     text = name != "dit"
     assert found.conditioning == ("text" if text else "class")
-    assert (found.num_prompts, found.prompt_bytes > 0) == ((7, True) if text else (0, False))
+    assert (found.num_prompts, found.prompt_bytes > 0) == ((7 + 1, True) if text else (0, False))  # and one shown
     scale = 1.0 if found.guidance == "none" else 3.0
     assert as_sampled(teacher, scale).calls == (2 if found.guidance == "classifier-free" else 1)
     if found.guidance != "classifier-free":
@@ -188,15 +188,20 @@ def test_inspect_tells_the_truth(name: str) -> None:
         assert found.prompt_bytes == sum(value.numel() * value.element_size() for value in kept.values())
 
 
-def test_inspect_says_what_encoded_prompts_take_on_disk() -> None:
-    flags = ["inspect", "--teacher", folder_of("sd-epsilon"), "--device", "cpu", "--train_batch_size", 2]
+def test_inspect_says_what_encoded_prompts_take_on_disk(tmp_path: Path) -> None:
+    flags: list[object] = ["inspect", "--teacher", folder_of("sd-epsilon"), "--device", "cpu", "--train_batch_size", 2]
     assert (
-        "tokens at most: 8 (text_encoder); 20,000 or fewer to encode, 10.24 MB of cache (512 bytes each)"
+        "tokens at most: 8 (text_encoder); 20,010 or fewer to encode, 10.25 MB of cache (512 bytes each)"
         in call_cli(*flags).out
     )
     outcome = call_cli(*flags, "--prompt_file", place() / "p.txt", "--validation_prompt", "red")
     assert "5 or fewer to encode, 0.00 MB of cache" in outcome.out
-    assert "3 or fewer to encode" in call_cli(*flags, "--prompt_file", place() / "p.txt", "--num_prompts", 3).out
+    # No fewer than the run itself encodes.
+    flags += ["--prompt_file", place() / "p.txt", "--num_prompts", 3]
+    assert "4 or fewer to encode" in call_cli(*flags).out
+    own = ["--output_dir", tmp_path / "run", "--prompt_cache_dir", tmp_path / "cache"]
+    assert "4 to encode" in call_cli("distill", "--dry_run", *flags[1:], *own).words
+    flags = flags[:-4]
     outcome = call_cli(*flags, "--prompt_file", place() / "none.txt")
     assert outcome.code == 2 and "none.txt" in outcome.words
 
