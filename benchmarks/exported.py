@@ -7,6 +7,7 @@ A fresh virtual environment gets torch, diffusers and nothing of ours; or name o
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -18,35 +19,36 @@ from safetensors.torch import load_file
 
 from onestill.checks import PIPELINE_FOLDER
 from onestill.restore import read_run_config, restore_student
-from onestill.sampler import noise, student_generator
+from onestill.sampler import Rows, generate_images
+from onestill.sources import student_source
+from onestill.teachers.pipeline import PipelineTeacher
 
+PROMPTS = ("a bold red serif A on a yellow background", "a regular blue mono 7 on a white background")
 STOCK = """
-import importlib.util, sys, torch
+import importlib.util, json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 assert importlib.util.find_spec("onestill") is None, "onestill is installed here"
-folder, output, num = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, output, prompts, arguments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
 pipe = DiffusionPipeline.from_pretrained(folder)
-calls = []
-pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-classes = pipe.unet.config.num_class_embeds
-images = pipe(
-    batch_size=num,
-    class_labels=[i % classes for i in range(num)] if classes else None,
-    generator=[torch.Generator().manual_seed(i) for i in range(num)],
-    output_type="pt",
-).images
-save_file({"images": images.contiguous()}, output)
-print(type(pipe).__name__, "network evaluations:", len(calls))
+network = getattr(pipe, "unet", None) or pipe.transformer
+calls, images = [], []
+network.register_forward_hook(lambda *_: calls.append(1))
+for i, asked in enumerate(prompts):
+    given = {"prompt": asked} if isinstance(asked, str) else {} if asked is None else {"class_labels": [asked]}
+    generator = torch.Generator().manual_seed(i)
+    images.append(pipe(**given, **arguments, generator=generator, output_type="pt").images)
+save_file({"images": torch.cat(images).contiguous()}, output)
+print(type(pipe).__name__, "network evaluations per image:", len(calls) / len(prompts))
 """
 
 
 def fresh_python(folder: Path) -> Path:
-    """Return the interpreter of a new environment with torch and diffusers only."""
+    """Return the interpreter of a new environment with torch, diffusers and transformers only."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     constraints = Path(__file__).parent.parent / "constraints.txt"
-    for packages in (["torch"], ["diffusers", "accelerate", "numpy"]):
+    for packages in (["torch"], ["diffusers", "transformers", "accelerate", "numpy"]):
         subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, *packages], check=True)
     return python
 
@@ -56,21 +58,28 @@ def main() -> None:
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--python", type=Path)
     parser.add_argument("--num_images", type=int, default=64)
+    parser.add_argument("--prompt", action="append", help="for a text student; repeatable, taken in turn")
     args = parser.parse_args()
+    config = read_run_config(args.student)
+    student = restore_student(args.student, config, torch.device("cpu"))
+    source = student_source(
+        student, "the student", args.student, config, t=0.0, guidance_scale=None, device=torch.device("cpu")
+    )
+    rows: Rows = source.conditions(args.num_images, prompts=args.prompt or PROMPTS if source.text else ())
+    asked = rows["prompt"] if source.text else rows["class_labels"].tolist() if rows else [None] * args.num_images
+    arguments = student.teacher.family.export_arguments if isinstance(student.teacher, PipelineTeacher) else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         python = args.python or fresh_python(folder / "venv")
         output = folder / "images.safetensors"
-        command = [python, "-I", "-c", STOCK, args.student / PIPELINE_FOLDER, output, str(args.num_images)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        given = [args.student / PIPELINE_FOLDER, output, json.dumps(asked), json.dumps(dict(arguments))]
+        said = subprocess.run([python, "-I", "-c", STOCK, *given], check=True, capture_output=True, text=True).stdout
         stock = load_file(output)["images"] * 2 - 1
-    student = restore_student(args.student, read_run_config(args.student), torch.device("cpu"))
-    labels = {"class_labels": torch.arange(args.num_images) % len(student.spec.labels)} if student.spec.labels else {}
-    eps = noise(range(args.num_images), student.spec.sample_shape)
-    ours = student_generator(student)(eps, labels).clamp(-1, 1)
-    error = float((stock - ours).abs().max())
-    print(f"{said}; {args.num_images} images, largest difference in [-1, 1]: {error:.1e}")
-    sys.exit(0 if error <= 1e-5 else 1)
+    seeds = range(args.num_images)
+    ours = generate_images(source.generate, seeds, source.sample_shape, rows, batch_size=1)
+    error = float((stock - ours.clamp(-1, 1)).abs().max())
+    print(f"{said.strip()}; {args.num_images} images, largest difference in [-1, 1]: {error:.1e}")
+    sys.exit(0 if error <= (1e-4 if source.text else 1e-5) else 1)
 
 
 if __name__ == "__main__":
