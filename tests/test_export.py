@@ -346,7 +346,9 @@ def front_matter(folder: Path) -> dict[str, Any]:
 
 
 def test_card_says_what_it_must(cases: dict[str, Any], tmp_path: Path) -> None:
-    facts = Facts(guidance="w = 2.5", training="900 steps of 128 images", settings="s_first times", license="mit")
+    facts = Facts(
+        guidance="w = 2.5", training="900 steps of 128 images", settings="s_first times", license={"license": "mit"}
+    )
     error = export_student(trained(cases["class-null-last"].build()), tmp_path / "out", facts=facts)
     front, text = front_matter(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
     assert front["library_name"] == "diffusers" and front["license"] == "mit"
@@ -397,21 +399,6 @@ def test_card_names_the_hub_teacher(tmp_path: Path) -> None:
     assert "# One-step student of ddpm-cat-256" in (tmp_path / "README.md").read_text()
 
 
-def test_card_takes_the_teachers_license(tmp_path: Path) -> None:
-    teacher = tmp_path / "teacher"
-    teacher.mkdir()
-    assert teacher_license(teacher) == "" == teacher_license(Path("owner/name"))
-    for text, found in (
-        ("---\nlicense: cc-by-4.0\ntags: [a]\n---\n# A model", "cc-by-4.0"),
-        ("---\ntags: [a]\n---\n", ""),
-        ("# No front matter", ""),
-        ("---\n: [\n---\n", ""),
-        ("---\njust words\n---\n", ""),
-    ):
-        (teacher / "README.md").write_text(text)
-        assert teacher_license(teacher) == found
-
-
 def test_card_of_a_hub_teacher_has_its_license(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copied(teacher_folder(), tmp_path / "snapshot")
 
@@ -426,7 +413,7 @@ def test_card_of_a_hub_teacher_has_its_license(tmp_path: Path, monkeypatch: pyte
     export_student(student, tmp_path / "out")
     assert front_matter(tmp_path / "out")["license"] == "cc-by-4.0"
     assert front_matter(tmp_path / "out")["base_model"] == "owner/name"
-    export_student(student, tmp_path / "mine", facts=Facts(license="mit"))
+    export_student(student, tmp_path / "mine", facts=Facts(license={"license": "mit"}))
     assert front_matter(tmp_path / "mine")["license"] == "mit", "what is given wins"
 
 
@@ -450,9 +437,34 @@ def test_table_is_put_in_place_of_the_one_before(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "# Somebody else's card"
 
 
+ITS_OWN = "license: other\nlicense_name: somebodys\nlicense_link: "
+OTHER = {"license": "other", "license_name": "somebodys"}
+ELSEWHERE = "https://huggingface.co/owner/name/blob/main/LICENSE.md"
+
+
 @pytest.mark.parametrize(
-    ("front", "license"), [("license: mit", "mit"), ("license:", ""), ("license: [mit, bsd]", ""), ("\xe9: \xff", "")]
+    ("card", "found", "linked"),
+    [
+        ("---\nlicense: mit\ntags: [a]\n---\n# A model", {"license": "mit"}, None),
+        ("---\ntags: [a]\n---\n", {}, None),
+        ("# No front matter", {}, None),
+        ("---\n: [\n---\n", {}, None),
+        ("---\njust words\n---\n", {}, None),
+        ("---\nlicense:\n---\n", {}, None),
+        ("---\nlicense: [mit, bsd]\n---\n", {}, None),
+        ("---\nlicense_name: mine\n---\n", {}, None),
+        ("---\n\xe9: \xff\n---\n", {}, None),
+        (f"---\n{ITS_OWN}./LICENSE.md\n---\n", OTHER, ELSEWHERE),
+        (f"---\n{ITS_OWN}LICENSE.md\n---\n", OTHER, ELSEWHERE),
+    ],
 )
-def test_a_license_is_a_name(front: str, license: str, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n", encoding="latin-1")
-    assert teacher_license(tmp_path) == license
+def test_card_takes_the_teachers_license(card: str, found: dict[str, str], linked: str | None, tmp_path: Path) -> None:
+    assert teacher_license(tmp_path) == {}, "there is no card"
+    (tmp_path / "README.md").write_text(card, encoding="latin-1")
+    assert teacher_license(tmp_path) == found, "a file beside the card does not come along"
+    assert teacher_license(tmp_path, "owner/name").get("license_link") == linked
+
+
+def test_an_address_of_a_license_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{ITS_OWN}https://example.org/license\n---\n")
+    assert teacher_license(tmp_path) == {**OTHER, "license_link": "https://example.org/license"}

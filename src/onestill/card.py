@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ small = base("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).imag
 CHECKED = """- Safety checker: the teacher's, as it was; this folder's own call blackens what it flags. The self-check below and all
   numbers of `onestill evaluate` are without it, for student and teacher alike.
 """
+LICENSE = ("license", "license_name", "license_link")
 NO_TABLE = "Not evaluated yet: `onestill evaluate --student RUN` writes the table here."
 
 
@@ -44,7 +45,8 @@ class Facts:
         negative_prompt: What took the place of "no prompt" in its guidance, if something did.
         training: Steps, batch, time and hardware, in words.
         settings: Command or settings that made it.
-        license: The teacher's license; read from the card in its folder if empty.
+        license: The teacher's license: the lines of a card's front matter, `license` and, for one that the hub does not
+            know ("other"), `license_name` and `license_link`; read from the card in its folder if empty.
         lora: What the student is as a LoRA, in words; not said if empty.
         size: Arguments of the call it was distilled at, in words; not said if empty.
         checked: Whether the folder's own call runs a safety checker.
@@ -55,7 +57,7 @@ class Facts:
     negative_prompt: str | None = None
     training: str = ""
     settings: str = ""
-    license: str = ""
+    license: Mapping[str, str] = field(default_factory=dict)
     lora: str = ""
     size: str = ""
     checked: bool = False
@@ -104,10 +106,27 @@ def write_table(folder: Path, table: str) -> None:
         path.write_text(pattern.sub(lambda _: f"{TABLE_START}\n{table}\n{TABLE_END}", text), encoding="utf-8")
 
 
-def teacher_license(folder: Path) -> str:
-    """Return the license named in the card of a teacher's folder, or "" if it names none, or more than one."""
-    found = _read_front_matter(folder).get("license")
-    return found if isinstance(found, str) else ""
+def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
+    """Return what the card in a teacher's folder says of its license, in the front matter's own words.
+
+    Args:
+        folder: The folder.
+        source: What the teacher was asked for as. A link to a file beside the card is kept for a hub id alone, as an
+            address: that file does not come along.
+
+    Returns:
+        Nothing if the card names no license or more than one.
+    """
+    front = _read_front_matter(folder)
+    found = {key: front[key] for key in LICENSE if isinstance(front.get(key), str)}
+    if "license" not in found:
+        return {}
+    link = found.get("license_link", "https://")
+    if not link.startswith(("https://", "http://")):
+        del found["license_link"]
+        if _is_hub_id(source):
+            found["license_link"] = f"https://huggingface.co/{source}/blob/main/{link.removeprefix('./')}"
+    return found
 
 
 @dataclass(frozen=True)
@@ -155,17 +174,19 @@ def _read_front_matter(folder: Path) -> dict[str, Any]:
     return front if isinstance(front, dict) else {}
 
 
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
+
+
 def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool, returns: str) -> dict[str, object]:
     front: dict[str, object] = {
         "library_name": "diffusers" if is_stock or spec.family == "unet2d" else "onestill",
         "pipeline_tag": TEXT_TO[returns] if spec.text else "unconditional-image-generation",
         "tags": ["diffusers", "distillation", "one-step", "data-free", "onestill"],
     }
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", spec.source) and not Path(spec.source).exists()
-    if is_id:
+    if _is_hub_id(spec.source):
         front |= {"base_model": spec.source, "base_model_relation": "finetune"}
-    if facts.license:
-        front["license"] = facts.license
+    front |= facts.license
     null_class = spec.null_class if spec.family == "unet2d" else None  # others' pipelines know their own
     said = {GUIDANCE_SCALE: facts.guidance_scale, NEGATIVE_PROMPT: facts.negative_prompt, NULL_CLASS: null_class}
     return front | {key: value for key, value in said.items() if value is not None}

@@ -118,7 +118,7 @@ def _write_checked(student: Student, partial: Path, t: float, guidance_scale: fl
             f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
         )
     if not facts.license and student.teacher.folder is not None:
-        facts = replace(facts, license=card.teacher_license(student.teacher.folder))
+        facts = replace(facts, license=card.teacher_license(student.teacher.folder, student.spec.source))
     if student.lora is not None:
         facts = replace(facts, lora=lora_words(student, partial))
     if isinstance(student.teacher, PipelineTeacher):
