@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs_helpers import NULL_CLASS, copied, finished_run, snapshot, teacher_folder, tiny_network, write_teacher
+from runs_helpers import FAST, NULL_CLASS, copied, finished_run, snapshot, teacher_folder, tiny_network, write_teacher
 from torch import Tensor
 
 import onestill
@@ -282,6 +282,32 @@ def test_evaluate_of_a_folder_that_does_not_say_its_guidance_asks_for_it(tmp_pat
     with pytest.raises(ValueError, match="does not say what guidance was distilled into it.*--guidance_scale"):
         onestill.evaluate(folder, **where)
     assert onestill.evaluate(folder, guidance_scale=1, **where).protocol.guidance_scale == 1
+
+
+def test_a_moved_folder_keeps_its_labels_and_its_thresholding(tmp_path: Path) -> None:
+    teacher, settings = teacher_folder("class"), {**FAST, "learning_rate": 3e-3, "class_labels": [2, 0]}
+    onestill.distill(
+        teacher, tmp_path / "run", null_class=NULL_CLASS, thresholding="static", threshold_limit=0.2,
+        show_progress=False, **settings,
+    )  # fmt: skip
+    folder = copied(tmp_path / "run" / "pipeline", tmp_path / "moved")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "pipe(batch_size=2, class_labels=[2, 0])" in card, "the card calls it with what it can draw"
+    assert open_student(folder, device=torch.device("cpu")).labels == (2, 0)
+    inside, moved = onestill.evaluate(tmp_path / "run", **FEW), onestill.evaluate(folder, teacher=teacher, **FEW)
+    expected = [row.frechet_distance for row in inside.rows]
+    assert [row.frechet_distance for row in moved.rows] == pytest.approx(expected, rel=1e-3)
+    # Without its lines it is another one: what is above compares something. What is broken counts as absent.
+    for text in (
+        re.sub("(?m)^  mode: static$", "  mode: of my own", card),
+        re.sub("(?m)^  limit: .*$", "  limit: much", card),
+    ):
+        assert text != card
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        other = onestill.evaluate(folder, teacher=teacher, **FEW)
+        assert [row.frechet_distance for row in other.rows] != pytest.approx(expected, rel=1e-3)
+    (folder / "README.md").write_text(re.sub("(?m)^- 2$", "- two", card), encoding="utf-8")
+    assert open_student(folder, device=torch.device("cpu")).labels == (0, 1, 2)
 
 
 def test_evaluate_where_the_null_class_stands_first() -> None:

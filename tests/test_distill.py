@@ -29,7 +29,7 @@ import onestill
 from onestill.checkpoint import read_checkpoint
 from onestill.checks import check_device, check_output_dir, check_tracker, check_writable, is_run, resolve_device
 from onestill.config import make_config, read_yaml
-from onestill.distillation import RunResult, guidance_facts
+from onestill.distillation import RunResult, distilled_facts
 from onestill.preparation import fit_teacher, prepare
 from onestill.process import CosineVP
 from onestill.teachers.guidance import Guided, Thresholded
@@ -209,8 +209,8 @@ def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     drawn = make_config({}, finished_run("drawn") / "config.yaml")
     teacher = load_teacher(teacher_folder("class"), null_class=drawn.null_class)
     words = "in u + w (c - u), of a student trained on 1 to 3"
-    assert guidance_facts(drawn, teacher).guidance == f"w = 2 {words}"
-    assert guidance_facts(drawn, teacher, 1.5).guidance == f"w = 1.5 {words}"
+    assert distilled_facts(drawn, teacher).guidance == f"w = 2 {words}"
+    assert distilled_facts(drawn, teacher, 1.5).guidance == f"w = 1.5 {words}"
 
 
 def test_a_run_in_a_thread_needs_no_signals(tmp_path: Path) -> None:

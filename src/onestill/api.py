@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onestill.chain import choose_base
 from onestill.checks import check_count, check_device, check_seeds, check_writable, is_run, resolve_device
-from onestill.distillation import guidance_facts
+from onestill.distillation import distilled_facts
 from onestill.export import export_student, is_exported
 from onestill.prompts import read_prompts
 from onestill.restore import check_student_request, read_run_config, restore_student
@@ -141,7 +141,7 @@ def export(
             choose_base(restored.teacher, config.base_student, config.noise_level, device=resolve_device(device))
     check_student_request(restored, config, target_time or 0.0, guidance_scale)
     facts = replace(
-        guidance_facts(config, restored.teacher, guidance_scale),
+        distilled_facts(config, restored.teacher, guidance_scale),
         training=f"{config.max_train_steps:,} steps planned, exported from {path.name}, seed {config.seed}",
     )
     t = config.t_min if target_time is None else max(target_time, config.t_min)

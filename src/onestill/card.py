@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from onestill.teachers.base import TeacherSpec
+from onestill.teachers.base import TeacherSpec, Threshold
 
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
 TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
 NOISE_LEVEL = "onestill_noise_level"
-GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS = (
+GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOLDING = (
     "onestill_guidance_scale",
     "onestill_negative_prompt",
     "onestill_null_class",
+    "onestill_class_labels",
+    "onestill_thresholding",
 )
 BASE_CALL = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
 small = base("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images
@@ -36,13 +38,31 @@ def is_card(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """What a card says for programs of what was distilled, which a teacher beside the student is to have too.
+
+    Attributes:
+        guidance_scale: w; None if it is not known.
+        negative_prompt: What took the place of "no prompt" in the guidance, if something did.
+        null_class: The teacher's label of "no class", where its folder does not say.
+        class_labels: The labels that the student was trained on; empty if on all, or if there are none.
+        threshold: What took the place of the thresholding of the teacher's own scheduler, if something did.
+    """
+
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    null_class: int | None = None
+    class_labels: tuple[int, ...] = ()
+    threshold: Threshold | None = None
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a card says besides what the teacher's spec knows.
 
     Attributes:
         guidance: How guidance was distilled, in words.
-        guidance_scale: w of the exported student; None if it is not known.
-        negative_prompt: What took the place of "no prompt" in its guidance, if something did.
+        distilled: The same and more, for programs; the null class is taken from the spec.
         training: Steps, batch, time and hardware, in words.
         settings: Command or settings that made it.
         license: The teacher's license: the lines of a card's front matter, `license` and, for one that the hub does not
@@ -53,8 +73,7 @@ class Facts:
     """
 
     guidance: str = "none"
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
+    distilled: Distilled = Distilled()
     training: str = ""
     settings: str = ""
     license: Mapping[str, str] = field(default_factory=dict)
@@ -129,30 +148,25 @@ def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class Distilled:
-    """What an exported folder's card says for programs of its guidance, which a teacher beside it is to have too.
-
-    Attributes:
-        guidance_scale: w; None if the card does not say.
-        negative_prompt: What took the place of "no prompt", if something did.
-        null_class: The teacher's label of "no class", where its folder does not say.
-    """
-
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    null_class: int | None = None
-
-
 def distilled(folder: Path | None) -> Distilled:
-    """Return what the card of an exported folder says of its guidance."""
+    """Return what the card of an exported folder says of what was distilled; what is written wrongly is left out."""
     front = {} if folder is None else _read_front_matter(folder)
-    scale, prompt, label = (front.get(name) for name in (GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS))
+    scale, prompt, null = (front.get(name) for name in (GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS))
+    labels, threshold = front.get(CLASS_LABELS), front.get(THRESHOLDING)
     return Distilled(
         float(scale) if isinstance(scale, (int, float)) else None,
         prompt if isinstance(prompt, str) else None,
-        label if isinstance(label, int) else None,
+        null if isinstance(null, int) else None,
+        tuple(labels) if isinstance(labels, list) and all(isinstance(label, int) for label in labels) else (),
+        _read_threshold(threshold),
     )
+
+
+def _read_threshold(said: object) -> Threshold | None:
+    match said:
+        case {"mode": "none" | "static" | "dynamic" as mode, "limit": float(limit), "ratio": float(ratio)}:
+            return Threshold(mode, limit, ratio)
+    return None
 
 
 def noise_level(folder: Path) -> int | None:
@@ -187,9 +201,15 @@ def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool, returns: str)
     if _is_hub_id(spec.source):
         front |= {"base_model": spec.source, "base_model_relation": "finetune"}
     front |= facts.license
-    null_class = spec.null_class if spec.family == "unet2d" else None  # others' pipelines know their own
-    said = {GUIDANCE_SCALE: facts.guidance_scale, NEGATIVE_PROMPT: facts.negative_prompt, NULL_CLASS: null_class}
-    return front | {key: value for key, value in said.items() if value is not None}
+    said = facts.distilled
+    written = {
+        GUIDANCE_SCALE: said.guidance_scale,
+        NEGATIVE_PROMPT: said.negative_prompt,
+        NULL_CLASS: spec.null_class if spec.family == "unet2d" else None,  # others' pipelines know their own
+        CLASS_LABELS: list(said.class_labels) or None,
+        THRESHOLDING: None if said.threshold is None else asdict(said.threshold),
+    }
+    return front | {key: value for key, value in written.items() if value is not None}
 
 
 def _body(
@@ -201,13 +221,13 @@ def _body(
     *,
     enlarges: bool = False,
 ) -> str:
-    shape = " x ".join(map(str, spec.sample_shape))
+    shape, labels = " x ".join(map(str, spec.sample_shape)), (facts.distilled.class_labels or tuple(spec.labels))[:4]
     if arguments is not None or spec.family == "unet2d":
         call = (
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
             f"{BASE_CALL if enlarges else ''}"
-            f"{returns} = pipe({_arguments(spec, arguments, 'image=small' if enlarges else '')}).{returns}  # one network evaluation"
+            f"{returns} = pipe({_arguments(spec, labels, arguments, 'image=small' if enlarges else '')}).{returns}  # one network evaluation"
         )
     else:
         call = (
@@ -239,11 +259,13 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 """
 
 
-def _arguments(spec: TeacherSpec, arguments: Mapping[str, Any] | None, picture: str = "") -> str:
+def _arguments(
+    spec: TeacherSpec, labels: tuple[int, ...], arguments: Mapping[str, Any] | None, picture: str = ""
+) -> str:
     """Return the arguments of the plain one-step call."""
-    labels = f"class_labels={spec.labels[:4]}"
+    asked = f"class_labels={list(labels)}"
     if arguments is None:
-        return f"batch_size=4, {labels}" if spec.num_classes else "batch_size=4"
-    first = ['"a photo of a cat"' if spec.text else labels, *([picture] if picture else [])]
+        return f"batch_size={len(labels)}, {asked}" if labels else "batch_size=4"
+    first = ['"a photo of a cat"' if spec.text else asked, *([picture] if picture else [])]
     given = [*first, *(f"{name}={value!r}" for name, value in arguments.items())]
     return ", ".join(given)

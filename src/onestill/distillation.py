@@ -23,7 +23,7 @@ from onestill import card
 from onestill.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_output_dir
 from onestill.config import DistillConfig, write_yaml
 from onestill.export import export_student
-from onestill.preparation import Prepared, configure, prepare
+from onestill.preparation import Prepared, chosen_threshold, configure, prepare
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.trainer import StepLog, Trainer
 
@@ -202,23 +202,26 @@ def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts
     )
     training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
     settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
-    return replace(guidance_facts(config, prepared.base), training=training, settings=settings)
+    return replace(distilled_facts(config, prepared.base), training=training, settings=settings)
 
 
-def guidance_facts(config: DistillConfig, teacher: Teacher, guidance_scale: float | None = None) -> card.Facts:
-    """Return what guidance an exported student has, for its card."""
-    w, negative = config.guidance_scale, config.negative_prompt
-    if teacher.guidance_input is not None:
-        usual = f"leave the call's guidance_scale at its default, {teacher.usual_guidance:g}"
-        return card.Facts(f"embedded guidance {w:g}, an input of the teacher's network; {usual}", w)
-    trained = ""
+def distilled_facts(config: DistillConfig, teacher: Teacher, guidance_scale: float | None = None) -> card.Facts:
+    """Return what was distilled into an exported student, for its card: guidance, labels, thresholding."""
+    w, trained = config.guidance_scale, ""
     if config.guidance_range is not None:
         low, high = config.guidance_range
         w = (low + high) / 2 if guidance_scale is None else guidance_scale
         trained = f", of a student trained on {low:g} to {high:g}"
-    away = "" if negative is None else f", away from the negative prompt {negative!r}"
-    words = f"w = {w:g} in u + w (c - u){away}{trained}" if w != 1 or away or trained else "none"
-    return card.Facts(words, w, negative)
+    if teacher.guidance_input is not None:
+        usual = f"leave the call's guidance_scale at its default, {teacher.usual_guidance:g}"
+        words = f"embedded guidance {w:g}, an input of the teacher's network; {usual}"
+    else:
+        away = "" if config.negative_prompt is None else f", away from the negative prompt {config.negative_prompt!r}"
+        words = f"w = {w:g} in u + w (c - u){away}{trained}" if w != 1 or away or trained else "none"
+    said = card.Distilled(
+        w, config.negative_prompt, class_labels=config.class_labels, threshold=chosen_threshold(config)
+    )
+    return card.Facts(words, said)
 
 
 @contextmanager

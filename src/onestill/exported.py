@@ -75,9 +75,11 @@ def open_pipeline(
         raise ValueError(f"--student {folder} does not load: {str(error).splitlines()[0]}") from error
     size = network.sample_size
     shape = (network.in_channels, *((size, size) if isinstance(size, int) else size))
-    null_class = card.distilled(folder).null_class if config is None else config.null_class
-    chosen = () if config is None else config.class_labels
-    labels = chosen or tuple(i for i in range(network.num_class_embeds or 0) if i != null_class)
+    said = card.distilled(folder)
+    null_class = said.null_class if config is None else config.null_class
+    labels = (said.class_labels if config is None else config.class_labels) or tuple(
+        i for i in range(network.num_class_embeds or 0) if i != null_class
+    )
     return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, run=run, config=config)
 
 
@@ -130,7 +132,7 @@ def _open_family(
 
     images, latents = call("pt"), call("latent")
     classes = 0 if family.null_class is None else family.null_class(network.config)
-    chosen = () if config is None else config.class_labels
+    chosen = card.distilled(folder).class_labels if config is None else config.class_labels
     return Source(
         f"the student in {folder}",
         generate,

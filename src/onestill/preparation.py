@@ -240,11 +240,15 @@ def make_student(base: NetworkTeacher, config: DistillConfig, network: nn.Module
     return Student(base, guidance_range=config.guidance_range, network=network, lora=lora)
 
 
+def chosen_threshold(config: DistillConfig) -> Threshold | None:
+    """Return what a run does to the teacher's x_0; None for what the teacher's own scheduler does."""
+    if config.thresholding == "teacher":
+        return None
+    return Threshold(config.thresholding, config.threshold_limit, config.threshold_ratio)
+
+
 def fit_teacher(base: Teacher, config: DistillConfig, guidance_scale: float | None = None) -> Teacher:
     """Return the teacher guided and thresholded as the configuration says, or at another fixed guidance scale."""
-    threshold = None
-    if config.thresholding != "teacher":
-        threshold = Threshold(config.thresholding, config.threshold_limit, config.threshold_ratio)
     drawn = guidance_scale is None and config.guidance_range is not None
     scale = config.guidance_scale if guidance_scale is None else guidance_scale
-    return as_sampled(base, scale, drawn=drawn, threshold=threshold)
+    return as_sampled(base, scale, drawn=drawn, threshold=chosen_threshold(config))

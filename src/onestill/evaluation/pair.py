@@ -293,7 +293,7 @@ def _teacher_of(
     use_negative_prompt(base, negative, acts=negative_prompt is None or scale not in (None, 1))
     if config is not None:
         return base, fit_teacher(base, config, scale)
-    return base, as_sampled(base, base.usual_guidance if scale is None else scale)
+    return base, as_sampled(base, base.usual_guidance if scale is None else scale, threshold=said.threshold)
 
 
 def _check_pair(student: Source, teacher: NetworkTeacher) -> None:
