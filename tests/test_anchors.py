@@ -58,14 +58,18 @@ def test_draws_are_rows_of_the_pool_and_belong_together() -> None:
 
 
 def test_a_file_is_read_only_for_what_it_was_made_with(tmp_path: Path) -> None:
-    path = tmp_path / "anchors.safetensors"
-    assert read_anchors(path, {"seed": 0}) is None
-    write_anchors(anchors := pool(), path, {"seed": 0, "teacher": "a"})
+    path, generator = tmp_path / "anchors.safetensors", torch.Generator().manual_seed(3)
+    assert read_anchors(path, {"seed": 0}, generator) is None
+    write_anchors(anchors := pool(), torch.Generator().manual_seed(5), path, {"seed": 0, "teacher": "a"})
     assert [p.name for p in tmp_path.iterdir()] == ["anchors.safetensors"]
-    found = read_anchors(path, {"teacher": "a", "seed": 0})
+    assert read_anchors(path, {"teacher": "b", "seed": 0}, generator) is None
+    assert generator.initial_seed() == 3 and torch.equal(
+        generator.get_state(), torch.Generator().manual_seed(3).get_state()
+    )
+    found = read_anchors(path, {"teacher": "a", "seed": 0}, generator)
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(5).get_state())
     assert found is not None and torch.equal(found.signal, anchors.signal) and torch.equal(found.eps, anchors.eps)
     assert torch.equal(found.chosen["class_labels"], anchors.chosen["class_labels"])
-    assert read_anchors(path, {"teacher": "b", "seed": 0}) is None
 
 
 def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
@@ -94,6 +98,35 @@ def test_a_resumed_run_with_anchors_is_uninterrupted_bit_by_bit(tmp_path: Path) 
     (tmp_path / "two" / "anchors-0.safetensors").unlink()
     onestill.distill(teacher_folder(), tmp_path / "two", resume_from_checkpoint="latest", **settings)
     assert same_state(tmp_path / "one" / "checkpoint-4", tmp_path / "two" / "checkpoint-4")
+
+
+def test_a_pool_that_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trainer(name: str) -> Trainer:
+        own: dict[str, Any] = {"teacher": str(teacher_folder("class")), "null_class": NULL_CLASS, "guidance_scale": 2.0}
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.yaml").touch()
+        own |= {"output_dir": tmp_path / name, "resume_from_checkpoint": "latest"}
+        prepared = prepare(make_config({**own, **FAST, **POOL}))
+        return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, "x")
+
+    whole = trainer("whole")
+    assert list(whole.make_anchors()) == [4, 4, 2]
+    for num in (stopped := trainer("run")).make_anchors():
+        assert num == 4
+        stopped.stop_requested = True
+    assert stopped.anchors is None
+    monkeypatch.setattr("onestill.trainer.ANCHOR_SECONDS", 0.0)
+    killed = trainer("run").make_anchors()
+    assert [next(killed) for _ in range(3)] == [4, 4, 2], (
+        "what is there comes first; the second batch is written by now"
+    )
+    for left, expected in ((trainer("run"), [8, 2]), (trainer("run"), [10])):
+        assert list(left.make_anchors()) == expected
+        assert left.anchors is not None and whole.anchors is not None
+        assert torch.equal(left.anchors.eps, whole.anchors.eps) and torch.equal(
+            left.anchors.signal, whole.anchors.signal
+        )
+        assert torch.equal(left.anchors.chosen["class_labels"], whole.anchors.chosen["class_labels"])
 
 
 def test_a_run_begun_again_with_other_settings_makes_a_pool_of_its_own(tmp_path: Path) -> None:

@@ -124,6 +124,39 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert config.train_batch_size == DistillConfig.model_fields["train_batch_size"].default
 
 
+@pytest.mark.parametrize(
+    ("file", "given", "made"),
+    [
+        ({"guidance_scale": 3}, {"guidance_scale_min": 1.0, "guidance_scale_max": 5.0}, {"guidance_scale": 1.0}),
+        (
+            {"guidance_scale_min": 1, "guidance_scale_max": 5},
+            {"guidance_scale": 3.0},
+            {"guidance_scale_min": None, "guidance_scale_max": None},
+        ),
+        ({"lr_warmup_steps": 500}, {"max_train_steps": 60}, {"lr_warmup_steps": 6}),
+        ({"lr_warmup_steps": 500}, {"max_train_steps": 501}, {"lr_warmup_steps": 500}),
+    ],
+)
+def test_flags_win_over_what_a_file_says_against_them(
+    file: dict[str, Any], given: dict[str, Any], made: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(file))
+    config = make_config({**GIVEN, **given}, path)
+    for name, value in {**given, **made}.items():
+        assert getattr(config, name) == value, name
+
+
+def test_a_mistake_in_a_file_is_said_to_be_there(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text('max_train_steps: "many"\ndelta: -1\n')
+    with pytest.raises(ValueError, match=r"--delta: .*, got -2\n--max_train_steps: .*, got 'many' \(.*run.yaml\)$"):
+        make_config({**GIVEN, "delta": -2}, path)
+    path.write_text("delta: 0.1\nseed: [1\nteacher: digits\n")
+    with pytest.raises(ValueError, match="run.yaml is no YAML in line 3: "):
+        make_config(GIVEN, path)
+
+
 def test_resolved_configuration_round_trips(tmp_path: Path) -> None:
     config = make_config(
         {

@@ -121,12 +121,23 @@ def test_a_failing_call_leaves_the_teacher_alone(kind: NetworkTeacher, labels_fo
     assert not torch.equal(mine, Student(kind, lora=Lora(2))(x_a, 0.3, cond))
 
 
+def test_a_rank_that_no_layer_has_is_refused(kind: NetworkTeacher) -> None:
+    with pytest.raises(
+        ValueError, match=r"--lora_rank 1000000000: no adapted layer of \w+ has more than rank (\d+)"
+    ) as caught:
+        Student(kind, lora=Lora(10**9))
+    full = int(str(caught.value).split("more than rank ")[1].split(";")[0])
+    with pytest.raises(ValueError, match=f"--lora_rank {full + 1}: "):
+        Student(kind, lora=Lora(full + 1))
+    assert list(adapters(Student(kind, lora=Lora(full)).network)), "the largest that is allowed"
+
+
 @torch.no_grad()
 def test_alpha_over_rank_scales_the_update() -> None:
     updates = []
     for alpha in (None, 8.0):
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(3, 5, bias=False))
+        network = nn.Sequential(nn.Linear(4, 5, bias=False))
         base: Any = network[0].weight
         attach(network, Lora(4, alpha))
         for parameter in network.parameters():
@@ -137,7 +148,7 @@ def test_alpha_over_rank_scales_the_update() -> None:
         assert type(network[0]) is nn.Linear
         updates.append(network[0].weight - before)
     torch.testing.assert_close(updates[1], 2 * updates[0])
-    torch.testing.assert_close(updates[0], torch.full((5, 3), 4 * 0.1 * 0.1))
+    torch.testing.assert_close(updates[0], torch.full((5, 4), 4 * 0.1 * 0.1))
 
 
 # Which layers

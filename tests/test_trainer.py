@@ -26,6 +26,7 @@ from runs_helpers import (
     go_on_with,
     interrupt_at,
     same_state,
+    snapshot,
     start_cli,
     teacher_folder,
     wait_for,
@@ -273,6 +274,30 @@ def test_resumed_is_uninterrupted_bit_by_bit(tmp_path: Path, kind: str, settings
     rows = [[{key: row[key] for key in keys} for row in metrics(tmp_path / name)] for name in ("straight", "resumed")]
     assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5, 6]
     assert rows[0] == rows[1]
+
+
+def test_a_longer_run_is_the_long_run_bit_by_bit(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"learning_rate": 1e-2, "lr_warmup_steps": 2, "anchor_fraction": 0.25, "num_anchors": 8}
+    distil(tmp_path / "straight", max_train_steps=6, **settings)
+    distil(tmp_path / "longer", max_train_steps=4, **settings)
+    (tmp_path / "longer" / "pipeline" / "README.md").write_text("of the shorter one")
+    result = distil(tmp_path / "longer", max_train_steps=6, resume_from_checkpoint="latest", **settings)
+    assert (result.step, result.num_trained) == (6, 2)
+    assert same_state(tmp_path / "straight" / "checkpoint-6", tmp_path / "longer" / "checkpoint-6")
+    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    assert equal(load_file(tmp_path / "straight" / weights), load_file(tmp_path / "longer" / weights))
+    assert "6 steps of 4 images" in (tmp_path / "longer" / "pipeline" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="max_train_steps: 6 -> 4.*only a run with a constant"):
+        distil(tmp_path / "longer", max_train_steps=4, resume_from_checkpoint="latest", **settings)
+
+
+@pytest.mark.parametrize("settings", [{"lr_scheduler": "cosine"}, {"time_sampling": "progressive"}])
+def test_a_run_whose_steps_know_its_length_does_not_become_longer(tmp_path: Path, settings: dict[str, Any]) -> None:
+    distil(tmp_path / "run", lr_warmup_steps=1, **settings)
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(ValueError, match="max_train_steps: 4 -> 6.*only a run with a constant --lr_scheduler"):
+        distil(tmp_path / "run", lr_warmup_steps=1, max_train_steps=6, resume_from_checkpoint="latest", **settings)
+    assert snapshot(tmp_path / "run") == before
 
 
 def test_resume_of_a_finished_run_only_exports(tmp_path: Path) -> None:

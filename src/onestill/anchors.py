@@ -53,6 +53,7 @@ def roll_out(
     conditions: Conditions,
     num: int,
     *,
+    first: int = 0,
     num_steps: int,
     solver: str,
     t_min: float,
@@ -60,12 +61,13 @@ def roll_out(
     device: torch.device | str = "cpu",
     batch_size: int = 64,
 ) -> Iterator[Anchors]:
-    """Yield `num` anchors in batches, made by `num_steps` steps of the guided and thresholded teacher.
+    """Yield `num` anchors less the `first` ones in batches, made by `num_steps` steps of the guided and thresholded teacher.
 
     Args:
         teacher: The teacher as the bootstrap uses it.
         conditions: Where the conditions come from.
         num: How many in all.
+        first: How many of them there are already, whole batches, after which `generator` is as they left it.
         num_steps: Solver steps from t_max to t_min, uniform in t.
         solver: One of `onestill.trajectory.STEPS`.
         t_min: Cleanest target time.
@@ -75,8 +77,8 @@ def roll_out(
     """
     spec = teacher.spec
     times = uniform_times(spec.t_max, num_steps, t_min)
-    for first in range(0, num, batch_size):
-        rows = min(batch_size, num - first)
+    for start in range(first, num, batch_size):
+        rows = min(batch_size, num - start)
         eps = torch.randn(rows, *spec.sample_shape, generator=generator)
         chosen = conditions.choose(rows, generator)
         denoised = teacher.denoiser(to_device(conditions.rows(chosen), device))
@@ -94,22 +96,36 @@ def joined(batches: list[Anchors]) -> Anchors:
     )
 
 
-def write_anchors(anchors: Anchors, path: Path, made_with: dict[str, object]) -> None:
-    """Write a pool and what it was made with, in one rename."""
-    tensors = {"eps": anchors.eps, "signal": anchors.signal}
+def write_anchors(anchors: Anchors, generator: torch.Generator, path: Path, made_with: dict[str, object]) -> None:
+    """Write a pool, whole or its first batches, with what made it, in one rename.
+
+    Args:
+        anchors: The pool.
+        generator: As the last batch left it.
+        path: The file.
+        made_with: Everything that decides what a pool is.
+    """
+    tensors = {"eps": anchors.eps, "signal": anchors.signal, "generator": generator.get_state()}
     tensors |= {f"chosen.{name}": value.contiguous() for name, value in anchors.chosen.items()}
     partial = path.with_suffix(".partial")
     save_tensors(tensors, partial, metadata={"made_with": json.dumps(made_with, sort_keys=True)})
     os.replace(partial, path)
 
 
-def read_anchors(path: Path, made_with: dict[str, object]) -> Anchors | None:
-    """Return the pool in a file, or None if there is none that was made with the same settings."""
+def read_anchors(path: Path, made_with: dict[str, object], generator: torch.Generator) -> Anchors | None:
+    """Return the pool in a file, or None if there is none that was made with the same settings.
+
+    Args:
+        path: The file.
+        made_with: Everything that decides what a pool is.
+        generator: Is left as the pool's last batch left the one that made it.
+    """
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:
         if (file.metadata() or {}).get("made_with") != json.dumps(made_with, sort_keys=True):
             return None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    generator.set_state(tensors["generator"])
     chosen = {name.removeprefix("chosen."): value for name, value in tensors.items() if name.startswith("chosen.")}
     return Anchors(tensors["eps"], tensors["signal"], chosen)

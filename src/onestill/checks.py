@@ -166,7 +166,8 @@ def find_resume(
     values = checkpoint.values
     if changes := changed_settings(values["config"], config):
         raise ValueError(
-            f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}"
+            f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}. Give those, "
+            "or a new --output_dir; only a run with a constant --lr_scheduler and no progressive times can be made longer"
         )
     if values["teacher_fingerprint"] != fingerprint:
         raise ValueError(

@@ -280,12 +280,24 @@ def make_config(values: Mapping[str, Any], config_file: Path | None = None) -> D
     Raises:
         ValueError: With one line per problem, each naming the flag and what was given.
     """
-    merged = {**(read_yaml(config_file) if config_file else {}), **values}
-    refuse_unknown(merged, DistillConfig.model_fields, str(config_file) if config_file else "the configuration")
+    read = read_yaml(config_file) if config_file else {}
+    for names, where in ((read, str(config_file)), (values, "the configuration")):
+        refuse_unknown(names, DistillConfig.model_fields, where)
+    merged = {**_not_against(values, read), **values}
     try:
         return DistillConfig(**merged)
     except ValidationError as error:
-        raise ValueError(describe(error)) from None
+        raise ValueError(describe(error, {name: f" ({config_file})" for name in read if name not in values})) from None
+
+
+def _not_against(values: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file says without what `values` exclude: another kind of guidance, a warm-up longer than the run."""
+    fixed, drawn = {"guidance_scale"}, {"guidance_scale_min", "guidance_scale_max"}
+    out = (fixed if drawn & values.keys() else set()) | (drawn if fixed & values.keys() else set())
+    steps, warmup = values.get("max_train_steps"), read.get("lr_warmup_steps")
+    if isinstance(steps, int) and isinstance(warmup, int) and warmup >= steps:
+        out |= {"lr_warmup_steps"}
+    return {name: value for name, value in read.items() if name not in out}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -298,6 +310,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise ValueError(f"--config {path} is no YAML{line}: {error.problem or error.context}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is no YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
@@ -326,23 +341,42 @@ def deciding_settings(config: DistillConfig) -> dict[str, Any]:
     return {name: v for name, v in config.model_dump(mode="json").items() if name not in RESUMABLE_CHANGES}
 
 
+def pool_settings(config: DistillConfig) -> dict[str, Any]:
+    """Return the settings that a run's pool of anchors is made with: the deciding ones, but not how long the run is."""
+    return {name: value for name, value in deciding_settings(config).items() if name != "max_train_steps"}
+
+
 def changed_settings(old: Mapping[str, Any], new: DistillConfig) -> list[str]:
-    """Return "name: old -> new" for each setting that must not differ on resume and does."""
+    """Return "name: old -> new" for each setting that must not differ on resume and does.
+
+    A run may become longer where no step knows how many there will be: with a constant rate and no progressive times.
+    """
     values = deciding_settings(new)
+    if _can_be_longer(new) and old.get("max_train_steps", 0) < new.max_train_steps:
+        del values["max_train_steps"]
     # A run of a version without some setting had its default.
     defaults = {k: f.default for k, f in DistillConfig.model_fields.items()}
     old = {name: old.get(name, list(d) if isinstance(d := defaults[name], tuple) else d) for name in values}
     return [f"{name}: {old[name]!r} -> {values[name]!r}" for name in sorted(values) if old[name] != values[name]]
 
 
-def describe(error: ValidationError) -> str:
-    """Return a validation error as one line per problem, naming flags."""
+def _can_be_longer(config: DistillConfig) -> bool:
+    return config.lr_scheduler.startswith("constant") and config.time_sampling != "progressive"
+
+
+def describe(error: ValidationError, origins: Mapping[str, str] | None = None) -> str:
+    """Return a validation error as one line per problem, naming flags.
+
+    Args:
+        error: The error.
+        origins: Where a setting's value comes from, in words, by its name; nothing is said of others.
+    """
     lines = []
     for problem in error.errors():
         message = problem["msg"].removeprefix("Value error, ")
         if problem["loc"]:
             given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
             message = "is required" if problem["type"] == "missing" else message[0].lower() + message[1:]
-            message = f"--{problem['loc'][0]}: {message}{given}"
+            message = f"--{problem['loc'][0]}: {message}{given}{(origins or {}).get(str(problem['loc'][0]), '')}"
         lines.append(message)
     return "\n".join(lines)

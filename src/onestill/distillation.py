@@ -99,7 +99,8 @@ def run(
     if trainer.accelerator.is_main_process:
         make_output_dir(config.output_dir)
         here = config.output_dir.absolute()
-        write_yaml(config.model_copy(update={"output_dir": here}), here / CONFIG_FILE)
+        kept = config.model_copy(update={"output_dir": here, "resume_from_checkpoint": None})
+        write_yaml(kept, here / CONFIG_FILE)
         facts = {"fingerprint": prepared.fingerprint, "teacher": config.teacher}
         if prepared.base_student is not None:
             facts["base_student"] = prepared.base_student.fingerprint
@@ -120,7 +121,8 @@ def run(
             with _bar(trainer, show_progress, "making anchors", config.num_anchors, unit="anchor") as bar:
                 for num in trainer.make_anchors():
                     bar.update(num)
-        with _bar(trainer, show_progress, "distilling", config.max_train_steps, first) as bar:
+        going_on = show_progress and not trainer.stop_requested
+        with _bar(trainer, going_on, "distilling", config.max_train_steps, first) as bar:
             for log in trainer.steps():
                 checkpoint = log.checkpoint or checkpoint
                 bar.update()

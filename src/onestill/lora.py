@@ -55,9 +55,14 @@ def attach(network: nn.Module, lora: Lora) -> None:
     """Give a network adapters that add nothing yet, in place; they alone are trainable.
 
     Raises:
-        ValueError: If peft is not installed, no layer fits, or a layer cannot take this rank.
+        ValueError: If peft is not installed, no layer fits, no layer has so high a rank, or one cannot take it.
     """
     names = target_layers(network, lora.target_modules)
+    if lora.rank > (full := max(min(weight.flatten(1).shape) for weight in _weights(network, names))):
+        raise ValueError(
+            f"--lora_rank {lora.rank}: no adapted layer of {type(network).__name__} has more than rank {full}; give a smaller "
+            "one (16 to 128 are usual), or leave --lora_rank out and train all weights"
+        )
     peft = _peft()
     config = peft.LoraConfig(
         r=lora.rank,
@@ -107,6 +112,13 @@ def target_layers(network: nn.Module, wanted: tuple[str, ...] = ()) -> list[str]
 
 def _ending(layers: Mapping[str, nn.Module], ends: tuple[str, ...]) -> list[str]:
     return [name for name in layers if any(f".{name}".endswith(f".{end}") for end in ends)]
+
+
+def _weights(network: nn.Module, names: list[str]) -> Iterator[Tensor]:
+    for name in names:
+        weight = network.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        yield weight
 
 
 def _peft() -> Any:

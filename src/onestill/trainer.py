@@ -21,7 +21,7 @@ from onestill import objective, pictures
 from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, rotate, write_checkpoint
 from onestill.conditions import Conditions
-from onestill.config import DistillConfig, deciding_settings
+from onestill.config import DistillConfig, pool_settings
 from onestill.sampler import VALIDATION_SEED, generate_images, student_generator, teacher_generator, to_device
 from onestill.student import Student
 from onestill.teachers.base import Teacher
@@ -29,6 +29,7 @@ from onestill.tensors import Cond
 from onestill.trajectory import STEPS
 
 ANCHOR_SEED = 2**31
+ANCHOR_SECONDS = 300.0
 
 
 @dataclass
@@ -157,31 +158,35 @@ class Trainer:
             yield log
 
     def make_anchors(self) -> Iterator[int]:
-        """Make the pool of anchors, or read what an earlier part of this run made; yield how many were made each time.
+        """Make the pool of anchors, going on with what an earlier part of this run made; yield how many came each time.
 
-        A pool of its own for every process, from a generator of its own, so that a resumed run has the same one.
+        A pool of its own for every process, from a generator of its own, so that a resumed run has the same one. It
+        is written when it is whole, when the run is to stop, and every few minutes.
         """
         config, rank = self.config, self.accelerator.process_index
         if config.num_anchor_rows == 0:
             return
         made_with: dict[str, object] = {
-            "settings": deciding_settings(config),
+            "settings": pool_settings(config),
             "teacher": self.teacher_fingerprint,
             "prompts": self.prompts_fingerprint,
             "num_processes": self.accelerator.num_processes,
         }
         path = config.output_dir / f"anchors-{rank}.safetensors"
-        self.anchors = read_anchors(path, made_with)
-        if self.anchors is not None:
-            return
         generator = torch.Generator().manual_seed(config.seed + ANCHOR_SEED + rank)
         num = -(-config.num_anchors // self.accelerator.num_processes)
-        batches = []
+        pool = read_anchors(path, made_with, generator)
+        batches = [] if pool is None else [pool]
+        made = 0 if pool is None else len(pool.eps)
+        written, at = made, time.monotonic()
+        if made:
+            yield made
         with self.accelerator.autocast():
             for batch in roll_out(
                 self.teacher,
                 self.conditions,
                 num,
+                first=made,
                 num_steps=config.num_anchor_steps,
                 solver=config.solver,
                 t_min=config.t_min,
@@ -189,12 +194,18 @@ class Trainer:
                 device=self.device,
                 batch_size=config.train_batch_size,
             ):
-                if self.stop_requested:
-                    return
                 batches.append(batch)
+                made += len(batch.eps)
                 yield len(batch.eps)
+                if self.stop_requested or time.monotonic() - at > ANCHOR_SECONDS:
+                    batches = [joined(batches)]
+                    write_anchors(batches[0], generator, path, made_with)
+                    written, at = made, time.monotonic()
+                if self.stop_requested and made < num:
+                    return
         self.anchors = joined(batches)
-        write_anchors(self.anchors, path, made_with)
+        if written < made:
+            write_anchors(self.anchors, generator, path, made_with)
 
     def update(self) -> tuple[float, float, float]:
         """Do one optimiser step and return (loss, gradient norm, learning rate); skipped if not finite."""

@@ -145,7 +145,7 @@ def test_what_is_embedded_would_run(name: str, tmp_path: Path, monkeypatch: pyte
     if name == "digits":  # which takes no prompts
         assert outcome.code == 2 and "--prompt_cache_dir" in outcome.words
         outcome = call_cli(*words, "--output_dir", tmp_path / "run", "--dry_run")
-    assert outcome.code == 0 and "dry run: everything fits" in outcome.words, outcome.err
+    assert outcome.code == 0 and "dry run: every setting is usable" in outcome.words, outcome.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,5 +170,5 @@ def test_a_recipe_fits_the_class_it_names(name: str, tmp_path: Path, monkeypatch
         *words, "--teacher", teacher, "--output_dir", tmp_path / "run", "--device", "cpu", *(own if text else []), *small,
         "--dry_run",
     )  # fmt: skip
-    assert outcome.code == 0 and "dry run: everything fits" in outcome.words, outcome.err
+    assert outcome.code == 0 and "dry run: every setting is usable" in outcome.words, outcome.err
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from onestill.cli import demo, distill, evaluate, export, inspect, sample
 from onestill.cli.help import Command
 from onestill.cli.output import note, say
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which typer has under no public name
 # Flags have underscores, as in diffusers' scripts; dashes mean the same.
 CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
 
@@ -52,13 +55,29 @@ for command in (
 def main() -> None:
     """Run the command line; bad input ends with one clear line and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False)  # typer would draw a box around its errors
+    except UsageError as error:
+        if said := _usage(error):  # otherwise the help was shown, for want of a command
+            note(("error:", "red"), f" {said}")
+        sys.exit(2)
     except ValueError as error:
         for line in str(error).splitlines():
             note(("error:", "red"), f" {line}")
         sys.exit(2)
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """Return a mistake in a command line in one line: in the words of the parser, naming the flag first."""
+    near = difflib.get_close_matches(
+        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), n=1
+    )
+    words = " ".join((error.message if near else error.format_message()).split()).rstrip(".")
+    if value := re.match(r"Invalid value for '(--\w+)'.*?: (?:Value error, )?(.*)", words):
+        return f"{value[1]}: {value[2][:1].lower()}{value[2][1:]}"
+    return words[:1].lower() + words[1:] + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _version(show: bool) -> None:

@@ -37,7 +37,7 @@ def distill(
         raise KeyboardInterrupt(NOTHING_WRITTEN) from None
     folder = prepared.config.output_dir
     if dry_run:
-        note(f"dry run: everything fits, nothing was written to {folder}")
+        note(f"dry run: every setting is usable, nothing was written to {folder}; what it takes: onestill inspect")
         return
     result = _run(prepared)
     if result.stopped_by is not None:
