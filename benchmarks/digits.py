@@ -26,7 +26,6 @@ SETTINGS: dict[str, Any] = {
     "train_batch_size": 64,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
-    "lr_warmup_steps": 100,
     "checkpointing_steps": 500,
     "validation_steps": 1000,
 }

@@ -31,7 +31,6 @@ SETTINGS: dict[str, Any] = {
     "num_anchor_steps": 5,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
-    "lr_warmup_steps": 100,
     "checkpointing_steps": 500,
     "validation_steps": 1000,
     "num_validation_images": 8,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onestill.conditions import PromptConditions
 from onestill.sampler import VALIDATION_SEED, noise, to_device
-from onestill.student import last_layer, time_embeddings
+from onestill.student import ignores_time
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.family import examples
@@ -249,20 +249,12 @@ def open_base(path: str | Path) -> BaseStudent:
         raise ValueError(
             f"--base_student {path} needs a picture itself ({type(teacher.pipeline).__name__}); give the first stage"
         )
-    if not takes_one_step(teacher):
+    if not ignores_time(teacher.network):
         raise ValueError(
             f"--base_student {path} is a {type(teacher.pipeline).__name__} of many steps, no one-step student: distil it "
             f"first (onestill distill --teacher {path}) and give that run"
         )
     return BaseStudent(teacher, folder.resolve())
-
-
-def takes_one_step(teacher: PipelineTeacher) -> bool:
-    """Return whether a pipeline is an exported student: its network has no use for the time it is given."""
-    network = teacher.network
-    assert isinstance(network, torch.nn.Module)
-    layers = [last_layer(network.get_submodule(name)) for name in time_embeddings(network)]
-    return bool(layers) and all(not layer.weight.any() for layer in layers)
 
 
 def check_shape(base: BaseStudent, wanted: tuple[int, ...]) -> None:

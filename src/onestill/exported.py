@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onestill import card
 from onestill.chain import BaseStudent, check_shape, second_noise
@@ -20,6 +20,7 @@ from onestill.config import DistillConfig
 from onestill.export import load_pipeline
 from onestill.sampler import Generate, Rows
 from onestill.sources import Source
+from onestill.student import ignores_time, time_embeddings
 from onestill.teachers import encoders
 from onestill.teachers.family import Family, examples
 from onestill.teachers.generic import plain_family
@@ -66,10 +67,12 @@ def open_pipeline(
             pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
             family = FAMILY_OF_PIPELINE.get(class_name) or plain_family(index, pipeline)
             family = family.asking(read_call(folder))
+            _check_steps(getattr(pipeline, family.network))
             if base_student is not None:
                 return _open_enlarging(family, pipeline, folder, device, run, config, base_student)
             return _open_family(family, pipeline, folder, device, run, config)
         pipeline = load_pipeline(folder, device)
+        _check_steps(pipeline.unet)
         network = pipeline.unet.config
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"--student {folder} does not load: {str(error).splitlines()[0]}") from error
@@ -81,6 +84,11 @@ def open_pipeline(
         i for i in range(network.num_class_embeds or 0) if i != null_class
     )
     return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, run=run, config=config)
+
+
+def _check_steps(network: nn.Module) -> None:
+    if time_embeddings(network) and not ignores_time(network):
+        raise ValueError("it is a pipeline of many steps, no one-step student; --teacher draws with it")
 
 
 def _one_step(pipeline: Any) -> Generate:

@@ -30,7 +30,7 @@ from onestill.lora import Lora, has_loader
 from onestill.prompt_cache import default_cache_dir
 from onestill.prompt_plan import PromptPlan, plan_prompts, refuse_prompts, use_negative_prompt
 from onestill.prompts import PromptFile
-from onestill.student import Student
+from onestill.student import Student, refuse_student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
 from onestill.teachers.guidance import as_sampled
 from onestill.teachers.load import EMBEDDED, load_teacher, with_t_max
@@ -151,6 +151,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     base = copy.copy(teacher) if teacher is not None else configured_teacher(config)
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
         base = with_t_max(base, config.t_max)
+    refuse_student(base)
     base_student = choose_base(base, config.base_student, config.noise_level)
     if base_student is not None:
         config = _with_picture(config, base)

@@ -25,7 +25,7 @@ from onestill.restore import (
     run_of_pipeline,
 )
 from onestill.sources import Source, student_source, teacher_source
-from onestill.student import Student
+from onestill.student import Student, refuse_student
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.guidance import as_sampled
 from onestill.teachers.load import load_teacher
@@ -259,6 +259,7 @@ def open_teacher(
             device=str(device),
             arguments=arguments,
         )
+    refuse_student(teacher)
     base = choose_base(teacher, base_student, noise_level, device=device)
     scale = teacher.usual_guidance if guidance_scale is None else guidance_scale
     use_negative_prompt(teacher, negative_prompt, acts=scale != 1)

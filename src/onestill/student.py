@@ -175,6 +175,23 @@ def last_layer(embedding: nn.Module) -> nn.Linear:
     return layer
 
 
+def ignores_time(network: object) -> bool:
+    """Return whether a network has no use for the time it is given, as that of an exported student: eq. (13)."""
+    if not isinstance(network, nn.Module):
+        return False
+    layers = [last_layer(network.get_submodule(name)) for name in time_embeddings(network)]
+    return bool(layers) and all(not layer.weight.any() for layer in layers)
+
+
+def refuse_student(teacher: NetworkTeacher) -> None:
+    """Raise ValueError if a teacher is an exported student, which knows one step and no other."""
+    if ignores_time(teacher.network):
+        raise ValueError(
+            f"--teacher {teacher.spec.source} is a one-step student: its network has no use for the time that it is given. "
+            "Name the teacher of many steps that it was distilled from; --student draws with what is there"
+        )
+
+
 def _weighted_layers(network: nn.Module) -> list[tuple[str, Any]]:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)]

@@ -136,6 +136,15 @@ def test_an_exported_folder_says_its_guidance_and_is_evaluated_with_it(tmp_path:
     assert unlike.rows[0].frechet_distance != pytest.approx(inside.rows[0].frechet_distance, rel=1e-3)
 
 
+def test_students_and_teachers_are_not_taken_for_each_other() -> None:
+    sample = ("sample", "--prompt", "a", "--num_images", 1, "--output", place() / "x.png")
+    outcome = call_cli(*sample, "--student", place() / "t")
+    assert outcome.code == 2 and "it is a pipeline of many steps, no one-step student" in outcome.words
+    outcome = call_cli(*sample, "--teacher", text_run() / "pipeline")
+    assert outcome.code == 2 and "pipeline is a one-step student" in outcome.words
+    assert not (place() / "x.png").exists()
+
+
 def test_the_license_of_a_teacher_of_the_hub_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = copied(place() / "t", tmp_path / "snapshot")
 

@@ -30,11 +30,13 @@ def inspect(
     from onestill.inspection import inspect_teacher
     from onestill.preparation import configured_teacher
     from onestill.prompt_plan import refuse_prompts, use_negative_prompt
+    from onestill.student import refuse_student
 
     quiet()
     made = make_config({"output_dir": Path("run"), **settings}, config)
     check_device(made.device)
     teacher = configured_teacher(made)
+    refuse_student(teacher)
     base = (
         choose_base(teacher, made.base_student, made.noise_level)
         if made.base_student or made.noise_level is not None
