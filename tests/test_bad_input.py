@@ -297,7 +297,7 @@ SETTINGS = [
     Case("negative prompt of classes", D + "--teacher CLASS --null_class 3 --guidance_scale 2 --negative_prompt ugly", "--negative_prompt 'ugly' was given, but this teacher takes no text"),
     Case("LoRA of no rank", D + "--teacher PLAIN --lora_rank 0", "--lora_rank: input should be greater than or equal to 1, got 0"),
     Case("LoRA of no layers", D + "--teacher PLAIN --lora_rank 2 --lora_target_modules nowhere", "--lora_target_modules nowhere: no Linear or ungrouped Conv layer of UNet2DModel has a name that ends so"),
-    Case("size of a network with one", D + "--teacher PLAIN --height 16 --width 16", "--height: a DDIMPipeline's call has no such argument"),
+    Case("size of a network with one", D + "--teacher PLAIN --height 16 --width 16", "--height: the call of DDIMPipeline has no such argument"),
     Case("null class of no classes", D + "--teacher PLAIN --null_class 3", "--null_class 3 was given, but the teacher is unconditional"),
     Case("null class that is none", D + "--teacher CLASS --null_class 4", "--null_class 4 is not a label of the teacher, which has 4 (0 to 3)"),
     Case("labels of no classes", D + "--teacher PLAIN --class_labels 0", "--class_labels [0] was given, but the teacher is unconditional"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -24,6 +25,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -608,9 +610,31 @@ def test_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_hub_id_without_a_network_is_refused(tmp_path: Path, local_files_only: bool) -> None:
-    # conftest.py sets HF_HUB_OFFLINE, so the second case is a machine that cannot reach the hub.
-    with pytest.raises(ValueError, match="no such teacher: owner/name is no folder here, and the hub gave no pipeline"):
+    # conftest.py sets HF_HUB_OFFLINE.
+    said = "--local_files_only" if local_files_only else "HF_HUB_OFFLINE"
+    words = f"no such teacher: owner/name is no folder here, and the hub gave no pipeline of that name: {said} forbids"
+    with pytest.raises(ValueError, match=words):
         load_teacher("owner/name", local_files_only=local_files_only, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (errors.GatedRepoError, "it is gated: accept its terms"),
+        (errors.RepositoryNotFoundError, "there is none, or it is private: log in"),
+        (errors.RevisionNotFoundError, "it has no such --revision"),
+        (socket.gaierror, "the hub cannot be reached"),
+        (ConnectionError, "the hub cannot be reached"),
+    ],
+)
+def test_why_the_hub_gave_nothing_is_said(kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        # diffusers wraps what the hub's client raises.
+        raise OSError("Cannot load model") from kind.__new__(kind)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", fail)
+    with pytest.raises(ValueError, match=f"the hub gave no pipeline of that name: {words}"):
+        load_teacher("owner/name")
 
 
 def test_hub_error_without_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

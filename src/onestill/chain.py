@@ -21,9 +21,10 @@ from onestill.student import ignores_time
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.family import examples
-from onestill.teachers.load import load_teacher
+from onestill.teachers.load import load_teacher, read_index
 from onestill.teachers.pipeline import PipelineTeacher, read_call
 from onestill.teachers.stock import INDEX
+from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.tensors import Cond, without_autocast
 
 BASE_SEED = 2**31
@@ -200,8 +201,8 @@ def choose_base(
     kind, num_levels = type(teacher.pipeline).__name__, teacher.picture.num_levels(teacher.pipeline)
     if path is None:
         raise ValueError(
-            f"a {kind} enlarges the picture of an earlier model. Without data that picture has to come from a distilled "
-            "student of the earlier model, and no such --base_student was given"
+            f"{kind} enlarges the picture of an earlier model, which without data has to come from a distilled student of "
+            "that: distil the earlier model first, and give that run with --base_student RUN"
         )
     level = teacher.picture.level if noise_level is None else noise_level
     if not 0 <= level < num_levels:
@@ -238,13 +239,14 @@ def open_base(path: str | Path) -> BaseStudent:
         ValueError: If there is none that draws pictures from prompts in one step.
     """
     path, folder = Path(path).expanduser(), find_base(path)
+    if read_index(folder, f"--base_student {path}")["_class_name"] in UNET2D_PIPELINES:
+        raise ValueError(f"--base_student {path} takes no text, and the teacher takes prompts: both must draw the same")
     try:
         teacher = load_teacher(folder, local_files_only=True, arguments=read_call(folder))
     except ValueError as error:
         raise ValueError(f"--base_student {path}: {str(error).removeprefix(f'{folder}: ')}") from error
     if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
-        takes = "takes labels" if teacher.spec.num_classes else "takes no text"
-        raise ValueError(f"--base_student {path} {takes}, and the teacher takes prompts: both must draw the same")
+        raise ValueError(f"--base_student {path} takes labels, and the teacher takes prompts: both must draw the same")
     if teacher.family.beside is not None:
         raise ValueError(
             f"--base_student {path} needs a picture itself ({type(teacher.pipeline).__name__}); give the first stage"

@@ -253,6 +253,8 @@ def _messages(plan: PromptPlan, config: DistillConfig) -> tuple[str, ...]:
         found.append(f"{len(lacking):,} to encode for --base_student into {plan.base_cache.folder} ({size})")
     if plan.base_cache is not None:
         found.extend(plan.base_cache.messages)
+    if config.num_prompts is not None and config.num_prompts > len(prompts):
+        found.append(f"--num_prompts {config.num_prompts:,} is more than there are, and all are drawn from")
     limits = plan.teacher.prompt_limits
     found.extend(limit.warning(num) for limit, num in zip(limits, plan.num_cut(), strict=True) if num)
     if config.negative_prompt is not None:

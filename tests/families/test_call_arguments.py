@@ -232,11 +232,11 @@ def test_more_tokens_are_cut_later(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("no such argument", "sd-epsilon", "--num_frames 3", "--num_frames: a StableDiffusionPipeline's call has no such argument; it has --height, --width"),
-    ("no tokens", "sd-epsilon", "--max_sequence_length 77", "--max_sequence_length: a StableDiffusionPipeline's call has no such argument"),
-    ("no sound", "wan", "--audio_end_in_s 2", "--audio_end_in_s: a WanPipeline's call has no such argument"),
-    ("no size", "dit", "--height 16 --width 16", "--height: a DiTPipeline's call has no such argument"),
-    ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames: a AuraFlowPipeline's call has no such argument"),
+    ("no such argument", "sd-epsilon", "--num_frames 3", "--num_frames: the call of StableDiffusionPipeline has no such argument; it has --height, --width"),
+    ("no tokens", "sd-epsilon", "--max_sequence_length 77", "--max_sequence_length: the call of StableDiffusionPipeline has no such argument"),
+    ("no sound", "wan", "--audio_end_in_s 2", "--audio_end_in_s: the call of WanPipeline has no such argument"),
+    ("no size", "dit", "--height 16 --width 16", "--height: the call of DiTPipeline has no such argument"),
+    ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames: the call of AuraFlowPipeline has no such argument"),
     ("height alone", "sd-epsilon", "--height 16", "--height and --width are given together or not at all"),
     ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 --width 16: `height` and `width` have to be divisible by 8"),
     ("rounded without a word", "flux", "--height 19 --width 16 --max_sequence_length 16", "--height 19: a FluxPipeline cannot make that and rounds it; ask for --height 16"),

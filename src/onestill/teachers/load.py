@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import re
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -169,8 +170,8 @@ def _check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
     for name in arguments:
         if name not in taken:
             known = [f"--{known}" for known in CALL_ARGUMENTS if known in taken]
-            has = f"it has {', '.join(known)}" if known else "it has none of these"
-            raise ValueError(f"--{name}: a {class_name}'s call has no such argument; {has}")
+            has = f"it has {', '.join(known)}" if known else f"it has none of --{', --'.join(CALL_ARGUMENTS)}"
+            raise ValueError(f"--{name}: the call of {class_name} has no such argument; {has}")
 
 
 def with_t_max(teacher: NetworkTeacher, t_max: float) -> NetworkTeacher:
@@ -234,13 +235,37 @@ def _download(
         )
     except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
         raise ValueError(
-            f"no such teacher: {source} is no folder here, and the hub gave no pipeline of that name "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            f"no such teacher: {source} is no folder here, and the hub gave no pipeline of that name: "
+            f"{_why_not(error, offline)}"
         ) from error
     # Its card, which names its license, is in no pipeline's download; there may be none.
     with suppress(Exception):
         hf_hub_download(source, "README.md", revision=revision, cache_dir=cache_dir, local_files_only=offline)
     return folder
+
+
+def _why_not(error: BaseException, offline: bool) -> str:
+    """Return why the hub gave nothing, in words that say what to do."""
+    from huggingface_hub import errors
+
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for kinds, words in (
+        (errors.GatedRepoError, "it is gated: accept its terms on its page, and log in with `hf auth login`"),
+        (errors.RevisionNotFoundError, "it has no such --revision"),
+        (errors.RepositoryNotFoundError, "there is none, or it is private: log in with `hf auth login`"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids the network, and it was not downloaded before"),
+        (socket.gaierror, "the hub cannot be reached, and it was not downloaded before"),
+        (ConnectionError, "the hub cannot be reached, and it was not downloaded before"),
+    ):
+        if any(isinstance(each, kinds) for each in causes):
+            return words
+    if offline and any(isinstance(each, errors.LocalEntryNotFoundError) for each in causes):
+        return "--local_files_only forbids the network, and it was not downloaded before"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _is_component(entry: list[Any]) -> bool:
