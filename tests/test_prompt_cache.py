@@ -77,7 +77,7 @@ def test_shards_are_many_and_few_are_open(tmp_path: Path, monkeypatch: pytest.Mo
 def test_another_encoder_is_kept_apart_and_that_is_said(tmp_path: Path) -> None:
     fill(PromptCache(tmp_path, "one", LIKE), TEXTS)
     other = PromptCache(tmp_path, "two", LIKE)
-    assert len(other) == 0 and "1 other text encoders (one); they are kept apart" in other.messages[0]
+    assert len(other) == 0 and "other text encoders or settings too, which are kept apart: one" in other.messages[0]
     # Somebody who copies the files by hand does not mix them either.
     (tmp_path / "two").mkdir()
     for path in (tmp_path / "one").iterdir():

@@ -80,7 +80,8 @@ class PromptCache:
         others = sorted(p.name for p in root.iterdir() if p.is_dir() and p != self.folder) if root.is_dir() else []
         if others and not len(self):
             self.messages.append(
-                f"{root} holds prompts of {len(others)} other text encoders ({', '.join(others[:3])}); they are kept apart"
+                f"{root} holds prompts of other text encoders or settings too, which are kept apart: {', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}"
             )
 
     def __len__(self) -> int:

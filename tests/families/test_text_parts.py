@@ -75,6 +75,49 @@ def test_a_run_on_another_projection_is_not_gone_on_with(tmp_path: Path) -> None
         onestill.distill(tmp_path / "t", tmp_path / "run", resume_from_checkpoint="latest", **once)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "same"),
+    [
+        ("sd-epsilon", {"height": 32, "width": 16}, True),
+        ("sd3", {"height": 32, "width": 16}, True),
+        ("flux", {"height": 32, "width": 32}, True),
+        ("wan", {"num_frames": 9}, True),
+        ("sdxl-zeros", {"height": 32, "width": 32}, False),
+        ("stable-audio", {"audio_end_in_s": 0.5}, False),
+        ("sana", {"max_sequence_length": 24}, False),
+    ],
+)
+def test_a_size_is_of_the_encoder_where_it_is_in_the_conditions(
+    name: str, arguments: dict[str, Any], same: bool
+) -> None:
+    usual, other = own_teacher(name), load_teacher(folder_of(name), arguments={**ARGUMENTS.get(name, {}), **arguments})
+    assert isinstance(other, PipelineTeacher)
+    assert not same or other.spec.sample_shape != usual.spec.sample_shape, "otherwise nothing is tried"
+    assert (other.encoder_identity() == usual.encoder_identity()) is same
+    one, two = (teacher.of_prompts(teacher.encode(["red", "a blue b"])) for teacher in (usual, other))
+    assert same == (
+        one.keys() == two.keys() and all(v.shape == two[k].shape and torch.equal(v, two[k]) for k, v in one.items())
+    )
+
+
+def test_teachers_that_share_their_encoders_share_their_prompts(tmp_path: Path) -> None:
+    pipeline = build("sd-epsilon")
+    for name in ("one", "two"):
+        with torch.no_grad():
+            pipeline.unet.conv_in.weight.mul_(0.5)
+        pipeline.save_pretrained(tmp_path / name)
+    config = tmp_path / "two" / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"norm_eps": 1e-05', '"norm_eps": 2e-05'))
+    assert '"norm_eps": 2e-05' in config.read_text()
+    (tmp_path / "p.txt").write_text("red\nblue\n")
+    found = []
+    for name in ("one", "two"):
+        values = {**settings(tmp_path), "teacher": str(tmp_path / name), "output_dir": tmp_path / f"run-{name}"}
+        found.append(prepare(make_config(values)).messages[0])
+        onestill.distill(tmp_path / name, tmp_path / f"run-{name}", show_progress=False, **settings(tmp_path))
+    assert "2 to encode" in found[0] and "all encoded already" in found[1]
+
+
 def test_words_that_diffusers_puts_before_a_prompt_are_of_the_encoder() -> None:
     lumina, sana = own_teacher("lumina2"), own_teacher("sana")
     before = lumina.encoder_identity(), sana.encoder_identity()

@@ -21,7 +21,13 @@ from onestill.tensors import Cond
 
 CALL_FILE = "onestill_call.json"
 """In an exported folder: the arguments of the call that a student was distilled at, if any were asked for."""
+SIZES = ("height", "width", "num_frames")
+"""Arguments of a call that decide no condition of a prompt but by a value of its own, or its shape."""
 PLAIN = (bool, int, float, str)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return not value.is_complex() and (not value.is_floating_point() or torch.equal(value, value.round(decimals=3)))
 
 
 class PipelineTeacher(NetworkTeacher):
@@ -102,19 +108,26 @@ class PipelineTeacher(NetworkTeacher):
         Raises:
             RuntimeError: If the text encoders were released.
         """
+        with tokenizing.listening(self.pipeline) as heard:
+            rows = self.of_prompts(self.encode([tokenizing.EXAMPLE, f"another {tokenizing.EXAMPLE}"]))
+        # What no prompt changes, such as a size, is made of other things than the encoders. It counts by its values
+        # where those are plain, such as 1024 or 3.5; where every device may round them in another way, all that they
+        # may be made of counts.
+        fixed = {name: value[0] for name, value in sorted(rows.items()) if torch.equal(value[0], value[1])}
+        plain = all(map(_is_plain, fixed.values()))
         facts = (
             # The tokens show what the installed diffusers puts around a prompt, which no configuration holds.
-            [(call.name, call.tokens) for call in self._heard()],
+            [(call.name, call.tokens) for call in heard],
             type(self.pipeline).__name__,
-            encoders.plain_config(self.network.config),  # type: ignore[attr-defined]  # a pipeline's network has one
-            getattr(self.pipeline, "vae_scale_factor", None),
-            sorted(self.family.arguments.items()),
-            [
-                (name, tuple(v.shape[1:]), str(v.dtype))
-                for name, v in sorted(self.of_prompts(self.example_cond).items())
-            ],
+            [(name, tuple(v.shape[1:]), str(v.dtype)) for name, v in sorted(rows.items())],
+            [(name, value) for name, value in sorted(self.family.arguments.items()) if name not in SIZES or not plain],
+            {name: value.tolist() for name, value in fixed.items()} if plain else self._made_of(),
         )
         return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
+
+    def _made_of(self) -> tuple[object, ...]:
+        network: Any = self.network  # that of a pipeline has a configuration
+        return encoders.plain_config(network.config), getattr(self.pipeline, "vae_scale_factor", None)
 
     @property
     def guidance_input(self) -> str | None:
