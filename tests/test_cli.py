@@ -277,6 +277,8 @@ def test_inspect_json(kind: str, conditioning: str) -> None:
     network: Any = onestill.load_teacher(teacher_folder(kind)).network
     assert found["num_parameters"] == sum(p.numel() for p in network.parameters())
     assert found["estimated_memory_gb"] > 0 and found["estimated_seconds_per_step"] > 0
+    assert found["folder"] == str(teacher_folder(kind)) and found["max_train_steps"] == 10_000
+    assert found["num_anchors"] == 0 < found["estimated_seconds_per_anchor"]
 
 
 def test_inspect_is_readable_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +288,19 @@ def test_inspect_is_readable_and_writes_nothing(tmp_path: Path, monkeypatch: pyt
     for words in ("3 classes, null class 3", "1 x 8 x 8", "t_max = 1", "GB and", "at the network's time embedding"):
         assert words in outcome.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_says_what_the_whole_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eight images each; there is no base student to draw pictures.
+    monkeypatch.setattr("onestill.inspection._seconds", lambda call, _: 0.008 * (call.__name__ != "pictures"))
+    settings = ("--train_batch_size", 16, "--max_train_steps", 3000, "--boundary_weight", 0, "--device", "cpu")
+    outcome = call_cli("inspect", "--teacher", teacher_folder(), *settings)
+    # A pass with gradients, one without, and the teacher's, of 16 images: 48 ms.
+    assert "0.048 s per step on cpu, batch 16; 3,000 steps take 2 minutes" in " ".join(outcome.out.split())
+    anchors = ("--anchor_fraction", 0.5, "--num_anchors", 100_000, "--num_anchor_steps", 100)
+    outcome = call_cli("inspect", "--teacher", teacher_folder(), *settings, *anchors)
+    said = " ".join(outcome.out.split())
+    assert "0.032 s per step" in said and "3,000 steps take 96 seconds, 100,000 anchors 2.8 hours more" in said
 
 
 def test_inspect_counts_the_batch_and_the_solver() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Inspection:
     """What `onestill inspect` says; `as_dict` is its --json."""
 
     teacher: str
+    folder: str
     family: str
     process: str
     prediction_type: str
@@ -51,6 +53,9 @@ class Inspection:
     train_batch_size: int
     estimated_memory_gb: float
     estimated_seconds_per_step: float
+    max_train_steps: int
+    estimated_seconds_per_anchor: float
+    num_anchors: int
     estimate_device: str
     enlarges: str
 
@@ -71,10 +76,11 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: BaseSt
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
-    memory, seconds = estimate(teacher, student, config, device, base)
+    cost = estimate(teacher, student, config, device, base)
     reached = isinstance(student.injection, TimeEmbeddingInjection)
     return Inspection(
         teacher=spec.source,
+        folder="" if teacher.folder is None else str(teacher.folder),
         family=spec.family,
         process=spec.process.name,
         prediction_type=spec.prediction_type,
@@ -97,8 +103,11 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: BaseSt
         prompt_bytes=_prompt_bytes(teacher, base),
         target_time_enters="at the network's time embedding" if reached else "as a bias of every layer (fallback)",
         train_batch_size=config.train_batch_size,
-        estimated_memory_gb=memory / 1e9,
-        estimated_seconds_per_step=seconds,
+        estimated_memory_gb=cost.memory / 1e9,
+        estimated_seconds_per_step=cost.step_seconds,
+        max_train_steps=config.max_train_steps,
+        estimated_seconds_per_anchor=cost.anchor_seconds,
+        num_anchors=config.num_anchors if config.num_anchor_rows else 0,
         estimate_device=str(device),
         enlarges=_enlarges(teacher, base),
     )
@@ -146,19 +155,35 @@ def _enlarges(teacher: NetworkTeacher, base: BaseStudent | None) -> str:
     return f"{size} pictures of {base.name} to enlarge, noise level {teacher.picture.level}"
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes.
+
+    Attributes:
+        memory: Bytes.
+        step_seconds: Of one optimiser step.
+        anchor_seconds: Of one anchor, which are all made before the first step.
+    """
+
+    memory: float
+    step_seconds: float
+    anchor_seconds: float
+
+
 def estimate(
     teacher: NetworkTeacher,
     student: Student,
     config: DistillConfig,
     device: torch.device,
     base: BaseStudent | None = None,
-) -> tuple[float, float]:
-    """Return (bytes, seconds per optimiser step) of a run.
+) -> Cost:
+    """Return what a run takes.
 
     Memory: the teacher's weights, which a LoRA student shares; what the student trains, with its gradients, two Adam
-    moments and their average; and the activations kept for the backward pass, counted on a few images and scaled to the batch. Time: one student and
-    the teacher's forwards and one forward with backward, on a few images, scaled likewise. A base student adds its
-    weights and its one step.
+    moments and their average; and the activations kept for the backward pass. Time: a forward with backward for every
+    row, and for those that are no anchors the student's and the teacher's forwards of its target; an anchor is the
+    teacher's forwards of all its steps. Both are measured on a few images and scaled to the batch. A base student adds
+    its weights and its one step.
     """
     num = min(8, config.train_batch_size)
     if config.gradient_checkpointing:
@@ -190,28 +215,46 @@ def estimate(
         base.teacher.to(device)
         drawn = torch.zeros(num, *base.shape), base.teacher.example_rows(num)
 
-    def step() -> None:
+    def pictures() -> None:
         if base is not None and drawn is not None:
             base.pictures(*drawn)
+
+    def teacher_step() -> None:
         with torch.no_grad(), autocast(config.mixed_precision, device):
-            student(x, t_max / 2, cond)
             for _ in range(CALLS_PER_STEP[config.solver]):
                 fitted.denoised(x, t_max / 2, cond)
+
+    def student_target() -> None:
+        with torch.no_grad(), autocast(config.mixed_precision, device):
+            student(x, t_max / 2, cond)
+
+    def learn() -> None:
         student_loss().backward()
 
-    step()
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(3):
-        step()
-    _wait(device)
-    seconds = (time.perf_counter() - started) / 3
+    learning, of_student, of_teacher, of_base = (
+        _seconds(call, device) for call in (learn, student_target, teacher_step, pictures)
+    )
     student.zero_grad()
     scale = config.train_batch_size / num
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     weights = 4 * (copies * trained + _num_weights(teacher) + (_num_weights(base.teacher) if base else 0))
-    return weights + kept * scale, seconds * scale * config.gradient_accumulation_steps
+    # An anchor's target is there before the first step.
+    bootstrapped = 1 - config.num_anchor_rows / config.train_batch_size
+    seconds = learning + of_base + bootstrapped * (of_student + of_teacher)
+    an_anchor = (config.num_anchor_steps * of_teacher + of_base) / num
+    return Cost(weights + kept * scale, seconds * scale * config.gradient_accumulation_steps, an_anchor)
+
+
+def _seconds(call: Callable[[], None], device: torch.device) -> float:
+    """Return what a call takes once everything is warm."""
+    call()
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(3):
+        call()
+    _wait(device)
+    return (time.perf_counter() - started) / 3
 
 
 def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:

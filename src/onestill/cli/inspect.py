@@ -60,6 +60,7 @@ def inspect(
     )
     rows = {
         "teacher": found.teacher,
+        **({"folder": found.folder} if found.folder not in ("", found.teacher) else {}),
         "family": found.family,
         "process": found.process,
         "prediction": found.prediction_type,
@@ -76,11 +77,28 @@ def inspect(
         "guidance": _guidance(found),
         **({"prompts": _prompts(found)} if found.prompt_bytes else {}),
         "target time enters": found.target_time_enters,
-        "estimate": f"{found.estimated_memory_gb:.2f} GB and {found.estimated_seconds_per_step:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}",
+        "estimate": _estimate(found),
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     out.print(table)
+
+
+def _estimate(found: Inspection) -> str:
+    """Return what a run takes, in words."""
+    seconds = found.estimated_seconds_per_step
+    step = f"{found.estimated_memory_gb:.2f} GB and {seconds:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}"
+    run = f"{found.max_train_steps:,} steps take {_time(seconds * found.max_train_steps)}"
+    if found.num_anchors:
+        run += f", {found.num_anchors:,} anchors {_time(found.estimated_seconds_per_anchor * found.num_anchors)} more"
+    return f"{step}; {run}"
+
+
+def _time(seconds: float) -> str:
+    for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}" if unit > 60 else f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} seconds"
 
 
 def _guidance(found: Inspection) -> str:
