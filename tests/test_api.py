@@ -368,10 +368,17 @@ def test_evaluate_refuses_a_teacher_of_another_size(tmp_path: Path) -> None:
         onestill.evaluate(finished_run(), teacher=teacher, **FEW)
 
 
-def test_where_a_report_goes_if_nothing_is_said(tmp_path: Path) -> None:
+def test_where_a_report_goes_if_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished_run()
     assert default_report_folder(run) == default_report_folder(run / "pipeline") == run / "evaluation"
-    assert default_report_folder(tmp_path / "elsewhere") == Path("evaluation")
+    assert default_report_folder(tmp_path / "elsewhere") == tmp_path / "elsewhere-evaluation"
+    assert default_report_folder("exports/cat") == Path("exports/cat-evaluation")
+    # From inside the folder too.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert default_report_folder(".") == tmp_path / "elsewhere-evaluation"
+    monkeypatch.chdir(run / "pipeline")
+    assert default_report_folder(".") == run.resolve() / "evaluation"
 
 
 # export

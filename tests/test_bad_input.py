@@ -527,6 +527,8 @@ OTHERS = [
     Case("a student distilled again", D + "--teacher RUN/pipeline", "pipeline is a one-step student"),
     Case("evaluate of nothing", E, "missing option '--student'"),
     Case("evaluate of no folder", E + "--student none", "--student none: no such folder"),
+    Case("evaluate of no folder beside a report", E + "--student none", "--student none: no such folder", write("none-evaluation/report.json", "{}")),
+    Case("evaluate of no folder over a report", E + "--student none --output out", "--student none: no such folder", write("out/report.json", "{}")),
     Case("evaluate of an export that knows no teacher", E + "--student alone --output out", "name it with --teacher", exported_alone),
     Case("evaluate of too few", "evaluate --student RUN --num_samples 9 --output out", "--num_samples must be at least 10"),
     Case("evaluate at no steps", E + "--student RUN --steps 4,x --output out", "--steps '4,x' must be whole numbers with commas"),

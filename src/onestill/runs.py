@@ -156,10 +156,7 @@ def open_student(
         )
 
     path = Path(path)
-    if not path.is_dir():
-        raise ValueError(
-            f"--student {path}: no such folder; give a run (--output_dir of distill) or an exported pipeline"
-        )
+    check_folder(path)
     special = [
         flag
         for flag, given in (("--target_time", target_time != 0), ("--guidance_scale", guidance_scale is not None))
@@ -193,6 +190,14 @@ def open_student(
     check_student_request(student, config, target_time, guidance_scale)
     base = base_of_run(run, config, student.teacher, device, given=base_student)
     return _student_at(student, path, config, target_time, guidance_scale, device, base)
+
+
+def check_folder(student: str | Path) -> None:
+    """Raise ValueError if there is no such folder."""
+    if not Path(student).is_dir():
+        raise ValueError(
+            f"--student {student}: no such folder; give a run (--output_dir of distill) or an exported pipeline"
+        )
 
 
 def _student_at(

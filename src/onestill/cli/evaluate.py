@@ -64,7 +64,10 @@ def evaluate(
     batch_size: BatchOption = 64,
     speed: Annotated[bool, typer.Option("--speed/--no_speed", help="Time the rows.")] = True,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder of the report [default: RUN/evaluation].")
+        Path | None,
+        typer.Option(
+            "--output", help="Folder of the report [default: RUN/evaluation, or beside an export: FOLDER-evaluation]."
+        ),
     ] = None,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",

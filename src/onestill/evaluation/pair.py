@@ -31,7 +31,7 @@ from onestill.preparation import fit_teacher
 from onestill.prompt_plan import use_negative_prompt
 from onestill.prompts import read_prompts
 from onestill.restore import run_teacher
-from onestill.runs import open_student
+from onestill.runs import check_folder, open_student
 from onestill.sources import Source, teacher_source
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.guidance import as_sampled
@@ -106,6 +106,7 @@ def evaluate(
     """
     check_device(device)
     place = resolve_device(device)
+    check_folder(student)  # before the output, whose default it names
     _check_evaluation(num_samples, steps, batch_size, num_reference_steps, output, overwrite)
     check_seeds(seed, num_samples)
     check_guidance(guidance_scale)
@@ -348,8 +349,12 @@ def _reference(
 
 
 def default_report_folder(student: str | Path) -> Path:
-    """Return where the report of a student goes if nothing is said: its run's folder, or beside the pipeline."""
+    """Return where the report of a student goes if nothing is said: its run's folder, or beside the exported one."""
     path = Path(student)
+    if path.name in ("", "..") and not is_run(path):
+        path = path.resolve()  # "." says neither its name nor what it lies in
     if path.name == PIPELINE_FOLDER and is_run(path.parent):
         path = path.parent
-    return (path if is_run(path) or is_run(path.parent) else Path(".")) / "evaluation"
+    if is_run(path) or is_run(path.parent):
+        return path / "evaluation"
+    return path.with_name(f"{path.name}-evaluation")
