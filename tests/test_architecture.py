@@ -128,7 +128,7 @@ def test_imports_are_seen() -> None:
     assert imports_of("process") == set()
     assert "process" in imports_of("trajectory")
     assert {"objective", "pictures", "sampler"} <= imports_of("trainer")
-    assert "cli.sample" in imports_of("cli") and "api" in imports_of("cli.sample")
+    assert "cli.sample" in imports_of("cli") and "play" in imports_of("cli.sample")
     assert {"api", "evaluation.pair", "student"} <= imports_of("onestill")
 
 

@@ -323,13 +323,24 @@ def test_sample_writes_a_grid_a_tensor_or_a_folder(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "6 images, seeds 3..8" in outcome.out
     with Image.open(tmp_path / "deep" / "grid.png") as picture:
-        assert picture.size == (3 * 64, 2 * 64)
+        assert picture.size == (3 * 112 + 4 * 8, 2 * 112 + 3 * 8)  # no words: nothing tells the images apart
     assert call_cli("sample", "--student", run, "--output", tmp_path / "x.safetensors", *common).code == 0
     images = load_file(tmp_path / "x.safetensors")["images"]
     assert torch.equal(images, onestill.sample(run, num_images=6, seed=3))
     assert call_cli("sample", "--student", run, "--output", tmp_path / "folder", *common).code == 0
     names = sorted(path.name for path in (tmp_path / "folder").iterdir())
     assert names == [f"{seed:06d}.png" for seed in range(3, 9)]
+
+
+def test_sample_says_which_label_each_picture_has(tmp_path: Path) -> None:
+    for labels, rows in (([], 3), ([1], 0)):
+        flags = [part for label in labels for part in ("--class_labels", label)]
+        path = tmp_path / f"{len(labels)}.png"
+        common = ["--student", finished_run("class"), "--num_images", 6, "--output", path, *flags]
+        assert call_cli("sample", *common).code == 0
+        plain = 112 * 2 + 8 * 3
+        with Image.open(path) as picture:
+            assert picture.width == 3 * 112 + 4 * 8 and (picture.height > plain) is bool(rows)
 
 
 def test_sample_from_run_checkpoint_and_pipeline_agree(tmp_path: Path) -> None:

@@ -145,26 +145,76 @@ def test_points_are_scattered(tmp_path: Path, shape: tuple[int, ...]) -> None:
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 10
 
 
-@pytest.mark.parametrize("num", [*range(1, 21), 64, 100])
+@pytest.mark.parametrize("num", [*range(2, 21), 64, 100])
 def test_grid_holds_every_image_and_is_near_square(tmp_path: Path, num: int) -> None:
     images = torch.linspace(-1, 0.9, num).reshape(-1, 1, 1, 1).expand(num, 3, 4, 4)
-    grid = read_pixels(save_grid(images, tmp_path / "grid.png"))
+    grid = read_pixels(save_grid(images, tmp_path / "grid.png", size=4))
     tiles = [tuple(tile.reshape(-1)[:3]) for tile in _tiles(grid, 4)]
     colours = [tuple(np.asarray(picture)[0, 0]) for picture in to_pil(images)]
     assert tiles[:num] == colours, "in the order they came, row by row"
-    rows, columns = grid.shape[0] // 4, grid.shape[1] // 4
-    assert rows * columns - num < max(rows, columns), "no empty row or column"
+    assert (len(tiles) - num) == tiles.count((255, 255, 255)), "the rest is paper"
+    rows, columns = (grid.shape[0] - 8) // 12, (grid.shape[1] - 8) // 12
+    assert rows * columns == len(tiles) and rows * columns - num < max(rows, columns), "no empty row or column"
     assert max(rows, columns) <= 3 * min(rows, columns)
 
 
 def _tiles(grid: np.ndarray, size: int) -> list[np.ndarray]:
-    return [
-        grid[y : y + size, x : x + size] for y in range(0, grid.shape[0], size) for x in range(0, grid.shape[1], size)
-    ]
+    """Return the tiles of a grid without words, all of which have paper around them."""
+    ys, xs = (range(8, length, size + 8) for length in grid.shape[:2])
+    paper = grid.copy()
+    for y in ys:
+        for x in xs:
+            paper[y : y + size, x : x + size] = 255
+    assert bool((paper == 255).all()), "a gutter between the tiles and around them"
+    return [grid[y : y + size, x : x + size] for y in ys for x in xs]
 
 
-def test_grid_can_be_enlarged(tmp_path: Path) -> None:
-    assert read_pixels(save_grid(shade(4, 0.0), tmp_path / "grid.png", size=32)).shape == (64, 64, 3)
+def test_small_images_of_a_grid_are_enlarged_a_whole_number_of_times_and_keep_their_shape(tmp_path: Path) -> None:
+    def shape_of(height: int, width: int) -> tuple[int, ...]:
+        images = torch.zeros(4, 1, height, width)
+        return read_pixels(save_grid(images, tmp_path / "grid.png")).shape
+
+    assert shape_of(32, 32) == (2 * 128 + 3 * 8, 2 * 128 + 3 * 8, 3)
+    assert shape_of(16, 32) == (2 * 64 + 3 * 8, 2 * 128 + 3 * 8, 3)
+    assert shape_of(200, 120) == (2 * 200 + 3 * 8, 2 * 120 + 3 * 8, 3)
+
+
+def test_large_images_of_a_grid_are_exact(tmp_path: Path) -> None:
+    noise = torch.rand(2, 3, 120, 120) * 2 - 1
+    grid = read_pixels(save_grid(noise, tmp_path / "grid.png", words=("one", "two")))
+    assert [contains(grid, np.asarray(picture)) for picture in to_pil(noise)] == [1, 1]
+
+
+def test_one_image_is_a_picture_of_its_own(tmp_path: Path) -> None:
+    noise = torch.rand(1, 3, 8, 8) * 2 - 1
+    picture = read_pixels(save_grid(noise, tmp_path / "one.png", words=("a cat",)))
+    assert np.array_equal(picture, np.asarray(to_pil(noise)[0]))
+
+
+@pytest.mark.parametrize(
+    ("num", "words", "columns", "captions"),
+    [
+        (16, ["a", "b"], 4, [True, False, False, False]),
+        (9, ["a", "b", "c", "d"], 4, [True, False, False]),
+        (6, ["a", "b", "c", "d", "e", "f"], 3, [True, True]),
+        (16, [*"abcdefghij"], 4, [True, True, True, True]),
+        (30, [*"abcdefghij"], 10, [True, False, False]),
+        (4, ["a", "a", "b", "b"], 2, [True, True]),
+        (4, ["a"], 2, [False, False]),
+        (4, [], 2, [False, False]),
+    ],
+)
+def test_a_grid_says_what_its_images_are_of(
+    tmp_path: Path, num: int, words: list[str], columns: int, captions: list[bool]
+) -> None:
+    said = [words[i % len(words)] for i in range(num)] if words else []
+    grid = read_pixels(save_grid(shade(num, 0.0), tmp_path / "grid.png", words=said, size=8))
+    grey = (grid == 128).all(-1)
+    assert grey.any(0).sum() == columns * 8
+    (tops,) = np.nonzero(np.diff(grey[:, 8].astype(int)) == 1)
+    starts, ends = tops + 1, [0, *(tops[:-1] + 9)]
+    # Ink in the gap above a row of images is its captions.
+    assert [bool((grid[a:b] < 100).any()) for a, b in zip(ends, starts, strict=True)] == captions
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 8, 8), (4, 8, 8), (2, 8)])
@@ -187,9 +237,11 @@ def test_samples_as_tensors_are_exact(tmp_path: Path) -> None:
 
 
 def test_samples_as_a_grid(tmp_path: Path) -> None:
-    path = save_samples(shade(4, 0.0), tmp_path / "new" / "samples.png", seed=0)
-    # Small images are enlarged to 64 pixels, so that they can be seen.
-    assert read_pixels(path).shape == (128, 128, 3)
+    plain = read_pixels(save_samples(shade(4, 0.0), tmp_path / "new" / "samples.png", seed=0))
+    said = read_pixels(
+        save_samples(shade(4, 0.0), tmp_path / "said.png", 0, ["label 0", "label 1", "label 2", "label 3"])
+    )
+    assert said.shape[0] > plain.shape[0] and said.shape[1] == plain.shape[1] == 2 * 112 + 3 * 8
     assert read_pixels(save_samples(shade(1, 0.0, size=80), tmp_path / "large.png", seed=0)).shape == (80, 80, 3)
 
 

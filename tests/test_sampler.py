@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,26 @@ def test_no_seeds_are_no_images() -> None:
 
 
 # Batches
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("place", "show", "num", "shown"),
+    [(Terminal, True, 5, True), (Terminal, True, 2, False), (Terminal, False, 5, False), (io.StringIO, True, 5, False)],
+)
+def test_a_bar_is_for_several_batches_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, place: type[io.StringIO], show: bool, num: int, shown: bool
+) -> None:
+    said = place()
+    monkeypatch.setattr("sys.stderr", said)
+    images = generate_images(lambda eps, _: eps, range(num), (2,), {}, batch_size=2, show_progress=show)
+    assert torch.equal(images, noise(range(num), (2,)))
+    assert ("generating" in said.getvalue() and "/3" in said.getvalue()) is shown
+    assert shown or not said.getvalue()
 
 
 @pytest.mark.parametrize("name", ["ddpm-epsilon", "edm-euler", "class-null-last", "module-flow-velocity"])

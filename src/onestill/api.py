@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from onestill.chain import choose_base
-from onestill.checks import check_count, check_device, check_seeds, check_writable, is_run, resolve_device
+from onestill.checks import check_device, check_writable, is_run, resolve_device
 from onestill.distillation import distilled_facts
 from onestill.export import export_student, is_exported
+from onestill.play import check_samples, samples
 from onestill.prompts import read_prompts
 from onestill.restore import check_student_request, read_run_config, restore_student
 from onestill.runs import load_source
-from onestill.sampler import generate_images
 from onestill.teachers.base import NetworkTeacher
 
 
@@ -43,6 +43,7 @@ def sample(
     batch_size: int = 64,
     device: str = "auto",
     local_files_only: bool = False,
+    show_progress: bool = False,
 ) -> Tensor:
     """Return images [num_images, C, H, W] in [-1, 1]: by a student in one step, or by a teacher in many.
 
@@ -70,13 +71,12 @@ def sample(
         batch_size: Images per network call.
         device: auto, cpu, cuda, cuda:N or mps.
         local_files_only: Never use the network.
+        show_progress: Show a bar on a terminal.
 
     Raises:
         ValueError: If the source does not exist or cannot do what is asked.
     """
-    check_count("num_images", num_images)
-    check_count("batch_size", batch_size)
-    check_seeds(seed, num_images)
+    check_samples(num_images, seed, batch_size)
     asked = read_prompts(prompts, prompt_file, prompt_field)
     source = load_source(
         student,
@@ -93,9 +93,16 @@ def sample(
         device=device,
         local_files_only=local_files_only,
     )
-    cond = source.conditions(num_images, tuple(class_labels), asked, seed=seed)
-    seeds = range(seed, seed + num_images)
-    return generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=batch_size)
+    images, _ = samples(
+        source,
+        num_images,
+        seed=seed,
+        class_labels=class_labels,
+        prompts=asked,
+        batch_size=batch_size,
+        show_progress=show_progress,
+    )
+    return images
 
 
 def export(

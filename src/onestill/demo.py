@@ -148,6 +148,7 @@ def run_demo(
         steps=demo.teacher_steps,
         output=output_dir / "evaluation",
         device=device,
+        show_progress=True,
         say=say,
     )
     return report, draw(output_dir, teacher, device)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-_INK, _PAPER, _GAP = (40, 40, 40), (255, 255, 255), 4
+_INK, _PAPER, _GAP, _GUTTER = (40, 40, 40), (255, 255, 255), 4, 8
 # Words above a column: the least width, the most lines, the height of one.
-WORDS_WIDTH, _WORDS_LINES, _LINE_HEIGHT = 112, 3, 13
+WORDS_WIDTH, _WORDS_LINES, _LINE_HEIGHT = 112, 3, 14
 
 
 def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
@@ -80,7 +80,7 @@ def _sheet(rows: Mapping[str, Tensor], title: str, size: int, columns: Sequence[
     margin = 12 + max(int(small.getlength(line)) for caption in rows for line in caption.split("\n"))
     num = max(len(images) for images in rows.values())
     words = [_wrapped(columns[j % len(columns)], side) for j in range(num if columns else 0)]
-    height = max((text.count("\n") + 1 for text in words), default=0) * _LINE_HEIGHT + (3 if words else 0)
+    height = _words_height(words)
     top = (30 if title else _GAP) + height
     width = max(margin + num * (side + _GAP) + 8, int(font.getlength(title)) + 16)
     sheet = Image.new("RGB", (width, top + len(rows) * (side + _GAP) + _GAP), _PAPER)
@@ -96,8 +96,12 @@ def _sheet(rows: Mapping[str, Tensor], title: str, size: int, columns: Sequence[
     return sheet
 
 
+def _words_height(texts: Sequence[str]) -> int:
+    return max((text.count("\n") + 1 for text in texts), default=0) * _LINE_HEIGHT + (3 if texts else 0)
+
+
 def _words_font() -> Any:
-    return ImageFont.load_default(10)
+    return ImageFont.load_default(12)  # smaller ones lose the spaces between words
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -126,18 +130,53 @@ def read_pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return np.asarray(picture.convert("RGB"))
 
 
-def save_grid(images: Tensor, path: Path, *, size: int | None = None) -> Path:
-    """Write images as one near-square PNG grid and return `path`."""
-    from diffusers.utils import make_image_grid
+def save_grid(images: Tensor, path: Path, *, words: Sequence[str] = (), size: int = WORDS_WIDTH) -> Path:
+    """Write images as one near-square PNG grid, or one image as it is, and return `path`.
 
-    pictures = to_pil(images, size)
-    columns = math.ceil(len(pictures) ** 0.5)
-    rows = math.ceil(len(pictures) / columns)
-    blank = Image.new("RGB", pictures[0].size, _PAPER)
-    pictures += [blank] * (rows * columns - len(pictures))
+    Args:
+        images: [N, C, H, W] in [-1, 1].
+        path: The PNG.
+        words: What each image is of, such as its prompt; written above the images where they differ, and above the
+            columns alone where each column keeps to one.
+        size: Least width of one image in the grid, in pixels; smaller ones are enlarged a whole number of times.
+
+    Raises:
+        ValueError: If the samples are no images (1 or 3 channels).
+    """
+    drawn = to_pil(images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(pictures, rows=rows, cols=columns).save(path)
+    if len(drawn) == 1:
+        drawn[0].save(path)
+        return path
+    times = math.ceil(size / drawn[0].width)
+    width, height = (times * side for side in drawn[0].size)
+    columns = _num_columns(len(drawn), words)
+    rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
+    said = [[_wrapped(text, width) for text in words[i * columns :][:columns]] for i in range(len(rows))]
+    said = [texts if i == 0 or texts != said[0][: len(texts)] else [] for i, texts in enumerate(said)]
+    if len(set(words)) < 2:
+        said = [[] for _ in rows]
+    above = [_words_height(texts) for texts in said]
+    sheet = Image.new(
+        "RGB", (columns * (width + _GUTTER) + _GUTTER, sum(above) + len(rows) * (height + _GUTTER) + _GUTTER), _PAPER
+    )
+    draw, y = ImageDraw.Draw(sheet), _GUTTER
+    for row, texts, space in zip(rows, said, above, strict=True):
+        for j, picture in enumerate(row):
+            x = _GUTTER + j * (width + _GUTTER)
+            if texts:
+                draw.text((x, y), texts[j], fill=_INK, font=_words_font(), spacing=1)
+            sheet.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y + space))
+        y += space + height + _GUTTER
+    sheet.save(path)
     return path
+
+
+def _num_columns(num: int, words: Sequence[str]) -> int:
+    """Return how many columns make a grid near-square; where a few words go round, so many that each column keeps its own."""
+    columns, period = math.ceil(num**0.5), len(set(words))
+    goes_round = 1 < period < num and all(text == words[i % period] for i, text in enumerate(words))
+    return period * max(1, round(columns / period)) if goes_round and period <= 2 * columns else columns
 
 
 def save_gif(frames: Tensor, path: Path, *, columns: Sequence[Sequence[str]] = (), size: int = 128) -> Path:
@@ -202,10 +241,10 @@ def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
         raise ValueError(f"--output {path} exists; name another, or give --overwrite")
 
 
-def save_samples(images: Tensor, path: Path, seed: int) -> Path:
+def save_samples(images: Tensor, path: Path, seed: int, words: Sequence[str] = ()) -> Path:
     """Write samples as a grid (.png), as they are (.safetensors), or one PNG for each seed (a folder).
 
-    A folder loses the PNGs of seeds that it holds already, and nothing else.
+    A folder loses the PNGs of seeds that it holds already, and nothing else. A grid has `words` above its images.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
@@ -214,7 +253,7 @@ def save_samples(images: Tensor, path: Path, seed: int) -> Path:
         save_tensors({"images": images.contiguous()}, path)
         return path
     if path.suffix == ".png":
-        return save_grid(images, path, size=max(64, images.shape[-1]))
+        return save_grid(images, path, words=words)
     drawn = to_pil(images)
     path.mkdir(parents=True, exist_ok=True)
     for old in path.glob("*.png"):

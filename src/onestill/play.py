@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onestill import pictures
 from onestill.checks import check_count, check_guidance, check_seeds
-from onestill.sampler import Rows, generate_images, noise
+from onestill.sampler import Rows, generate_images, noise, with_progress
 from onestill.sources import Source
 from onestill.tensors import Cond
 
@@ -68,6 +68,44 @@ class Sheet:
         steps, beside = (self.rows, self.columns) if self.down else (self.columns, self.rows)
         words = [[": ".join(filter(None, (step, one))) for one in beside] for step in steps]
         return pictures.save_gif(frames, path, columns=words if all(steps) else ())
+
+
+def samples(
+    source: Source,
+    num_images: int,
+    *,
+    seed: int = 0,
+    class_labels: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+    batch_size: int = 64,
+    show_progress: bool = False,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Return plain samples, [N, C, H, W] in [-1, 1], and what each is asked for, in words.
+
+    Args:
+        source: What generates.
+        num_images: N.
+        seed: Seed of the first image; image i has seed + i.
+        class_labels: Labels to go round.
+        prompts: Prompts to go round.
+        batch_size: Images per network call.
+        show_progress: Show a bar on a terminal.
+
+    Raises:
+        ValueError: If `check_samples` refuses, or the source cannot be asked for this.
+    """
+    check_samples(num_images, seed, batch_size)
+    cond = source.conditions(num_images, tuple(class_labels), prompts, seed=seed)
+    seeds, shape = range(seed, seed + num_images), source.sample_shape
+    images = generate_images(source.generate, seeds, shape, cond, batch_size=batch_size, show_progress=show_progress)
+    return images, _words(cond)
+
+
+def check_samples(num_images: int, seed: int, batch_size: int) -> None:
+    """Raise ValueError if there are no such samples."""
+    check_count("num_images", num_images)
+    check_count("batch_size", batch_size)
+    check_seeds(seed, num_images)
 
 
 def slerp(start: Tensor, end: Tensor, u: Tensor, *, dim: int | None = None) -> Tensor:
@@ -128,6 +166,7 @@ def interpolate(
     class_labels: Sequence[int] = (),
     prompts: Sequence[str] = (),
     batch_size: int = 64,
+    show_progress: bool = False,
 ) -> Sheet:
     """Return images on the way from one noise to another, or from one prompt to another; one row.
 
@@ -143,6 +182,7 @@ def interpolate(
         class_labels: The label, with `to_seed`; that of `seed` if empty.
         prompts: The prompt, with `to_seed`; or two, from one to the other.
         batch_size: Images per network call.
+        show_progress: Show a bar on a terminal.
 
     Raises:
         ValueError: If `check_interpolation` refuses, or the source cannot be asked for this.
@@ -169,7 +209,9 @@ def interpolate(
         captions = (f"seed {seed}", f"seed {to_seed}")
         title = ": ".join(["from one noise to another", *_words(one)])
     eps = slerp(from_noise, to_noise, u)
-    images = generate_images(source.generate, eps, source.sample_shape, cond, batch_size=batch_size)
+    images = generate_images(
+        source.generate, eps, source.sample_shape, cond, batch_size=batch_size, show_progress=show_progress
+    )
     return Sheet(images[None], ("",), (captions[0], *[""] * (num_images - 2), captions[1]), _line(title))
 
 
@@ -208,6 +250,7 @@ def fixed_noise(
     prompts: Sequence[str] = (),
     num_images: int | None = None,
     batch_size: int = 64,
+    show_progress: bool = False,
 ) -> Sheet:
     """Return one image for each prompt or label, all from the same noise; one row.
 
@@ -218,6 +261,7 @@ def fixed_noise(
         prompts: The prompts.
         num_images: How many of them; all, but 16 at most, if None.
         batch_size: Images per network call.
+        show_progress: Show a bar on a terminal.
 
     Raises:
         ValueError: If the source is unconditional, or there are fewer prompts or labels than images.
@@ -238,7 +282,9 @@ def fixed_noise(
     cond = source.conditions(num, tuple(class_labels), prompts)
     if "seed" in cond:  # of the pictures that are enlarged
         cond["seed"] = [seed] * num
-    images = generate_images(source.generate, [seed] * num, source.sample_shape, cond, batch_size=batch_size)
+    images = generate_images(
+        source.generate, [seed] * num, source.sample_shape, cond, batch_size=batch_size, show_progress=show_progress
+    )
     return Sheet(images[None], ("",), _words(cond), f"the same noise in every image (seed {seed})")
 
 
@@ -251,6 +297,7 @@ def guidance_sweep(
     class_labels: Sequence[int] = (),
     prompts: Sequence[str] = (),
     batch_size: int = 64,
+    show_progress: bool = False,
 ) -> Sheet:
     """Return images at several guidance scales: one row for each, the same noise and condition in every column.
 
@@ -262,13 +309,16 @@ def guidance_sweep(
         class_labels: Labels to go round.
         prompts: Prompts to go round.
         batch_size: Images per network call.
+        show_progress: Show a bar on a terminal.
 
     Raises:
         ValueError: If the source does not take these scales.
     """
     check_values("guidance_scales", guidance_scales)
     num = (min(len(prompts), MOST_IMAGES) or MOST_IMAGES) if num_images is None else num_images
-    images, words = _at_each(source, "guidance_scales", guidance_scales, num, seed, class_labels, prompts, batch_size)
+    images, words = _at_each(
+        source, "guidance_scales", guidance_scales, num, seed, class_labels, prompts, batch_size, show_progress
+    )
     rows = tuple(f"w = {w:g}" for w in guidance_scales)
     columns = words or tuple(f"seed {i}" for i in range(seed, seed + num))
     return Sheet(images, rows, columns, "the same noise in every column", down=True)
@@ -283,6 +333,7 @@ def student_trajectory(
     class_labels: Sequence[int] = (),
     prompts: Sequence[str] = (),
     batch_size: int = 64,
+    show_progress: bool = False,
 ) -> Sheet:
     """Return what a student predicts at several target times: one column for each, one noise in every row.
 
@@ -294,6 +345,7 @@ def student_trajectory(
         class_labels: Labels to go round.
         prompts: Prompts to go round.
         batch_size: Images per network call.
+        show_progress: Show a bar on a terminal.
 
     Raises:
         ValueError: If the source is no student of a run, or was not trained for these times.
@@ -301,7 +353,9 @@ def student_trajectory(
     check_values("target_times", target_times)
     rows: tuple[str, ...]
     num = (min(len(prompts), MOST_IMAGES) or 1) if num_images is None else num_images
-    images, words = _at_each(source, "target_times", target_times, num, seed, class_labels, prompts, batch_size)
+    images, words = _at_each(
+        source, "target_times", target_times, num, seed, class_labels, prompts, batch_size, show_progress
+    )
     title = "what the student predicts from one noise"
     if num == 1:
         rows, title = ("",), ": ".join([f"{title} (seed {seed})", *words])
@@ -321,11 +375,10 @@ def _at_each(
     class_labels: Sequence[int],
     prompts: Sequence[str],
     batch_size: int,
+    show_progress: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Return (images [S, N, C, H, W] at the S values of a flag that takes a list, what each of the N is asked for)."""
-    check_count("num_images", num_images)
-    check_count("batch_size", batch_size)
-    check_seeds(seed, num_images)
+    check_samples(num_images, seed, batch_size)
     cond = source.conditions(num_images, tuple(class_labels), prompts, seed=seed)
     sources = []
     with asked_by(flag):
@@ -333,17 +386,21 @@ def _at_each(
             source = source.at(**{flag.removesuffix("s"): value})
             sources.append(source)
     seeds, shape = range(seed, seed + num_images), source.sample_shape
-    images = [generate_images(one.generate, seeds, shape, cond, batch_size=batch_size) for one in sources]
+    images = [
+        generate_images(one.generate, seeds, shape, cond, batch_size=batch_size, show_progress=show_progress)
+        for one in with_progress(sources, show_progress, "value")
+    ]
     return torch.stack(images), _words(cond)
 
 
 @contextmanager
-def asked_by(flag: str) -> Iterator[None]:
+def asked_by(flag: str | None) -> Iterator[None]:
     """Let who refuses one value of a list name the list's flag, such as guidance_scales: the one that was given.
 
-    They are asked for one value at a time, and name the flag for one. A flag that takes no list changes nothing.
+    They are asked for one value at a time, and name the flag for one. A flag that takes no list, or none, changes
+    nothing.
     """
-    one = flag.removesuffix("s")
+    one = (flag or "").removesuffix("s")
     try:
         yield
     except ValueError as error:

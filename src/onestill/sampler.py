@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from onestill.student import Student
 from onestill.teachers.base import Teacher
@@ -18,6 +20,7 @@ VALIDATION_SEED = 1_000_000
 Rows = dict[str, Any]
 """What is asked for, one row for each image: labels as a tensor, or prompts as a list of strings. Where a smaller
 picture is drawn first, their seeds too."""
+Part = TypeVar("Part")
 Generate = Callable[[Tensor, Cond], Tensor]
 """(eps [B, *sample_shape], cond) -> images [B, *sample_shape] in [-1, 1]."""
 
@@ -65,7 +68,13 @@ def teacher_generator(
 
 
 def generate_images(
-    generate: Generate, seeds: Sequence[int] | Tensor, shape: Sequence[int], cond: Rows, *, batch_size: int = 64
+    generate: Generate,
+    seeds: Sequence[int] | Tensor,
+    shape: Sequence[int],
+    cond: Rows,
+    *,
+    batch_size: int = 64,
+    show_progress: bool = False,
 ) -> Tensor:
     """Return the images of `seeds`, one row each, on the CPU; row i of `cond` belongs to seeds[i].
 
@@ -75,15 +84,22 @@ def generate_images(
         shape: Shape of the noise of one image.
         cond: Conditions with as many rows as seeds.
         batch_size: Images in one network call; it changes no image beyond the last float digits.
+        show_progress: Show a bar on standard error, as `with_progress` does.
     """
     batches = [
         generate(
             _noise_of(seeds[i : i + batch_size], shape),
             {name: value[i : i + batch_size] for name, value in cond.items()},
         ).cpu()
-        for i in range(0, len(seeds), batch_size)
+        for i in with_progress(range(0, len(seeds), batch_size), show_progress)
     ]
     return torch.cat(batches) if batches else torch.empty(0, *shape)
+
+
+def with_progress(parts: Sequence[Part], show: bool, unit: str = "batch") -> Iterable[Part]:
+    """Return the parts of some work; going through several shows a bar on a terminal, which is gone at the end."""
+    hidden = not show or len(parts) < 2 or not sys.stderr.isatty()
+    return tqdm(parts, disable=hidden, leave=False, desc="generating", unit=unit, dynamic_ncols=True, mininterval=0.5)
 
 
 def _noise_of(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:

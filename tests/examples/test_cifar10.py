@@ -129,7 +129,7 @@ def test_teacher_is_a_stock_folder_with_a_null_class(teacher_folder: Path) -> No
     assert teacher.spec.process.level(1.0)[0] == 0
     assert teacher.spec.threshold.mode == "none"
     with Image.open(teacher_folder / "samples" / "step-000003.png") as picture:
-        assert picture.size == (5 * 64, 4 * 64)
+        assert picture.size == (5 * 64 + 6 * 8, 4 * 64 + 5 * 8)
 
 
 def test_teacher_in_pieces_is_the_teacher_in_one(

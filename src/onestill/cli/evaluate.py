@@ -104,6 +104,7 @@ def evaluate(
         overwrite=overwrite,
         device=device,
         local_files_only=local_files_only,
+        show_progress=True,
         say=note,
     )
     if as_json:

@@ -112,7 +112,7 @@ def sample(
     local_files_only: OfflineOption = False,
 ) -> None:
     """Generate images: a student's in one step, or a teacher's in many."""
-    from onestill import api, pictures, play
+    from onestill import pictures, play
     from onestill.checks import check_writable
     from onestill.prompts import read_prompts
     from onestill.runs import load_source
@@ -142,26 +142,19 @@ def sample(
         "device": device,
         "local_files_only": local_files_only,
     }
-    what: dict[str, Any] = {"seed": seed, "class_labels": class_labels, "batch_size": batch_size}
-    if played is None:
-        num_images = 16 if num_images is None else num_images
-        images = api.sample(
-            student,
-            num_images=num_images,
-            guidance_scale=guidance_scale,
-            target_time=target_time,
-            prompts=prompt,
-            prompt_file=prompt_file,
-            prompt_field=prompt_field,
-            **where,
-            **what,
-        )
-        written = pictures.save_samples(images, output, seed)
-        say(f"{num_images} images, seeds {seed}..{seed + num_images - 1} -> {written}")
-        return
     scales = [] if guidance_scales is None else _values("guidance_scales", guidance_scales, guidance_scale)
     times = [] if target_times is None else _values("target_times", target_times, target_time or None)
-    what["prompts"] = prompts = read_prompts(prompt, prompt_file, prompt_field)
+    prompts = read_prompts(prompt, prompt_file, prompt_field)
+    what: dict[str, Any] = {
+        "seed": seed,
+        "class_labels": class_labels,
+        "prompts": prompts,
+        "batch_size": batch_size,
+        "show_progress": True,
+    }
+    num_samples = 16 if num_images is None else num_images
+    if played is None:
+        play.check_samples(num_samples, seed, batch_size)
     if interpolate is not None:
         play.check_interpolation(interpolate, seed, to_seed, class_labels, prompts)
         if num_images is not None:
@@ -171,6 +164,11 @@ def sample(
     time = max(times) if times else target_time
     with play.asked_by(played):
         source = load_source(student, guidance_scale=scale, target_time=time, **where)
+    if played is None:
+        images, words = play.samples(source, num_samples, **what)
+        written = pictures.save_samples(images, output, seed, words)
+        say(f"{num_samples} images, seeds {seed}..{seed + num_samples - 1} -> {written}")
+        return
     if interpolate is not None:
         sheet = play.interpolate(source, interpolate, to_seed=to_seed, **what)
     elif fixed_noise:

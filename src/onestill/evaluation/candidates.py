@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -53,6 +53,7 @@ class Settings:
         measure_speed: Whether to time the rows.
         guidance_scale: What was distilled in, for the protocol.
         device: What the speeds are measured on, for the protocol.
+        show_progress: Whether to show a bar on a terminal.
     """
 
     num_samples: int = 2000
@@ -66,6 +67,7 @@ class Settings:
     measure_speed: bool = True
     guidance_scale: float | None = None
     device: str = "cpu"
+    show_progress: bool = False
 
 
 def check_features(extractor: FeatureExtractor, sources: Sequence[Candidate]) -> None:
@@ -84,10 +86,11 @@ def looks_at_latents(extractor: FeatureExtractor, source: Candidate) -> bool:
 
 def samples(source: Candidate, extractor: FeatureExtractor, seeds: range, cond: Rows, settings: Settings) -> Tensor:
     """Return what the extractor looks at: images, or the latents they are decoded from."""
+    how: dict[str, Any] = {"batch_size": settings.batch_size, "show_progress": settings.show_progress}
     if looks_at_latents(extractor, source):
         assert source.latents is not None, "check_features has been called"
-        return generate_images(source.latents, seeds, source.sample_shape, cond, batch_size=settings.batch_size).float()
-    images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=settings.batch_size)
+        return generate_images(source.latents, seeds, source.sample_shape, cond, **how).float()
+    images = generate_images(source.generate, seeds, source.sample_shape, cond, **how)
     # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
     return images.clamp(-1, 1)
 

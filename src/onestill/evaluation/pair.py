@@ -66,6 +66,7 @@ def evaluate(
     overwrite: bool = False,
     device: str = "auto",
     local_files_only: bool = False,
+    show_progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Compare a student's one step with its teacher's many; return the report, and write it if `output` is given.
@@ -99,6 +100,7 @@ def evaluate(
         overwrite: Replace a report that is there.
         device: auto, cpu, cuda, cuda:N or mps.
         local_files_only: Never use the network.
+        show_progress: Show a bar on a terminal while a row's images are made.
         say: Called with a line before each slow part.
 
     Raises:
@@ -135,6 +137,7 @@ def evaluate(
         measure_speed=measure_speed,
         guidance_scale=_guidance_of(one_step, guidance_scale, base),
         device=str(place),
+        show_progress=show_progress,
     )
     check_features(extractor, [one_step])
     sampler = teacher_source(base, fitted, num_steps=num_reference_steps, device=place, base_student=one_step.base)

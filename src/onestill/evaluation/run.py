@@ -55,6 +55,8 @@ def compare_sources(
     """
     say(f"features of {len(reference.images):,} reference images: {reference.name}")
     real = extract(extractor, reference.images)
+    if settings.measure_speed:
+        say(f"speed: all rows in turns, in batches of 1 and {settings.batch_size:,}")
     seconds = _speeds(sources, settings) if settings.measure_speed else {}
     rows: list[Row] = []
     shown: dict[str, Tensor] = {}
