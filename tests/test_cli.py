@@ -370,10 +370,10 @@ def test_sample_of_a_teacher(tmp_path: Path) -> None:
 def test_sample_replaces_only_when_told(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_text("precious")
-    arguments = ["sample", "--student", finished_run(), "--output", path, "--num_images", 1]
+    arguments = ["sample", "--student", finished_run(), "--output", path, "--num_images", 1, "--seed", 7]
     outcome = call_cli(*arguments)
     assert outcome.code == 2 and "--overwrite" in outcome.words and path.read_text() == "precious"
-    assert call_cli(*arguments, "--overwrite").code == 0
+    assert call_cli(*arguments, "--overwrite").out == f"1 image, seed 7 -> {path}\n"
     with Image.open(path) as picture:
         picture.load()
 

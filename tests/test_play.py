@@ -215,10 +215,13 @@ class OtherError(ValueError):
         ("target_times", "--target_time 2, not --target_times", "--target_times 2, not --target_times"),
         ("target_times", "--guidance_scale 9", "--guidance_scale 9"),
         ("fixed_noise", "--fixed_noise, --guidance_scale 9", "--fixed_noise, --guidance_scale 9"),
+        # Any other value would be refused too.
+        ("guidance_scales", "--guidance_scale 9: it is fixed", "--guidance_scales 1,2.5,9: it is fixed"),
+        (None, "--guidance_scale 9: it is fixed", "--guidance_scale 9: it is fixed"),
     ],
 )
-def test_who_refuses_a_value_of_a_list_names_the_list(flag: str, said: str, heard: str) -> None:
-    with pytest.raises(ValueError) as refusal, asked_by(flag):  # noqa: PT011 - compared below
+def test_who_refuses_a_value_of_a_list_names_the_list(flag: str | None, said: str, heard: str) -> None:
+    with pytest.raises(ValueError) as refusal, asked_by(flag, [1, 2.5, 9]):  # noqa: PT011 - compared below
         raise OtherError(said)
     assert str(refusal.value) == heard
     # What names no such flag passes as it is.
@@ -242,8 +245,9 @@ def frames(path: Path) -> list[Image.Image]:
 
 @pytest.mark.parametrize(("down", "there"), [(False, 5), (True, 3)])
 def test_a_gif_goes_there_and_back(tmp_path: Path, down: bool, there: int) -> None:
-    drawn = frames(sheet(3, 5, down=down, words=" of many words").save(tmp_path / "new" / "x.gif"))
-    assert len(drawn) == 2 * there - 2 and len({frame.size for frame in drawn}) == 1
+    made = sheet(3, 5, down=down, words=" of many words")
+    drawn = frames(made.save(tmp_path / "new" / "x.gif"))
+    assert len(drawn) == made.num_frames == 2 * there - 2 and len({frame.size for frame in drawn}) == 1
     corner = [frame.getpixel((13, frame.height - 12)) for frame in drawn]  # in the first picture of each
     expected = sheet(3, 5).images[:, 0] if down else sheet(3, 5).images[0]
     shades = [round((float(image[0, 0, 0]) + 1) * 127.5) for image in expected]
@@ -276,10 +280,18 @@ def test_a_sheet_as_other_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "name", "words"),
     [
-        ("--student CLASS --interpolate 3 --to_seed 4 --class_labels 1", "x.gif", "3 images (--interpolate)"),
+        (
+            "--student CLASS --interpolate 3 --to_seed 4 --class_labels 1",
+            "x.gif",
+            "3 images (--interpolate), 4 frames there and back",
+        ),
         ("--student CLASS --fixed_noise", "x.png", "3 images (--fixed_noise)"),
         ("--student DRAWN --guidance_scales 1,3 --num_images 2", "x.safetensors", "4 images (--guidance_scales)"),
-        ("--student DRAWN --target-times 1,0.5,0 --guidance-scale 2", "x.gif", "3 images (--target_times)"),
+        (
+            "--student DRAWN --target-times 1,0.5,0 --guidance-scale 2",
+            "x.gif",
+            "3 images (--target_times), 4 frames there and back",
+        ),
     ],
 )
 def test_the_command_line(flags: str, name: str, words: str, tmp_path: Path) -> None:

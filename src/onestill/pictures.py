@@ -231,7 +231,10 @@ def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
         moves: Whether the samples have an order in time, so that `path` may be a .gif too.
     """
     if path.suffix not in (".png", ".safetensors", "", *([".gif"] if moves else [])):
-        raise ValueError(f"--output {path}: give a .png, {'a .gif, ' if moves else ''}a .safetensors, or a folder")
+        known = f"give a .png, {'a .gif, ' if moves else ''}a .safetensors, or a folder"
+        if path.suffix == ".gif":
+            known = f"a .gif needs frames, such as those of --interpolate 9; else {known}"
+        raise ValueError(f"--output {path}: {known}")
     if path.suffix and path.is_dir():
         raise ValueError(f"--output {path} is a folder")
     if not path.suffix and path.is_file():

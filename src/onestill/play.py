@@ -43,6 +43,12 @@ class Sheet:
     title: str = ""
     down: bool = False
 
+    @property
+    def num_frames(self) -> int:
+        """The frames of a .gif, there and back."""
+        there = self.images.shape[0 if self.down else 1]
+        return max(2 * there - 2, 1)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the images and return the path.
 
@@ -228,9 +234,9 @@ def check_interpolation(
         )
     if to_seed is None:
         if len(prompts) != 2:
+            one = "one --prompt and " if len(prompts) else ""
             raise ValueError(
-                f"--interpolate goes from --seed to --to_seed, or from one --prompt to another; neither --to_seed nor "
-                f"two prompts were given{f', but {len(prompts)}' if len(prompts) else ''}"
+                f"--interpolate {num_images} needs two ends: two --prompt (got {len(prompts)}), or {one}--to_seed N"
             )
         return
     check_seeds(to_seed, flag="to_seed")
@@ -275,10 +281,9 @@ def fixed_noise(
     num = min(len(choices), 16) if num_images is None else num_images
     check_count("num_images", num)
     if num > len(choices):
-        raise ValueError(
-            f"--num_images {num}: with --fixed_noise there is one image for each of the {len(choices)} "
-            f"{'prompts' if source.text else 'labels'}"
-        )
+        each = f"each of the {len(choices)}" if len(choices) != 1 else "the one"
+        kind = ("prompt" if source.text else "label") + ("s" if len(choices) != 1 else "")
+        raise ValueError(f"--num_images {num}: with --fixed_noise there is one image for {each} {kind}")
     cond = source.conditions(num, tuple(class_labels), prompts)
     if "seed" in cond:  # of the pictures that are enlarged
         cond["seed"] = [seed] * num
@@ -381,7 +386,7 @@ def _at_each(
     check_samples(num_images, seed, batch_size)
     cond = source.conditions(num_images, tuple(class_labels), prompts, seed=seed)
     sources = []
-    with asked_by(flag):
+    with asked_by(flag, values):
         for value in values:  # each from the one before, which may have loaded the student already
             source = source.at(**{flag.removesuffix("s"): value})
             sources.append(source)
@@ -394,17 +399,22 @@ def _at_each(
 
 
 @contextmanager
-def asked_by(flag: str | None) -> Iterator[None]:
+def asked_by(flag: str | None, values: Sequence[float] = ()) -> Iterator[None]:
     """Let who refuses one value of a list name the list's flag, such as guidance_scales: the one that was given.
 
-    They are asked for one value at a time, and name the flag for one. A flag that takes no list, or none, changes
-    nothing.
+    They are asked for one value at a time, and name the flag for one. Who says "--flag value: why" would take no other
+    value either, and names them all. A flag that takes no list, or none, changes nothing.
     """
-    one = (flag or "").removesuffix("s")
+    if flag is None:
+        yield
+        return
+    one = flag.removesuffix("s")
     try:
         yield
     except ValueError as error:
-        words = re.sub(rf"--{one}\b", f"--{flag}", str(error))
+        given = ",".join(f"{value:g}" for value in values)
+        words = re.sub(rf"^--{one} [^\s:]+:", f"--{one} {given}:", str(error)) if given else str(error)
+        words = re.sub(rf"--{one}\b", f"--{flag}", words)
         if words == str(error):
             raise
         raise ValueError(words) from None

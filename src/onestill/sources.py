@@ -97,9 +97,8 @@ class Source:
                 is unknown.
         """
         if len(prompts) and not self.text:
-            raise ValueError(
-                "--prompt was given, but this teacher takes no text; use --class_labels where it has classes"
-            )
+            instead = "say what to draw with --class_labels" if self.labels else "leave it out"
+            raise ValueError(f"--prompt was given, but {self.name} takes no text; {instead}")
         if chosen and not self.labels:
             takes = "takes prompts" if self.text else "is unconditional"
             raise ValueError(f"--class_labels {list(chosen)} was given, but {self.name} {takes}")

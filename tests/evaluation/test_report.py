@@ -63,7 +63,7 @@ def make_report(*, student_name: str = "student") -> Report:
 
 
 def rendered(report: Report, width: int = 100) -> str:
-    console = Console(width=width, record=True, file=io.StringIO())
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
     print_report(report, console)
     return console.export_text()
 
@@ -156,6 +156,28 @@ def test_terminal_table_fits_100_columns() -> None:
     for number in ("250", "500", "7.60", "19.2", "0.790", "0.480", "0.990", "0.210", "1,234", "1.00×"):
         assert number in teacher
     assert not any("…" in line for line in lines)
+
+
+def test_outside_of_a_terminal_a_line_stays_a_line() -> None:
+    report, said = make_report(), io.StringIO()
+    long = "a warning of many words " * 5
+    print_report(report.model_copy(update={"warnings": (long,)}), Console(width=40, file=said))
+    lines = said.getvalue().splitlines()
+    assert {*report.protocol.lines(), f"warning: {long}"} <= set(lines)
+    assert not set(report.protocol.lines()) <= set(rendered(report, width=40).splitlines())
+
+
+def test_a_report_prints_as_its_table() -> None:
+    report = make_report()
+    assert str(report) == report.to_markdown() and f"{report}".startswith("| sampler |")
+
+
+def test_without_speeds_the_protocol_says_nothing_of_speed() -> None:
+    protocol = make_report().protocol
+    assert "speed on NVIDIA H200, float32, batches of 1 and 256" in protocol.lines()
+    silent = protocol.model_copy(update={"large_batch_size": None, "speedup_over": None}).lines()
+    assert not [line for line in silent if "speed" in line or "H200" in line]
+    assert len(silent) == len(protocol.lines()) - 1
 
 
 def prompted_report() -> Report:

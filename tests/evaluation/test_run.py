@@ -111,8 +111,16 @@ def test_the_protocol_says_everything() -> None:
     assert (protocol.feature_dim, protocol.num_images, protocol.num_reference_images) == (16, 40, 60)
     assert (protocol.seeds, protocol.guidance_scale, protocol.neighbours) == ("5..44", 3, 4)
     assert protocol.kernel_subset_size == 40 and protocol.reference == "small noise"
-    assert {"torch", "diffusers", "onestill"} <= set(protocol.versions)
+    assert {"torch", "diffusers", "onestill"} <= set(protocol.versions) and protocol.device == "cpu, 1 thread"
     assert [line.split(":")[0] for line in said] == ["features of 60 reference images", "DDIM", "student"]
+
+
+def test_slow_speeds_are_announced() -> None:
+    said: list[str] = []
+    compare_sources(
+        [("a", Fake("a", small), True)], reference(), Pixels(), replace(SETTINGS, measure_speed=True), teacher="t", say=said.append
+    )  # fmt: skip
+    assert said[1] == "speed: all rows in turns, in batches of 1 and 16"
 
 
 def test_too_few_images_are_warned_of() -> None:
@@ -155,7 +163,7 @@ def test_speeds_are_relative_to_the_first_row() -> None:
         assert row.images_per_second is not None and row.images_per_second_large is not None
     assert second.images_per_second_large / first.images_per_second_large == pytest.approx(second.speedup)  # type: ignore[operator]
     assert report.protocol.large_batch_size == 8 and report.protocol.speedup_over == "slow"
-    assert "threads" in report.protocol.device
+    assert report.protocol.device == "cpu, 1 thread" and "speed on cpu, 1 thread, float32" in str(report)
 
 
 def test_label_accuracy_needs_a_classifier_and_labels() -> None:
@@ -339,7 +347,7 @@ def test_reference_of_a_folder_is_refused_with_the_reason(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="no such folder"):
         folder_reference(tmp_path / "none", (1, 4, 4))
     save(tmp_path, "one.png", torch.zeros(4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="holds 1 images; at least 2"):
+    with pytest.raises(ValueError, match="holds 1 image; at least 2"):
         folder_reference(tmp_path, (1, 4, 4))
     save(tmp_path, "two.png", torch.zeros(4, 5, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"two\.png is 5x4, the teacher makes 4x4; resize it first"):

@@ -162,12 +162,13 @@ def sample(
     # What a list asks for is asked for at once: the scale furthest from none, and the earliest time.
     scale = max(scales, key=lambda w: abs(w - 1)) if scales else guidance_scale
     time = max(times) if times else target_time
-    with play.asked_by(played):
+    with play.asked_by(played, scales or times):
         source = load_source(student, guidance_scale=scale, target_time=time, **where)
     if played is None:
         images, words = play.samples(source, num_samples, **what)
         written = pictures.save_samples(images, output, seed, words)
-        say(f"{num_samples} images, seeds {seed}..{seed + num_samples - 1} -> {written}")
+        seeds = f"seed {seed}" if num_samples == 1 else f"seeds {seed}..{seed + num_samples - 1}"
+        say(f"{_images(num_samples)}, {seeds} -> {written}")
         return
     if interpolate is not None:
         sheet = play.interpolate(source, interpolate, to_seed=to_seed, **what)
@@ -178,7 +179,13 @@ def sample(
     else:
         sheet = play.student_trajectory(source, times, num_images=num_images, **what)
     written = sheet.save(output, overwrite=overwrite)
-    say(f"{sheet.images.shape[0] * sheet.images.shape[1]} images (--{played}) -> {written}")
+    num = sheet.images.shape[0] * sheet.images.shape[1]
+    frames = f", {sheet.num_frames} frames there and back" if output.suffix == ".gif" and sheet.num_frames > 1 else ""
+    say(f"{_images(num)} (--{played}){frames} -> {written}")
+
+
+def _images(num: int) -> str:
+    return f"{num} image{'s' if num != 1 else ''}"
 
 
 def _played(

@@ -55,7 +55,9 @@ def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
         )
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
     if len(paths) < 2:
-        raise ValueError(f"--reference {folder} holds {len(paths)} images; at least 2 are needed")
+        raise ValueError(
+            f"--reference {folder} holds {len(paths)} image{'s' if len(paths) != 1 else ''}; at least 2 are needed"
+        )
     channels, height, width = image_shape
     images = []
     for path in paths:

@@ -42,7 +42,7 @@ class EvaluationProtocol(_Record):
         device: What the speeds were measured on.
         dtype: Precision of the networks; `onestill evaluate` runs them as they were loaded, in float32.
         clip_model: The model of `Row.clip_score`.
-        large_batch_size: The batch size of `Row.images_per_second_large`.
+        large_batch_size: The batch size of `Row.images_per_second_large`; None where no speed was measured.
         kernel_subset_size: Rows per subset of the kernel distance.
         kernel_num_subsets: Subsets of the kernel distance.
         neighbours: k of precision and recall.
@@ -81,8 +81,8 @@ class EvaluationProtocol(_Record):
         lines.append(f"features {self.extractor}, D = {self.feature_dim}{self._metric_settings()}")
         if self.clip_model:
             lines.append(f"CLIP score with {self.clip_model}: mean of max(100 cos, 0)")
-        large = f", batches of 1 and {self.large_batch_size:,}" if self.large_batch_size else ""
-        lines.append(f"speed on {self.device}, {self.dtype}{large}")
+        if self.large_batch_size:
+            lines.append(f"speed on {self.device}, {self.dtype}, batches of 1 and {self.large_batch_size:,}")
         if self.versions:
             lines.append(", ".join(f"{name} {number}" for name, number in self.versions.items()))
         return lines + list(self.notes)
@@ -140,6 +140,9 @@ class Report(_Record):
     protocol: EvaluationProtocol
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.to_markdown()
 
     def to_markdown(self) -> str:
         """Return the table, the warnings and the protocol as GitHub-flavoured Markdown."""
@@ -206,7 +209,10 @@ def package_versions(names: Sequence[str] = ("onestill", "torch", "diffusers")) 
 
 
 def print_report(report: Report, console: "Console") -> None:
-    """Print the tables, the warnings and the protocol on a rich console; fits 80 columns."""
+    """Print the tables, the warnings and the protocol on a rich console; fits 80 columns of a terminal.
+
+    Elsewhere, as in a file, the lines beneath the tables are not wrapped: a sentence stays one line.
+    """
     from rich.text import Text
 
     columns, heads = _columns(report), _head_columns(report)
@@ -215,9 +221,9 @@ def print_report(report: Report, console: "Console") -> None:
         console.print(Text(HEADS_TITLE))
         _print_table(heads, report.rows, console)
     for warning in report.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=not console.is_terminal)
     for line in [*report.protocol.lines(), _legend(columns)]:
-        console.print(Text(line, style="dim"))
+        console.print(Text(line, style="dim"), soft_wrap=not console.is_terminal)
 
 
 def _print_table(columns: "Sequence[_Column]", rows: Sequence[Row], console: "Console") -> None:

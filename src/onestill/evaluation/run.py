@@ -93,7 +93,7 @@ def compare_sources(
         num_reference_images=len(reference.images),
         seeds=f"{settings.seed}..{settings.seed + settings.num_samples - 1}",
         guidance_scale=settings.guidance_scale,
-        device=f"{settings.device}, {torch.get_num_threads()} threads" if settings.device == "cpu" else settings.device,
+        device=f"{settings.device}, {_threads()}" if settings.device == "cpu" else settings.device,
         clip_model=None if clip is None else clip.name,
         large_batch_size=settings.batch_size if settings.measure_speed else None,
         kernel_subset_size=None if paired else size,
@@ -131,7 +131,8 @@ def _what_prompts_want(extractor: FeatureExtractor, prompts: Sequence[str]) -> t
     if not rows:
         return None, (f"no prompt accuracy: no prompt is of the classifier's kind, such as {prompts[0]!r}",)
     without = len(prompts) - len(rows)
-    others = f" ({without:,} have prompts that are not of its kind)" if without else ""
+    have = "has a prompt that is" if without == 1 else "have prompts that are"
+    others = f" ({without:,} {have} not of its kind)" if without else ""
     lines = [f"prompt accuracy: what the classifier sees in {len(rows):,} of {len(prompts):,} images a row{others}"]
     own = extractor.classifier.record.get("held_out_accuracy_per_head")
     if isinstance(own, dict) and set(own) == set(heads):
@@ -143,7 +144,8 @@ def _cut_prompts(clip: ClipScore | None, prompts: Sequence[str]) -> tuple[str, .
     cut = 0 if clip is None else clip.num_truncated(list(dict.fromkeys(prompts)))
     if clip is None or not cut:
         return ()
-    return (f"CLIP score: {cut:,} different prompts have more than {clip.max_tokens} tokens, and were cut there",)
+    have, were = ("prompt has", "was") if cut == 1 else ("different prompts have", "were")
+    return (f"CLIP score: {cut:,} {have} more than {clip.max_tokens} tokens, and {were} cut there",)
 
 
 def _clip_score(clip: ClipScore, pictures: Iterator[Tensor], prompts: Sequence[str]) -> float:
@@ -224,6 +226,11 @@ def _speeds(sources: Sequence[tuple[str, Candidate, bool]], settings: Settings) 
         {name: call(source, settings.batch_size) for name, source, _ in sources}, repeats=SPEED_ROUNDS
     )
     return {name: (one[name], large[name]) for name in one}
+
+
+def _threads() -> str:
+    num = torch.get_num_threads()
+    return f"{num} thread{'s' if num != 1 else ''}"
 
 
 def _short_name(name: str) -> str:
