@@ -1,6 +1,7 @@
 """The commands as users type them: parse, call, print."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ import onestill
 from onestill import demo
 from onestill.anchors import Anchors, roll_out
 from onestill.cli import distill as distill_command
+from onestill.cli.output import quiet
 from onestill.config import DistillConfig, read_yaml
 from onestill.distillation import RunResult
 from onestill.prompt_cache import BATCH_SIZE, PromptCache
@@ -69,6 +71,13 @@ def test_help_has_every_flag_in_full_on_a_narrow_terminal() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert {f"--{name}" for name in DistillConfig.model_fields} <= set(re.findall(r"--\w+", text))
     assert "--pretrained_model_name_or_path" in text and "--no_gradient_checkpointing" in text
+
+
+def test_a_hub_that_does_not_answer_is_not_heard_again_and_again() -> None:
+    logger = logging.getLogger("huggingface_hub.utils._http")  # says "Retrying in 1s [Retry 1/5]."
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    quiet()
+    assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
 
 
 # distill

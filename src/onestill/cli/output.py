@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from rich.console import Console
 from rich.text import Text
 
@@ -23,6 +25,8 @@ def quiet() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for theirs in (diffusers_logging, transformers_logging):
+        theirs.set_verbosity_error()
+        theirs.disable_progress_bar()
+    # A hub that does not answer is asked again and again, each time with a line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onestill.evaluation.features import check_range
-from onestill.evaluation.pretrained import HUB_ID, load_transformers, name_with_commit
+from onestill.evaluation.pretrained import HUB_ID, in_one_line, load_transformers, name_with_commit
 
 FLAG = "--clip"
 
@@ -124,7 +124,9 @@ def _load(source: str, revision: str | None, offline: bool) -> tuple[Any, Any]:
     try:
         kind = AutoConfig.from_pretrained(source, **arguments).model_type
     except (OSError, ValueError) as error:
-        raise ValueError(f"{FLAG}: cannot load {source!r} as a transformers model{nothing}: {error}") from error
+        raise ValueError(
+            f"{FLAG}: cannot load {source!r} as a transformers model{nothing}: {in_one_line(error)}"
+        ) from error
     if kind != "clip":
         raise ValueError(
             f"{FLAG}: {source!r} is a transformers model of type {kind!r}, and the CLIP score needs a whole CLIP "
@@ -134,7 +136,7 @@ def _load(source: str, revision: str | None, offline: bool) -> tuple[Any, Any]:
     try:
         processor = CLIPProcessor.from_pretrained(source, **arguments)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{FLAG}: {source!r} has no usable CLIP processor{nothing}: {error}") from error
+        raise ValueError(f"{FLAG}: {source!r} has no usable CLIP processor{nothing}: {in_one_line(error)}") from error
     return model, processor
 
 

@@ -118,7 +118,7 @@ def load_transformers(
     except (OSError, ValueError) as error:
         offline = " (local files only: nothing was downloaded)" if local_files_only else ""
         raise ValueError(
-            f"{flag}: cannot load {source!r} as a transformers model with safetensors weights{offline}: {error}"
+            f"{flag}: cannot load {source!r} as a transformers model with safetensors weights{offline}: {in_one_line(error)}"
         ) from error
     # transformers fills what a file lacks with random numbers; nothing measured must depend on those.
     missing = set(info["missing_keys"])
@@ -127,6 +127,11 @@ def load_transformers(
         shown = ", ".join(sorted(without_pooler)[:3])
         raise ValueError(f"{flag}: the weights of {source!r} are incomplete; missing: {shown}, ...")
     return model, missing
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what the libraries say in several lines, such as of a hub that does not answer, in one."""
+    return " ".join(str(error).split())
 
 
 def _load_vision(source: str, revision: str | None, local_files_only: bool) -> tuple[nn.Module, bool]:
@@ -162,7 +167,7 @@ def _load_processor(source: str, revision: str | None, local_files_only: bool) -
             source, revision=revision, trust_remote_code=False, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"--features: {source!r} has no usable image processor: {error}") from error
+        raise ValueError(f"--features: {source!r} has no usable image processor: {in_one_line(error)}") from error
     return processor
 
 
