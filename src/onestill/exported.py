@@ -21,7 +21,7 @@ from onestill.export import load_pipeline
 from onestill.sampler import Generate, Rows
 from onestill.sources import Source
 from onestill.student import ignores_time, time_embeddings
-from onestill.teachers import encoders
+from onestill.teachers import encoders, tokenizing
 from onestill.teachers.family import Family, examples
 from onestill.teachers.generic import plain_family
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
@@ -153,6 +153,7 @@ def _open_family(
         latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.latents else None,
         decodes=family.latents,
         encode=(lambda prompts: family.encode(pipeline, signature(), prompts)) if text else None,
+        limits=functools.partial(_limits, family, pipeline) if text else tuple,
         arguments=family.asked,
     )
 
@@ -197,7 +198,16 @@ def _open_enlarging(
         decodes=family.latents,
         base=base,
         noise_level=level,
+        limits=functools.partial(_limits, family, pipeline),
     )
+
+
+def _limits(family: Family, pipeline: Any) -> tuple[tokenizing.Limit, ...]:
+    """Return the numbers of tokens of a prompt that the text encoders of an exported pipeline take."""
+    arguments = dict(family.export_arguments)
+    with tokenizing.listening(pipeline) as heard:
+        record(lambda: family.call(pipeline, [tokenizing.EXAMPLE], arguments), getattr(pipeline, family.network))
+    return tokenizing.limits(heard)
 
 
 @contextmanager

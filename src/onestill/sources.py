@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from onestill.student import Student
 from onestill.teachers import encoders
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.pipeline import PipelineTeacher
+from onestill.teachers.tokenizing import Limit
 from onestill.tensors import Cond
 
 
@@ -45,6 +47,7 @@ class Source:
         arguments: Arguments of every call of the pipeline that were asked for, such as a size.
         base: The student that draws what is enlarged here, in one evaluation more; None where nothing is.
         noise_level: How much noise is mixed into its pictures.
+        limits: The numbers of tokens of a prompt that its text encoders take; asking costs one encoding.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Source:
 
     base: BaseStudent | None = None
     noise_level: int | None = None
+    limits: Callable[[], tuple[Limit, ...]] = tuple
 
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Source:
         """Return the same at another guidance scale or target time; nothing is loaded twice.
@@ -112,6 +116,16 @@ class Source:
         labels, first = chosen or self.labels, 0 if chosen else seed
         rows = [labels[i % len(labels)] for i in range(first, first + num)] if labels else []
         return {"class_labels": torch.tensor(rows)} if labels else {}
+
+    def warnings(self, prompts: Sequence[str]) -> list[str]:
+        """Return a line for each limit of the text encoders that some of the prompts exceed: they are cut there."""
+        texts, found = list(dict.fromkeys(prompts)), []
+        for limit in self.limits() if texts else ():
+            cut = [text for text, is_cut in zip(texts, limit.are_exceeded(texts), strict=True) if is_cut]
+            if cut:
+                first = repr(textwrap.shorten(cut[0], 80, placeholder=" ..."))
+                found.append(f"{limit.warning(len(cut))}{': ' if len(cut) == 1 else ', first '}{first}")
+        return found
 
 
 def student_source(
@@ -216,6 +230,7 @@ def _around(
         encode=encode,
         arguments=base.family.asked if isinstance(base, PipelineTeacher) else {},
         base=base_student,
+        limits=(lambda: base.prompt_limits) if isinstance(base, PipelineTeacher) and base.spec.text else tuple,
         noise_level=base.picture.level if isinstance(base, PipelineTeacher) and base_student is not None else None,
     )
 

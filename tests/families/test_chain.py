@@ -355,6 +355,17 @@ def test_playing_with_a_chain(tmp_path: Path) -> None:
     assert outcome.code == 2 and "enlarges the pictures of run/pipeline" in outcome.words
 
 
+def test_a_chain_says_what_is_cut() -> None:
+    run = second_run()
+    for student in (run, run / "checkpoint-4"):
+        source = onestill.load_source(student, device="cpu")
+        (limit,) = source.limits()
+        fits, long = (" ".join("a" * num) for num in (limit.room - 1, limit.room + 1))
+        assert source.warnings([fits]) == []
+        (warning,) = source.warnings([fits, long])
+        assert f"1 prompt is longer than the {limit.room} tokens" in warning
+
+
 def test_the_export_is_checked_on_real_pictures_and_says_how_to_call_it(tmp_path: Path) -> None:
     card = (second_run() / "pipeline" / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

@@ -329,6 +329,40 @@ def test_a_prompt_that_is_too_long_is_counted(tmp_path: Path) -> None:
         )
 
 
+LONG = [f"photo of a long drawing {'x' * i}" for i in range(1, 4)]
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "alone", "teacher"])
+def test_sample_warns_of_prompts_that_are_cut(kind: str, tmp_path: Path) -> None:
+    where = {
+        "run": ["--student", text_run()],
+        "checkpoint": ["--student", text_run() / "checkpoint-4"],
+        "alone": ["--student", exported_alone()],
+        "teacher": ["--teacher", place() / "t", "--num_inference_steps", 1],
+    }[kind]
+
+    def said(*flags: object) -> str:
+        outcome = call_cli("sample", *where, *flags, "--output", tmp_path / "x.png", "--overwrite", "--device", "cpu")
+        assert outcome.code == 0, outcome.err
+        return outcome.err
+
+    prompts = [part for text in ("red", LONG[0], LONG[1], LONG[1], LONG[2]) for part in ("--prompt", text)]
+    words = "warning: {} longer than the 8 tokens the text encoder takes; it cuts {}"
+    assert said(*prompts) == f"{words.format('3 prompts are', 'them')}, first '{LONG[0]}'\n"
+    # Of those that are drawn, whatever is drawn of them.
+    assert said(*prompts, "--num_images", 2) == f"{words.format('1 prompt is', 'it')}: '{LONG[0]}'\n"
+    assert said(*prompts, "--num_images", 2, "--fixed_noise") == f"{words.format('1 prompt is', 'it')}: '{LONG[0]}'\n"
+    assert said(*prompts, "--num_images", 1) == ""
+
+
+def test_evaluate_warns_of_prompts_that_are_cut(tmp_path: Path) -> None:
+    few: dict[str, Any] = {"num_samples": 10, "steps": [1], "num_reference_steps": 1, "measure_speed": False}
+    said: list[str] = []
+    onestill.evaluate(text_run(), prompts=["red", *LONG], device="cpu", say=said.append, **few)
+    assert said[0].startswith("warning: 3 prompts are longer than the 8 tokens") and LONG[0] in said[0]
+    assert sum("longer" in line for line in said) == 1
+
+
 def test_a_cache_of_another_encoder_is_said_by_the_command(tmp_path: Path) -> None:
     flags = as_flags(settings(tmp_path / "cache"))
     (tmp_path / "cache" / "clip-of-somebody").mkdir(parents=True)

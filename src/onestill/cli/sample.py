@@ -20,7 +20,7 @@ from onestill.cli.options import (
     SeedOption,
     numbers,
 )
-from onestill.cli.output import quiet, say
+from onestill.cli.output import note, quiet, say
 
 PLAY = "Playing (one of them; the same noise or condition all over)"
 EXAMPLES = {"guidance_scales": "1,2,4,8", "target_times": "1,0.5,0"}
@@ -164,6 +164,9 @@ def sample(
     time = max(times) if times else target_time
     with play.asked_by(played, scales or times):
         source = load_source(student, guidance_scale=scale, target_time=time, **where)
+    most = num_images or (num_samples if played in (None, "fixed_noise") else play.MOST_IMAGES)
+    for warning in source.warnings(prompts[:most]):
+        note(warning)
     if played is None:
         images, words = play.samples(source, num_samples, **what)
         written = pictures.save_samples(images, output, seed, words)

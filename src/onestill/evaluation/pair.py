@@ -125,6 +125,8 @@ def evaluate(
     held_out = _held_out_prompts(str(reference), name, one_step.config)
     asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field, held_out)
     one_step.conditions(1, tuple(class_labels), asked)
+    for warning in one_step.warnings(asked[:num_samples]):
+        say(warning)
     judge = None if clip is None else _open_clip(clip, base, place, local_files_only)
     settings = Settings(
         num_samples=num_samples,
