@@ -79,7 +79,7 @@ def _sheet(rows: Mapping[str, Tensor], title: str, size: int, columns: Sequence[
     side = max(size if not columns else WORDS_WIDTH, first.shape[-1])
     margin = 12 + max(int(small.getlength(line)) for caption in rows for line in caption.split("\n"))
     num = max(len(images) for images in rows.values())
-    words = [_wrapped(columns[j % len(columns)], side) for j in range(num if columns else 0)]
+    words = [_wrapped(columns[j % len(columns)], side - _GAP) for j in range(num if columns else 0)]
     height = _words_height(words)
     top = (30 if title else _GAP) + height
     width = max(margin + num * (side + _GAP) + 8, int(font.getlength(title)) + 16)
