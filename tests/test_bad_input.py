@@ -526,6 +526,7 @@ OTHERS = [
     Case("sample with an unknown flag", S + "--studnt RUN", "no such option: --studnt; did you mean --student?"),
     Case("a teacher for a student", S + "--student CLASS", "it is a pipeline of many steps, no one-step student; --teacher draws"),
     Case("a student for a teacher", S + "--teacher RUN/pipeline", "pipeline is a one-step student: its network has no use for the time"),
+    Case("evaluate against a student", E + "--student RUN --teacher RUN/pipeline --output out", "pipeline is a one-step student"),
     Case("inspect of a student", "inspect --teacher RUN/pipeline", "pipeline is a one-step student"),
     Case("a student distilled again", D + "--teacher RUN/pipeline", "pipeline is a one-step student"),
     Case("evaluate of nothing", E, "missing option '--student'"),

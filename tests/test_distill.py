@@ -30,7 +30,7 @@ from onestill.checkpoint import read_checkpoint
 from onestill.checks import check_device, check_output_dir, check_tracker, check_writable, is_run, resolve_device
 from onestill.config import make_config, read_yaml
 from onestill.distillation import RunResult, distilled_facts
-from onestill.preparation import fit_teacher, prepare
+from onestill.preparation import fit_teacher, prepare, with_embedded_prompts
 from onestill.process import CosineVP
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
@@ -211,6 +211,16 @@ def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     words = "in u + w (c - u), of a student trained on 1 to 3"
     assert distilled_facts(drawn, teacher).guidance == f"w = 2 {words}"
     assert distilled_facts(drawn, teacher, 1.5).guidance == f"w = 1.5 {words}"
+
+
+def test_the_card_shows_a_prompt_of_an_embedded_teacher_and_none_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a secret\n")
+    teacher, given = load_teacher("glyphs"), {"teacher": "glyphs", "output_dir": tmp_path / "run"}
+    embedded = with_embedded_prompts(make_config(given))
+    shown = distilled_facts(embedded, teacher).prompt
+    assert embedded.prompt_file is not None and shown == embedded.prompt_file.read_text().splitlines()[0]
+    own = make_config({**given, "prompt_file": tmp_path / "p.txt"})
+    assert distilled_facts(own, teacher).prompt == "a photo of a cat"
 
 
 def test_a_run_in_a_thread_needs_no_signals(tmp_path: Path) -> None:

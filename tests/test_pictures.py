@@ -11,7 +11,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestill.pictures import check_output, is_picture, read_pixels, save_grid, save_rows, save_samples, to_pil
+from onestill.pictures import (
+    check_output,
+    is_picture,
+    read_pixels,
+    save_gif,
+    save_grid,
+    save_rows,
+    save_samples,
+    to_pil,
+)
 from onestill.play import Sheet
 
 
@@ -58,7 +67,7 @@ def test_rows_and_columns_are_not_swapped() -> None:
 
 
 def test_pictures_can_be_enlarged() -> None:
-    pictures = to_pil(shade(2, 0.5), size=64)
+    pictures = to_pil(shade(2, 0.5), width=64)
     assert [picture.size for picture in pictures] == [(64, 64)] * 2
     assert pictures[0].getpixel((31, 31)) == (191, 191, 191)
 
@@ -124,6 +133,18 @@ def test_long_titles_fit(tmp_path: Path) -> None:
     sheet = read_pixels(save_rows({"a": shade(1, 1.0)}, tmp_path / "sheet.png", title="words " * 40))
     assert bool((sheet[:, -6:] == 255).all()), "the title ends before the edge"
     assert sheet.shape[1] > 800
+
+
+def test_pictures_that_are_no_squares_keep_their_shape(tmp_path: Path) -> None:
+    wide = torch.full((2, 3, 16, 48), -1.0)
+    assert [picture.size for picture in to_pil(wide, width=480)] == [(480, 160)] * 2
+    for num, path in (
+        (4, save_rows({"a": wide, "b": wide}, tmp_path / "rows.png", size=480)),
+        (1, save_gif(wide[:, None], tmp_path / "words.gif", columns=[["x"], ["y"]], size=480)),
+        (1, save_gif(wide[:, None], tmp_path / "plain.gif", size=480)),
+    ):
+        with Image.open(path) as drawn:  # black pictures, and words that are not quite black
+            assert (np.asarray(drawn.convert("L")) < 20).sum() == num * 480 * 160, path
 
 
 def test_rows_may_be_of_different_lengths(tmp_path: Path) -> None:

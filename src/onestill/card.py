@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOLDING = (
     "onestill_thresholding",
 )
 BASE_CALL = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
-small = base("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images
+small = base({prompt}, num_inference_steps=1, guidance_scale=1.0).images
 """
 CHECKED = """- Safety checker: the teacher's, as it was; this folder's own call blackens what it flags. The self-check below and all
   numbers of `onestill evaluate` are without it, for student and teacher alike.
@@ -63,6 +64,7 @@ class Facts:
     Attributes:
         guidance: How guidance was distilled, in words.
         distilled: The same and more, for programs; the null class is taken from the spec.
+        prompt: One to show the call with.
         training: Steps, batch, time and hardware, in words.
         settings: Command or settings that made it.
         license: The teacher's license: the lines of a card's front matter, `license` and, for one that the hub does not
@@ -74,6 +76,7 @@ class Facts:
 
     guidance: str = "none"
     distilled: Distilled = Distilled()
+    prompt: str = "a photo of a cat"
     training: str = ""
     settings: str = ""
     license: Mapping[str, str] = field(default_factory=dict)
@@ -222,16 +225,17 @@ def _body(
     enlarges: bool = False,
 ) -> str:
     shape, labels = " x ".join(map(str, spec.sample_shape)), (facts.distilled.class_labels or tuple(spec.labels))[:4]
+    prompt = json.dumps(facts.prompt, ensure_ascii=False)  # in the quotation marks of everything around it
     if arguments is not None or spec.family == "unet2d":
         call = (
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-            f"{BASE_CALL if enlarges else ''}"
-            f"{returns} = pipe({_arguments(spec, labels, arguments, 'image=small' if enlarges else '')}).{returns}  # one network evaluation"
+            f"{BASE_CALL.format(prompt=prompt) if enlarges else ''}"
+            f"{returns} = pipe({_arguments(spec, prompt, labels, arguments, 'image=small' if enlarges else '')}).{returns}  # one network evaluation"
         )
     else:
         call = (
-            "from onestill.export import load_module\n\n"
+            "from onestill import load_module\n\n"
             'generate = load_module("path/to/this/folder", MyNetwork())\n'
             "images = generate(noise, {})  # one network evaluation"
         )
@@ -260,12 +264,12 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 
 
 def _arguments(
-    spec: TeacherSpec, labels: tuple[int, ...], arguments: Mapping[str, Any] | None, picture: str = ""
+    spec: TeacherSpec, prompt: str, labels: tuple[int, ...], arguments: Mapping[str, Any] | None, picture: str = ""
 ) -> str:
     """Return the arguments of the plain one-step call."""
     asked = f"class_labels={list(labels)}"
     if arguments is None:
         return f"batch_size={len(labels)}, {asked}" if labels else "batch_size=4"
-    first = ['"a photo of a cat"' if spec.text else asked, *([picture] if picture else [])]
+    first = [prompt if spec.text else asked, *([picture] if picture else [])]
     given = [*first, *(f"{name}={value!r}" for name, value in arguments.items())]
     return ", ".join(given)

@@ -24,7 +24,9 @@ from onestill.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_out
 from onestill.config import DistillConfig, write_yaml
 from onestill.export import export_student
 from onestill.preparation import Prepared, chosen_threshold, configure, prepare
+from onestill.prompts import PromptFile
 from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.load import EMBEDDED
 from onestill.trainer import StepLog, Trainer
 
 
@@ -196,11 +198,11 @@ def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts
     """Return what the model card says of a run."""
     config = prepared.config
     images = config.train_batch_size * config.gradient_accumulation_steps
-    device = next(prepared.student.parameters()).device
+    device, threads = next(prepared.student.parameters()).device, torch.get_num_threads()
     hardware = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        else f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
     )
     training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
     settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
@@ -223,7 +225,10 @@ def distilled_facts(config: DistillConfig, teacher: Teacher, guidance_scale: flo
     said = card.Distilled(
         w, config.negative_prompt, class_labels=config.class_labels, threshold=chosen_threshold(config)
     )
-    return card.Facts(words, said)
+    embedded = EMBEDDED.get(config.teacher)
+    if embedded is None or embedded.prompts is None or config.prompt_file != embedded.prompts:
+        return card.Facts(words, said)  # prompts of the user's own are not shown to others
+    return card.Facts(words, said, PromptFile(embedded.prompts)[0])
 
 
 @contextmanager

@@ -18,8 +18,8 @@ _INK, _PAPER, _GAP, _GUTTER = (40, 40, 40), (255, 255, 255), 4, 8
 WORDS_WIDTH, _WORDS_LINES, _LINE_HEIGHT = 112, 3, 14
 
 
-def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
-    """Return images [N, C, H, W] in [-1, 1] as pictures; enlarged smoothly to `size` pixels if that is given.
+def to_pil(images: Tensor, width: int | None = None) -> list[Image.Image]:
+    """Return images [N, C, H, W] in [-1, 1] as pictures; enlarged smoothly to `width` pixels if that is given.
 
     Raises:
         ValueError: If the samples have no shape of a picture (1 or 3 channels).
@@ -28,7 +28,10 @@ def to_pil(images: Tensor, size: int | None = None) -> list[Image.Image]:
         raise ValueError(_no_pictures(images))
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     pictures = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert("RGB") for p in pixels]
-    return [p.resize((size, size), Image.Resampling.BICUBIC) for p in pictures] if size else pictures
+    if width is None:
+        return pictures
+    height = round(width * images.shape[-2] / images.shape[-1])
+    return [p.resize((width, height), Image.Resampling.BICUBIC) for p in pictures]
 
 
 def is_picture(shape: torch.Size | tuple[int, ...]) -> bool:
@@ -54,7 +57,7 @@ def save_rows(
         rows: Caption to samples [N, C, H, W] in [-1, 1]; points [N, D] become scatter plots.
         path: The PNG.
         title: A line above.
-        size: Side of one image in the picture, in pixels.
+        size: Least width of one image in the picture, in pixels.
         columns: Words above the columns, such as prompts; gone round if there are fewer than columns.
 
     Returns:
@@ -76,21 +79,22 @@ def save_rows(
 def _sheet(rows: Mapping[str, Tensor], title: str, size: int, columns: Sequence[str]) -> Image.Image:
     first = next(iter(rows.values()))
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    side = max(size if not columns else WORDS_WIDTH, first.shape[-1])
+    side = max(size, WORDS_WIDTH if columns else 0, first.shape[-1])
+    tall = round(side * first.shape[-2] / first.shape[-1])
     margin = 12 + max(int(small.getlength(line)) for caption in rows for line in caption.split("\n"))
     num = max(len(images) for images in rows.values())
     words = [_wrapped(columns[j % len(columns)], side - _GAP) for j in range(num if columns else 0)]
     height = _words_height(words)
     top = (30 if title else _GAP) + height
     width = max(margin + num * (side + _GAP) + 8, int(font.getlength(title)) + 16)
-    sheet = Image.new("RGB", (width, top + len(rows) * (side + _GAP) + _GAP), _PAPER)
+    sheet = Image.new("RGB", (width, top + len(rows) * (tall + _GAP) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 7), title, fill=_INK, font=font)
     for j, text in enumerate(words):
         draw.text((margin + j * (side + _GAP), top - height), text, fill=_INK, font=_words_font(), spacing=1)
     for i, (caption, images) in enumerate(rows.items()):
-        y = top + i * (side + _GAP)
-        draw.text((8, y + side / 2), caption, fill=_INK, font=small, anchor="lm")
+        y = top + i * (tall + _GAP)
+        draw.text((8, y + tall / 2), caption, fill=_INK, font=small, anchor="lm")
         for j, picture in enumerate(to_pil(images, side)):
             sheet.paste(picture, (margin + j * (side + _GAP), y))
     return sheet
@@ -186,7 +190,7 @@ def save_gif(frames: Tensor, path: Path, *, columns: Sequence[Sequence[str]] = (
         frames: Pictures [F, K, C, H, W] in [-1, 1]: F frames of K pictures beside each other.
         path: The GIF.
         columns: For each frame, words above its pictures.
-        size: Least side of one picture, in pixels.
+        size: Least width of one picture, in pixels.
 
     Returns:
         `path`.

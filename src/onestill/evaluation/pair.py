@@ -33,6 +33,7 @@ from onestill.prompts import read_prompts
 from onestill.restore import run_teacher
 from onestill.runs import check_folder, open_student
 from onestill.sources import Source, teacher_source
+from onestill.student import refuse_student
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.guidance import as_sampled
 from onestill.teachers.load import EMBEDDED, load_teacher
@@ -284,6 +285,7 @@ def _teacher_of(
         assert student.run is not None
         assert config is not None
         base = run_teacher(student.run, config, device, local_files_only=offline)
+    refuse_student(base)
     _check_pair(student, base)
     if isinstance(base, PipelineTeacher) and student.base is not None and student.noise_level is not None:
         base.set_picture(student.noise_level, student.base.examples)
