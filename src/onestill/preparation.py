@@ -28,7 +28,7 @@ from onestill.conditions import Conditions, LabelConditions, check_labels
 from onestill.config import CALL_ARGUMENTS, DistillConfig, make_config
 from onestill.lora import Lora, has_loader
 from onestill.prompt_cache import default_cache_dir
-from onestill.prompt_plan import PromptPlan, plan_prompts, refuse_prompts, use_negative_prompt
+from onestill.prompt_plan import PromptPlan, check_longer, plan_prompts, refuse_prompts, use_negative_prompt
 from onestill.prompts import PromptFile
 from onestill.student import Student, refuse_student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
@@ -170,6 +170,8 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
     fingerprint = base.fingerprint()
     resume, messages = find_resume(config, fingerprint, prompts.fingerprint if prompts else "")
+    if resume is not None and prompts is not None:
+        check_longer(prompts, config, resume[1].values["config"]["max_train_steps"], _num_processes())
     if config.lora_rank is not None and not has_loader(base):
         messages += (
             "--lora_rank: the teacher's pipeline takes no LoRA files, so the merged student alone is exported",
@@ -230,7 +232,11 @@ def choose_prompts(
     check_writable((config.prompt_cache_dir or default_cache_dir()).expanduser(), "prompt_cache_dir")
     if prompt_file is None:
         raise ValueError("this teacher takes prompts: give a file of them with --prompt_file (.txt, .jsonl or .csv)")
-    return plan_prompts(config, teacher, prompt_file, int(os.environ.get("WORLD_SIZE", 1)), base_student)
+    return plan_prompts(config, teacher, prompt_file, _num_processes(), base_student)
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def make_student(base: NetworkTeacher, config: DistillConfig, network: nn.Module | None = None) -> Student:

@@ -233,6 +233,17 @@ def most_prompts(config: DistillConfig, num_processes: int = 1) -> int:
     return config.num_prompts or draws
 
 
+def check_longer(plan: PromptPlan, config: DistillConfig, begun_with: int, num_processes: int = 1) -> None:
+    """Raise ValueError if a run that was begun with so many steps draws from other prompts now that it has more."""
+    before = most_prompts(config.model_copy(update={"max_train_steps": begun_with}), num_processes)
+    if (drew := min(len(plan.prompts), before)) != len(plan.pool):
+        raise ValueError(
+            f"--max_train_steps {config.max_train_steps}: the run was begun with {begun_with}, and draws from {drew:,} of the "
+            f"{len(plan.prompts):,} prompts; a longer one draws from {len(plan.pool):,}, so it is another run. Name a new "
+            "--output_dir; with --num_prompts from the start a run can be made longer"
+        )
+
+
 def choose(num: int, wanted: int, seed: int) -> Ints:
     """Return the indices of `wanted` of `num` prompts, or of all if there are no more, in the file's order."""
     if wanted >= num:

@@ -297,6 +297,19 @@ def test_a_second_run_encodes_nothing_and_lets_the_encoders_go(tmp_path: Path, m
     assert first.checkpoint is not None and same_state(first.checkpoint, tmp_path / "b" / "checkpoint-4")
 
 
+def test_a_text_run_becomes_longer_where_its_prompts_stay(tmp_path: Path) -> None:
+    for own, goes_on in (({}, False), ({"num_prompts": 5}, True)):
+        given: dict[str, Any] = {**settings(tmp_path / "cache", **own), "show_progress": False}
+        run = tmp_path / f"run-{goes_on}"
+        onestill.distill(place() / "t", run, **given)
+        longer = {**given, "max_train_steps": 6, "resume_from_checkpoint": "latest"}
+        if goes_on:
+            assert onestill.distill(place() / "t", run, **longer).num_trained == 2
+            continue
+        with pytest.raises(ValueError, match="draws from 16 of the 20 prompts; a longer one draws from 20"):
+            onestill.distill(place() / "t", run, **longer)
+
+
 def test_another_text_encoder_has_another_cache(tmp_path: Path) -> None:
     other = copied(place() / "t", tmp_path / "t")
     path = other / "text_encoder" / "model.safetensors"
