@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # Waiting threads spin a little and then sleep. Spinning on, they are ten times slower on a busy machine; sleeping at
-# once, a quarter slower on an idle one (docs/log.md).
+# once, a third slower on an idle one (docs/log.md).
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo test lint clean

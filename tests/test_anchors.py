@@ -10,7 +10,7 @@ from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_stat
 import onestill
 from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.conditions import LabelConditions
-from onestill.config import make_config
+from onestill.config import make_config, pool_settings
 from onestill.preparation import prepare
 from onestill.process import CosineVP
 from onestill.sampler import teacher_generator
@@ -127,6 +127,29 @@ def test_a_pool_that_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: py
             left.anchors.signal, whole.anchors.signal
         )
         assert torch.equal(left.anchors.chosen["class_labels"], whole.anchors.chosen["class_labels"])
+
+
+def test_a_file_that_is_broken_is_made_again(tmp_path: Path) -> None:
+    settings = {**FAST, **POOL, "checkpointing_steps": 2, "show_progress": False}
+    onestill.distill(teacher_folder(), tmp_path / "one", **settings)
+    with pytest.raises(Interruption):
+        onestill.distill(teacher_folder(), tmp_path / "two", on_step=interrupt_at(3), **settings)
+    path = tmp_path / "two" / "anchors-0.safetensors"
+    whole = path.read_bytes()
+    for broken in (b"", whole[: len(whole) // 2]):
+        path.write_bytes(broken)
+        assert read_anchors(path, {}, torch.Generator()) is None
+    onestill.distill(teacher_folder(), tmp_path / "two", resume_from_checkpoint="latest", **settings)
+    assert same_state(tmp_path / "one" / "checkpoint-4", tmp_path / "two" / "checkpoint-4")
+    assert path.stat().st_size == len(whole)
+
+
+def test_another_optimiser_takes_the_pool_that_is_there(tmp_path: Path) -> None:
+    values = {"teacher": str(teacher_folder()), "output_dir": tmp_path, **FAST, **POOL}
+    plain = pool_settings(make_config(values))
+    assert pool_settings(make_config({**values, "learning_rate": 1e-2, "max_train_steps": 7})) == plain
+    for other in ({"train_batch_size": 8}, {"num_anchors": 11}, {"seed": 1}, {"mixed_precision": "bf16"}):
+        assert pool_settings(make_config({**values, **other})) != plain
 
 
 def test_a_run_begun_again_with_other_settings_makes_a_pool_of_its_own(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_a_run_of_relative_paths_opens_from_anywhere(tmp_path: Path, monkeypatch
     outcome = call_cli("sample", "--student", run / "checkpoint-4", "--num_images", 2, "--output", "x.png")
     assert outcome.code == 0, outcome.err
     outcome = call_cli("distill", "--config", run / "config.yaml", "--resume_from_checkpoint", "latest")
+    assert "resume_from_checkpoint: null" in (run / "config.yaml").read_text(encoding="utf-8")
     assert outcome.code == 0 and "was finished before" in outcome.out, outcome.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "x.png"]
     # A copy goes on where it lies, not where it lay.

@@ -133,6 +133,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
             {"guidance_scale": 3.0},
             {"guidance_scale_min": None, "guidance_scale_max": None},
         ),
+        ({"guidance_scale": 3}, {"guidance_scale_min": None, "guidance_scale_max": None}, {"guidance_scale": 3.0}),
         ({"lr_warmup_steps": 500}, {"max_train_steps": 60}, {"lr_warmup_steps": 6}),
         ({"lr_warmup_steps": 500}, {"max_train_steps": 501}, {"lr_warmup_steps": 500}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -617,32 +618,63 @@ def test_hub_id_without_a_network_is_refused(tmp_path: Path, local_files_only: b
         load_teacher("owner/name", local_files_only=local_files_only, cache_dir=tmp_path)
 
 
+def refusal(kind: type[Exception]) -> Exception:
+    """Return an error of the hub's client, which takes an answer of the hub to be made."""
+    return kind.__new__(kind)
+
+
+UNREACHED = "the hub cannot be reached"
+
+
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("cause", "words"),
     [
-        (errors.GatedRepoError, "it is gated: accept its terms"),
-        (errors.RepositoryNotFoundError, "there is none, or it is private: log in"),
-        (errors.RevisionNotFoundError, "it has no such --revision"),
-        (socket.gaierror, "the hub cannot be reached"),
-        (ConnectionError, "the hub cannot be reached"),
+        (refusal(errors.GatedRepoError), "it is gated: accept its terms"),
+        (refusal(errors.RepositoryNotFoundError), "there is none, or it is private: log in"),
+        (refusal(errors.RevisionNotFoundError), "it has no such --revision"),
+        (socket.gaierror(-2, "Name or service not known"), UNREACHED),
+        (ConnectionRefusedError(), UNREACHED),
+        (TimeoutError("timed out"), UNREACHED),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), UNREACHED),
+        (OSError("Cannot load"), "OSError: Cannot load model"),
     ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_why_the_hub_gave_nothing_is_said(kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_the_hub_gave_nothing_is_said(cause: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        # diffusers wraps what the hub's client raises.
-        raise OSError("Cannot load model") from kind.__new__(kind)
+        # diffusers wraps what the hub's client raises, which wraps what the system does.
+        try:
+            try:
+                raise cause
+            except Exception:
+                raise RuntimeError("no answer")  # noqa: B904 - as where nobody says from what
+        except Exception as error:
+            raise OSError("Cannot load model") from error
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", fail)
     with pytest.raises(ValueError, match=f"the hub gave no pipeline of that name: {words}"):
         load_teacher("owner/name")
 
 
+@pytest.mark.parametrize("failure", [OSError(errno.ENETUNREACH, "unreachable"), TimeoutError("timed out")])
+def test_a_network_that_does_not_answer_is_said(
+    failure: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=f"the hub gave no pipeline of that name: {UNREACHED}"):
+        load_teacher("owner/name", cache_dir=tmp_path)
+
+
 def test_hub_error_without_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise TimeoutError
+        raise LookupError
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", fail)
-    with pytest.raises(ValueError, match=r"no such teacher: owner/name.*TimeoutError"):
+    with pytest.raises(ValueError, match=r"no such teacher: owner/name.*LookupError"):
         load_teacher("owner/name")
 
 

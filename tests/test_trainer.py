@@ -37,7 +37,7 @@ from torch import Tensor
 import onestill
 from onestill import objective
 from onestill.checkpoint import list_checkpoints, read_checkpoint, step_of, write_checkpoint
-from onestill.config import make_config
+from onestill.config import make_config, read_yaml
 from onestill.distillation import RunResult
 from onestill.preparation import Prepared, prepare
 from onestill.trainer import NonFiniteLossError, StepLog, Trainer
@@ -289,6 +289,41 @@ def test_a_longer_run_is_the_long_run_bit_by_bit(tmp_path: Path) -> None:
     assert "6 steps of 4 images" in (tmp_path / "longer" / "pipeline" / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="max_train_steps: 6 -> 4.*only a run with a constant"):
         distil(tmp_path / "longer", max_train_steps=4, resume_from_checkpoint="latest", **settings)
+
+
+def test_a_longer_run_that_is_cut_is_not_taken_for_the_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, again = tmp_path / "run", {"max_train_steps": 8, "checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
+    distil(run, checkpointing_steps=2)
+    short = load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(Interruption):
+        distil(run, on_step=interrupt_at(7), **again)
+    # What is there is of the longer run, up to its last checkpoint; the short one is kept under another name.
+    assert equal(load_file(run / "pipeline-4" / "unet" / "diffusion_pytorch_model.safetensors"), short)
+    assert not (run / "pipeline").exists() and onestill.load_source(run).folder is None
+    assert onestill.load_source(run / "pipeline-4").folder == run / "pipeline-4"
+    with monkeypatch.context() as patch:
+        patch.setattr("onestill.distillation.export_student", interrupt_at(0))
+        with pytest.raises((Interruption, TypeError)):
+            distil(run, **again)
+    result = distil(run, **again)
+    assert (result.step, result.num_trained) == (8, 0) and result.export_error is not None
+    assert "8 steps of 4 images" in (run / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert not equal(load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"), short)
+    assert distil(run, **again).export_error is None, "it is finished now"
+
+
+def test_a_longer_run_keeps_the_warm_up_it_began_with(tmp_path: Path) -> None:
+    for scheduler in ("constant", "constant_with_warmup"):
+        straight, longer = tmp_path / f"straight-{scheduler}", tmp_path / f"longer-{scheduler}"
+        distil(straight, max_train_steps=30, lr_warmup_steps=1, lr_scheduler=scheduler)
+        distil(longer, max_train_steps=10, lr_scheduler=scheduler)
+        distil(longer, max_train_steps=30, lr_scheduler=scheduler, resume_from_checkpoint="latest")
+        assert same_state(straight / "checkpoint-30", longer / "checkpoint-30")
+        assert read_yaml(longer / "config.yaml")["lr_warmup_steps"] == 1
+    with pytest.raises(ValueError, match="lr_warmup_steps: 1 -> 7"):
+        distil(longer, max_train_steps=40, lr_warmup_steps=7, resume_from_checkpoint="latest")
 
 
 @pytest.mark.parametrize("settings", [{"lr_scheduler": "cosine"}, {"time_sampling": "progressive"}])

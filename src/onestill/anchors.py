@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from onestill.conditions import Conditions
@@ -109,6 +109,8 @@ def write_anchors(anchors: Anchors, generator: torch.Generator, path: Path, made
     tensors |= {f"chosen.{name}": value.contiguous() for name, value in anchors.chosen.items()}
     partial = path.with_suffix(".partial")
     save_tensors(tensors, partial, metadata={"made_with": json.dumps(made_with, sort_keys=True)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -122,10 +124,13 @@ def read_anchors(path: Path, made_with: dict[str, object], generator: torch.Gene
     """
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("made_with") != json.dumps(made_with, sort_keys=True):
-            return None
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("made_with") != json.dumps(made_with, sort_keys=True):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except SafetensorError:  # not what was written: it is made again
+        return None
     generator.set_state(tensors["generator"])
     chosen = {name.removeprefix("chosen."): value for name, value in tensors.items() if name.startswith("chosen.")}
     return Anchors(tensors["eps"], tensors["signal"], chosen)

@@ -167,8 +167,12 @@ def distilled(folder: Path | None) -> Distilled:
 
 def _read_threshold(said: object) -> Threshold | None:
     match said:
-        case {"mode": "none" | "static" | "dynamic" as mode, "limit": float(limit), "ratio": float(ratio)}:
-            return Threshold(mode, limit, ratio)
+        case {
+            "mode": "none" | "static" | "dynamic" as mode,
+            "limit": int() | float() as limit,
+            "ratio": int() | float() as ratio,
+        }:
+            return Threshold(mode, float(limit), float(ratio))
     return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from onestill.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
-from onestill.config import DistillConfig, changed_settings
+from onestill.config import DistillConfig, changed_settings, made_longer
 from onestill.prompt_plan import split_fingerprint
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipeline import PipelineTeacher
@@ -164,7 +164,7 @@ def find_resume(
             )
         checkpoint = read_checkpoint(folder)
     values = checkpoint.values
-    if changes := changed_settings(values["config"], config):
+    if changes := changed_settings(values["config"], made_longer(config, values["config"])):
         raise ValueError(
             f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}. Give those, "
             "or a new --output_dir; only a run with a constant --lr_scheduler and no progressive times can be made longer"

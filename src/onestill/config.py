@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 TEACHER, PROMPTS, OBJECTIVE, LORA = "Teacher", "Prompts", "Objective", "LoRA"
 OPTIMISATION, RUN, WATCHING = "Optimisation", "Run", "Watching"
@@ -16,6 +17,13 @@ OPTIMISATION, RUN, WATCHING = "Optimisation", "Run", "Watching"
 
 def _field(default: Any, panel: str, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
+
+
+def panel_of(field: FieldInfo) -> str:
+    """Return the panel of the help that a setting stands in."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["panel"])
 
 
 CALL_ARGUMENTS = ("height", "width", "num_frames", "audio_end_in_s", "max_sequence_length")
@@ -178,7 +186,7 @@ class DistillConfig(BaseModel):
         steps = data.get("max_train_steps") if isinstance(data, dict) else None
         if not isinstance(steps, int) or data.get("lr_warmup_steps") is not None:
             return data
-        return {**data, "lr_warmup_steps": min(cls.model_fields["lr_warmup_steps"].default, max(steps, 0) // 10)}
+        return {**data, "lr_warmup_steps": _usual_warmup(steps)}
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillConfig:
@@ -293,7 +301,8 @@ def make_config(values: Mapping[str, Any], config_file: Path | None = None) -> D
 def _not_against(values: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a file says without what `values` exclude: another kind of guidance, a warm-up longer than the run."""
     fixed, drawn = {"guidance_scale"}, {"guidance_scale_min", "guidance_scale_max"}
-    out = (fixed if drawn & values.keys() else set()) | (drawn if fixed & values.keys() else set())
+    given = {name for name, value in values.items() if value is not None}
+    out = (fixed if drawn & given else set()) | (drawn if fixed & given else set())
     steps, warmup = values.get("max_train_steps"), read.get("lr_warmup_steps")
     if isinstance(steps, int) and isinstance(warmup, int) and warmup >= steps:
         out |= {"lr_warmup_steps"}
@@ -342,8 +351,29 @@ def deciding_settings(config: DistillConfig) -> dict[str, Any]:
 
 
 def pool_settings(config: DistillConfig) -> dict[str, Any]:
-    """Return the settings that a run's pool of anchors is made with: the deciding ones, but not how long the run is."""
-    return {name: value for name, value in deciding_settings(config).items() if name != "max_train_steps"}
+    """Return the settings that a run's pool of anchors is made with: the deciding ones but those of the optimiser."""
+    fields, of_forwards = DistillConfig.model_fields, {"train_batch_size", "mixed_precision", "allow_tf32"}
+    optimiser = {name for name, field in fields.items() if panel_of(field) == OPTIMISATION} - of_forwards
+    return {name: value for name, value in deciding_settings(config).items() if name not in optimiser}
+
+
+def made_longer(config: DistillConfig, old: Mapping[str, Any]) -> DistillConfig:
+    """Return the configuration of a run that goes on, with the warm-up it began with where the default would be another.
+
+    A run of less than 1,000 steps has a shorter one, which does not grow with it.
+    """
+    short, begun = config.lr_warmup_steps, old.get("lr_warmup_steps")
+    usual = {
+        _usual_warmup(steps) for steps in (old.get("max_train_steps"), config.max_train_steps) if isinstance(steps, int)
+    }
+    if not _can_be_longer(config) or short == begun or not {short, begun} <= usual:
+        return config
+    return config.model_copy(update={"lr_warmup_steps": begun})
+
+
+def _usual_warmup(steps: int) -> int:
+    usual: int = DistillConfig.model_fields["lr_warmup_steps"].default
+    return min(usual, max(steps, 0) // 10)
 
 
 def changed_settings(old: Mapping[str, Any], new: DistillConfig) -> list[str]:

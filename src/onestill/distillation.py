@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -113,6 +114,8 @@ def run(
     if prepared.resume is not None:
         checkpoint = trainer.last_checkpoint = prepared.resume[0]
         trainer.restore(prepared.resume[1])
+        if trainer.accelerator.is_main_process:
+            _put_aside(config, prepared.resume[1].values["config"]["max_train_steps"])
     else:
         trainer.cut_log()
     first, started = trainer.progress.step, time.monotonic()
@@ -151,6 +154,15 @@ def run(
     return _finish(trainer, prepared, checkpoint, trained, seconds)
 
 
+def _put_aside(config: DistillConfig, begun_with: int) -> None:
+    """Give the export of a run that becomes longer another name: `pipeline` is that of the whole run, or not there."""
+    folder = config.output_dir / PIPELINE_FOLDER
+    if begun_with != config.max_train_steps and folder.is_dir():
+        kept = folder.with_name(f"{PIPELINE_FOLDER}-{begun_with}")
+        again = (kept.with_name(f"{kept.name}-{i}") for i in count(2))
+        folder.rename(next(name for name in chain([kept], again) if not name.exists()))
+
+
 def make_trainer(prepared: Prepared, *, show_progress: bool = False) -> Trainer:
     """Return the trainer of a prepared run; its prompts are encoded then, and their encoders are gone.
 
@@ -164,6 +176,7 @@ def make_trainer(prepared: Prepared, *, show_progress: bool = False) -> Trainer:
         prepared.conditions,
         prepared.fingerprint,
         prompts_fingerprint=prepared.prompts.fingerprint if prepared.prompts else "",
+        drawn_fingerprint=prepared.prompts.drawn_fingerprint if prepared.prompts else "",
     )
     prepared.base.to(trainer.device)
     if prepared.base_student is not None:

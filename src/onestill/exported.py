@@ -67,12 +67,12 @@ def open_pipeline(
             pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
             family = FAMILY_OF_PIPELINE.get(class_name) or plain_family(index, pipeline)
             family = family.asking(read_call(folder))
-            _check_steps(getattr(pipeline, family.network))
+            _check_steps(getattr(pipeline, family.network), folder)
             if base_student is not None:
                 return _open_enlarging(family, pipeline, folder, device, run, config, base_student)
             return _open_family(family, pipeline, folder, device, run, config)
         pipeline = load_pipeline(folder, device)
-        _check_steps(pipeline.unet)
+        _check_steps(pipeline.unet, folder)
         network = pipeline.unet.config
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"--student {folder} does not load: {str(error).splitlines()[0]}") from error
@@ -86,8 +86,9 @@ def open_pipeline(
     return Source(f"the student in {folder}", _one_step(pipeline), shape, labels, folder=folder, run=run, config=config)
 
 
-def _check_steps(network: nn.Module) -> None:
-    if time_embeddings(network) and not ignores_time(network):
+def _check_steps(network: nn.Module, folder: Path) -> None:
+    # A student that was trained further by somebody may have weights there again, and its card.
+    if time_embeddings(network) and not ignores_time(network) and not card.is_card(folder / "README.md"):
         raise ValueError("it is a pipeline of many steps, no one-step student; --teacher draws with it")
 
 

@@ -25,7 +25,7 @@ from onestill.checks import (
     find_resume,
 )
 from onestill.conditions import Conditions, LabelConditions, check_labels
-from onestill.config import CALL_ARGUMENTS, DistillConfig, make_config
+from onestill.config import CALL_ARGUMENTS, DistillConfig, made_longer, make_config
 from onestill.lora import Lora, has_loader
 from onestill.prompt_cache import default_cache_dir
 from onestill.prompt_plan import PromptPlan, check_longer, plan_prompts, refuse_prompts, use_negative_prompt
@@ -170,8 +170,11 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
     fingerprint = base.fingerprint()
     resume, messages = find_resume(config, fingerprint, prompts.fingerprint if prompts else "")
-    if resume is not None and prompts is not None:
-        check_longer(prompts, config, resume[1].values["config"]["max_train_steps"], _num_processes())
+    if resume is not None:
+        begun = resume[1].values["config"]
+        config = made_longer(config, begun)
+        if prompts is not None:
+            check_longer(prompts, config, begun["max_train_steps"], _num_processes())
     if config.lora_rank is not None and not has_loader(base):
         messages += (
             "--lora_rank: the teacher's pipeline takes no LoRA files, so the merged student alone is exported",

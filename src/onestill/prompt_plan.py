@@ -67,6 +67,11 @@ class PromptPlan:
         digest.update(np.ascontiguousarray(self.prompts.keys).tobytes())
         return digest.hexdigest() + (f"+{self.base.fingerprint}" if self.base is not None else "")
 
+    @property
+    def drawn_fingerprint(self) -> str:
+        """Return a hash of which of the prompts the run draws from."""
+        return hashlib.blake2b(np.ascontiguousarray(self.pool).tobytes(), digest_size=8).hexdigest()
+
     def encode(self, *, show_progress: bool = False) -> None:
         """Encode what the cache lacks and let the text encoders go.
 

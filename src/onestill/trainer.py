@@ -79,6 +79,7 @@ class Trainer:
         conditions: Where conditions are drawn from.
         teacher_fingerprint: Hash of the teacher's weights, kept with every checkpoint.
         prompts_fingerprint: Hash of its prompts, and of what draws pictures from them, likewise; "" without.
+        drawn_fingerprint: Hash of those of them that the run draws from, which its length may decide.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class Trainer:
         teacher_fingerprint: str,
         *,
         prompts_fingerprint: str = "",
+        drawn_fingerprint: str = "",
     ) -> None:
         self.config, self.teacher, self.conditions = config, teacher, conditions
         self.teacher_fingerprint, self.prompts_fingerprint = teacher_fingerprint, prompts_fingerprint
+        self.drawn_fingerprint = drawn_fingerprint
         self.accelerator = make_accelerator(config)
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -169,7 +172,7 @@ class Trainer:
         made_with: dict[str, object] = {
             "settings": pool_settings(config),
             "teacher": self.teacher_fingerprint,
-            "prompts": self.prompts_fingerprint,
+            "prompts": (self.prompts_fingerprint, self.drawn_fingerprint),
             "num_processes": self.accelerator.num_processes,
         }
         path = config.output_dir / f"anchors-{rank}.safetensors"
@@ -178,7 +181,7 @@ class Trainer:
         pool = read_anchors(path, made_with, generator)
         batches = [] if pool is None else [pool]
         made = 0 if pool is None else len(pool.eps)
-        written, at = made, time.monotonic()
+        written, at, pause = made, time.monotonic(), ANCHOR_SECONDS
         if made:
             yield made
         with self.accelerator.autocast():
@@ -197,11 +200,13 @@ class Trainer:
                 batches.append(batch)
                 made += len(batch.eps)
                 yield len(batch.eps)
-                if self.stop_requested or time.monotonic() - at > ANCHOR_SECONDS:
+                stops, started = self.stop_requested, time.monotonic()
+                if stops or started - at > pause:
                     batches = [joined(batches)]
                     write_anchors(batches[0], generator, path, made_with)
                     written, at = made, time.monotonic()
-                if self.stop_requested and made < num:
+                    pause = max(pause, 20 * (at - started))  # a large pool is written less often
+                if stops and made < num:
                     return
         self.anchors = joined(batches)
         if written < made:

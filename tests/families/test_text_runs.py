@@ -39,6 +39,7 @@ from onestill.prompt_plan import choose
 from onestill.student import Student
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipeline import PipelineTeacher
+from onestill.trainer import Trainer
 
 PROMPTS = [f"{word} {letter}" for word in ("red", "blue") for letter in "abcdefghij"]
 
@@ -308,6 +309,29 @@ def test_a_text_run_becomes_longer_where_its_prompts_stay(tmp_path: Path) -> Non
             continue
         with pytest.raises(ValueError, match="draws from 16 of the 20 prompts; a longer one draws from 20"):
             onestill.distill(place() / "t", run, **longer)
+
+
+def test_a_pool_of_anchors_is_of_the_prompts_that_are_drawn(tmp_path: Path) -> None:
+    """Without a checkpoint nothing but the pool's own file says what it was made with."""
+
+    def trainer(**own: Any) -> Trainer:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").touch()
+        given = settings(tmp_path / "cache", empty_prompt_fraction=0.3, anchor_fraction=0.25, num_anchors=10, **own)
+        given |= {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
+        return make_trainer(prepare(make_config(given)))
+
+    (stopped := trainer()).stop_requested = True
+    assert list(stopped.make_anchors()) == [4]
+    assert list(trainer().make_anchors()) == [4, 4, 2], "is gone on with"
+    assert list(trainer(learning_rate=1.0).make_anchors()) == [10], "is whole, whatever is learned from it"
+    assert list(trainer(max_train_steps=6).make_anchors()) == [4, 4, 2], "20 prompts are drawn from, not 16"
+    assert list((same := trainer(max_train_steps=7)).make_anchors()) == [10], "all 20 are"
+    assert same.anchors is not None
+    (tmp_path / "run" / "anchors-0.safetensors").unlink()
+    assert list((made := trainer(max_train_steps=7)).make_anchors()) == [4, 4, 2]
+    assert made.anchors is not None and torch.equal(made.anchors.signal, same.anchors.signal)
+    assert all(torch.equal(value, same.anchors.chosen[name]) for name, value in made.anchors.chosen.items())
 
 
 def test_another_text_encoder_has_another_cache(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def inspect(
     )
     rows = {
         "teacher": found.teacher,
-        **({"folder": found.folder} if found.folder not in ("", found.teacher) else {}),
+        **({"folder": found.folder} if found.folder and Path(found.folder) != Path(found.teacher) else {}),
         "family": found.family,
         "process": found.process,
         "prediction": found.prediction_type,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import json
 import re
@@ -25,6 +26,7 @@ from onestill.teachers.probe import load_family
 from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.unet2d import load_unet2d
 
+UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 Loader = Callable[..., NetworkTeacher]
 """(folder, index, source, variant, null_class, **call arguments) -> the teacher in the folder of a pipeline."""
 
@@ -258,14 +260,19 @@ def _why_not(error: BaseException, offline: bool) -> str:
         (errors.RevisionNotFoundError, "it has no such --revision"),
         (errors.RepositoryNotFoundError, "there is none, or it is private: log in with `hf auth login`"),
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids the network, and it was not downloaded before"),
-        (socket.gaierror, "the hub cannot be reached, and it was not downloaded before"),
-        (ConnectionError, "the hub cannot be reached, and it was not downloaded before"),
     ):
         if any(isinstance(each, kinds) for each in causes):
             return words
+    if any(map(_is_of_the_network, causes)):
+        return "the hub cannot be reached, and it was not downloaded before"
     if offline and any(isinstance(each, errors.LocalEntryNotFoundError) for each in causes):
         return "--local_files_only forbids the network, and it was not downloaded before"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    kinds = (socket.gaierror, ConnectionError, TimeoutError)
+    return isinstance(error, kinds) or (isinstance(error, OSError) and error.errno in UNREACHABLE)
 
 
 def _is_component(entry: list[Any]) -> bool:
