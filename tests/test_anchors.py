@@ -10,9 +10,10 @@ from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_stat
 import onestill
 from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.conditions import LabelConditions
-from onestill.config import make_config, pool_settings
+from onestill.config import make_config
 from onestill.preparation import prepare
 from onestill.process import CosineVP
+from onestill.resuming import pool_settings
 from onestill.sampler import teacher_generator
 from onestill.teachers.closed_form import GaussianTeacher
 from onestill.teachers.guidance import Guided

@@ -19,7 +19,7 @@ PACKAGE = Path(onestill.__file__).parent
 # From the ground up: a module imports from rows above its own only. Modules of one row do not know each other.
 LAYERS = (
     ("tensors", "files", "config", "prompts"),
-    ("process", "prompt_cache", "checkpoint", "pictures"),
+    ("process", "prompt_cache", "checkpoint", "pictures", "resuming"),
     ("trajectory",),
     ("teachers.base", "objective"),
     (

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from onestill import cli
 from onestill.config import (
     CALL_ARGUMENTS,
-    RESUMABLE_CHANGES,
     DistillConfig,
-    changed_settings,
     make_config,
     read_yaml,
     write_yaml,
 )
 from onestill.objective import TIME_SAMPLINGS, WEIGHTS
+from onestill.resuming import RESUMABLE_CHANGES, changed_settings
 from onestill.trajectory import STEPS
 
 GIVEN: dict[str, Any] = {"teacher": "some/teacher", "output_dir": "run"}

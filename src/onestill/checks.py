@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from onestill.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
-from onestill.config import DistillConfig, changed_settings, made_longer
+from onestill.config import DistillConfig
 from onestill.prompt_plan import split_fingerprint
+from onestill.resuming import changed_settings, made_longer
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipeline import PipelineTeacher
 

@@ -25,11 +25,12 @@ from onestill.checks import (
     find_resume,
 )
 from onestill.conditions import Conditions, LabelConditions, check_labels
-from onestill.config import CALL_ARGUMENTS, DistillConfig, made_longer, make_config
+from onestill.config import CALL_ARGUMENTS, DistillConfig, make_config
 from onestill.lora import Lora, has_loader
 from onestill.prompt_cache import default_cache_dir
 from onestill.prompt_plan import PromptPlan, check_longer, plan_prompts, refuse_prompts, use_negative_prompt
 from onestill.prompts import PromptFile
+from onestill.resuming import made_longer
 from onestill.student import Student, refuse_student
 from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
 from onestill.teachers.guidance import as_sampled

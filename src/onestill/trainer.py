@@ -21,7 +21,8 @@ from onestill import objective, pictures
 from onestill.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, rotate, write_checkpoint
 from onestill.conditions import Conditions
-from onestill.config import DistillConfig, pool_settings
+from onestill.config import DistillConfig
+from onestill.resuming import pool_settings
 from onestill.sampler import VALIDATION_SEED, generate_images, student_generator, teacher_generator, to_device
 from onestill.student import Student
 from onestill.teachers.base import Teacher
