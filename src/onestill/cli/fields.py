@@ -28,7 +28,7 @@ def from_config(command: Callable[..., None]) -> Callable[..., None]:
 
     parameters = [_parameter(name, info) for name, info in DistillConfig.model_fields.items()]
     # typer reads a function's signature from here; mypy does not know that functions may have one of their own.
-    wrapped.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    wrapped.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]  # inspect reads it
     wrapped.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     return wrapped
@@ -56,7 +56,7 @@ def _plain_type(annotation: Any) -> Any:
     """Return what typer should parse for a field's type: X of X | None, list[int] of tuple[int, ...]."""
     if get_origin(annotation) is tuple:
         # A type made at run time, which mypy cannot follow.
-        return list[get_args(annotation)[0]]  # type: ignore[misc]
+        return list[get_args(annotation)[0]]  # type: ignore[misc]  # made at run time
     options = [a for a in get_args(annotation) if a is not type(None)]
     return options[0] if type(None) in get_args(annotation) else annotation
 

@@ -142,5 +142,5 @@ def _load(source: str, revision: str | None, offline: bool) -> tuple[Any, Any]:
 
 def _unit(output: object) -> Tensor:
     """Return projected embeddings at length 1, on the CPU: a tensor, or what transformers 5 wraps around it."""
-    embeddings: Tensor = output if isinstance(output, Tensor) else getattr(output, "pooler_output")  # noqa: B009
+    embeddings: Tensor = output if isinstance(output, Tensor) else getattr(output, "pooler_output")  # noqa: B009 - typed as object
     return functional.normalize(embeddings.float(), dim=-1).cpu()
