@@ -25,14 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import onestill
-from onestill import pictures
-from onestill.chain import BaseStudent, open_base, second_noise
+from onestill.data.cascade import BaseStudent, open_base, second_noise
+from onestill.diffusion.process import DiscreteVP
 from onestill.evaluation import speed
-from onestill.process import DiscreteVP
-from onestill.sampler import noise, teacher_generator
+from onestill.sampling import pictures
+from onestill.sampling.generate import noise, teacher_generator
 from onestill.teachers.guidance import Thresholded
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipeline import PipelineTeacher
+from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 SMALL, LARGE, LEVEL = 8, 32, 250
 PALETTE = {

@@ -22,19 +22,19 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
 
-from onestill import pictures
-from onestill.checks import check_device, resolve_device
-from onestill.distillation import distill
+from onestill.core.tensors import Cond
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions, print_report
-from onestill.runs import open_student
-from onestill.sampler import Generate, generate_images, noise
-from onestill.sources import Source, teacher_source
+from onestill.runs.checks import check_device, resolve_device
+from onestill.runs.distill import distill
+from onestill.runs.load import open_student
+from onestill.sampling import pictures
+from onestill.sampling.generate import Generate, generate_images, noise
+from onestill.sampling.samplers import Source, teacher_source
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
-from onestill.tensors import Cond
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "teachers"))
 from cifar10_data import NUM_CLASSES, LabelledImages, load_images, to_floats

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 import onestill
-from onestill.distillation import distill
 from onestill.evaluation.report import print_report
+from onestill.runs.distill import distill
 
 SETTINGS: dict[str, Any] = {
     "max_train_steps": 14_000,

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from onestill.checks import PIPELINE_FOLDER
-from onestill.restore import read_run_config, restore_student
-from onestill.sampler import Rows, generate_images
-from onestill.sources import student_source
-from onestill.teachers.pipeline import PipelineTeacher
+from onestill.runs.checks import PIPELINE_FOLDER
+from onestill.runs.restore import read_run_config, restore_student
+from onestill.sampling.generate import Rows, generate_images
+from onestill.sampling.samplers import student_source
+from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 PROMPTS = ("a bold red serif A on a yellow background", "a regular blue mono 7 on a white background")
 STOCK = """

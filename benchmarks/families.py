@@ -15,11 +15,11 @@ import diffusers
 import torch
 import transformers
 
-from onestill.export import export_student
-from onestill.student import Student
+from onestill.export.export import export_student
+from onestill.students.student import Student
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipeline import PipelineTeacher
-from onestill.teachers.probe import self_check
+from onestill.teachers.pipelines.build import self_check
+from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "families"))
 

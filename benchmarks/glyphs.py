@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 
 import onestill
-from onestill.demo import draw
-from onestill.distillation import distill
 from onestill.evaluation.report import print_report
+from onestill.runs.demo import draw
+from onestill.runs.distill import distill
 
 SETTINGS: dict[str, Any] = {
     "guidance_scale": 3.0,

@@ -24,16 +24,16 @@ import psutil
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 
-from onestill.checks import resolve_device
-from onestill.config import make_config
-from onestill.distillation import make_trainer
-from onestill.export import export_student
-from onestill.inspection import estimate
-from onestill.preparation import prepare
+from onestill.core.tensors import num_parameters
+from onestill.export.export import export_student
+from onestill.runs.build import prepare
+from onestill.runs.checks import resolve_device
+from onestill.runs.distill import make_trainer
+from onestill.runs.inspect import estimate
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.load import EMBEDDED, load_teacher
-from onestill.teachers.unet2d import unet2d_teacher
-from onestill.tensors import num_parameters
+from onestill.teachers.pixel import unet2d_teacher
+from onestill.training.config import make_config
 
 TEACHERS = ("pixels", "text")
 

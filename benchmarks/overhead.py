@@ -12,16 +12,16 @@ import tempfile
 import psutil
 import torch
 
-from onestill.checks import PIPELINE_FOLDER
-from onestill.config import make_config
+from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.evaluation.speed import compare
-from onestill.export import export_student
-from onestill.preparation import prepare
-from onestill.runs import open_student
-from onestill.sampler import noise, teacher_generator
+from onestill.export.export import export_student
+from onestill.runs.build import prepare
+from onestill.runs.checks import PIPELINE_FOLDER
+from onestill.runs.load import open_student
+from onestill.sampling.generate import noise, teacher_generator
 from onestill.teachers.load import load_teacher
-from onestill.trainer import Trainer
-from onestill.trajectory import CALLS_PER_STEP
+from onestill.training.config import make_config
+from onestill.training.trainer import Trainer
 
 
 def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6) -> Trainer:

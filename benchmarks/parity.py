@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, UNet2DMod
 from torch import Tensor
 from toys import gaussian
 
-from onestill.process import VE, CosineVP, DiscreteVP, FlowMatching, Process, head
-from onestill.sampler import noise
-from onestill.teachers.unet2d import unet2d_teacher
-from onestill.tensors import as_times, broadcast
-from onestill.trajectory import STEPS, Trajectory, ddim_step, solve, uniform_times
+from onestill.core.tensors import as_times, broadcast
+from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process, head
+from onestill.diffusion.trajectory import STEPS, Trajectory, ddim_step, solve, uniform_times
+from onestill.sampling.generate import noise
+from onestill.teachers.pixel import unet2d_teacher
 
 
 def processes() -> dict[str, Process]:
@@ -132,7 +132,7 @@ def main() -> None:
     zero = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, **common)
     print(f"| v_prediction, zero terminal SNR | {against_scheduler(zero):.1e} |")
     print(f"\nEDM: loading runs the self-check against {EDMEulerScheduler.__name__}: ", end="")
-    from onestill.teachers.unet2d import self_check
+    from onestill.teachers.pixel import self_check
 
     edm = EDMEulerScheduler()
     print(f"{self_check(unet2d_teacher(tiny_unet(), edm), edm):.1e}")

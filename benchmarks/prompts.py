@@ -44,9 +44,9 @@ def write_teacher(folder: Path) -> Path:
 def measure(folder: Path, prompts: Path, steps: int) -> None:
     """Train to the third step and print, as JSON, the seconds to the first one and the peak of resident memory."""
     started = time.perf_counter()
-    from onestill.config import make_config
-    from onestill.distillation import make_trainer
-    from onestill.preparation import prepare
+    from onestill.runs.build import prepare
+    from onestill.runs.distill import make_trainer
+    from onestill.training.config import make_config
 
     settings = {"teacher": str(folder / "teacher"), "output_dir": str(folder / "run"), "device": "cpu"}
     rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 10**6}

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from onestill.checkpoint import list_checkpoints, read_checkpoint
+from onestill.training.checkpoint import list_checkpoints, read_checkpoint
 
 STEPS = 240
 COMMAND = [

@@ -15,14 +15,14 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
-from onestill.config import make_config
-from onestill.distillation import run
-from onestill.preparation import prepare
-from onestill.process import CosineVP
+from onestill.diffusion.process import CosineVP
+from onestill.diffusion.trajectory import midpoint_step, solve, uniform_times
+from onestill.runs.build import prepare
+from onestill.runs.distill import run
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
 from onestill.teachers.module import module_teacher
-from onestill.trajectory import midpoint_step, solve, uniform_times
+from onestill.training.config import make_config
 
 
 class PointNetwork(nn.Module):
@@ -89,7 +89,7 @@ def distilled_error(exact: Teacher, *, num_test: int = 4000, **settings: Any) ->
         prepared = prepare(config, as_network_teacher(exact), PointNetwork(*exact.spec.sample_shape))
         trained = run(prepared, show_progress=False)
         assert trained.pipeline is not None
-        from onestill.export import load_module
+        from onestill.export.export import load_module
 
         generate = load_module(trained.pipeline, PointNetwork(*exact.spec.sample_shape))
         eps = torch.randn(num_test, *exact.spec.sample_shape, generator=torch.Generator().manual_seed(10**6))

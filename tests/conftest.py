@@ -32,10 +32,10 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-from onestill.process import VE, CosineVP, FlowMatching, Process
+from onestill.diffusion.process import VE, CosineVP, FlowMatching, Process
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.module import module_teacher
-from onestill.teachers.unet2d import unet2d_teacher
+from onestill.teachers.pixel import unet2d_teacher
 
 # What is imported stays: an export's garbage collection then looks at what the tests have made, not at all of torch.
 gc.freeze()

@@ -30,7 +30,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import onestill
 from onestill import cli
-from onestill.checkpoint import read_checkpoint
+from onestill.training.checkpoint import read_checkpoint
 
 NUM_CLASSES, NULL_CLASS = 3, 3
 FAST: dict[str, Any] = {
@@ -224,7 +224,7 @@ def _main(args: list[str], log: str) -> None:
 def start_cli(log: Path, *args: object) -> BaseProcess:
     """Start `onestill *args` in a process of its own, whose output goes to `log`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["onestill.cli", "onestill.distillation", "onestill.teachers.load"])
+    context.set_forkserver_preload(["onestill.cli", "onestill.runs.distill", "onestill.teachers.load"])
     process = context.Process(target=_main, args=([str(a) for a in args], str(log)), daemon=True)
     process.start()
     return process

@@ -36,7 +36,11 @@ from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from onestill.checkpoint import (
+from onestill.runs.checks import check_device, resolve_device
+from onestill.runs.load import open_teacher
+from onestill.sampling.generate import generate_images
+from onestill.sampling.pictures import save_grid
+from onestill.training.checkpoint import (
     Checkpoint,
     flatten_optimizer,
     list_checkpoints,
@@ -45,10 +49,6 @@ from onestill.checkpoint import (
     rotate,
     write_checkpoint,
 )
-from onestill.checks import check_device, resolve_device
-from onestill.pictures import save_grid
-from onestill.runs import open_teacher
-from onestill.sampler import generate_images
 
 NULL_CLASS = NUM_CLASSES
 CACHE = "images.safetensors"

@@ -13,42 +13,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onestill.api import sample
-    from onestill.config import DistillConfig
-    from onestill.distillation import RunResult, distill
-    from onestill.evaluation.pair import evaluate
-    from onestill.export import export_student, load_module
-    from onestill.inspection import inspect_teacher
-    from onestill.play import fixed_noise, guidance_sweep, interpolate, student_trajectory
-    from onestill.process import VE, CosineVP, DiscreteVP, FlowMatching
-    from onestill.runs import load_source
-    from onestill.student import Student
+    from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching
+    from onestill.export.export import export_student, load_module
+    from onestill.runs.api import sample
+    from onestill.runs.distill import RunResult, distill
+    from onestill.runs.evaluate import evaluate
+    from onestill.runs.inspect import inspect_teacher
+    from onestill.runs.load import load_source
+    from onestill.sampling.explore import fixed_noise, guidance_sweep, interpolate, student_trajectory
+    from onestill.students.student import Student
     from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
     from onestill.teachers.load import load_teacher
     from onestill.teachers.module import module_teacher
+    from onestill.training.config import DistillConfig
 
 __version__ = "0.1.0"
 
 # Resolved on first use, so that `import onestill` stays fast and loads nothing optional.
 _HOMES = {
-    "evaluate": "evaluation.pair",
-    "sample": "api",
-    "DistillConfig": "config",
-    "RunResult": "distillation",
-    "distill": "distillation",
-    "export_student": "export",
-    "load_module": "export",
-    "inspect_teacher": "inspection",
-    "fixed_noise": "play",
-    "guidance_sweep": "play",
-    "interpolate": "play",
-    "student_trajectory": "play",
-    "CosineVP": "process",
-    "DiscreteVP": "process",
-    "FlowMatching": "process",
-    "VE": "process",
-    "load_source": "runs",
-    "Student": "student",
+    "evaluate": "runs.evaluate",
+    "sample": "runs.api",
+    "DistillConfig": "training.config",
+    "RunResult": "runs.distill",
+    "distill": "runs.distill",
+    "export_student": "export.export",
+    "load_module": "export.export",
+    "inspect_teacher": "runs.inspect",
+    "fixed_noise": "sampling.explore",
+    "guidance_sweep": "sampling.explore",
+    "interpolate": "sampling.explore",
+    "student_trajectory": "sampling.explore",
+    "CosineVP": "diffusion.process",
+    "DiscreteVP": "diffusion.process",
+    "FlowMatching": "diffusion.process",
+    "VE": "diffusion.process",
+    "load_source": "runs.load",
+    "Student": "students.student",
     "GaussianTeacher": "teachers.closed_form",
     "MixtureTeacher": "teachers.closed_form",
     "load_teacher": "teachers.load",

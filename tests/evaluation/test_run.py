@@ -12,6 +12,8 @@ from PIL import Image
 from runs_helpers import NULL_CLASS, teacher_folder
 from torch import Tensor, nn
 
+from onestill.core.tensors import Cond
+from onestill.diffusion.process import CosineVP
 from onestill.evaluation import candidates, choice, references, run
 from onestill.evaluation.candidates import Settings
 from onestill.evaluation.choice import choose_features, default_features, teacher_features
@@ -24,11 +26,9 @@ from onestill.evaluation.references import (
     teacher_reference,
 )
 from onestill.evaluation.run import compare_sources
-from onestill.process import CosineVP
-from onestill.sampler import Rows, noise
+from onestill.sampling.generate import Rows, noise
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.module import module_teacher
-from onestill.tensors import Cond
 
 CPU = torch.device("cpu")
 

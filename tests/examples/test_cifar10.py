@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import onestill
-from onestill.checkpoint import list_checkpoints
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures
 from onestill.evaluation.report import Report
+from onestill.training.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

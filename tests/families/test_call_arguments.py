@@ -17,10 +17,10 @@ from runs_helpers import as_flags, call_cli, copied, snapshot
 from safetensors.torch import load_file, save_file
 
 import onestill
-from onestill.config import CALL_ARGUMENTS, make_config
-from onestill.preparation import prepare
+from onestill.runs.build import prepare
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipeline import CALL_FILE
+from onestill.teachers.pipelines.teacher import CALL_FILE
+from onestill.training.config import CALL_ARGUMENTS, make_config
 
 FAST: dict[str, Any] = {
     "device": "cpu",

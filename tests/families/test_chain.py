@@ -31,18 +31,18 @@ from torch import Tensor
 from vp_pipelines import if_parts, if_scheduler, if_unet
 
 import onestill
-from onestill.api import export
-from onestill.chain import BASE_SEED, BaseStudent, PictureConditions, open_base, second_noise
-from onestill.config import make_config
-from onestill.distillation import make_trainer
-from onestill.export import export_student
-from onestill.preparation import prepare
-from onestill.runs import open_student
-from onestill.sampler import VALIDATION_SEED, noise
-from onestill.teachers import encoders
-from onestill.teachers.deepfloyd import low_res_rows
+from onestill.data.cascade import BASE_SEED, BaseStudent, PictureConditions, open_base, second_noise
+from onestill.export.export import export_student
+from onestill.runs.api import export
+from onestill.runs.build import prepare
+from onestill.runs.distill import make_trainer
+from onestill.runs.load import open_student
+from onestill.sampling.generate import VALIDATION_SEED, noise
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipeline import PipelineTeacher
+from onestill.teachers.pipelines import text_encoders as encoders
+from onestill.teachers.pipelines.families.deepfloyd import low_res_rows
+from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.training.config import make_config
 
 PROMPTS = ["a photo", "a drawing of it", "red cat", "blue cat"]
 LEVEL = 100

@@ -15,20 +15,20 @@ import torch
 from pipelines import ARGUMENTS, BUILDERS, build
 from torch import Tensor
 
-from onestill import objective
-from onestill.export import export_student
-from onestill.family_export import why_no_file
-from onestill.lora import Lora
-from onestill.prompt_plan import use_negative_prompt
-from onestill.sampler import noise
-from onestill.student import Student, TimeEmbeddingInjection
+from onestill.data.prompt_pool import use_negative_prompt
+from onestill.export.export import export_student
+from onestill.export.pipeline import why_no_file
+from onestill.objectives import boot as objective
+from onestill.sampling.generate import noise
+from onestill.students.lora import Lora
+from onestill.students.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import examples
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipeline import PipelineTeacher
-from onestill.teachers.probe import self_check
-from onestill.teachers.recording import record
-from onestill.teachers.stock import load_stock
+from onestill.teachers.pipelines.build import self_check
+from onestill.teachers.pipelines.capture import record
+from onestill.teachers.pipelines.folder import load_stock
+from onestill.teachers.pipelines.spec import examples
+from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 # Self-attention and normalisation of tiny random networks amplify float32 rounding by up to 100 over four steps.
 PARITY = 1e-4

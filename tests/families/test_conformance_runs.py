@@ -18,16 +18,16 @@ from runs_helpers import call_cli, copied, same_state
 from test_conformance import folder_of, perturbed, teacher_of
 from torch import Tensor, nn
 
-from onestill.config import CALL_ARGUMENTS, make_config
-from onestill.distillation import RunResult, run
-from onestill.export import export_student
-from onestill.inspection import Inspection, inspect_teacher
-from onestill.preparation import Prepared, configure, prepare
-from onestill.process import VE
-from onestill.prompt_plan import use_negative_prompt
+from onestill.data.prompt_pool import use_negative_prompt
+from onestill.diffusion.process import VE
+from onestill.export.export import export_student
+from onestill.runs.build import Prepared, configure, prepare
+from onestill.runs.distill import RunResult, run
+from onestill.runs.inspect import Inspection, inspect_teacher
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.guidance import as_sampled
 from onestill.teachers.module import module_teacher
+from onestill.training.config import CALL_ARGUMENTS, make_config
 
 FAST: dict[str, Any] = {
     "device": "cpu",

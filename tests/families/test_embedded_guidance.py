@@ -18,15 +18,15 @@ from test_conformance import PARITY, conditions_of, folder_of, noise_of, teacher
 from torch import Tensor
 
 import onestill
-from onestill.config import make_config
+from onestill.core.tensors import as_times
+from onestill.diffusion.trajectory import Trajectory
 from onestill.evaluation.features import ModuleFeatures
-from onestill.preparation import prepare
-from onestill.teachers.family import examples
+from onestill.runs.build import prepare
 from onestill.teachers.guidance import as_sampled
-from onestill.teachers.recording import watch
-from onestill.teachers.schedulers import times_of
-from onestill.tensors import as_times
-from onestill.trajectory import Trajectory
+from onestill.teachers.pipelines.capture import watch
+from onestill.teachers.pipelines.schedulers import times_of
+from onestill.teachers.pipelines.spec import examples
+from onestill.training.config import make_config
 
 SETTINGS: dict[str, Any] = {
     **ARGUMENTS["flux"],

@@ -13,10 +13,10 @@ from test_conformance import folder_of, perturbed
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from onestill.export import export_student
-from onestill.family_export import computing_on
-from onestill.lora import Lora
-from onestill.student import Student
+from onestill.export.export import export_student
+from onestill.export.pipeline import computing_on
+from onestill.students.lora import Lora
+from onestill.students.student import Student
 from onestill.teachers.load import load_teacher
 
 META = torch.device("meta")

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import onestill
-from onestill.config import read_yaml
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
-from onestill.evaluation.pair import _held_out_prompts, _open_clip
 from onestill.evaluation.references import embedded_reference
 from onestill.evaluation.report import Report
 from onestill.evaluation.run import NO_KERNEL
-from onestill.restore import read_run_config
+from onestill.runs.evaluate import _held_out_prompts, _open_clip
+from onestill.runs.restore import read_run_config
 from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.training.config import read_yaml
 
 GLYPHS = EMBEDDED["glyphs"]
 

@@ -18,12 +18,12 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVis
 from vp_pipelines import if_parts, if_scheduler, if_unet
 
 from onestill import distill, sample
-from onestill.export import export_student
-from onestill.sampler import noise
-from onestill.teachers.deepfloyd import NOISE_LEVEL, low_res_rows
+from onestill.export.export import export_student
+from onestill.sampling.generate import noise
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipeline import PipelineTeacher
+from onestill.teachers.pipelines.families.deepfloyd import NOISE_LEVEL, low_res_rows
+from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 
 def recorded_steps(pipeline: Any, **call: Any) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -16,13 +16,14 @@ from runs_helpers import call_cli, teacher_folder
 from test_conformance import perturbed, teacher_of
 
 from onestill import cli
-from onestill.config import DistillConfig, make_config, read_yaml
-from onestill.export import export_student
-from onestill.prompt_plan import refuse_prompts
+from onestill.data.prompt_pool import refuse_prompts
+from onestill.export.export import export_student
 from onestill.teachers.load import EMBEDDED, FAMILIES, FAMILY_OF_PIPELINE
+from onestill.training.config import DistillConfig, make_config, read_yaml
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES_FOLDER = ROOT / "src" / "onestill" / "recipes"
+RECIPES = sorted(RECIPES_FOLDER.glob("*.yaml"))
 # A tiny pipeline of each recipe's class, and what makes the recipe small enough for it.
 TINY = {
     "cifar10": ("", []),
@@ -67,7 +68,7 @@ def export_of_stage_1(folder: Path) -> Path:
 def test_there_are_recipes_and_a_table_of_them() -> None:
     names = {path.stem for path in RECIPES}
     assert names == {*TINY, "digits", "glyphs"}
-    table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    table = (RECIPES_FOLDER / "README.md").read_text(encoding="utf-8")
     for path in RECIPES:
         teacher = read_yaml(path)["teacher"]
         assert f"| `{path.stem}` | {'embedded' if teacher in EMBEDDED else f'`{teacher}`'} " in table
@@ -97,7 +98,7 @@ def test_its_commands_are_commands(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert commands(path)
     for words in commands(path):
         given = parsed(words)
-        assert given["config"] == Path("recipes") / path.name
+        assert given["config"] == RECIPES_FOLDER.relative_to(ROOT) / path.name
         settings = {name: value for name, value in given.items() if name in DistillConfig.model_fields}
         config = make_config(settings, given["config"])
         assert config.output_dir.parts[0] == "runs"
@@ -129,7 +130,7 @@ def test_a_recipe_says_what_its_prompts_take_on_disk(path: Path) -> None:
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_what_is_embedded_is_set_as_for_the_numbers(name: str) -> None:
     source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
-    recipe = read_yaml(ROOT / "recipes" / f"{name}.yaml")
+    recipe = read_yaml(RECIPES_FOLDER / f"{name}.yaml")
     found = re.search(r"SETTINGS: dict\[str, Any\] = (\{.*?\n\})", source, re.DOTALL)
     assert found and {"teacher": name, **eval(found.group(1))} == {
         **recipe,
@@ -140,7 +141,7 @@ def test_what_is_embedded_is_set_as_for_the_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", ["digits", "glyphs"])
 def test_what_is_embedded_would_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (words,) = commands(ROOT / "recipes" / f"{name}.yaml")
+    (words,) = commands(RECIPES_FOLDER / f"{name}.yaml")
     outcome = call_cli(*words, "--output_dir", tmp_path / "run", "--prompt_cache_dir", tmp_path / "cache", "--dry_run")
     if name == "digits":  # which takes no prompts
         assert outcome.code == 2 and "--prompt_cache_dir" in outcome.words
@@ -156,7 +157,7 @@ def test_a_recipe_fits_the_class_it_names(name: str, tmp_path: Path, monkeypatch
     Less the rank of a LoRA, which no layer of so small a network has.
     """
     monkeypatch.chdir(ROOT)
-    path, (kind, small) = ROOT / "recipes" / f"{name}.yaml", TINY[name]
+    path, (kind, small) = RECIPES_FOLDER / f"{name}.yaml", TINY[name]
     words = commands(path)[0]
     teacher = teacher_folder("epsilon")
     if kind:

@@ -16,12 +16,13 @@ from test_conformance import conditions_of, folder_of, noise_of, perturbed, teac
 from torch import nn
 
 import onestill
-from onestill.config import make_config
-from onestill.export import export_student
-from onestill.preparation import prepare
-from onestill.teachers import encoders, tokenizing
+from onestill.export.export import export_student
+from onestill.runs.build import prepare
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipeline import PipelineTeacher
+from onestill.teachers.pipelines import text_encoders as encoders
+from onestill.teachers.pipelines import token_limits as tokenizing
+from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.training.config import make_config
 
 
 def own_teacher(name: str) -> PipelineTeacher:

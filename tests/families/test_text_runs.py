@@ -29,17 +29,17 @@ from runs_helpers import (
 from safetensors.torch import load_file, save_file
 
 import onestill
-from onestill import card
-from onestill.config import make_config
-from onestill.distillation import make_trainer
+from onestill.data.prompt_pool import choose
 from onestill.evaluation.run import NO_KERNEL
-from onestill.export import export_student
-from onestill.preparation import prepare
-from onestill.prompt_plan import choose
-from onestill.student import Student
+from onestill.export.export import export_student
+from onestill.runs.build import prepare
+from onestill.runs.distill import make_trainer
+from onestill.students import model_card as card
+from onestill.students.student import Student
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipeline import PipelineTeacher
-from onestill.trainer import Trainer
+from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.training.config import make_config
+from onestill.training.trainer import Trainer
 
 PROMPTS = [f"{word} {letter}" for word in ("red", "blue") for letter in "abcdefghij"]
 
@@ -416,7 +416,7 @@ def test_a_disk_that_fills_up_while_encoding(tmp_path: Path, monkeypatch: pytest
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onestill.prompt_cache.save_tensors", full)
+    monkeypatch.setattr("onestill.data.prompt_cache.save_tensors", full)
     flags = ["distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *as_flags(settings(tmp_path / "cache"))]  # fmt: skip
     outcome = call_cli(*flags)
     assert outcome.code == 2 and "Traceback" not in outcome.err
@@ -449,7 +449,7 @@ def test_a_prompt_that_cannot_be_encoded_ends_with_one_line(tmp_path: Path) -> N
 
 
 def test_a_disk_without_room_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestill.prompt_cache.shutil.disk_usage", lambda _: SimpleNamespace(free=2000))
+    monkeypatch.setattr("onestill.data.prompt_cache.shutil.disk_usage", lambda _: SimpleNamespace(free=2000))
     flags = as_flags(settings(tmp_path / "cache"))
     outcome = call_cli("distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *flags)
     assert outcome.code == 2, outcome.err

@@ -22,8 +22,8 @@ def demo(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Distil an embedded teacher in a few minutes on a CPU, and show what was gained and lost."""
-    from onestill import demo as room
     from onestill.evaluation.report import print_report
+    from onestill.runs import demo as room
 
     quiet()
     report, picture = room.run_demo(

@@ -12,11 +12,11 @@ import typer
 
 from onestill.cli.fields import from_config
 from onestill.cli.output import note, quiet, say
-from onestill.config import DistillConfig, make_config
+from onestill.training.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
-    from onestill.distillation import RunResult
-    from onestill.preparation import Prepared
+    from onestill.runs.build import Prepared
+    from onestill.runs.distill import RunResult
 
 
 NOTHING_WRITTEN = "stopped before the first step; nothing was written"
@@ -56,7 +56,7 @@ def distill(
 
 def _prepare(config: DistillConfig) -> Prepared:
     """Load and check everything, and say what was found."""
-    from onestill import preparation
+    from onestill.runs import build as preparation
 
     quiet()
     prepared = preparation.prepare(config)
@@ -77,11 +77,11 @@ def _run(prepared: Prepared) -> RunResult:
     import torch
     from safetensors import SafetensorError
 
-    from onestill import distillation
-    from onestill.checks import is_run, make_output_dir
-    from onestill.export import ExportError
-    from onestill.prompt_cache import PromptCacheError
-    from onestill.trainer import NonFiniteLossError
+    from onestill.data.prompt_cache import PromptCacheError
+    from onestill.export.export import ExportError
+    from onestill.runs import distill as distillation
+    from onestill.runs.checks import is_run, make_output_dir
+    from onestill.training.trainer import NonFiniteLossError
 
     folder = prepared.config.output_dir
     make_output_dir(folder)
@@ -107,8 +107,8 @@ def _run(prepared: Prepared) -> RunResult:
 
 def _left_by(prepared: Prepared) -> str:
     """Return what to say of a run that was stopped before or after its steps, which themselves end with a checkpoint."""
-    from onestill.checkpoint import list_checkpoints, step_of
-    from onestill.checks import is_run
+    from onestill.runs.checks import is_run
+    from onestill.training.checkpoint import list_checkpoints, step_of
 
     config, prompts = prepared.config, prepared.prompts
     if is_run(config.output_dir):
@@ -125,7 +125,7 @@ def _left_by(prepared: Prepared) -> str:
 
 def go_on(run: Path) -> str:
     """Return the command that goes on with a run, whose folder holds all its settings."""
-    from onestill.checks import CONFIG_FILE
+    from onestill.runs.checks import CONFIG_FILE
 
     num = int(os.environ.get("WORLD_SIZE", 1))
     # Each process has its own random state, so it takes as many.

@@ -75,8 +75,8 @@ def evaluate(
     local_files_only: OfflineOption = False,
 ) -> None:
     """Compare a student's one step with its teacher's many, in a table with its protocol."""
-    from onestill.evaluation import pair
     from onestill.evaluation.report import print_report
+    from onestill.runs import evaluate as pair
 
     quiet()
     folder = output or pair.default_report_folder(student)

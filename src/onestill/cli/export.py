@@ -24,7 +24,7 @@ def export(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write the student of a run or of a checkpoint-N folder as a stock diffusers folder."""
-    from onestill import api
+    from onestill.runs import api
 
     quiet()
     error = api.export(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional, get_args, get_origin
 
 import typer
 
-from onestill.config import DistillConfig
+from onestill.training.config import DistillConfig
 
 ALIASES = {"teacher": ["--pretrained_model_name_or_path"]}
 

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from onestill.cli.fields import from_config
 from onestill.cli.output import out, quiet
-from onestill.config import make_config
+from onestill.training.config import make_config
 
 if TYPE_CHECKING:
-    from onestill.inspection import Inspection
+    from onestill.runs.inspect import Inspection
 
 
 @from_config
@@ -25,12 +25,12 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.chain import choose_base
-    from onestill.checks import check_device, check_start, check_times
-    from onestill.inspection import inspect_teacher
-    from onestill.preparation import configured_teacher
-    from onestill.prompt_plan import refuse_prompts, use_negative_prompt
-    from onestill.student import refuse_student
+    from onestill.data.cascade import choose_base
+    from onestill.data.prompt_pool import refuse_prompts, use_negative_prompt
+    from onestill.runs.build import configured_teacher
+    from onestill.runs.checks import check_device, check_start, check_times
+    from onestill.runs.inspect import inspect_teacher
+    from onestill.students.student import refuse_student
 
     quiet()
     made = make_config({"output_dir": Path("run"), **settings}, config)
@@ -112,7 +112,7 @@ def _guidance(found: Inspection) -> str:
 
 def _prompts(found: Inspection) -> str:
     """Return how long prompts may be, how many a run encodes, and what they take on disk, in words."""
-    from onestill.prompt_cache import in_words
+    from onestill.data.prompt_cache import in_words
 
     limits = ", ".join(f"{most} ({name})" for name, most in found.prompt_limits.items())
     longest = f"tokens at most: {limits}; " if limits else ""

@@ -112,10 +112,11 @@ def sample(
     local_files_only: OfflineOption = False,
 ) -> None:
     """Generate images: a student's in one step, or a teacher's in many."""
-    from onestill import pictures, play
-    from onestill.checks import check_writable
-    from onestill.prompts import read_prompts
-    from onestill.runs import load_source
+    from onestill.data.prompts import read_prompts
+    from onestill.runs.checks import check_writable
+    from onestill.runs.load import load_source
+    from onestill.sampling import explore as play
+    from onestill.sampling import pictures
 
     quiet()
     played = _played(interpolate, to_seed, fixed_noise, guidance_scales, target_times)
@@ -221,7 +222,7 @@ def _played(
 
 def _values(flag: str, text: str, one: float | None) -> list[float]:
     """Return the numbers of a flag that takes a list, beside which `one`, of the flag for one, was not given."""
-    from onestill.play import check_values
+    from onestill.sampling.explore import check_values
 
     if one is not None:
         raise ValueError(f"--{flag} {text} and --{flag.removesuffix('s')} {one:g}: give one or the other")

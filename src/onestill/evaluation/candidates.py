@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from onestill.core.tensors import Cond
 from onestill.evaluation.features import FeatureExtractor
-from onestill.sampler import Rows, generate_images
-from onestill.tensors import Cond
+from onestill.sampling.generate import Rows, generate_images
 
 
 class Candidate(Protocol):
-    """What is evaluated: `onestill.sources.Source` is one."""
+    """What is evaluated: `onestill.sampling.samplers.Source` is one."""
 
     @property
     def name(self) -> str: ...

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onestill.core.tensors import as_times, broadcast
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
 from onestill.evaluation.pretrained import HUB_ID, TransformersFeatures
-from onestill.sampler import noise, to_device
+from onestill.sampling.generate import noise, to_device
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.load import EMBEDDED
-from onestill.teachers.pipeline import PipelineTeacher
-from onestill.tensors import as_times, broadcast
+from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 MIDDLE_LOG_SNR = 2.0

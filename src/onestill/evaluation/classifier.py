@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from onestill.core.files import save_tensors
 from onestill.evaluation.heads import heads_of, pattern_of
-from onestill.files import save_tensors
 
 KIND = "onestill.ConvFeatures"
 _NORM_GROUPS = 8

@@ -23,7 +23,7 @@ from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, e
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import Reference
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
-from onestill.sampler import Rows, noise
+from onestill.sampling.generate import Rows, noise
 
 NUM_SHOWN = 100
 SPEED_ROUNDS = 5

@@ -13,9 +13,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from onestill.process import Process, head
-from onestill.tensors import Cond, as_times, broadcast, float32_or_more
-from onestill.trajectory import Denoiser, Trajectory
+from onestill.core.tensors import Cond, as_times, broadcast, float32_or_more
+from onestill.diffusion.process import Process, head
+from onestill.diffusion.trajectory import Denoiser, Trajectory
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TeacherSpec:
         family: Short name of the adapter, such as "unet2d".
         source: Path or id it was loaded from; "" for objects made in Python.
         process: The noise process.
-        prediction_type: One of `onestill.process.PREDICTION_TYPES`, or "denoised" for closed forms.
+        prediction_type: One of `onestill.diffusion.process.PREDICTION_TYPES`, or "denoised" for closed forms.
         sample_shape: Shape of one sample without the batch axis, such as (C, H, W).
         t_max: The start level.
         t_max_reason: Why this one.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onestill.process import Process
+from onestill.core.tensors import Cond, as_times, broadcast
+from onestill.diffusion.process import Process
 from onestill.teachers.base import Teacher, TeacherSpec
-from onestill.tensors import Cond, as_times, broadcast
 
 
 class GaussianTeacher(Teacher):

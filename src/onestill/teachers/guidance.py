@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onestill.core.tensors import Cond, broadcast
 from onestill.teachers.base import Teacher, Threshold
-from onestill.tensors import Cond, broadcast
 
 
 class Guided(Teacher):

@@ -16,15 +16,26 @@ from typing import Any
 
 import diffusers
 
-from onestill.config import CALL_ARGUMENTS
-from onestill.process import check_t_max
-from onestill.teachers import deepfloyd, dit, flux, lumina2, pixart, sana, sd3, stable_audio, stable_diffusion, wan
+from onestill.diffusion.process import check_t_max
 from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.family import Family
-from onestill.teachers.generic import load_generic
-from onestill.teachers.probe import load_family
-from onestill.teachers.unet2d import PIPELINES as UNET2D_PIPELINES
-from onestill.teachers.unet2d import load_unet2d
+from onestill.teachers.pipelines.build import load_family
+from onestill.teachers.pipelines.families import (
+    deepfloyd,
+    dit,
+    flux,
+    lumina2,
+    pixart,
+    sana,
+    sd3,
+    stable_audio,
+    stable_diffusion,
+    wan,
+)
+from onestill.teachers.pipelines.generic import load_generic
+from onestill.teachers.pipelines.spec import Family
+from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
+from onestill.teachers.pixel import load_unet2d
+from onestill.training.config import CALL_ARGUMENTS
 
 UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 Loader = Callable[..., NetworkTeacher]
@@ -102,7 +113,7 @@ class Embedded:
     white: int = 255
 
 
-_HERE = Path(__file__).parent.parent / "embedded"
+_HERE = Path(__file__).parents[1] / "embedded"
 EMBEDDED = {
     "digits": Embedded(_HERE / "digits", null_class=10, white=16),
     "glyphs": Embedded(

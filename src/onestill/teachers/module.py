@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from onestill.process import PREDICTION_TYPES, Process, check_t_max, choose_t_max
+from onestill.core.tensors import Cond
+from onestill.diffusion.process import PREDICTION_TYPES, Process, check_t_max, choose_t_max
 from onestill.teachers.base import NO_THRESHOLD, NetworkTeacher, TeacherSpec, Threshold
-from onestill.tensors import Cond
 
 
 def _call(network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
@@ -41,7 +41,7 @@ def module_teacher(
     Args:
         network: A module, or any callable.
         process: The noise process it was trained on.
-        prediction_type: One of `onestill.process.PREDICTION_TYPES`.
+        prediction_type: One of `onestill.diffusion.process.PREDICTION_TYPES`.
         sample_shape: Shape of one sample without the batch axis.
         num_classes: Number of classes besides the null class; None if unconditional.
         null_class: The label of "no class", if there is one.

@@ -1,0 +1,1 @@
+"""What everything stands on: tensors, files, errors, devices, settings."""

@@ -1,0 +1,151 @@
+"""Errors that know which setting they are about, and show its name as the surface at hand spells it.
+
+A setting has one name and several spellings: `--t_max` on the command line, `t_max=0.5` in Python. Code below the
+command line never spells a flag: it raises `SettingError("t_max", 0.5, "must be above 0")`, and mentions another
+setting inside a text with `named("t_min")`. Whoever shows the text chooses the spelling once.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+# Around a mention of a setting inside a text; both are private-use characters, which no prompt and no path holds.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+
+
+class _NotGiven:
+    """The value of a setting that is complained of for being absent, or whose value says nothing."""
+
+    def __repr__(self) -> str:
+        return "NOT_GIVEN"
+
+
+NOT_GIVEN: Final = _NotGiven()
+
+
+def named(setting: str) -> str:
+    """Return a mention of a setting for use inside a message; it is spelt when the message is shown."""
+    return f"{_OPEN}{setting}{_CLOSE}"
+
+
+def as_arguments(text: str) -> str:
+    """Return a text with its mentions of settings as Python spells them: `t_max`."""
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+def as_flags(text: str) -> str:
+    """Return a text with its mentions of settings as the command line spells them: `--t_max`."""
+    return text.replace(_OPEN, "--").replace(_CLOSE, "")
+
+
+class SettingError(ValueError):
+    """A setting cannot be used: which, what was given, why, and what to do instead.
+
+    Shown as `t_max=2: must be at most 1; leave it out` in Python and `--t_max 2: must be at most 1; leave it out` on
+    the command line.
+
+    Args:
+        setting: Name of the setting, or of several that do not go together.
+        given: Its value, or one for each name; `NOT_GIVEN` where there is none to show.
+        why: What is wrong with it. May mention other settings by `named`.
+        todo: What to do; may mention settings too. "" where `why` says it.
+        where: What the error was found in, such as a teacher's folder; stands before everything else.
+    """
+
+    def __init__(
+        self,
+        setting: str | Sequence[str],
+        given: Any = NOT_GIVEN,
+        why: str = "",
+        todo: str = "",
+        *,
+        where: str = "",
+    ) -> None:
+        self.settings = (setting,) if isinstance(setting, str) else tuple(setting)
+        several = not isinstance(setting, str) and given is not NOT_GIVEN
+        self.given: tuple[Any, ...] = tuple(given) if several else (given,) + (NOT_GIVEN,) * (len(self.settings) - 1)
+        self.why, self.todo, self.where = why, todo, where
+        super().__init__(self.as_arguments())
+
+    # An exception of several arguments is pickled by them, not by its text.
+    def __reduce__(self) -> tuple[Any, ...]:
+        several = len(self.settings) > 1
+        names, values = (self.settings, self.given) if several else (self.settings[0], self.given[0])
+        return functools.partial(type(self), where=self.where), (names, values, self.why, self.todo)
+
+    def as_arguments(self) -> str:
+        """Return the message as Python shows it."""
+        return as_arguments(self._text(" and ".join(_argument(n, v) for n, v in self._pairs())))
+
+    def as_flags(self) -> str:
+        """Return the message as the command line shows it."""
+        return as_flags(self._text(" and ".join(_flag(n, v) for n, v in self._pairs())))
+
+    def about(self, setting: str, given: Any) -> SettingError:
+        """Return the same complaint of another setting, such as the list that the value came in."""
+        return SettingError(setting, given, self.why, self.todo, where=self.where)
+
+    def found_in(self, where: str) -> SettingError:
+        """Return the same complaint, saying first what it was found in."""
+        return SettingError(*self.__reduce__()[1][:4], where=where)
+
+    def _pairs(self) -> list[tuple[str, Any]]:
+        return list(zip(self.settings, self.given, strict=True))
+
+    def _text(self, head: str) -> str:
+        where = f"{self.where}: " if self.where else ""
+        return f"{where}{head}: {self.why}{'; ' if self.todo else ''}{self.todo}"
+
+
+class SettingErrors(ValueError):
+    """Several settings that cannot be used, all found at once; one line each.
+
+    Args:
+        errors: The errors.
+    """
+
+    def __init__(self, errors: Sequence[SettingError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__("\n".join(map(str, self.errors)))
+
+    def as_flags(self) -> str:
+        """Return the messages as the command line shows them, a line each."""
+        return "\n".join(error.as_flags() for error in self.errors)
+
+
+def found_in(where: str, error: ValueError) -> ValueError:
+    """Return an error that says first what it was found in; one of a setting stays one."""
+    if isinstance(error, SettingError):
+        return error.found_in(where)
+    return ValueError(f"{where}: {error}")
+
+
+def _flag(name: str, value: Any) -> str:
+    if value is NOT_GIVEN:
+        return f"--{name}"
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    if isinstance(value, float):
+        return f"--{name} {value:g}"
+    if isinstance(value, Mapping):
+        return f"--{name} {dict(value)}"
+    if isinstance(value, (list, tuple)):
+        return f"--{name} {','.join(_plain(part) for part in value)}"
+    # As it has to be typed; what breaks the line would break the message.
+    return f"--{name} {shlex.quote(' '.join(str(value).split()) if isinstance(value, str) else str(value))}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _argument(name: str, value: Any) -> str:
+    if value is NOT_GIVEN:
+        return name
+    if isinstance(value, float):
+        return f"{name}={value:g}"
+    return f"{name}={str(value) if isinstance(value, Path) else value!r}"

@@ -1,0 +1,1 @@
+"""The losses that a student is trained with; one file each."""

@@ -1,0 +1,1 @@
+"""A run: its folder, from its settings to its report."""

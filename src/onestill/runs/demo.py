@@ -1,0 +1,180 @@
+"""The demo: an embedded teacher, distilled in minutes on a CPU, with the table and one picture."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onestill.evaluation.report import Report
+from onestill.runs.api import sample
+from onestill.runs.checks import CONFIG_FILE, check_device, check_output_dir
+from onestill.runs.distill import distill
+from onestill.runs.evaluate import evaluate
+from onestill.sampling import pictures
+from onestill.training.config import make_config, read_yaml
+
+PROJECT_NAME = "onestill-demo"
+"""Marks the folder of a run as a demo, which --overwrite may remove."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What is done to one embedded teacher.
+
+    Attributes:
+        settings: Settings of the distillation.
+        num_samples: Images per row of the table.
+        batch_size: Images in one network call, and the large batch of the table's speeds.
+        teacher_steps: Steps of the teacher's rows, in the table and in the picture.
+        shown: Arguments of `sample` that say what the picture shows.
+        columns: Words above the picture's columns.
+        size: Side of one image in the picture, in pixels.
+    """
+
+    settings: Mapping[str, Any]
+    num_samples: int
+    batch_size: int
+    teacher_steps: tuple[int, ...]
+    shown: Mapping[str, Any]
+    columns: tuple[str, ...] = field(default=())
+    size: int = 72
+
+
+# All of combinations that were held out from the teacher and from the student.
+PROMPTS = (
+    "an italic green serif A on a black background",
+    "a bold purple sans B on a yellow background",
+    "a regular white serif G on a red background",
+    "a regular blue mono K on a cyan background",
+    "an italic cyan serif Q on a purple background",
+    "a bold cyan sans S on a red background",
+    "an italic red sans W on a white background",
+    "a bold black mono 8 on a green background",
+)
+DEMOS = {
+    "glyphs": Demo(
+        settings={
+            "guidance_scale": 3.0,
+            "max_train_steps": 420,
+            "train_batch_size": 32,
+            "boundary_weight": 0.0,
+            "bootstrap_weight": "none",
+            "anchor_fraction": 0.875,
+            "num_anchors": 1_000,
+            "num_anchor_steps": 5,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "checkpointing_steps": 400,
+            "validation_steps": 400,
+            "num_validation_images": 8,
+        },
+        num_samples=480,
+        batch_size=16,
+        teacher_steps=(50, 8, 4, 1),
+        shown={"prompts": PROMPTS, "num_images": len(PROMPTS), "seed": 0},
+        columns=PROMPTS,
+    ),
+    "digits": Demo(
+        settings={
+            "max_train_steps": 1600,
+            "anchor_fraction": 0.75,
+            "num_anchors": 6_400,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "checkpointing_steps": 400,
+            "validation_steps": 400,
+        },
+        num_samples=1800,
+        batch_size=64,
+        teacher_steps=(50, 10, 4, 1),
+        # A multiple of ten, so that the columns are the classes in order.
+        shown={"num_images": 10, "seed": 70},
+    ),
+}
+
+
+def run_demo(
+    output_dir: Path,
+    *,
+    teacher: str = "glyphs",
+    seed: int = 0,
+    device: str = "cpu",
+    max_train_steps: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> tuple[Report, Path]:
+    """Distil, evaluate and draw; return the report and the picture.
+
+    Args:
+        output_dir: Folder of the run; with `overwrite`, an earlier demo there is removed first.
+        teacher: Name of an embedded teacher.
+        seed: Seed of the training.
+        device: Where to run.
+        max_train_steps: Steps, if not the demo's own.
+        overwrite: Replace an earlier demo.
+        say: Called with a line before each part.
+
+    Raises:
+        ValueError: If there is no such demo, or `output_dir` holds something else, or an earlier demo and not
+            `overwrite`.
+    """
+    if teacher not in DEMOS:
+        raise ValueError(f"no demo of {teacher!r}: choose one of {', '.join(DEMOS)}")
+    demo = DEMOS[teacher]
+    settings = {**demo.settings, "tracker_project_name": PROJECT_NAME}
+    if max_train_steps is not None:
+        # As many anchors for each step as in the full demo.
+        anchors = settings["num_anchors"] * max_train_steps // settings["max_train_steps"]
+        settings |= {"max_train_steps": max_train_steps, "num_anchors": max(1, anchors)}
+    make_config({"teacher": teacher, "output_dir": output_dir, "seed": seed, "device": device, **settings})
+    check_device(device)
+    _make_room(output_dir, overwrite)
+    check_output_dir(output_dir, resuming=False)
+    say(f"distilling the embedded {teacher} teacher: {settings['max_train_steps']} steps, no image is read")
+    stopped_by = distill(teacher, output_dir, seed=seed, device=device, **settings).stopped_by
+    # A signal that the training has caught ends the whole demo, also where a shell in the background ignores Ctrl-C.
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stopped_by is not None:
+        signal.raise_signal(stopped_by)
+    report = evaluate(
+        output_dir,
+        num_samples=demo.num_samples,
+        batch_size=demo.batch_size,
+        steps=demo.teacher_steps,
+        output=output_dir / "evaluation",
+        device=device,
+        show_progress=True,
+        say=say,
+    )
+    return report, draw(output_dir, teacher, device)
+
+
+def draw(run: Path, teacher: str, device: str = "cpu") -> Path:
+    """Write the picture: the teacher at several steps above the student at one, same noise in each column."""
+    demo = DEMOS[teacher]
+    scale = demo.settings.get("guidance_scale")
+    rows = {
+        f"teacher, {n} step{'s' if n > 1 else ''}": sample(
+            teacher=teacher, num_inference_steps=n, guidance_scale=scale, device=device, **demo.shown
+        )
+        for n in demo.teacher_steps
+    }
+    rows["student, 1 step"] = sample(run, device=device, **demo.shown)
+    what = "same prompt" if demo.columns else "same class order"
+    title = f"{teacher}: same noise in each column, {what}"
+    return pictures.save_rows(rows, run / "demo.png", title=title, size=demo.size, columns=demo.columns)
+
+
+def _make_room(output_dir: Path, overwrite: bool) -> None:
+    """Remove an earlier demo; anything else that stands there is left for `distill` to refuse."""
+    config = output_dir / CONFIG_FILE
+    if not config.is_file() or read_yaml(config).get("tracker_project_name") != PROJECT_NAME:
+        return
+    if not overwrite:
+        raise ValueError(f"--output_dir {output_dir} holds a demo; name another folder, or give --overwrite")
+    shutil.rmtree(output_dir)

@@ -1,0 +1,280 @@
+"""A whole run: prepared, trained, exported."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from onestill.data.prompts import PromptFile
+from onestill.export.export import export_student
+from onestill.runs.build import Prepared, chosen_threshold, configure, prepare
+from onestill.runs.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_output_dir
+from onestill.students import model_card as card
+from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.load import EMBEDDED
+from onestill.training.config import DistillConfig, write_yaml
+from onestill.training.trainer import StepLog, Trainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        output_dir: The run's folder.
+        step: The last step done.
+        pipeline: The exported folder, or None if the run was stopped before its end or only checked.
+        checkpoint: The newest checkpoint.
+        export_error: Largest difference between the exported folder and the student.
+        stopped_by: Number of the signal that stopped the run, if one did.
+        num_trained: Steps done by this call; 0 of a run that had been finished before, which is left as it was.
+    """
+
+    output_dir: Path
+    step: int = 0
+    pipeline: Path | None = None
+    checkpoint: Path | None = None
+    export_error: float | None = None
+    stopped_by: int | None = None
+    num_trained: int = 0
+
+
+def distill(
+    teacher: str | Path | NetworkTeacher,
+    output_dir: str | Path,
+    *,
+    config_file: str | Path | None = None,
+    network: nn.Module | None = None,
+    dry_run: bool = False,
+    show_progress: bool = True,
+    on_step: Callable[[StepLog], None] | None = None,
+    **settings: Any,
+) -> RunResult:
+    """Distil a teacher into a one-step student and export it to `output_dir`/pipeline.
+
+    Args:
+        teacher: A pipeline folder, a hub id, an embedded teacher's name, or a teacher object.
+        output_dir: Folder of the run.
+        config_file: YAML file of settings; `settings` win over it.
+        network: A module to train as the student, for teachers that are plain callables.
+        dry_run: Check everything, write nothing, train nothing.
+        show_progress: Print progress to standard error.
+        on_step: Called after each optimiser step.
+        **settings: Fields of `onestill.DistillConfig`; an unknown name is refused.
+
+    Returns:
+        What the run left behind.
+
+    Raises:
+        ValueError: If any input is unusable; nothing has been written then.
+        NonFiniteLossError: If the loss stays non-finite; names the last good checkpoint.
+    """
+    given = {**settings, "output_dir": Path(output_dir)}
+    config = configure(teacher, given, Path(config_file) if config_file else None)
+    prepared = prepare(config, teacher if isinstance(teacher, NetworkTeacher) else None, network)
+    if show_progress:
+        for message in prepared.messages:
+            print(message, file=sys.stderr)
+    return RunResult(config.output_dir) if dry_run else run(prepared, show_progress=show_progress, on_step=on_step)
+
+
+def run(
+    prepared: Prepared, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None
+) -> RunResult:
+    """Train a prepared run to its end, or until SIGINT or SIGTERM, and export it."""
+    config = prepared.config
+    trainer = make_trainer(prepared, show_progress=show_progress)
+    if trainer.accelerator.is_main_process:
+        make_output_dir(config.output_dir)
+        here = config.output_dir.absolute()
+        kept = config.model_copy(update={"output_dir": here, "resume_from_checkpoint": None})
+        write_yaml(kept, here / CONFIG_FILE)
+        facts = {"fingerprint": prepared.fingerprint, "teacher": config.teacher}
+        if prepared.base_student is not None:
+            facts["base_student"] = prepared.base_student.fingerprint
+        (config.output_dir / TEACHER_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    if config.report_to:
+        trainer.accelerator.init_trackers(config.tracker_project_name)
+    checkpoint = None
+    if prepared.resume is not None:
+        checkpoint = trainer.last_checkpoint = prepared.resume[0]
+        trainer.restore(prepared.resume[1])
+        if trainer.accelerator.is_main_process:
+            _put_aside(config, prepared.resume[1].values["config"]["max_train_steps"])
+    else:
+        trainer.cut_log()
+    first, started = trainer.progress.step, time.monotonic()
+    if first == config.max_train_steps and (config.output_dir / PIPELINE_FOLDER).is_dir():
+        return RunResult(config.output_dir, first, config.output_dir / PIPELINE_FOLDER, checkpoint)
+    with _stopping(trainer) as signals:
+        if config.num_anchor_rows:
+            with _bar(trainer, show_progress, "making anchors", config.num_anchors, unit="anchor") as bar:
+                for num in trainer.make_anchors():
+                    bar.update(num)
+        going_on = show_progress and not trainer.stop_requested
+        with _bar(trainer, going_on, "distilling", config.max_train_steps, first) as bar:
+            for log in trainer.steps():
+                checkpoint = log.checkpoint or checkpoint
+                bar.update()
+                if log.step % 10 == 0 or log.picture:
+                    bar.set_postfix(loss=f"{log.loss:.4g}", refresh=False)
+                if on_step is not None:
+                    on_step(log)
+        if trainer.stop_requested and trainer.progress.step < config.max_train_steps:
+            checkpoint = trainer.save()
+    seconds = time.monotonic() - started
+    if config.report_to:
+        trainer.accelerator.end_training()
+    trained = trainer.progress.step - first
+    if trainer.progress.step < config.max_train_steps:
+        # The signal may have reached another process of this run only.
+        stopped_by = signals[0] if signals else int(signal.SIGTERM)
+        return RunResult(
+            config.output_dir,
+            trainer.progress.step,
+            checkpoint=checkpoint,
+            stopped_by=stopped_by,
+            num_trained=trained,
+        )
+    return _finish(trainer, prepared, checkpoint, trained, seconds)
+
+
+def _put_aside(config: DistillConfig, begun_with: int) -> None:
+    """Give the export of a run that becomes longer another name: `pipeline` is that of the whole run, or not there."""
+    folder = config.output_dir / PIPELINE_FOLDER
+    if begun_with != config.max_train_steps and folder.is_dir():
+        kept = folder.with_name(f"{PIPELINE_FOLDER}-{begun_with}")
+        again = (kept.with_name(f"{kept.name}-{i}") for i in count(2))
+        folder.rename(next(name for name in chain([kept], again) if not name.exists()))
+
+
+def make_trainer(prepared: Prepared, *, show_progress: bool = False) -> Trainer:
+    """Return the trainer of a prepared run; its prompts are encoded then, and their encoders are gone.
+
+    Raises:
+        PromptCacheError: If the encoded prompts cannot be written.
+    """
+    trainer = Trainer(
+        prepared.config,
+        prepared.teacher,
+        prepared.student,
+        prepared.conditions,
+        prepared.fingerprint,
+        prompts_fingerprint=prepared.prompts.fingerprint if prepared.prompts else "",
+        drawn_fingerprint=prepared.prompts.drawn_fingerprint if prepared.prompts else "",
+    )
+    prepared.base.to(trainer.device)
+    if prepared.base_student is not None:
+        prepared.base_student.teacher.to(trainer.device)
+    if prepared.prompts is not None:
+        accelerator = trainer.accelerator
+        # One process of each machine encodes; the others then find everything in the cache.
+        with accelerator.local_main_process_first():
+            prepared.prompts.encode(show_progress=show_progress and accelerator.is_local_main_process)
+    return trainer
+
+
+def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
+    config, folder = prepared.config, prepared.config.output_dir / PIPELINE_FOLDER
+    error = None
+    # Takes accelerate's mixed precision off the student: what is exported is compared in full precision.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.accelerator.is_main_process:
+        with trainer.averaged():
+            error = export_student(
+                prepared.student,
+                folder,
+                t=config.t_min,
+                facts=card_facts(prepared, num_steps, seconds),
+                overwrite=True,
+            )
+    trainer.accelerator.wait_for_everyone()
+    return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error, num_trained=num_steps)
+
+
+def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts:
+    """Return what the model card says of a run."""
+    config = prepared.config
+    images = config.train_batch_size * config.gradient_accumulation_steps
+    device, threads = next(prepared.student.parameters()).device, torch.get_num_threads()
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
+    )
+    training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
+    settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
+    return replace(distilled_facts(config, prepared.base), training=training, settings=settings)
+
+
+def distilled_facts(config: DistillConfig, teacher: Teacher, guidance_scale: float | None = None) -> card.Facts:
+    """Return what was distilled into an exported student, for its card: guidance, labels, thresholding."""
+    w, trained = config.guidance_scale, ""
+    if config.guidance_range is not None:
+        low, high = config.guidance_range
+        w = (low + high) / 2 if guidance_scale is None else guidance_scale
+        trained = f", of a student trained on {low:g} to {high:g}"
+    if teacher.guidance_input is not None:
+        usual = f"leave the call's guidance_scale at its default, {teacher.usual_guidance:g}"
+        words = f"embedded guidance {w:g}, an input of the teacher's network; {usual}"
+    else:
+        away = "" if config.negative_prompt is None else f", away from the negative prompt {config.negative_prompt!r}"
+        words = f"w = {w:g} in u + w (c - u){away}{trained}" if w != 1 or away or trained else "none"
+    said = card.Distilled(
+        w, config.negative_prompt, class_labels=config.class_labels, threshold=chosen_threshold(config)
+    )
+    embedded = EMBEDDED.get(config.teacher)
+    if embedded is None or embedded.prompts is None or config.prompt_file != embedded.prompts:
+        return card.Facts(words, said)  # prompts of the user's own are not shown to others
+    return card.Facts(words, said, PromptFile(embedded.prompts)[0])
+
+
+@contextmanager
+def _stopping(trainer: Trainer) -> Iterator[list[int]]:
+    """Turn SIGINT and SIGTERM into a stop after the current step; yield the list of those received."""
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        trainer.stop_requested = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _bar(trainer: Trainer, show: bool, name: str, total: int, initial: int = 0, unit: str = "step") -> Iterator[Any]:
+    hidden = not show or not trainer.accelerator.is_main_process
+    with tqdm(
+        total=total,
+        initial=initial,
+        disable=hidden,
+        desc=name,
+        unit=unit,
+        dynamic_ncols=True,
+        # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    ) as bar:
+        yield bar

@@ -1,0 +1,1 @@
+"""From seeds to images: samplers, ways of exploring them, and pictures."""

@@ -1,0 +1,271 @@
+"""Samples as pictures: captioned rows of images, or scatter plots for points."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+_INK, _PAPER, _GAP, _GUTTER = (40, 40, 40), (255, 255, 255), 4, 8
+# Words above a column: the least width, the most lines, the height of one.
+WORDS_WIDTH, _WORDS_LINES, _LINE_HEIGHT = 112, 3, 14
+
+
+def to_pil(images: Tensor, width: int | None = None) -> list[Image.Image]:
+    """Return images [N, C, H, W] in [-1, 1] as pictures; enlarged smoothly to `width` pixels if that is given.
+
+    Raises:
+        ValueError: If the samples have no shape of a picture (1 or 3 channels).
+    """
+    if not is_picture(images.shape[1:]):
+        raise ValueError(_no_pictures(images))
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert("RGB") for p in pixels]
+    if width is None:
+        return pictures
+    height = round(width * images.shape[-2] / images.shape[-1])
+    return [p.resize((width, height), Image.Resampling.BICUBIC) for p in pictures]
+
+
+def is_picture(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Return whether a sample of this shape can be drawn as an image."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def can_be_shown(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Return whether `save_rows` shows samples of this shape: images, or points."""
+    return is_picture(shape) or len(shape) == 1
+
+
+def _no_pictures(samples: Tensor) -> str:
+    return f"samples of shape {list(samples.shape[1:])} are no pictures; --output can hold them as .safetensors"
+
+
+def save_rows(
+    rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: int = 56, columns: Sequence[str] = ()
+) -> Path:
+    """Write one PNG with a captioned row of samples per entry; the columns share their noise.
+
+    Args:
+        rows: Caption to samples [N, C, H, W] in [-1, 1]; points [N, D] become scatter plots.
+        path: The PNG.
+        title: A line above.
+        size: Least width of one image in the picture, in pixels.
+        columns: Words above the columns, such as prompts; gone round if there are fewer than columns.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: If the samples are neither images (1 or 3 channels) nor points.
+    """
+    first = next(iter(rows.values()))
+    if not can_be_shown(first.shape[1:]):
+        raise ValueError(_no_pictures(first))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_picture(first.shape[1:]):
+        return _save_scatter(rows, path, title)
+    _sheet(rows, title, size, columns).save(path)
+    return path
+
+
+def _sheet(rows: Mapping[str, Tensor], title: str, size: int, columns: Sequence[str]) -> Image.Image:
+    first = next(iter(rows.values()))
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    side = max(size, WORDS_WIDTH if columns else 0, first.shape[-1])
+    tall = round(side * first.shape[-2] / first.shape[-1])
+    margin = 12 + max(int(small.getlength(line)) for caption in rows for line in caption.split("\n"))
+    num = max(len(images) for images in rows.values())
+    words = [_wrapped(columns[j % len(columns)], side - _GAP) for j in range(num if columns else 0)]
+    height = _words_height(words)
+    top = (30 if title else _GAP) + height
+    width = max(margin + num * (side + _GAP) + 8, int(font.getlength(title)) + 16)
+    sheet = Image.new("RGB", (width, top + len(rows) * (tall + _GAP) + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 7), title, fill=_INK, font=font)
+    for j, text in enumerate(words):
+        draw.text((margin + j * (side + _GAP), top - height), text, fill=_INK, font=_words_font(), spacing=1)
+    for i, (caption, images) in enumerate(rows.items()):
+        y = top + i * (tall + _GAP)
+        draw.text((8, y + tall / 2), caption, fill=_INK, font=small, anchor="lm")
+        for j, picture in enumerate(to_pil(images, side)):
+            sheet.paste(picture, (margin + j * (side + _GAP), y))
+    return sheet
+
+
+def _words_height(texts: Sequence[str]) -> int:
+    return max((text.count("\n") + 1 for text in texts), default=0) * _LINE_HEIGHT + (3 if texts else 0)
+
+
+def _words_font() -> Any:
+    return ImageFont.load_default(12)  # smaller ones lose the spaces between words
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Return text as a few lines of at most `width` pixels; what does not fit is left out, which dots say."""
+    font, lines = _words_font(), [""]
+    # Long words are cut, and no more is measured than can fit.
+    for word in text[:400].split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        elif len(lines) == _WORDS_LINES:
+            lines[-1] += " ..."
+            break
+        else:
+            lines.append(word)
+    for i, line in enumerate(lines):
+        while font.getlength(line) > width:
+            line = f"{line.removesuffix('...')[:-1].rstrip()}..."
+        lines[i] = line
+    return "\n".join(lines)
+
+
+def read_pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return a written picture as [H, W, 3] bytes, which is what trackers take."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def save_grid(images: Tensor, path: Path, *, words: Sequence[str] = (), size: int = WORDS_WIDTH) -> Path:
+    """Write images as one near-square PNG grid, or one image as it is, and return `path`.
+
+    Args:
+        images: [N, C, H, W] in [-1, 1].
+        path: The PNG.
+        words: What each image is of, such as its prompt; written above the images where they differ, and above the
+            columns alone where each column keeps to one.
+        size: Least width of one image in the grid, in pixels; smaller ones are enlarged a whole number of times.
+
+    Raises:
+        ValueError: If the samples are no images (1 or 3 channels).
+    """
+    drawn = to_pil(images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(drawn) == 1:
+        drawn[0].save(path)
+        return path
+    times = math.ceil(size / drawn[0].width)
+    width, height = (times * side for side in drawn[0].size)
+    columns = _num_columns(len(drawn), words)
+    rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
+    said = [[_wrapped(text, width) for text in words[i * columns :][:columns]] for i in range(len(rows))]
+    said = [texts if i == 0 or texts != said[0][: len(texts)] else [] for i, texts in enumerate(said)]
+    if len(set(words)) < 2:
+        said = [[] for _ in rows]
+    above = [_words_height(texts) for texts in said]
+    sheet = Image.new(
+        "RGB", (columns * (width + _GUTTER) + _GUTTER, sum(above) + len(rows) * (height + _GUTTER) + _GUTTER), _PAPER
+    )
+    draw, y = ImageDraw.Draw(sheet), _GUTTER
+    for row, texts, space in zip(rows, said, above, strict=True):
+        for j, picture in enumerate(row):
+            x = _GUTTER + j * (width + _GUTTER)
+            if texts:
+                draw.text((x, y), texts[j], fill=_INK, font=_words_font(), spacing=1)
+            sheet.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y + space))
+        y += space + height + _GUTTER
+    sheet.save(path)
+    return path
+
+
+def _num_columns(num: int, words: Sequence[str]) -> int:
+    """Return how many columns make a grid near-square; where a few words go round, so many that each column keeps its own."""
+    columns, period = math.ceil(num**0.5), len(set(words))
+    goes_round = 1 < period < num and all(text == words[i % period] for i, text in enumerate(words))
+    return period * max(1, round(columns / period)) if goes_round and period <= 2 * columns else columns
+
+
+def save_gif(frames: Tensor, path: Path, *, columns: Sequence[Sequence[str]] = (), size: int = 128) -> Path:
+    """Write an animation that runs to its end and back, for ever.
+
+    Args:
+        frames: Pictures [F, K, C, H, W] in [-1, 1]: F frames of K pictures beside each other.
+        path: The GIF.
+        columns: For each frame, words above its pictures.
+        size: Least width of one picture, in pixels.
+
+    Returns:
+        `path`.
+    """
+    from diffusers.utils import export_to_gif, make_image_grid
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = max(size, frames.shape[-1])
+    if columns:
+        drawn = [_sheet({"": frame}, "", size, words) for frame, words in zip(frames, columns, strict=True)]
+        tallest = max(frame.height for frame in drawn)  # some words are longer than others
+        drawn = [ImageOps.expand(frame, (0, tallest - frame.height, 0, 0), _PAPER) for frame in drawn]
+    else:
+        drawn = [make_image_grid(to_pil(frame, size), rows=1, cols=len(frame)) for frame in frames]
+    # There in about two seconds, but no frame so short that it flickers or so long that nothing moves.
+    export_to_gif([*drawn, *drawn[-2:0:-1]], str(path), fps=min(max(round(len(drawn) / 2), 1), 20))
+    return path
+
+
+def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(rows), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (caption, points) in enumerate(rows.items()):
+        axes = figure.add_subplot(1, len(rows), i + 1)
+        flat = points.flatten(1).float()
+        axes.scatter(flat[:, 0].numpy(), flat[:, min(1, flat.shape[1] - 1)].numpy(), s=4, alpha=0.5)
+        axes.set_title(caption, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
+    """Raise ValueError if samples cannot be written to `path`, or would overwrite something.
+
+    Args:
+        path: A .png, a .safetensors, or a folder.
+        overwrite: Replace what is there.
+        moves: Whether the samples have an order in time, so that `path` may be a .gif too.
+    """
+    if path.suffix not in (".png", ".safetensors", "", *([".gif"] if moves else [])):
+        known = f"give a .png, {'a .gif, ' if moves else ''}a .safetensors, or a folder"
+        if path.suffix == ".gif":
+            known = f"a .gif needs frames, such as those of --interpolate 9; else {known}"
+        raise ValueError(f"--output {path}: {known}")
+    if path.suffix and path.is_dir():
+        raise ValueError(f"--output {path} is a folder")
+    if not path.suffix and path.is_file():
+        raise ValueError(f"--output {path}: a file exists under the name of the folder; name another")
+    taken = path.exists() if path.suffix else path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if taken and not overwrite:
+        raise ValueError(f"--output {path} exists; name another, or give --overwrite")
+
+
+def save_samples(images: Tensor, path: Path, seed: int, words: Sequence[str] = ()) -> Path:
+    """Write samples as a grid (.png), as they are (.safetensors), or one PNG for each seed (a folder).
+
+    A folder loses the PNGs of seeds that it holds already, and nothing else. A grid has `words` above its images.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        from onestill.core.files import save_tensors
+
+        save_tensors({"images": images.contiguous()}, path)
+        return path
+    if path.suffix == ".png":
+        return save_grid(images, path, words=words)
+    drawn = to_pil(images)
+    path.mkdir(parents=True, exist_ok=True)
+    for old in path.glob("*.png"):
+        if re.fullmatch(r"\d{6}|[1-9]\d{6,}", old.stem, re.ASCII) and old.is_file():
+            old.unlink()
+    for i, picture in enumerate(drawn):
+        picture.save(path / f"{seed + i:06d}.png")
+    return path

@@ -1,0 +1,1 @@
+"""Teachers inside stock pipelines of diffusers, learned by watching the pipeline call its network."""

@@ -1,0 +1,185 @@
+"""From a pipeline to its teacher: how it calls its network is learned from it, and the two are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from onestill.core.tensors import as_times, refuse_non_finite
+from onestill.diffusion.process import FlowMatching, Process, choose_t_max
+from onestill.diffusion.trajectory import Trajectory
+from onestill.teachers.base import TeacherSpec
+from onestill.teachers.pipelines.capture import asked_shift, watch
+from onestill.teachers.pipelines.folder import load_pipeline
+from onestill.teachers.pipelines.schedulers import times_of
+from onestill.teachers.pipelines.spec import Family, examples
+from onestill.teachers.pipelines.teacher import PipelineTeacher
+
+SELF_CHECK_TOLERANCE = 1e-4
+
+
+def load_family(
+    family: Family, folder: Path, index: dict[str, Any], source: str, variant: str | None
+) -> PipelineTeacher:
+    """Return the teacher in the folder of a stock pipeline, after the self-check.
+
+    Raises:
+        ValueError: If a component is missing or a pickle, does not load, or the self-check fails.
+    """
+    cls = getattr(diffusers, index["_class_name"])
+    pipeline = load_pipeline(folder, index, source, variant, family.without)
+    try:
+        return pipeline_teacher(family, pipeline, folder, source, variant)
+    except ValueError as error:
+        raise ValueError(f"{source}: {_naming_flags(str(error), family.asked)}") from error
+    except (RuntimeError, AttributeError, TypeError, LookupError) as error:
+        absent = [n for n, part in pipeline.components.items() if part is None and n.startswith(("text", "token"))]
+        why = f": {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if absent:
+            why = (
+                f" without {' and '.join(absent)}, which encode its prompts: use a folder that holds the whole pipeline"
+            )
+        raise ValueError(f"{source}: the {cls.__name__} does not run{why}") from error
+
+
+def _naming_flags(message: str, asked: Mapping[str, Any]) -> str:
+    """Return a pipeline's message behind the flags of the arguments it speaks of."""
+    flags = [f"--{name} {value}" for name, value in asked.items() if name in message.lower()]
+    said = " ".join(message.split())
+    return f"{' '.join(flags)}: {said}" if flags and not said.startswith("--") else said
+
+
+def pipeline_teacher(
+    family: Family, pipeline: Any, folder: Path, source: str = "", variant: str | None = None
+) -> PipelineTeacher:
+    """Return the teacher inside a pipeline loaded from `folder`, after the self-check.
+
+    Raises:
+        ValueError: If the pipeline's schedule or its way of calling the network is not supported, or the
+            self-check fails.
+    """
+    network = getattr(pipeline, family.network)
+    schedule = family.schedule(pipeline)
+    t_max, reason = choose_t_max(schedule.process, schedule.prediction_type)
+    _check_channels(family, network.config)
+    signature, one = family.signature(pipeline)
+    process = _with_shift(schedule.process, family, pipeline)
+    null_class = None if family.null_class is None else family.null_class(network.config)
+    spec = TeacherSpec(
+        family=family.name,
+        source=source,
+        process=process,
+        prediction_type=schedule.prediction_type,
+        sample_shape=tuple(family.unpack(one.x_t, signature.constant).shape[1:]),
+        t_max=t_max,
+        t_max_reason=reason,
+        num_classes=null_class,
+        null_class=null_class,
+        threshold=schedule.threshold,
+        text=family.prompt == "prompt",
+    )
+    _check_size(family, pipeline, spec.sample_shape)
+    null = {} if null_class is not None else family.null_conditions(pipeline, signature)
+    teacher = PipelineTeacher(family, pipeline, folder, spec, signature, null, signature.conditions(one), variant)
+    self_check(teacher, schedule.stock)
+    if isinstance(vae := getattr(pipeline, "vae", None), nn.Module):
+        refuse_non_finite(vae, "vae")  # which the steps above do not use
+    return teacher
+
+
+def _check_channels(family: Family, config: Any) -> None:
+    """Raise ValueError if the network returns less than its noisy input, and so is given more than that."""
+    noisy = config.get("in_channels") if family.beside is None else family.beside.channels(config)
+    output = config.get("out_channels")
+    if noisy and output and output < noisy:
+        raise ValueError(
+            f"the network takes {noisy} channels and returns {output}: the others hold a mask or a picture "
+            "(inpainting, image to image), which would have to be given with every prompt, so it is not supported"
+        )
+
+
+def _check_size(family: Family, pipeline: Any, sample_shape: tuple[int, ...]) -> None:
+    """Raise ValueError if the pipeline rounded a size that was asked for, which some do without a word."""
+    asked = family.asked
+    spatial = getattr(pipeline, "vae_scale_factor_spatial", getattr(pipeline, "vae_scale_factor", None))
+    temporal = getattr(pipeline, "vae_scale_factor_temporal", None)
+    made = {}
+    if spatial is None and getattr(pipeline, "vae", None) is None:
+        spatial = 1
+    if spatial is not None and len(sample_shape) >= 3:
+        made = {"height": sample_shape[-2] * spatial, "width": sample_shape[-1] * spatial}
+    if temporal is not None and len(sample_shape) == 4:
+        made["num_frames"] = (sample_shape[-3] - 1) * temporal + 1
+    rounded = [name for name in made if name in asked and asked[name] != made[name]]
+    if rounded:
+        flags = " ".join(f"--{name} {asked[name]}" for name in rounded)
+        nearest = " ".join(f"--{name} {made[name]}" for name in rounded)
+        raise ValueError(f"{flags}: a {type(pipeline).__name__} cannot make that and rounds it; ask for {nearest}")
+
+
+def _with_shift(process: Process, family: Family, pipeline: Any) -> Process:
+    """Return the process under the shift that the pipeline asks a "dynamic" scheduler for, itself elsewhere."""
+    if not isinstance(process, FlowMatching) or not pipeline.scheduler.config.get("use_dynamic_shifting", False):
+        return process
+    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731 - passed on at once
+    shift = asked_shift(run, getattr(pipeline, family.network), pipeline.scheduler)
+    return FlowMatching(shift, process.net_scale, process.net_offset)
+
+
+@torch.no_grad()
+def self_check(
+    teacher: PipelineTeacher, stock: Any, num_steps: int = 2, *, negative_prompt: str | None = None
+) -> float:
+    """Compare some guided steps of ours with the pipeline's own call; return the largest relative difference.
+
+    Args:
+        teacher: The teacher; its null condition is that of `negative_prompt`.
+        stock: A deterministic scheduler on the pipeline's own schedule, which it runs with.
+        num_steps: How many steps.
+        negative_prompt: What the pipeline guides away from, in the place of "no prompt".
+
+    Raises:
+        ValueError: If they differ by more than 1e-4.
+    """
+    family, pipeline = teacher.family, teacher.pipeline
+    scale, conditions, usual = 2.0 if teacher.can_guide else 1.0, examples(family, 2), pipeline.scheduler
+    given = {"num_inference_steps": num_steps, **family.guided(scale)}
+    if negative_prompt is not None:
+        given["negative_prompt"] = [negative_prompt] * len(conditions)
+    pipeline.scheduler = stock
+    try:
+        x_t, theirs = watch(
+            lambda: family.call(pipeline, conditions, given, seeds=(0, 1)),
+            teacher.network,  # type: ignore[arg-type]  # a pipeline's network is a module
+            stock,
+            num_steps,
+        )
+    finally:
+        pipeline.scheduler = usual
+    x_t, theirs = (family.unpack(x[:2], teacher.signature.constant) for x in (x_t, theirs))
+    x_t = x_t[:, : teacher.spec.sample_shape[0]]
+    times = times_of(stock, teacher.spec.process)
+    cond = teacher.encode(conditions)
+    ours = x_t
+    for t, s in pairwise(times):
+        f = teacher.denoised(ours, t, cond)
+        if scale != 1:
+            without = teacher.denoised(ours, t, teacher.null_rows(cond))
+            f = without + scale * (f - without)
+        ours = Trajectory(teacher.spec.process, t).state(f, ours, as_times(s, 2))
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error <= SELF_CHECK_TOLERANCE:
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                refuse_non_finite(part, name)
+        raise ValueError(
+            f"self-check failed: {num_steps} steps of onestill and of {type(pipeline).__name__} differ by {error:.1e} "
+            f"(allowed {SELF_CHECK_TOLERANCE:.0e}): the pipeline does not do what its configuration says"
+        )
+    return error

@@ -1,0 +1,33 @@
+"""Lumina 2: flow matching told backwards. The network's time is 1 - sigma and its output x_0 - eps.
+
+The pipeline rescales a guided output to the norm of the unguided one by default (`cfg_normalization=True`). Our
+guidance is the plain one, so the teacher is the pipeline called with `cfg_normalization=False`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
+from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, square_size
+from onestill.teachers.pipelines.spec import Family, Schedule
+
+
+def schedule(pipeline: Any) -> Schedule:
+    """Return the linear path under the scheduler's shift; the network's time is 1 - sigma."""
+    return flow_schedule(pipeline, net_scale=-1.0, net_offset=1.0)
+
+
+FAMILIES = (
+    Family(
+        name="lumina2",
+        pipelines=("Lumina2Pipeline",),
+        network="transformer",
+        schedule=schedule,
+        decode=decode_vae,
+        one_step=one_flow_step,
+        arguments={"cfg_normalization": False},
+        sign=-1.0,
+        set_size=square_size,
+    ),
+)

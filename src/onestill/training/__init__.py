@@ -1,0 +1,1 @@
+"""The loop, what is trained, its checkpoints, and what it shows."""

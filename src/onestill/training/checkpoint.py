@@ -1,0 +1,168 @@
+"""Checkpoints: complete, written atomically, checked when read; safetensors and JSON only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from onestill.core.files import save_tensors
+
+STATE_FILE = "state.json"
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: named groups of tensors, and plain values."""
+
+    tensors: dict[str, Tensors]
+    values: dict[str, Any]
+
+
+def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Path:
+    """Write `checkpoint-{step}` so that it is either complete or not there.
+
+    Everything goes into a hidden folder and to the disk first; the rename at the end is atomic.
+
+    Returns:
+        The folder.
+    """
+    final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    digests = {}
+    for group, tensors in checkpoint.tensors.items():
+        path = partial / f"{group}.safetensors"
+        save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+        digests[path.name] = _digest(path)
+        _sync(path)
+    state = {"step": step, "files": digests, "values": checkpoint.values}
+    (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    _sync(partial / STATE_FILE)
+    _sync(partial)
+    if final.exists():
+        _remove(final)
+    os.replace(partial, final)
+    _sync(output_dir)
+    return final
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Return what `folder` holds.
+
+    Raises:
+        ValueError: If a file is missing, or not what was written.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        files, values = dict(state["files"]), dict(state["values"])
+        for name, digest in files.items():
+            if _digest(folder / name) != digest:
+                raise ValueError(f"{name} is not what was written")
+        tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in files}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {folder} is corrupt: {error}") from error
+    return Checkpoint(tensors, values)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the `checkpoint-N` folders, newest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Return N of a `checkpoint-N` folder."""
+    return int(folder.name.rsplit("-", 1)[-1])
+
+
+def read_latest(output_dir: Path) -> tuple[Path, Checkpoint, list[str]]:
+    """Return (folder, content, warnings) of the newest checkpoint that is whole.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    warnings: list[str] = []
+    for folder in list_checkpoints(output_dir):
+        try:
+            return folder, read_checkpoint(folder), warnings
+        except ValueError as error:
+            warnings.append(f"{error}; falling back to the one before")
+    reason = f": {'; '.join(warnings)}" if warnings else ""
+    raise ValueError(f"{output_dir} holds no usable checkpoint{reason}")
+
+
+def rotate(output_dir: Path, limit: int, newest: int) -> None:
+    """Remove what is not among the `limit` last checkpoints, and what interrupted writes and removals left.
+
+    Args:
+        output_dir: The run's folder.
+        limit: How many are kept.
+        newest: Step of the one just written. A checkpoint of a later step is one that could not be read, or the run
+            would have gone on from it.
+    """
+    found = list_checkpoints(output_dir)
+    unread = [folder for folder in found if step_of(folder) > newest]
+    for folder in [*unread, *found[len(unread) + limit :]]:
+        _remove(folder)
+    for left in [*output_dir.glob(".checkpoint-*.partial"), *output_dir.glob(".checkpoint-*.removed")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
+    """Return the optimiser's state as "{parameter index}.{name}" tensors."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], learning_rates: list[float]
+) -> None:
+    """Put a flattened state back; hyper-parameters stay the optimiser's own but for the learning rate."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        # The fused optimiser walks moments and weights in memory order: they must have the same strides.
+        fits = value.shape == parameter.shape and parameter.ndim > 0
+        state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(value) if fits else value
+    groups = optimizer.state_dict()["param_groups"]
+    for group, rate in zip(groups, learning_rates, strict=True):
+        group["lr"] = rate
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder so that nobody sees a half of it under its own name."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
