@@ -25,11 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import onestill
+from onestill.core.tensors import noise
 from onestill.data.cascade import BaseStudent, open_base, second_noise
 from onestill.diffusion.process import DiscreteVP
 from onestill.evaluation import speed
 from onestill.sampling import pictures
-from onestill.sampling.generate import noise, teacher_generator
+from onestill.sampling.generate import teacher_generator
 from onestill.teachers.guidance import Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.teacher import PipelineTeacher

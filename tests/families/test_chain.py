@@ -31,13 +31,14 @@ from torch import Tensor
 from vp_pipelines import if_parts, if_scheduler, if_unet
 
 import onestill
+from onestill.core.tensors import noise
 from onestill.data.cascade import BASE_SEED, BaseStudent, PictureConditions, open_base, second_noise
+from onestill.data.conditions import VALIDATION_SEED
 from onestill.export.export import export_student
 from onestill.runs.api import export
 from onestill.runs.build import prepare
 from onestill.runs.distill import make_trainer
 from onestill.runs.load import open_student
-from onestill.sampling.generate import VALIDATION_SEED, noise
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines.families.deepfloyd import low_res_rows

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onestill.core.tensors import Cond, without_autocast
-from onestill.data.conditions import PromptConditions
-from onestill.sampling.generate import VALIDATION_SEED, noise, to_device
+from onestill.core.tensors import Cond, noise, to_device, without_autocast
+from onestill.data.conditions import VALIDATION_SEED, PromptConditions
 from onestill.students.student import ignores_time
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.load import load_teacher, read_index

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from onestill.core.tensors import num_parameters, row_bytes
+from onestill.core.tensors import num_parameters, row_bytes, to_device
 from onestill.data.cascade import BaseStudent
 from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompt_pool import most_prompts
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.runs.build import fit_teacher, make_student, open_prompts, with_embedded_prompts, with_usual_guidance
 from onestill.runs.checks import resolve_device
-from onestill.sampling.generate import to_device
 from onestill.students.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.pipelines.teacher import PipelineTeacher
