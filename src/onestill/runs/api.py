@@ -13,8 +13,9 @@ from torch import Tensor
 from onestill.data.cascade import choose_first_stage
 from onestill.data.prompts import read_prompts
 from onestill.export.export import export_student, is_exported
-from onestill.runs.checks import check_device, check_writable, is_run, resolve_device
+from onestill.runs.checks import check_device, check_writable, resolve_device
 from onestill.runs.distill import distilled_facts
+from onestill.runs.folder import is_run
 from onestill.runs.load import load_source
 from onestill.runs.restore import check_student_request, read_run_config, restore_student
 from onestill.sampling.explore import check_samples, samples
