@@ -28,8 +28,9 @@ from torch import nn
 import onestill
 from onestill.diffusion.process import CosineVP
 from onestill.runs.build import fit_teacher, prepare, with_embedded_prompts
-from onestill.runs.checks import check_device, check_output_dir, check_tracker, check_writable, is_run, resolve_device
+from onestill.runs.checks import check_device, check_output_dir, check_tracker, check_writable, resolve_device
 from onestill.runs.distill import RunResult, distilled_facts
+from onestill.runs.folder import is_run
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
@@ -82,8 +83,8 @@ def test_exported_is_the_averaged_student(kind: str) -> None:
     """Plain diffusers on the folder against the student with the averaged weights of the checkpoint, same noise."""
     from diffusers import DiffusionPipeline
 
+    from onestill.core.tensors import noise
     from onestill.runs.restore import restore_student
-    from onestill.sampling.generate import noise
 
     run = finished_run(kind)
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline", use_safetensors=True)
