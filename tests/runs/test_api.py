@@ -12,7 +12,6 @@ from runs_helpers import FAST, NULL_CLASS, copied, finished_run, snapshot, teach
 from torch import Tensor
 
 import onestill
-from onestill.evaluation.report import Report
 from onestill.export.export import call_pipeline, load_pipeline
 from onestill.runs import api
 from onestill.runs.evaluate import default_report_folder
@@ -178,7 +177,7 @@ def test_evaluate_against_the_teacher_with_its_own_features(tmp_path: Path) -> N
     assert report.warnings and "12" in report.warnings[0]  # far too few images for a number that means something
     assert any("reference" in line for line in said)
 
-    assert Report.load(run / "evaluation") == report
+    assert read_report(run / "evaluation") == report
     assert (run / "evaluation" / "report.md").read_text(encoding="utf-8") == report.to_markdown()
     with Image.open(run / "evaluation" / "samples.png") as picture:
         picture.load()
