@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs_helpers import read_report
 from safetensors.torch import load_file
 
 import onestill

@@ -15,11 +15,11 @@ import torch
 from pipelines import ARGUMENTS, BUILDERS, build
 from torch import Tensor
 
+from onestill.core.tensors import noise
 from onestill.data.prompt_pool import use_negative_prompt
 from onestill.export.export import export_student
 from onestill.export.pipeline import why_no_file
 from onestill.objectives import boot as objective
-from onestill.sampling.generate import noise
 from onestill.students.lora import Lora
 from onestill.students.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher

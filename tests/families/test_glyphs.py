@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from clip_helpers import MAX_TOKENS, write_clip
-from runs_helpers import call_cli
+from runs_helpers import call_cli, read_report
 from safetensors.torch import load_file
 from torch import Tensor
 

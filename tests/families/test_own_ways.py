@@ -18,8 +18,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVis
 from vp_pipelines import if_parts, if_scheduler, if_unet
 
 from onestill import distill, sample
+from onestill.core.tensors import noise
 from onestill.export.export import export_student
-from onestill.sampling.generate import noise
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.families.deepfloyd import NOISE_LEVEL, low_res_rows

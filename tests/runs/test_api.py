@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs_helpers import FAST, NULL_CLASS, copied, finished_run, snapshot, teacher_folder, tiny_network, write_teacher
+from runs_helpers import (
+    FAST,
+    NULL_CLASS,
+    copied,
+    finished_run,
+    read_report,
+    snapshot,
+    teacher_folder,
+    tiny_network,
+    write_teacher,
+)
 from torch import Tensor
 
 import onestill

@@ -82,8 +82,8 @@ def test_exported_is_the_averaged_student(kind: str) -> None:
     """Plain diffusers on the folder against the student with the averaged weights of the checkpoint, same noise."""
     from diffusers import DiffusionPipeline
 
+    from onestill.core.tensors import noise
     from onestill.runs.restore import restore_student
-    from onestill.sampling.generate import noise
 
     run = finished_run(kind)
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline", use_safetensors=True)

@@ -7,10 +7,11 @@ import torch
 from runs_helpers import NUM_CLASSES, copied, finished_run, teacher_folder
 from torch import Tensor
 
+from onestill.core.tensors import noise
 from onestill.runs.build import fit_teacher
 from onestill.runs.load import open_student, open_teacher
 from onestill.runs.restore import check_student_request, read_run_config, restore_student, run_teacher
-from onestill.sampling.generate import generate_images, noise
+from onestill.sampling.generate import generate_images
 from onestill.sampling.samplers import Source
 from onestill.teachers.load import load_teacher
 from onestill.training.checkpoint import read_checkpoint

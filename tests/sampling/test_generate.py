@@ -12,10 +12,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise, to_device
 from onestill.diffusion.process import VE, CosineVP
 from onestill.diffusion.trajectory import CALLS_PER_STEP, STEPS, solve, uniform_times
-from onestill.sampling.generate import generate_images, noise, student_generator, teacher_generator, to_device
+from onestill.sampling.generate import generate_images, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher, Threshold
 from onestill.teachers.closed_form import GaussianTeacher

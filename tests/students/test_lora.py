@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 import onestill
 import onestill.runs.api
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
 from onestill.export.export import export_student
 from onestill.runs.build import fit_teacher, prepare
-from onestill.sampling.generate import generate_images, noise, teacher_generator
+from onestill.sampling.generate import generate_images, teacher_generator
 from onestill.students.lora import Lora, adapters, attach, merge, target_layers
 from onestill.students.student import Student
 from onestill.teachers.base import NetworkTeacher

@@ -11,9 +11,8 @@ from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
-from onestill.sampling.generate import noise
 from onestill.students.lora import Lora
 from onestill.students.student import BiasInjection, Student, TimeEmbeddingInjection, time_embeddings
 from onestill.teachers.base import NetworkTeacher

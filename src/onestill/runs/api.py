@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from onestill.data.cascade import choose_base
+from onestill.data.cascade import choose_first_stage
 from onestill.data.prompts import read_prompts
 from onestill.export.export import export_student, is_exported
 from onestill.runs.checks import check_device, check_writable, is_run, resolve_device
@@ -145,7 +145,7 @@ def export(
     if config.base_student is not None:
         # Its pictures are those of the self-check; what is written does not depend on them, so it may be gone.
         with contextlib.suppress(ValueError):
-            choose_base(restored.teacher, config.base_student, config.noise_level, device=resolve_device(device))
+            choose_first_stage(restored.teacher, config.base_student, config.noise_level, device=resolve_device(device))
     check_student_request(restored, config, target_time or 0.0, guidance_scale)
     facts = replace(
         distilled_facts(config, restored.teacher, guidance_scale),

@@ -17,14 +17,14 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from onestill.core.tensors import Cond
-from onestill.data.conditions import Conditions
+from onestill.core.tensors import Cond, to_device
+from onestill.data.conditions import VALIDATION_SEED, Conditions
 from onestill.diffusion.trajectory import STEPS
 from onestill.objectives import boot as objective
 from onestill.objectives.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.runs.resume import pool_settings
 from onestill.sampling import pictures
-from onestill.sampling.generate import VALIDATION_SEED, generate_images, student_generator, teacher_generator, to_device
+from onestill.sampling.generate import generate_images, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, rotate, write_checkpoint
