@@ -17,7 +17,7 @@ from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.evaluation.speed import compare
 from onestill.export.export import export_student
 from onestill.runs.build import prepare
-from onestill.runs.checks import PIPELINE_FOLDER
+from onestill.runs.folder import PIPELINE_FOLDER
 from onestill.runs.load import open_student
 from onestill.sampling.generate import teacher_generator
 from onestill.teachers.load import load_teacher

@@ -97,7 +97,7 @@ def test_a_safety_checker_is_written_and_never_compared_with(tmp_path: Path) -> 
     # Drawn by the exported folder and by the student: neither is blackened.
     images = sample(out, prompts=["a photo"], num_images=2)
     cond = student.teacher.encode(["a photo"] * 2)
-    expected = student.teacher.decode(student(noise(range(2), (4, 8, 8)), 0.0, cond).detach()).clamp(-1, 1)
+    expected = student.teacher.decode(student(noise(range(2), (4, 8, 8)), None, 0.0, cond).detach()).clamp(-1, 1)
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 

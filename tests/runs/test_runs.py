@@ -86,7 +86,7 @@ def test_target_time() -> None:
     assert (clean - early).abs().max() > 1e-3
     student = restore_student(run, read_run_config(run), CPU)
     with torch.no_grad():
-        expected = student(noise(range(5), (1, 8, 8)), 0.9, {}).clamp(-1, 1)
+        expected = student(noise(range(5), (1, 8, 8)), None, 0.9, {}).clamp(-1, 1)
     assert torch.equal(early, expected)
 
 

@@ -116,7 +116,7 @@ def test_student_is_asked_at_its_target_time(cases: dict[str, Any]) -> None:
     x_a = teacher.spec.trajectory.start(eps)
     for t in (0.0, 0.4):
         found = student_generator(student, t=t)(eps, {})
-        assert torch.equal(found, student(x_a, t, {})) and not found.requires_grad
+        assert torch.equal(found, student(x_a, None, t, {})) and not found.requires_grad
     assert torch.equal(student_generator(student)(eps, {}), student_generator(student, t=0.0)(eps, {}))
     assert not torch.equal(student_generator(student, t=0.4)(eps, {}), student_generator(student)(eps, {}))
 

@@ -203,7 +203,7 @@ def estimate(
 
     def student_loss() -> Any:
         with autocast(config.mixed_precision, device):
-            return student(x, t_max / 2, cond).square().mean()
+            return student(x, None, t_max / 2, cond).square().mean()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student_loss().backward()
@@ -225,7 +225,7 @@ def estimate(
 
     def student_target() -> None:
         with torch.no_grad(), autocast(config.mixed_precision, device):
-            student(x, t_max / 2, cond)
+            student(x, None, t_max / 2, cond)
 
     def learn() -> None:
         student_loss().backward()

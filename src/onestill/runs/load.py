@@ -14,7 +14,8 @@ from onestill.data.cascade import FirstStage, choose_first_stage
 from onestill.data.prompt_pool import use_negative_prompt
 from onestill.diffusion.trajectory import STEPS
 from onestill.export.export import MODULE_FILE
-from onestill.runs.checks import CONFIG_FILE, PIPELINE_FOLDER, check_device, check_guidance, is_run, resolve_device
+from onestill.runs.checks import check_device, check_guidance, resolve_device
+from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, is_run
 from onestill.runs.restore import (
     base_of_pipeline,
     base_of_run,

@@ -11,7 +11,7 @@ import torch
 from onestill.data.cascade import FirstStage, choose_first_stage, open_first_stage
 from onestill.data.prompt_pool import use_negative_prompt
 from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student
-from onestill.runs.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, is_run
+from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, is_run
 from onestill.sampling.exported import enlarges
 from onestill.students.student import Student
 from onestill.teachers.base import NetworkTeacher

@@ -29,7 +29,7 @@ def student_generator(student: Student, *, t: float = 0.0, device: torch.device 
     @torch.no_grad()
     def generate(eps: Tensor, cond: Cond) -> Tensor:
         x_a = student.spec.trajectory.start(eps.to(device))
-        return student(x_a, t, to_device(cond, device))
+        return student(x_a, None, t, to_device(cond, device))
 
     return generate
 
