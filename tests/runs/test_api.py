@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs_helpers import FAST, NULL_CLASS, copied, finished_run, snapshot, teacher_folder, tiny_network, write_teacher
+from runs_helpers import (
+    FAST,
+    NULL_CLASS,
+    copied,
+    finished_run,
+    read_report,
+    snapshot,
+    teacher_folder,
+    tiny_network,
+    write_teacher,
+)
 from torch import Tensor
 
 import onestill
-from onestill.evaluation.report import Report
 from onestill.export.export import call_pipeline, load_pipeline
 from onestill.runs.evaluate import default_report_folder
 from onestill.runs.export import export
@@ -178,7 +187,7 @@ def test_evaluate_against_the_teacher_with_its_own_features(tmp_path: Path) -> N
     assert report.warnings and "12" in report.warnings[0]  # far too few images for a number that means something
     assert any("reference" in line for line in said)
 
-    assert Report.load(run / "evaluation") == report
+    assert read_report(run / "evaluation") == report
     assert (run / "evaluation" / "report.md").read_text(encoding="utf-8") == report.to_markdown()
     with Image.open(run / "evaluation" / "samples.png") as picture:
         picture.load()
