@@ -12,20 +12,20 @@ from rich.table import Table
 
 from onestill.cli.fields import from_config
 from onestill.cli.output import out, quiet
-from onestill.training.config import make_config
+from onestill.training.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
     from onestill.runs.inspect import Inspection
 
 
-@from_config
+@from_config(DistillConfig)
 def inspect(
     settings: dict[str, Any],
     config: Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.data.cascade import choose_base
+    from onestill.data.cascade import choose_first_stage
     from onestill.data.prompt_pool import refuse_prompts, use_negative_prompt
     from onestill.runs.build import configured_teacher
     from onestill.runs.checks import check_device, check_start, check_times
@@ -38,7 +38,7 @@ def inspect(
     teacher = configured_teacher(made)
     refuse_student(teacher)
     base = (
-        choose_base(teacher, made.base_student, made.noise_level)
+        choose_first_stage(teacher, made.base_student, made.noise_level)
         if made.base_student or made.noise_level is not None
         else None
     )

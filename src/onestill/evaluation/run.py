@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onestill.core.tensors import noise
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.candidates import (
     Candidate,
@@ -23,7 +24,7 @@ from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, e
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import Reference
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
-from onestill.sampling.generate import Rows, noise
+from onestill.sampling.generate import Rows
 
 NUM_SHOWN = 100
 SPEED_ROUNDS = 5
@@ -221,9 +222,11 @@ def _speeds(sources: Sequence[tuple[str, Candidate, bool]], settings: Settings) 
         cond = source.conditions(num, settings.class_labels, settings.prompts)
         return lambda: source.generate(eps, cond)
 
-    one = speed.compare({name: call(source, 1) for name, source, _ in sources}, repeats=SPEED_ROUNDS)
-    large = speed.compare(
-        {name: call(source, settings.batch_size) for name, source, _ in sources}, repeats=SPEED_ROUNDS
+    one, large = (
+        speed.compare(
+            {name: call(source, num) for name, source, _ in sources}, device=settings.device, repeats=SPEED_ROUNDS
+        )
+        for num in (1, settings.batch_size)
     )
     return {name: (one[name], large[name]) for name in one}
 

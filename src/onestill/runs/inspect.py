@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from onestill.core.tensors import num_parameters, row_bytes
-from onestill.data.cascade import BaseStudent
+from onestill.core.devices import seconds_of
+from onestill.core.tensors import num_parameters, row_bytes, to_device
+from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompt_pool import most_prompts
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.runs.build import fit_teacher, make_student, open_prompts, with_embedded_prompts, with_usual_guidance
 from onestill.runs.checks import resolve_device
-from onestill.sampling.generate import to_device
 from onestill.students.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.pipelines.teacher import PipelineTeacher
@@ -64,7 +63,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: BaseStudent | None = None) -> Inspection:
+def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: FirstStage | None = None) -> Inspection:
     """Return what is known of `teacher`, with the cost of a run under `config`, measured on a few images.
 
     Args:
@@ -137,7 +136,7 @@ def _num_prompts(teacher: NetworkTeacher, config: DistillConfig) -> int:
     return wanted if prompts is None else min(len(prompts) + named, wanted)
 
 
-def _prompt_bytes(teacher: NetworkTeacher, base: BaseStudent | None) -> int:
+def _prompt_bytes(teacher: NetworkTeacher, base: FirstStage | None) -> int:
     """Return the size of an encoded prompt, that of a base student's own encoders beside it included."""
     if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
         return 0
@@ -145,7 +144,7 @@ def _prompt_bytes(teacher: NetworkTeacher, base: BaseStudent | None) -> int:
     return row_bytes(teacher.of_prompts(teacher.example_cond)) + own
 
 
-def _enlarges(teacher: NetworkTeacher, base: BaseStudent | None) -> str:
+def _enlarges(teacher: NetworkTeacher, base: FirstStage | None) -> str:
     """Return what picture a teacher enlarges, in words; "" if it enlarges none."""
     if not isinstance(teacher, PipelineTeacher) or teacher.family.beside is None:
         return ""
@@ -175,7 +174,7 @@ def estimate(
     student: Student,
     config: DistillConfig,
     device: torch.device,
-    base: BaseStudent | None = None,
+    base: FirstStage | None = None,
 ) -> Cost:
     """Return what a run takes.
 
@@ -204,7 +203,7 @@ def estimate(
 
     def student_loss() -> Any:
         with autocast(config.mixed_precision, device):
-            return student(x, t_max / 2, cond).square().mean()
+            return student(x, None, t_max / 2, cond).square().mean()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student_loss().backward()
@@ -226,7 +225,7 @@ def estimate(
 
     def student_target() -> None:
         with torch.no_grad(), autocast(config.mixed_precision, device):
-            student(x, t_max / 2, cond)
+            student(x, None, t_max / 2, cond)
 
     def learn() -> None:
         student_loss().backward()
@@ -246,15 +245,10 @@ def estimate(
     return Cost(weights + kept * scale, seconds * scale * config.gradient_accumulation_steps, an_anchor)
 
 
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return what a call takes once everything is warm."""
     call()
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(3):
-        call()
-    _wait(device)
-    return (time.perf_counter() - started) / 3
+    return seconds_of(lambda: [call() for _ in range(3)], device) / 3
 
 
 def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
@@ -265,8 +259,3 @@ def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
 
 def _num_weights(teacher: NetworkTeacher) -> int:
     return num_parameters(teacher.network) if isinstance(teacher.network, torch.nn.Module) else 0
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
