@@ -121,5 +121,7 @@ def test_the_tree_of_the_design_is_the_folders() -> None:
 def test_files_that_are_spoken_of_exist(page: Path) -> None:
     package = ROOT / "src" / "onestill"
     spoken = {c for c in inline_code(TEXT[page]) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.py", c)}
-    missing = [c for c in spoken if not (ROOT / c).exists() and not (package / c).exists() and not any(package.rglob(c))]
+    missing = [
+        c for c in spoken if not (ROOT / c).exists() and not (package / c).exists() and not any(package.rglob(c))
+    ]
     assert not missing
