@@ -10,7 +10,7 @@ from typing import Any
 
 from onestill.core.errors import SettingError, named
 from onestill.students.bake import ignores_time
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 
 MARK_FILE = "onestill.json"
 KIND = "one-step student"
@@ -61,7 +61,7 @@ def is_student(folder: Path | None, network: object = None) -> bool:
     return read_mark(folder) is not None or ignores_time(network)
 
 
-def refuse_student(teacher: NetworkTeacher) -> None:
+def refuse_student(teacher: Teacher) -> None:
     """Raise SettingError if a teacher is an exported student, which knows one step and no other."""
     if is_student(teacher.folder, teacher.network):
         raise SettingError(

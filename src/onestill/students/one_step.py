@@ -9,7 +9,7 @@ from onestill.core.tensors import Cond, float32_or_more
 from onestill.diffusion.process import head
 from onestill.students.bake import bake
 from onestill.students.student import Student
-from onestill.teachers.base import Call
+
 
 
 class OneStep(nn.Module):

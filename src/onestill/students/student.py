@@ -14,7 +14,8 @@ from onestill.core.errors import SettingError
 from onestill.core.tensors import Cond, as_times
 from onestill.students.injection import BiasInjection, Embedding, Injection, TimeEmbeddingInjection, time_embeddings
 from onestill.students.lora import Lora, attach
-from onestill.teachers.base import NetworkTeacher, TeacherSpec
+from onestill.teachers.base import Teacher
+from onestill.teachers.teacher_spec import TeacherSpec
 
 # Embeddings see 1000 times a number: target times of 0..1 as the 0..1000 that they are made for.
 TIME_SCALE = 1000.0
@@ -38,7 +39,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        teacher: NetworkTeacher,
+        teacher: Teacher,
         *,
         guidance_range: tuple[float, float] | None = None,
         network: nn.Module | None = None,
