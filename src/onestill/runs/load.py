@@ -11,7 +11,6 @@ import torch
 
 from onestill.data.cascade import FirstStage, with_first_stage
 from onestill.diffusion.trajectory import STEPS
-from onestill.export.export import MODULE_FILE
 from onestill.runs.checks import check_device, check_guidance, resolve_device
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, is_run
 from onestill.runs.restore import (
@@ -24,7 +23,8 @@ from onestill.runs.restore import (
 )
 from onestill.sampling.exported import open_pipeline
 from onestill.sampling.samplers import Source, student_source, teacher_source
-from onestill.students.student import Student, refuse_student
+from onestill.students.mark import read_mark, refuse_student
+from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import load_teacher
@@ -172,7 +172,7 @@ def open_student(
         base = base_of_pipeline(path, path, parent, base_student, device)
         return replace(open_pipeline(path, device, parent, known, base), reopen=reopen)
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
-        if (folder / MODULE_FILE).is_file():
+        if (mark := read_mark(folder)) is not None and mark.format == "module":
             raise ValueError(
                 f"--student {path} is a network of your own: load it in Python with onestill.load_module({str(folder)!r}, network)"
             )

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from onestill.core.tensors import Cond
 from onestill.data.cascade import FirstStage, check_shape, second_noise
-from onestill.export.export import load_pipeline
 from onestill.sampling.generate import Generate, Rows
 from onestill.sampling.samplers import Source
 from onestill.students import model_card as card
-from onestill.students.student import ignores_time, time_embeddings
+from onestill.students.injection import time_embeddings
+from onestill.students.mark import is_student
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
 from onestill.teachers.pipelines import token_limits as tokenizing
 from onestill.teachers.pipelines.capture import Signature, record
@@ -72,7 +72,7 @@ def open_pipeline(
             if base_student is not None:
                 return _open_enlarging(family, pipeline, folder, device, run, config, base_student)
             return _open_family(family, pipeline, folder, device, run, config)
-        pipeline = load_pipeline(folder, device)
+        pipeline = load_stock(diffusers.DiffusionPipeline, folder).to(device)
         _check_steps(pipeline.unet, folder)
         network = pipeline.unet.config
     except (OSError, ValueError, AttributeError) as error:
@@ -88,8 +88,8 @@ def open_pipeline(
 
 
 def _check_steps(network: nn.Module, folder: Path) -> None:
-    # A student that was trained further by somebody may have weights there again, and its card.
-    if time_embeddings(network) and not ignores_time(network) and not card.is_card(folder / "README.md"):
+    # Where the time cannot be seen to enter, the folder may be of a student that somebody else wrote again.
+    if time_embeddings(network) and not is_student(folder, network):
         raise ValueError("it is a pipeline of many steps, no one-step student; --teacher draws with it")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,8 @@ from onestill.diffusion.process import head
 from onestill.students.bake import bake
 from onestill.students.student import Student
 
+Call = Callable[[Callable[..., Any], Tensor, Tensor, Cond], Tensor]
+"""(network, its noisy input, its time [B], conditions) -> its output, [B, *sample_shape]."""
 
 
 class OneStep(nn.Module):
@@ -17,7 +22,7 @@ class OneStep(nn.Module):
 
     Args:
         network: F, with the target time baked in.
-        call: How it is called: (F, its noisy input, its time [B], conditions) -> its output, [B, *sample_shape].
+        call: How it is called.
         a: Share of the noise.
         b: Factor on the network's output.
         c: Factor on its input.
