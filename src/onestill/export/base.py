@@ -19,7 +19,7 @@ class Format(ABC):
     """One way of writing a student as a folder; an instance writes one student.
 
     `export_student` makes the student's `OneStep` and compares it with the student, has it written, lets go of it, and
-    has the folder checked, before it gets its name. A format may keep between `write` and `check` what it needs, but
+    has the folder checked, before it gets its name; all of it without gradients and autocast. A format may keep between `write` and `check` what it needs, but
     no network: a run is at its end here, and its device and memory as full as they ever were.
 
     Args:

@@ -28,7 +28,11 @@ from onestill.students.model_card import Facts, teacher_license, write_card
 from onestill.students.one_step import OneStep, one_step_of
 from onestill.students.student import Student
 
-FORMATS: dict[str, type[Format]] = {"pixel": PixelFormat, "pipeline": PipelineFormat, "module": ModuleFormat}
+FORMATS: dict[str, type[Format]] = {
+    "pixel": PixelFormat,
+    "pipeline": PipelineFormat,
+    "module": ModuleFormat,
+}
 """By the name that `Teacher.student_format` has for each."""
 SELF_CHECK_TOLERANCE = 1e-4
 
@@ -37,6 +41,8 @@ class ExportError(RuntimeError):
     """A written folder does not draw what its student draws."""
 
 
+@torch.no_grad()
+@without_autocast
 def export_student(
     student: Student,
     folder: Path,
@@ -105,8 +111,6 @@ def _write(form: Format, name: str, folder: Path) -> None:
     mark.write(folder)
 
 
-@torch.no_grad()
-@without_autocast
 def _difference(step: OneStep, form: Format, num: int = 2) -> float:
     """Return the largest difference of samples between a student and its one step, relative to their size."""
     eps, cond = form.example(num)

@@ -56,7 +56,6 @@ def write_lora(
     pipeline_spec.one_step(teacher.pipeline, spec.prediction_type, alpha).save_pretrained(folder)
 
 
-@torch.no_grad()
 def constant_updates(teacher: PipelineTeacher, net_time: float, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the updates of rank 1 that give each time embedding its constant in the one step at `net_time`."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onestill.core.files import save_tensors
-from onestill.core.tensors import Cond, to_device, without_autocast
+from onestill.core.tensors import Cond, to_device
 from onestill.export.base import Format
 from onestill.sampling.generate import Generate
 from onestill.students.bake import bake
@@ -28,7 +28,6 @@ class ModuleFormat(Format):
         weights = {name: value.detach().contiguous().clone() for name, value in step.network.state_dict().items()}
         save_tensors(weights, folder / MODULE_WEIGHTS)
 
-    @without_autocast
     def check(self, folder: Path, num: int = 4) -> float:
         eps, cond = self.example(num)
         fresh = bake(self.student, self.t, self.guidance_scale)

@@ -20,7 +20,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from onestill.core.tensors import without_autocast
 from onestill.export.base import Format
 from onestill.export.lora_file import LORA_FOLDER, load_with_lora, why_no_file, write_lora
 from onestill.students.bake import constants
@@ -97,8 +96,6 @@ class PipelineFormat(Format):
         default = "this folder's default size is that one too" if is_default else "the folder's defaults are others"
         return f"{given}, as distilled and as in the call above; {default}" if given else ""
 
-    @torch.no_grad()
-    @without_autocast
     def _difference(self, pipeline_spec: PipelineSpec, pipeline: Any, num: int = 2) -> float:
         """Return the largest difference of images between the plain call of a pipeline, on the CPU, and the student."""
         network, decoder = getattr(pipeline, pipeline_spec.network), getattr(pipeline, "vae", None)

@@ -15,7 +15,6 @@ import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
-from onestill.core.tensors import without_autocast
 from onestill.export.base import Format
 from onestill.students.model_card import Facts, shown_labels, stock_code
 from onestill.students.one_step import OneStep
@@ -38,7 +37,6 @@ class PixelFormat(Format):
         scheduler = _fold_head(step, spec.prediction_type)
         ConsistencyModelPipeline(unet=network, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
 
-    @without_autocast
     def check(self, folder: Path, num: int = 4) -> float:
         eps, cond = self.example(num)
         labels = cond["class_labels"].tolist() if "class_labels" in cond else None
@@ -82,7 +80,6 @@ def _drop_variance(network: Any) -> None:
     network.register_to_config(out_channels=channels)
 
 
-@torch.no_grad()
 def _fold_head(step: OneStep, prediction_type: str) -> Any:
     """Fold what a convolution can hold of y = a eps + b network(c eps); return the scheduler that does the rest."""
     network: Any = step.network
