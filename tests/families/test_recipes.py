@@ -124,7 +124,7 @@ def test_a_recipe_says_what_its_prompts_take_on_disk(path: Path) -> None:
     assert f"{config.num_prompts * row * 4 / 1e9:.1f}" == said and float(said) <= 50
     # As many parts as the tiny pipeline of that class has conditions, and of the same kinds.
     teacher = teacher_of(TINY[path.stem][0])
-    assert numbers.count("+") + 1 == len(teacher.of_prompts(teacher.example_cond)) + (path.stem == "sd3")
+    assert numbers.count("+") + 1 == len(teacher.prompt_rows(teacher.example_cond)) + (path.stem == "sd3")
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

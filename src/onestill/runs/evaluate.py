@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from onestill.data.prompt_pool import use_negative_prompt
 from onestill.data.prompts import read_prompts
 from onestill.evaluation.candidates import Settings, check_features
 from onestill.evaluation.choice import choose_features, default_features
@@ -27,10 +25,9 @@ from onestill.sampling import pictures
 from onestill.sampling.samplers import Source, teacher_source
 from onestill.students import model_card as card
 from onestill.students.student import refuse_student
-from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.guidance import as_sampled
+from onestill.teachers.base import Teacher
+from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher
-from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.training.config import DistillConfig
 
 PICTURE_NAME = "samples.png"
@@ -39,7 +36,7 @@ PICTURE_NAME = "samples.png"
 def evaluate(
     student: str | Path,
     *,
-    teacher: str | Path | NetworkTeacher | None = None,
+    teacher: str | Path | Teacher | None = None,
     num_samples: int = 2000,
     steps: Sequence[int] = (50, 10, 4, 1),
     reference: str | Path = "auto",
@@ -202,7 +199,7 @@ def _prompts_of(
     return found, f"{len(found):,} of {where}{kind}, in turn" if found else ""
 
 
-def _open_clip(clip: str | Path, teacher: NetworkTeacher, device: torch.device, offline: bool) -> ClipScore:
+def _open_clip(clip: str | Path, teacher: Teacher, device: torch.device, offline: bool) -> ClipScore:
     """Return what measures how well images fit their prompts.
 
     Raises:
@@ -246,18 +243,18 @@ def _check_evaluation(
 
 def _teacher_of(
     student: Source,
-    teacher: str | Path | NetworkTeacher | None,
+    teacher: str | Path | Teacher | None,
     guidance_scale: float | None,
     null_class: int | None,
     negative_prompt: str | None,
     device: torch.device,
     offline: bool,
-) -> tuple[NetworkTeacher, Teacher]:
+) -> tuple[Teacher, Teacher]:
     config, said = student.config, card.distilled(student.folder)
     if teacher is None and config is None:
         raise ValueError("--student is an exported folder that does not know its teacher; name it with --teacher")
-    if isinstance(teacher, NetworkTeacher):
-        base = copy.copy(teacher)  # its null condition may be replaced here, and the caller's stays
+    if isinstance(teacher, Teacher):
+        base = teacher
     elif teacher is not None:
         known = said.null_class if config is None else config.null_class
         load = functools.partial(
@@ -281,8 +278,8 @@ def _teacher_of(
         base = run_teacher(student.run, config, device, local_files_only=offline)
     refuse_student(base)
     _check_pair(student, base)
-    if isinstance(base, PipelineTeacher) and student.base is not None and student.noise_level is not None:
-        base.set_picture(student.noise_level, student.base.examples)
+    if base.image_condition is not None and student.base is not None and student.noise_level is not None:
+        base = base.with_image_condition(student.noise_level, student.base.examples)
     scale = _guidance_of(student, guidance_scale, base)
     if scale is None and base.can_guide:
         raise ValueError(
@@ -292,13 +289,13 @@ def _teacher_of(
     negative = negative_prompt
     if negative is None and base.spec.text:
         negative = said.negative_prompt if config is None else config.negative_prompt
-    use_negative_prompt(base, negative, acts=negative_prompt is None or scale not in (None, 1))
+    base = base.with_negative_prompt(negative, acts=negative_prompt is None or scale not in (None, 1))
     if config is not None:
         return base, fit_teacher(base, config, scale)
-    return base, as_sampled(base, base.usual_guidance if scale is None else scale, threshold=said.threshold)
+    return base, guided(base, base.usual_guidance if scale is None else scale, threshold=said.threshold)
 
 
-def _check_pair(student: Source, teacher: NetworkTeacher) -> None:
+def _check_pair(student: Source, teacher: Teacher) -> None:
     """Raise ValueError if a student and a teacher cannot be compared."""
     spec = teacher.spec
     if spec.sample_shape != student.sample_shape:
@@ -307,7 +304,7 @@ def _check_pair(student: Source, teacher: NetworkTeacher) -> None:
         raise ValueError(
             f"--student has {len(student.labels)} classes and --teacher {spec.num_classes or 0}: not the same teacher"
         )
-    if isinstance(teacher, PipelineTeacher) and (teacher.family.beside is None) != (student.base is None):
+    if (teacher.image_condition is None) != (student.base is None):
         raise ValueError(
             "one of --student and --teacher enlarges a picture and the other does not: not the same teacher"
         )
@@ -328,7 +325,7 @@ def _guidance_of(student: Source, guidance_scale: float | None, teacher: Teacher
 
 def _reference(
     reference: str,
-    base: NetworkTeacher,
+    base: Teacher,
     sampler: Source,
     extractor: FeatureExtractor,
     settings: Settings,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import COMMAS, PYTHON_ONLY, Settings, setting
+from onestill.core.settings import Settings, setting
 from onestill.teachers.settings import CallSettings
 
 GENERATOR, IMAGES, EXPLORING = (
@@ -71,7 +71,6 @@ class DrawSettings(Settings):
     seed: int = setting(0, IMAGES, "Seed of the first image; image i has seed + i.", ge=0, lt=2**63)
     class_labels: tuple[int, ...] = setting((), IMAGES, "Label to draw; repeat for more. All if not given.")
     batch_size: int = setting(64, IMAGES, "Images in one network call.", ge=1)
-    show_progress: bool = setting(False, PYTHON_ONLY, "Show a bar on a terminal.")
 
     @model_validator(mode="after")
     def _seeds_are_numbers(self) -> Self:
@@ -97,11 +96,11 @@ class SampleConfig(SamplerSettings, DrawSettings):
     )
     to_seed: int | None = setting(None, EXPLORING, f"Where {named('interpolate')} goes to.", ge=0, lt=2**63 - 1)
     fixed_noise: bool = setting(False, EXPLORING, f"One noise ({named('seed')}) for every prompt or label.")
-    guidance_scales: Annotated[tuple[float, ...], COMMAS] = setting(
-        (), EXPLORING, "A row for each w, with commas: 1,2,4,8."
+    guidance_scales: tuple[float, ...] = setting(
+        (), EXPLORING, "A row for each w, with commas: 1,2,4,8.", commas=True
     )
-    target_times: Annotated[tuple[float, ...], COMMAS] = setting(
-        (), EXPLORING, "A student's prediction at each time, with commas: 1,0.5,0."
+    target_times: tuple[float, ...] = setting(
+        (), EXPLORING, "A student's prediction at each time, with commas: 1,0.5,0.", commas=True
     )
 
     @property

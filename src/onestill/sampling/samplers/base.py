@@ -9,7 +9,7 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from onestill.core.errors import NOT_GIVEN, SettingError, named
 from onestill.core.tensors import Cond
 from onestill.data.cascade import FirstStage
 from onestill.sampling.generate import Rows, generate_images
-from onestill.teachers.pipelines.token_limits import Limit
+from onestill.teachers.prompt_limits import PromptLimit
 
 
 class Sampler(ABC):
@@ -77,7 +77,7 @@ class Sampler(ABC):
         raise NotImplementedError(f"{self.name} takes no text")
 
     @property
-    def prompt_limits(self) -> tuple[Limit, ...]:
+    def prompt_limits(self) -> tuple[PromptLimit, ...]:
         """The numbers of tokens of a prompt that its text encoders take; asking costs one encoding."""
         return ()
 

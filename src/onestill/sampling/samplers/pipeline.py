@@ -22,14 +22,14 @@ from onestill.sampling.samplers.base import Sampler
 from onestill.students import model_card as card
 from onestill.students.student import ignores_time, time_embeddings
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
-from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines import token_limits as tokenizing
 from onestill.teachers.pipelines.capture import Signature, record
 from onestill.teachers.pipelines.folder import load_stock
 from onestill.teachers.pipelines.generic import plain_family
-from onestill.teachers.pipelines.spec import Family, examples
+from onestill.teachers.pipelines.spec import PipelineSpec, examples
 from onestill.teachers.pipelines.teacher import read_call
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
+from onestill.teachers.prompt_limits import EXAMPLE, PromptLimit
 
 
 def enlarges(folder: Path) -> bool:
@@ -38,7 +38,7 @@ def enlarges(folder: Path) -> bool:
         family = FAMILY_OF_PIPELINE.get(read_index(folder, str(folder))["_class_name"])
     except ValueError:
         return False  # opening it says what is wrong
-    return family is not None and family.beside is not None
+    return family is not None and family.image_condition is not None
 
 
 def open_pipeline(
@@ -73,7 +73,7 @@ def open_pipeline(
         else:
             family = FAMILY_OF_PIPELINE.get(index["_class_name"]) or plain_family(index, pipeline)
             _check_steps(getattr(pipeline, family.network), folder)
-            family = family.asking(read_call(folder))
+            family = family.with_arguments(read_call(folder))
             if first_stage is None:
                 made = PipelineSampler(pipeline, family, distilled, device)
             else:
@@ -138,23 +138,23 @@ class PixelPipelineSampler(ExportedSampler):
 class _CalledSampler(ExportedSampler):
     """The plain call of an exported pipeline of a family, seen once to know its shapes."""
 
-    def __init__(self, pipeline: Any, family: Family, device: torch.device | str) -> None:
+    def __init__(self, pipeline: Any, family: PipelineSpec, device: torch.device | str) -> None:
         self.pipeline, self.family, self.device = pipeline, family, device
         self.given = dict(family.export_arguments)
         (self.seen,) = record(lambda: family.call(pipeline, examples(family, 1), self.given), self.network)
-        self.takes_text, self.has_decoder = family.prompt == "prompt", family.latents
-        self.arguments = family.asked
+        self.takes_text, self.has_decoder = family.prompt == "prompt", family.has_decoder
+        self.arguments = family.given
 
     @property
     def network(self) -> Any:
         return getattr(self.pipeline, self.family.network)
 
     @functools.cached_property
-    def prompt_limits(self) -> tuple[tokenizing.Limit, ...]:
+    def prompt_limits(self) -> tuple[PromptLimit, ...]:
         if not self.takes_text:
             return ()
         with tokenizing.listening(self.pipeline) as heard:
-            record(lambda: self.family.call(self.pipeline, [tokenizing.EXAMPLE], self.given), self.network)
+            record(lambda: self.family.call(self.pipeline, [EXAMPLE], self.given), self.network)
         return tokenizing.limits(heard)
 
 
@@ -169,14 +169,14 @@ class PipelineSampler(_CalledSampler):
         device: Where it is.
     """
 
-    def __init__(self, pipeline: Any, family: Family, distilled: card.Distilled, device: torch.device | str) -> None:
+    def __init__(self, pipeline: Any, family: PipelineSpec, distilled: card.Distilled, device: torch.device | str) -> None:
         super().__init__(pipeline, family, device)
         start = family.unpack(family.sort_call(self.seen, pipeline).x_t, self.seen.arguments)
         self.sample_shape = tuple(start.shape[1:])
         classes = 0 if family.null_class is None else family.null_class(self.network.config)
         self.labels = distilled.class_labels or tuple(range(classes))
         self._takes_noise = "latents" in inspect.signature(pipeline.__call__).parameters
-        self.gives_latents = self._takes_noise and family.latents
+        self.gives_latents = self._takes_noise and family.has_decoder
 
     def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
         if not self.takes_text or "prompt" in rows:
@@ -225,16 +225,16 @@ class EnlargingSampler(_CalledSampler):
     def __init__(
         self,
         pipeline: Any,
-        family: Family,
+        family: PipelineSpec,
         first_stage: FirstStage,
         noise_level: int | None,
         device: torch.device | str,
     ) -> None:
         super().__init__(pipeline, family, device)
-        assert family.beside is not None
-        self.condition, self.first_stage = family.beside, first_stage
+        assert family.image_condition is not None
+        self.condition, self.first_stage = family.image_condition, first_stage
         self.sample_shape = tuple(family.sort_call(self.seen, pipeline).x_t.shape[1:])
-        encoders.share(pipeline, first_stage.teacher.pipeline)
+        first_stage.teacher.lend_encoders(pipeline)
         self.noise_level = self.condition.level if noise_level is None else noise_level
 
     def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
