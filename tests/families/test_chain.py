@@ -38,7 +38,7 @@ from onestill.export.export import export_student
 from onestill.runs.build import prepare
 from onestill.runs.distill import make_trainer
 from onestill.runs.export import export
-from onestill.runs.load import open_student
+from onestill.runs.load import load_student
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines.families.deepfloyd import low_res_rows
@@ -285,12 +285,12 @@ def test_evaluation_counts_one_call_for_each_stage() -> None:
     assert [row["num_steps"] for row in report["rows"]] == [2, 1, 1]
     assert "every row enlarges what run/pipeline draws in one step" in report["protocol"]["notes"][1]
 
-    source = open_student(second_run(), device=torch.device("cpu"))
+    source = load_student(second_run()).sampler
     calls = []
-    assert source.base is not None
+    assert source.first_stage is not None
     # After each pass: those that only show what a prompt becomes end before it.
-    source.base.teacher.network.register_forward_hook(lambda *_: calls.append("base"))  # type: ignore[attr-defined]
-    source.generate(noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
+    source.first_stage.teacher.network.register_forward_hook(lambda *_: calls.append("base"))  # type: ignore[attr-defined]
+    source(noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
     assert calls == ["base"]
 
 
@@ -305,9 +305,9 @@ def test_a_first_stage_is_evaluated_on_its_teachers_features(tmp_path: Path) -> 
         and teacher_of("sd-epsilon").family.has_decoder
     )
     # A teacher's row is thresholded and clamped as the student's is.
-    source = onestill.load_source(teacher=folder_of("if"), num_inference_steps=1, device="cpu")
-    assert not source.decodes and source.latents is None
-    images = source.generate(3 * noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
+    source = onestill.load_sampler(teacher=folder_of("if"), num_inference_steps=1, device="cpu")
+    assert not source.has_decoder and not source.gives_latents
+    images = source(3 * noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
     assert images.abs().max() <= 1
 
 
@@ -347,12 +347,12 @@ def test_a_chain_at_another_size(tmp_path: Path) -> None:
 
 
 def test_playing_with_a_chain(tmp_path: Path) -> None:
-    source = onestill.load_source(second_run(), device="cpu")
+    source = onestill.load_sampler(second_run(), device="cpu")
     same = onestill.fixed_noise(source, prompts=["it", "it", "red cat"]).images[0]
     torch.testing.assert_close(same[0], same[1], atol=1e-6, rtol=0)  # the same small picture, too
     assert (same[0] - same[2]).abs().max() > 1e-4
     sheet = onestill.student_trajectory(source, [0.5, 0.0], prompts=["it"], num_images=2)
-    torch.testing.assert_close(sheet.images[:, 1], source.generate(noise(range(2), source.sample_shape),
+    torch.testing.assert_close(sheet.images[:, 1], source(noise(range(2), source.sample_shape),
                                source.conditions(2, prompts=["it"])), atol=1e-4, rtol=0)  # fmt: skip
     command = ["sample", "--student", second_run(), "--prompt", "it", "--interpolate", 3, "--to_seed", 1]
     outcome = call_cli(*command, "--output", tmp_path / "x.png")
@@ -362,8 +362,8 @@ def test_playing_with_a_chain(tmp_path: Path) -> None:
 def test_a_chain_says_what_is_cut() -> None:
     run = second_run()
     for student in (run, run / "checkpoint-4"):
-        source = onestill.load_source(student, device="cpu")
-        (limit,) = source.limits()
+        source = onestill.load_sampler(student, device="cpu")
+        (limit,) = source.prompt_limits
         fits, long = (" ".join("a" * num) for num in (limit.room - 1, limit.room + 1))
         assert source.warnings([fits]) == []
         (warning,) = source.warnings([fits, long])

@@ -92,13 +92,14 @@ class SampleConfig(SamplerSettings, DrawSettings):
     )
     overwrite: bool = setting(False, IMAGES, "Replace what is there.")
     interpolate: int | None = setting(
-        None, EXPLORING, f"So many images from {named('seed')} to {named('to_seed')}, or from one prompt to another.", ge=2
+        None,
+        EXPLORING,
+        f"So many images from {named('seed')} to {named('to_seed')}, or from one prompt to another.",
+        ge=2,
     )
     to_seed: int | None = setting(None, EXPLORING, f"Where {named('interpolate')} goes to.", ge=0, lt=2**63 - 1)
     fixed_noise: bool = setting(False, EXPLORING, f"One noise ({named('seed')}) for every prompt or label.")
-    guidance_scales: tuple[float, ...] = setting(
-        (), EXPLORING, "A row for each w, with commas: 1,2,4,8.", commas=True
-    )
+    guidance_scales: tuple[float, ...] = setting((), EXPLORING, "A row for each w, with commas: 1,2,4,8.", commas=True)
     target_times: tuple[float, ...] = setting(
         (), EXPLORING, "A student's prediction at each time, with commas: 1,0.5,0.", commas=True
     )
@@ -135,9 +136,7 @@ def check_values(name: str, values: Sequence[float]) -> None:
         raise SettingError(name, tuple(values), "must be numbers from 0 up")
 
 
-def check_interpolation(
-    num_images: int, drawn: DrawSettings, to_seed: int | None, prompts: Sequence[str]
-) -> None:
+def check_interpolation(num_images: int, drawn: DrawSettings, to_seed: int | None, prompts: Sequence[str]) -> None:
     """Raise SettingError if an interpolation has no two ends, or more."""
     if num_images < 2:
         raise SettingError("interpolate", num_images, "must be at least 2")
@@ -151,7 +150,9 @@ def check_interpolation(
             todo = f"give two {named('prompts')} (got {len(prompts)}), or {one}{named('to_seed')}"
             raise SettingError("interpolate", num_images, "needs two ends", todo)
     elif len(prompts) > 1:
-        raise SettingError("to_seed", to_seed, "keeps the prompt", f"give one of {named('prompts')}, not {len(prompts)}")
+        raise SettingError(
+            "to_seed", to_seed, "keeps the prompt", f"give one of {named('prompts')}, not {len(prompts)}"
+        )
     elif to_seed == drawn.seed:
         raise SettingError("to_seed", to_seed, f"is {named('seed')}: there is nothing between a noise and itself")
     elif not 0 <= to_seed < 2**63 - 1:

@@ -100,9 +100,7 @@ class Sampler(ABC):
         self, seeds: Sequence[int] | Tensor, rows: Rows, *, batch_size: int = 64, show_progress: bool = False
     ) -> Tensor:
         """Return the images of `seeds`, or of noise, one for each row, as `generate_images` does."""
-        return generate_images(
-            self, seeds, self.sample_shape, rows, batch_size=batch_size, show_progress=show_progress
-        )
+        return generate_images(self, seeds, self.sample_shape, rows, batch_size=batch_size, show_progress=show_progress)
 
     def conditions(
         self, num: int, class_labels: Sequence[int] = (), prompts: Sequence[str] = (), *, seed: int = 0

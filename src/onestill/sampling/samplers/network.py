@@ -21,6 +21,8 @@ from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.prompt_limits import PromptLimit
 
+NOTHING_SAID = Distilled()
+
 
 class NetworkSampler(Sampler):
     """A sampler around the conditions and the decoder of a teacher.
@@ -94,7 +96,7 @@ class StudentSampler(NetworkSampler):
         name: str = "the student",
         target_time: float = 0.0,
         guidance_scale: float | None = None,
-        distilled: Distilled = Distilled(),
+        distilled: Distilled = NOTHING_SAID,
         t_min: float = 0.0,
         device: torch.device | str = "cpu",
         first_stage: FirstStage | None = None,
@@ -153,7 +155,9 @@ def check_trained(
         why = f"must be between 0 (the finished image) and the start level, {t_max:.4g}"
         raise SettingError("target_time", target_time, why)
     if 0 < target_time < t_min:
-        raise SettingError("target_time", target_time, f"is below the run's {named('t_min')} {t_min:g}, the cleanest trained")
+        raise SettingError(
+            "target_time", target_time, f"is below the run's {named('t_min')} {t_min:g}, the cleanest trained"
+        )
 
 
 @final

@@ -104,8 +104,9 @@ class ExportedSampler(Sampler):
     trained: Callable[[], Sampler] | None = None
 
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Sampler:
-        opened = None if self.trained is None or guidance_scale is target_time is None else self.trained()
-        return (opened or super()).at(guidance_scale=guidance_scale, target_time=target_time)
+        if self.trained is None or guidance_scale is target_time is None:
+            return super().at(guidance_scale=guidance_scale, target_time=target_time)
+        return self.trained().at(guidance_scale=guidance_scale, target_time=target_time)
 
 
 @final
@@ -169,7 +170,9 @@ class PipelineSampler(_CalledSampler):
         device: Where it is.
     """
 
-    def __init__(self, pipeline: Any, family: PipelineSpec, distilled: card.Distilled, device: torch.device | str) -> None:
+    def __init__(
+        self, pipeline: Any, family: PipelineSpec, distilled: card.Distilled, device: torch.device | str
+    ) -> None:
         super().__init__(pipeline, family, device)
         start = family.unpack(family.sort_call(self.seen, pipeline).x_t, self.seen.arguments)
         self.sample_shape = tuple(start.shape[1:])
