@@ -415,7 +415,7 @@ BAD = [
     ("another size", D + "--teacher SR --base_student LARGE", "draws pictures of 16x16, and the teacher makes 16x16 of smaller ones, such as 4x4 or 8x8"),
     ("sample of a folder alone", "sample --output x.png --prompt it --student ALONE", "name the student that draws them with --base_student"),
     ("sample of a first stage", "sample --output x.png --prompt it --student RUN1 --base_student BASE", "enlarges no picture; leave it out"),
-    ("sample of a student with a level", "sample --output x.png --prompt it --student RUN2 --noise_level 3", "--noise_level 3 is for a teacher"),
+    ("sample of a student with a level", "sample --output x.png --prompt it --student RUN2 --noise_level 3", "--noise_level 3: is for a teacher"),
     ("sample of a teacher alone", "sample --output x.png --prompt it --teacher SR", "give that run with --base_student RUN"),
     ("evaluate with the other stage", "evaluate --num_samples 10 --output out --student RUN2 --teacher IF", "--teacher makes samples of shape (3, 8, 8)"),
 ]  # fmt: skip

@@ -418,7 +418,7 @@ def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None
     run, output = finished_run(), tmp_path / "out"
     export(run / "checkpoint-2", output)
     before = snapshot(output)
-    with pytest.raises(ValueError, match=f"output=.*{output.name}: exists"):
+    with pytest.raises(ValueError, match=f"output=.*{output.name}': exists"):
         export(run, output)
     assert snapshot(output) == before
     export(run, output, overwrite=True)
