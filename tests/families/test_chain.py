@@ -300,10 +300,7 @@ def test_a_first_stage_is_evaluated_on_its_teachers_features(tmp_path: Path) -> 
     assert outcome.code == 0, outcome.err
     extractor = json.loads(outcome.out)["protocol"]["extractor"]
     assert "the teacher's own mid_block" in extractor and "latents" not in extractor
-    assert (
-        not any(teacher_of(name).family.has_decoder for name in ("if", SR))
-        and teacher_of("sd-epsilon").family.has_decoder
-    )
+    assert not any(teacher_of(name).has_decoder for name in ("if", SR)) and teacher_of("sd-epsilon").has_decoder
     # A teacher's row is thresholded and clamped as the student's is.
     source = onestill.load_sampler(teacher=folder_of("if"), num_inference_steps=1, device="cpu")
     assert not source.has_decoder and not source.gives_latents
