@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onestill.core.tensors import Cond, noise, to_device, without_autocast
 from onestill.data.conditions import VALIDATION_SEED, PromptConditions
-from onestill.students.student import ignores_time
+from onestill.students.mark import is_student
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher, read_index
 from onestill.teachers.pipelines import text_encoders as encoders
@@ -45,6 +45,11 @@ class FirstStage:
     def __init__(self, teacher: Teacher, folder: Path) -> None:
         self.teacher, self.folder = teacher, folder
         self.examples = self.seeded(range(2), EXAMPLE_PROMPTS).cpu()
+
+    def to(self, device: torch.device | str) -> FirstStage:
+        """Move it to `device`."""
+        self.teacher.to(device)
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -238,7 +243,7 @@ def open_first_stage(path: str | Path) -> FirstStage:
         raise ValueError(f"--base_student {path} takes labels, and the teacher takes prompts: both must draw the same")
     if teacher.image_condition is not None:
         raise ValueError(f"--base_student {path} needs a picture itself ({teacher.kind}); give the first stage")
-    if not ignores_time(teacher.network):
+    if not is_student(folder, teacher.network):
         raise ValueError(
             f"--base_student {path} is a {teacher.kind} of many steps, no one-step student: distil it "
             f"first (onestill distill --teacher {path}) and give that run"
