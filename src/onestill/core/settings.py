@@ -1,0 +1,146 @@
+"""Settings: typed, flat models that flags, YAML files and Python arguments are all made from.
+
+A room owns the settings it reads, as a subclass of `Settings`; a command's configuration inherits from those it needs,
+which makes one flat model of them. No module of settings loads torch: a mistake in a command line is said at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""Settings for known teachers, which are found by name."""
+
+
+def setting(default: Any, panel: str, description: str, *, may_change: bool = False, **limits: Any) -> Any:
+    """Return a field of a `Settings` model.
+
+    Args:
+        default: Its default; `...` if it has to be given.
+        panel: The panel of the help that it stands in.
+        description: What it is, for the help; may mention other settings by `onestill.core.errors.named`.
+        may_change: Whether a run may be gone on with under another value, since what it ends in stays the same.
+        limits: Limits on its value, as pydantic's `Field` takes them.
+    """
+    return Field(default, description=description, json_schema_extra={"panel": panel, "may_change": may_change}, **limits)
+
+
+def about(field: FieldInfo, what: str) -> Any:
+    """Return what `setting` was told of a field: its "panel", or whether it "may_change"."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict), "fields of settings are made by `setting`"
+    return extra[what]
+
+
+class Settings(BaseModel):
+    """Some settings. Frozen; unknown names are refused; defaults are checked as well."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @classmethod
+    def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
+        """Return the names that a file sets and that `values`, which win over it, exclude; rooms extend it by `super`."""
+        return set()
+
+
+def make[S: Settings](cls: type[S], values: Mapping[str, Any], config_file: str | Path | None = None) -> S:
+    """Return the settings made of a YAML file and of `values`, which win.
+
+    Args:
+        cls: The model.
+        values: Settings by name; None means "not given" where None is the default.
+        config_file: A YAML file, or the name of a shipped recipe.
+
+    Raises:
+        SettingError: If a value is unusable; `SettingErrors` if several are.
+        ValueError: If a name is unknown.
+    """
+    read = read_yaml(config_file) if config_file is not None else {}
+    for names, where in ((read, str(config_file)), (values, "the configuration")):
+        refuse_unknown(names, cls.model_fields, where)
+    left_out = cls.overruled(values, read)
+    merged = {**{name: value for name, value in read.items() if name not in left_out}, **values}
+    try:
+        return cls(**merged)
+    except ValidationError as error:
+        raise _explained(error, {name: str(config_file) for name in read if name not in values}) from None
+
+
+def find_config(config_file: str | Path) -> Path:
+    """Return the path of a YAML file that is named by its path, or by a shipped recipe's name.
+
+    Raises:
+        SettingError: If there is neither.
+    """
+    path = Path(config_file).expanduser()
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    recipes = sorted(found.stem for found in RECIPES.glob("*.yaml"))
+    if path.name in recipes:
+        return RECIPES / f"{path.name}.yaml"
+    near = difflib.get_close_matches(path.name, recipes, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the recipes are {', '.join(recipes)}"
+    raise SettingError("config", str(config_file), "no such file, and no recipe of that name", hint)
+
+
+def read_yaml(config_file: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file, or in a shipped recipe.
+
+    Raises:
+        SettingError: If the file is missing or holds no mapping.
+    """
+    path = find_config(config_file)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError("config", str(path), str(error.strerror)) from error
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise SettingError("config", str(path), f"is no YAML{line}: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingError("config", str(path), f"is no YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        why = f"must hold 'name: value' lines, it holds {type(content).__name__}"
+        raise SettingError("config", str(path), why)
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def write_yaml(settings: Settings, path: Path) -> None:
+    """Write resolved settings."""
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError naming each unknown key of `values` and the nearest known name."""
+    problems = []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            problems.append(f"{where}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _explained(error: ValidationError, origins: Mapping[str, str]) -> SettingError | SettingErrors:
+    """Return what pydantic found as errors of settings; `origins` says which file a value comes from."""
+    found = []
+    for problem in error.errors():
+        inner = problem.get("ctx", {}).get("error")
+        if isinstance(inner, SettingError):
+            found.append(inner)
+            continue
+        name, message = str(problem["loc"][0]) if problem["loc"] else "config", problem["msg"]
+        missing = problem["type"] == "missing"
+        why = "is required" if missing else message[:1].lower() + message[1:].removeprefix("Value error, ")
+        given = NOT_GIVEN if missing else problem["input"]
+        found.append(SettingError(name, given, why, where=origins.get(name, "")))
+    return found[0] if len(found) == 1 else SettingErrors(found)

@@ -1,0 +1,112 @@
+"""The settings that say which teacher is distilled, and how it is guided, thresholded and called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from onestill.core.errors import SettingError, named
+from onestill.core.settings import Settings, setting
+
+TEACHER = "Teacher"
+CALL_ARGUMENTS = ("height", "width", "num_frames", "audio_end_in_s", "max_sequence_length")
+"""Settings that are arguments of every call of the teacher's pipeline; its own defaults where they are not given."""
+
+
+class CallSettings(Settings):
+    """Arguments of every call of a teacher's pipeline."""
+
+    height: int | None = setting(None, TEACHER, "Height of the pictures in pixels; the pipeline's if not given.", ge=1)
+    width: int | None = setting(None, TEACHER, f"Width of the pictures in pixels; given with {named('height')}.", ge=1)
+    num_frames: int | None = setting(None, TEACHER, "Frames of a video; the pipeline's if not given.", ge=1)
+    audio_end_in_s: float | None = setting(
+        None, TEACHER, "End of a sound in seconds; the pipeline's if not given.", gt=0
+    )
+    max_sequence_length: int | None = setting(
+        None,
+        TEACHER,
+        "Tokens of a prompt that a T5 or language-model encoder takes; the pipeline's if not given.",
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def _sizes_go_together(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise SettingError(("height", "width"), why="are given together or not at all")
+        return self
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """The arguments of every call of the teacher's pipeline that are given."""
+        return {name: value for name in CALL_ARGUMENTS if (value := getattr(self, name)) is not None}
+
+
+class TeacherSettings(CallSettings):
+    """Which teacher, from where, guided and thresholded how."""
+
+    teacher: str = setting(
+        ...,
+        TEACHER,
+        "Folder of a diffusers pipeline, hub id, or embedded teacher (digits, glyphs).",
+        may_change=True,  # its weights are compared themselves
+        min_length=1,
+    )
+    revision: str | None = setting(None, TEACHER, "Branch, tag or commit of the hub id.", may_change=True)
+    variant: str | None = setting(None, TEACHER, "Weights' variant, such as fp16.", may_change=True)
+    cache_dir: Path | None = setting(None, TEACHER, "Where downloads of a hub id go.", may_change=True)
+    local_files_only: bool = setting(False, TEACHER, "Never use the network.", may_change=True)
+    null_class: int | None = setting(None, TEACHER, "Label that means 'no class'; needed for guidance.", ge=0)
+    t_max: float | None = setting(None, TEACHER, "Start level; chosen from the teacher if not given.", gt=0, le=1)
+    guidance_scale: float = setting(
+        1.0, TEACHER, "w in u + w (c - u), distilled into the student; 1 is none. Flux: what its network is told.", ge=0
+    )
+    guidance_scale_min: float | None = setting(
+        None, TEACHER, "Draw w per image from here ... and give it to the student.", ge=0
+    )
+    guidance_scale_max: float | None = setting(None, TEACHER, "... up to here.", ge=0)
+    class_labels: tuple[int, ...] = setting((), TEACHER, "Labels to distil; all if not given.")
+    thresholding: Literal["teacher", "none", "static", "dynamic"] = setting(
+        "teacher", TEACHER, "Thresholding of the guided prediction; 'teacher' does what its scheduler does."
+    )
+    threshold_limit: float = setting(1.0, TEACHER, "Largest magnitude, for static and dynamic.", gt=0)
+    threshold_ratio: float = setting(0.995, TEACHER, "Quantile, for dynamic.", gt=0, le=1)
+    base_student: Path | None = setting(
+        None,
+        TEACHER,
+        "Run or exported pipeline of the earlier stage's student, which draws what a super-resolution teacher enlarges.",
+        may_change=True,  # its weights are compared themselves
+    )
+    noise_level: int | None = setting(
+        None, TEACHER, "Noise mixed into those pictures, of 1000; what the pipeline does (250) if not given.", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _guidance_is_fixed_or_drawn(self) -> Self:
+        low, high = self.guidance_scale_min, self.guidance_scale_max
+        if (low is None) != (high is None):
+            raise SettingError(("guidance_scale_min", "guidance_scale_max"), why="are given together or not at all")
+        if low is None or high is None:
+            return self
+        if low >= high:
+            raise SettingError("guidance_scale_min", low, f"must be below {named('guidance_scale_max')}, {high:g}")
+        if "guidance_scale" in self.model_fields_set and self.guidance_scale != 1:
+            drawn = f"{named('guidance_scale_min')} and {named('guidance_scale_max')} draw it"
+            raise SettingError("guidance_scale", self.guidance_scale, f"fixes w, and {drawn}", "give one or the other")
+        return self
+
+    @classmethod
+    def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
+        """Guidance of one kind excludes the other's."""
+        fixed, drawn = {"guidance_scale"}, {"guidance_scale_min", "guidance_scale_max"}
+        given = {name for name, value in values.items() if value is not None}
+        out = (fixed if drawn & given else set()) | (drawn if fixed & given else set())
+        return super().overruled(values, read) | out
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Range that w is drawn from, or None if it is fixed."""
+        low, high = self.guidance_scale_min, self.guidance_scale_max
+        return None if low is None or high is None else (low, high)
