@@ -25,11 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import onestill
-from onestill.data.cascade import BaseStudent, open_base, second_noise
+from onestill.core.tensors import noise
+from onestill.data.cascade import FirstStage, open_first_stage, second_noise
 from onestill.diffusion.process import DiscreteVP
 from onestill.evaluation import speed
 from onestill.sampling import pictures
-from onestill.sampling.generate import noise, teacher_generator
+from onestill.sampling.generate import teacher_generator
 from onestill.teachers.guidance import Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.teacher import PipelineTeacher
@@ -227,7 +228,7 @@ class Chains:
     """Both chains on the same noises: the teachers' in many steps, the students' in one each."""
 
     def __init__(self, folder: Path, num_steps: int) -> None:
-        self.base: BaseStudent = open_base(folder / "student-1")
+        self.base: FirstStage = open_first_stage(folder / "student-1")
         second = load_teacher(folder / "student-2" / "pipeline")
         self.one, one = thresholded(folder / "stage-1")
         self.two, two = thresholded(folder / "stage-2")

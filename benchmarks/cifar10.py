@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract
@@ -31,7 +31,7 @@ from onestill.runs.checks import check_device, resolve_device
 from onestill.runs.distill import distill
 from onestill.runs.load import open_student
 from onestill.sampling import pictures
-from onestill.sampling.generate import Generate, generate_images, noise
+from onestill.sampling.generate import Generate, generate_images
 from onestill.sampling.samplers import Source, teacher_source
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from onestill.runs.checks import PIPELINE_FOLDER
+from onestill.runs.folder import PIPELINE_FOLDER
 from onestill.runs.restore import read_run_config, restore_student
 from onestill.sampling.generate import Rows, generate_images
 from onestill.sampling.samplers import student_source

@@ -12,13 +12,14 @@ import tempfile
 import psutil
 import torch
 
+from onestill.core.tensors import noise
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.evaluation.speed import compare
 from onestill.export.export import export_student
 from onestill.runs.build import prepare
-from onestill.runs.checks import PIPELINE_FOLDER
+from onestill.runs.folder import PIPELINE_FOLDER
 from onestill.runs.load import open_student
-from onestill.sampling.generate import noise, teacher_generator
+from onestill.sampling.generate import teacher_generator
 from onestill.teachers.load import load_teacher
 from onestill.training.config import make_config
 from onestill.training.trainer import Trainer

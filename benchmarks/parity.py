@@ -13,10 +13,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, UNet2DMod
 from torch import Tensor
 from toys import gaussian
 
-from onestill.core.tensors import as_times, broadcast
+from onestill.core.tensors import as_times, broadcast, noise
 from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process, head
 from onestill.diffusion.trajectory import STEPS, Trajectory, ddim_step, solve, uniform_times
-from onestill.sampling.generate import noise
 from onestill.teachers.pixel import unet2d_teacher
 
 

@@ -347,6 +347,72 @@ def test_rows_may_have_their_own_times() -> None:
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
 
 
+# A start level for each row
+
+
+LEVELS = torch.tensor([1.0, 0.8, 0.55, 0.3], dtype=torch.float64)
+
+
+@every_process
+def test_a_level_for_each_row_is_one_trajectory_for_each_level(process: Process) -> None:
+    together, eps, y = Trajectory(process, 1.0), normal(4, 6), normal(4, 6, seed=1)
+    t, s = LEVELS * 0.9, LEVELS * torch.tensor([0.7, 0.5, 0.2, 0.0], dtype=torch.float64)
+    x = together.start(eps, LEVELS)
+    for i, level in enumerate(LEVELS.tolist()):
+        alone, row = Trajectory(process, level), slice(i, i + 1)
+        pairs = [
+            (x, alone.start(eps[row])),
+            (together.state(y, x, s, LEVELS), alone.state(y[row], x[row], s[row])),
+            (together.signal(y, x, s, LEVELS), alone.signal(y[row], x[row], s[row])),
+            (together.rho(t, s, LEVELS), alone.rho(t[row], s[row])),
+            (together.rho(LEVELS, s, LEVELS), torch.ones(1, dtype=torch.float64)),
+        ]
+        for found, expected in pairs:
+            torch.testing.assert_close(found[row], expected, rtol=1e-14, atol=0)
+
+
+@every_step
+@every_process
+def test_steps_from_a_level_for_each_row(process: Process, step: str) -> None:
+    denoised, together = network_denoiser(process, "v_prediction"), Trajectory(process, 1.0)
+    x, y = together.start(normal(4, 6), LEVELS), normal(4, 6, seed=1)
+    t, s = LEVELS * torch.tensor([1.0, 0.9, 1.0, 0.5]).double(), LEVELS * torch.tensor([0.8, 0.4, 1.0, 0.0]).double()
+    found = STEPS[step](together, denoised, x, y, t, s, LEVELS)
+    for i, level in enumerate(LEVELS.tolist()):
+        row = slice(i, i + 1)
+        alone = STEPS[step](Trajectory(process, level), denoised, x[row], y[row], t[row], s[row])
+        # A matrix product of one row sums in another order.
+        torch.testing.assert_close(found[row], alone, rtol=1e-11, atol=1e-11)
+
+
+@every_process
+def test_the_default_level_is_that_of_the_trajectory(process: Process) -> None:
+    trajectory, eps, y, t, s = Trajectory(process, 0.7), normal(4, 6), normal(4, 6, seed=1), LEVELS / 2, LEVELS / 4
+    level = as_times(0.7, 4)
+    for named, by_default in (
+        (trajectory.start(eps, level), trajectory.start(eps)),
+        (trajectory.state(y, eps, s, level), trajectory.state(y, eps, s)),
+        (trajectory.rho(t, s, level), trajectory.rho(t, s)),
+    ):
+        torch.testing.assert_close(named, by_default, rtol=1e-14, atol=0)
+
+
+@every_process
+def test_every_level_of_the_exact_ode_is_a_start(process: Process) -> None:
+    # (5) with a = r: from the state at any level on the way, the signal that leads to the state at s is a mean of f
+    # between the two, and two means mix to the mean of the whole.
+    exact, whole = gaussian(process), Trajectory(process, 1.0)
+    x_1 = whole.start(normal(1, 2)).expand(4, 2)
+    r, s = LEVELS, LEVELS * 0.4
+    state = lambda u: torch.cat([exact.exact_state(x_1[:1], float(v)) for v in u])  # noqa: E731 - of each row's time
+    y = whole.signal(state(s), state(r), s, r)
+    torch.testing.assert_close(whole.state(y, state(r), s, r), state(s), rtol=1e-9, atol=1e-9)
+    m = LEVELS * 0.7
+    first, second = whole.signal(state(m), state(r), m, r), whole.signal(state(s), state(m), s, m)
+    mixed = first + broadcast(whole.rho(m, s, r), first) * (second - first)
+    torch.testing.assert_close(mixed, y, rtol=1e-9, atol=1e-9)
+
+
 def test_number_of_times_must_fit() -> None:
     with pytest.raises(ValueError, match="2 times were given for 3 images"):
         as_times(torch.tensor([0.1, 0.2]), 3)

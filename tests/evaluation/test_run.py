@@ -12,7 +12,7 @@ from PIL import Image
 from runs_helpers import NULL_CLASS, teacher_folder
 from torch import Tensor, nn
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
 from onestill.evaluation import candidates, choice, references, run
 from onestill.evaluation.candidates import Settings
@@ -26,7 +26,7 @@ from onestill.evaluation.references import (
     teacher_reference,
 )
 from onestill.evaluation.run import compare_sources
-from onestill.sampling.generate import Rows, noise
+from onestill.sampling.generate import Rows
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.module import module_teacher
 

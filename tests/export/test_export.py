@@ -18,11 +18,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from runs_helpers import copied, teacher_folder
 from torch import Tensor, nn
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
 from onestill.export import export
 from onestill.export.export import call_pipeline, export_student, load_module, load_pipeline
-from onestill.sampling.generate import noise, student_generator
+from onestill.sampling.generate import student_generator
 from onestill.students.model_card import (
     NO_TABLE,
     TABLE_END,

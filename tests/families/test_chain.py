@@ -31,13 +31,14 @@ from torch import Tensor
 from vp_pipelines import if_parts, if_scheduler, if_unet
 
 import onestill
-from onestill.data.cascade import BASE_SEED, BaseStudent, PictureConditions, open_base, second_noise
+from onestill.core.tensors import noise
+from onestill.data.cascade import FIRST_STAGE_SEED, CascadeConditions, FirstStage, open_first_stage, second_noise
+from onestill.data.conditions import VALIDATION_SEED
 from onestill.export.export import export_student
 from onestill.runs.api import export
 from onestill.runs.build import prepare
 from onestill.runs.distill import make_trainer
 from onestill.runs.load import open_student
-from onestill.sampling.generate import VALIDATION_SEED, noise
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines.families.deepfloyd import low_res_rows
@@ -118,7 +119,7 @@ def test_rows_hold_the_picture_of_the_same_prompt(tmp_path: Path) -> None:
     prepared = prepared_chain(tmp_path, noise_level=LEVEL)
     assert prepared.config.noise_level == LEVEL and prepared.config.base_student.is_absolute()
     trainer = make_trainer(prepared)
-    assert isinstance(prepared.conditions, PictureConditions)
+    assert isinstance(prepared.conditions, CascadeConditions)
     assert prepared.base.pipeline.text_encoder is None
     assert prepared.base_student.teacher.pipeline.text_encoder is None
 
@@ -141,7 +142,7 @@ def test_rows_hold_the_picture_of_the_same_prompt(tmp_path: Path) -> None:
 
     # What a run shows has the pictures that `sample` draws for its seeds.
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + 2)
-    pictures = open_base(place() / "base").seeded(seeds, PROMPTS[:2])
+    pictures = open_first_stage(place() / "base").seeded(seeds, PROMPTS[:2])
     expected = low_res_rows(teacher.pipeline, pictures, second_noise(seeds, (3, 16, 16)), LEVEL)
     torch.testing.assert_close(trainer.conditions.grid(2)["low_res"], expected["low_res"], atol=1e-5, rtol=0)
 
@@ -190,7 +191,7 @@ def test_stages_that_share_their_encoders_encode_once(tmp_path: Path) -> None:
     assert 0 < empty.sum() < 6
     prompts = ["" if gone else prompt for prompt, gone in zip(prompts, empty, strict=True)]
     eps, blur = torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 3, 16, 16, generator=generator)
-    base = open_base(tmp_path / "base")
+    base = open_first_stage(tmp_path / "base")
     drawn, rows = base.teacher.pipeline, base.teacher.encode(prompts)
     pipeline = DiffusionPipeline.from_pretrained(folder_of(SR))
     pipeline.text_encoder.load_state_dict({n: v + 1 for n, v in drawn.text_encoder.state_dict().items()})
@@ -238,7 +239,7 @@ def test_sample_is_what_stock_diffusers_draws(tmp_path: Path) -> None:
         return [torch.Generator().manual_seed(first + i) for i in range(3)]
 
     base, pipe = (DiffusionPipeline.from_pretrained(folder / "pipeline") for folder in (first_run(), run))
-    small = base(prompts, generator=generators(5 + BASE_SEED), **common).images.clamp(-1, 1)
+    small = base(prompts, generator=generators(5 + FIRST_STAGE_SEED), **common).images.clamp(-1, 1)
     theirs = pipe(prompts, image=small, noise_level=LEVEL, generator=generators(5), **common).images.clamp(-1, 1)
     ours = images_of(tmp_path, run)
     assert ours.shape == (3, 3, 16, 16)
@@ -310,7 +311,7 @@ def test_a_first_stage_is_evaluated_on_its_teachers_features(tmp_path: Path) -> 
 def test_a_base_students_fingerprint_is_of_its_decoder_too() -> None:
     teacher = load_teacher(folder_of("sd-epsilon"))
     assert isinstance(teacher, PipelineTeacher)
-    one, same, other = (BaseStudent(teacher, Path()) for _ in range(3))
+    one, same, other = (FirstStage(teacher, Path()) for _ in range(3))
     assert one.fingerprint == same.fingerprint
     with torch.no_grad():
         teacher.pipeline.vae.decoder.conv_out.weight.mul_(2)
@@ -328,7 +329,7 @@ def test_a_chain_at_another_size(tmp_path: Path) -> None:
     first = {name: v for name, v in settings(tmp_path / "cache").items() if name != "base_student"}
     small: dict[str, Any] = {"max_train_steps": 1, "lr_warmup_steps": 0, "show_progress": False}
     onestill.distill(folder_of("if"), tmp_path / "one", height=16, width=16, **{**first, **small})
-    assert open_base(tmp_path / "one").shape == (3, 16, 16)
+    assert open_first_stage(tmp_path / "one").shape == (3, 16, 16)
     own = {**settings(tmp_path / "cache", base_student=tmp_path / "one"), **small}
     result = onestill.distill(folder_of(SR), tmp_path / "two", height=32, width=32, **own)
     assert result.export_error is not None and result.export_error <= 1e-4

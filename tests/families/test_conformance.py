@@ -15,11 +15,11 @@ import torch
 from pipelines import ARGUMENTS, BUILDERS, build
 from torch import Tensor
 
+from onestill.core.tensors import noise
 from onestill.data.prompt_pool import use_negative_prompt
 from onestill.export.export import export_student
 from onestill.export.pipeline import why_no_file
 from onestill.objectives import boot as objective
-from onestill.sampling.generate import noise
 from onestill.students.lora import Lora
 from onestill.students.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
@@ -143,7 +143,7 @@ def test_the_student_starts_as_the_teacher(teacher: PipelineTeacher, name: str) 
     x = teacher.spec.trajectory.start(noise_of(teacher, 2))
     expected = teacher.denoised(x, teacher.spec.t_max, conditions_of(teacher))
     for t in (0.0, 0.4, teacher.spec.t_max):
-        torch.testing.assert_close(student(x, t, conditions_of(teacher)), expected, atol=0, rtol=0)
+        torch.testing.assert_close(student(x, None, t, conditions_of(teacher)), expected, atol=0, rtol=0)
 
 
 def test_gradients_reach_the_student_only(teacher: PipelineTeacher) -> None:
@@ -151,7 +151,7 @@ def test_gradients_reach_the_student_only(teacher: PipelineTeacher) -> None:
     student, cond = Student(teacher), conditions_of(teacher)
     x_a = teacher.spec.trajectory.start(noise_of(teacher, 2))
     target = teacher.denoised(x_a, 0.5, cond)
-    objective.squared_residuals(student(x_a, 0.3, cond), target).mean().backward()
+    objective.squared_residuals(student(x_a, None, 0.3, cond), target).mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
     assert all(not p.requires_grad and p.grad is None for p in teacher.network.parameters())
 
@@ -165,7 +165,7 @@ def test_an_exported_target_time_is_baked_in(teacher: PipelineTeacher, tmp_path:
     student = perturbed(teacher)
     assert export_student(student, tmp_path / "out", t=0.5) <= 1e-4
     x, cond = teacher.spec.trajectory.start(noise_of(teacher, 2)), conditions_of(teacher)
-    assert (student(x, 0.5, cond) - student(x, 0.0, cond)).abs().max() > 1e-5
+    assert (student(x, None, 0.5, cond) - student(x, None, 0.0, cond)).abs().max() > 1e-5
 
 
 # LoRA students
@@ -187,7 +187,7 @@ def test_a_lora_student_starts_as_the_teacher_on_the_same_weights(teacher: Pipel
     x, cond = teacher.spec.trajectory.start(noise_of(teacher, 2)), conditions_of(teacher)
     expected = teacher.denoised(x, teacher.spec.t_max, cond)
     for t in (0.0, 0.4, teacher.spec.t_max):
-        torch.testing.assert_close(student(x, t, cond), expected, atol=0, rtol=0)
+        torch.testing.assert_close(student(x, None, t, cond), expected, atol=0, rtol=0)
     own = {p.data_ptr() for p in teacher.network.parameters()}
     assert own == {p.data_ptr() for p in student.network.parameters() if not p.requires_grad}
 
@@ -201,13 +201,13 @@ def test_three_steps_train_the_adapters_and_the_embeddings_only(teacher: Pipelin
     assert all("lora_" in name for name in trained if name.startswith("network"))
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
     for _ in range(3):
-        student(x_a, 0.3, cond).square().mean().backward()
+        student(x_a, None, 0.3, cond).square().mean().backward()
         # A layer whose output the network throws away for these inputs may stay without a gradient, others may not.
         assert sum(bool(p.grad is not None and p.grad.any()) for p in trained.values()) > 0.8 * len(trained)
         assert all(p.grad is None for p in student.parameters() if not p.requires_grad)
         optimizer.step()
         optimizer.zero_grad()
-    assert (student(x_a, 0.3, cond) - teacher.denoised(x_a, teacher.spec.t_max, cond)).abs().max() > 0
+    assert (student(x_a, None, 0.3, cond) - teacher.denoised(x_a, teacher.spec.t_max, cond)).abs().max() > 0
     torch.testing.assert_close(teacher.denoised(x_a, 0.5, cond), alone, atol=0, rtol=0)
     assert teacher.fingerprint() == before
 
@@ -224,7 +224,7 @@ def test_a_lora_student_is_exported_merged_and_as_a_file(teacher: PipelineTeache
         assert not (out / "lora").exists()
         return
     images, eps, cond = plain_lora_call(teacher, out / "lora")
-    expected = teacher.decode(student(eps, t, cond).detach()).clamp(-1, 1)
+    expected = teacher.decode(student(eps, None, t, cond).detach()).clamp(-1, 1)
     assert float((images.clamp(-1, 1) - expected).abs().max()) <= 1e-4
     # And it is the file that does it.
     without = teacher.decode(teacher.denoised(eps, teacher.spec.t_max, cond)).clamp(-1, 1)

@@ -18,8 +18,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVis
 from vp_pipelines import if_parts, if_scheduler, if_unet
 
 from onestill import distill, sample
+from onestill.core.tensors import noise
 from onestill.export.export import export_student
-from onestill.sampling.generate import noise
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.families.deepfloyd import NOISE_LEVEL, low_res_rows
@@ -97,7 +97,7 @@ def test_a_safety_checker_is_written_and_never_compared_with(tmp_path: Path) -> 
     # Drawn by the exported folder and by the student: neither is blackened.
     images = sample(out, prompts=["a photo"], num_images=2)
     cond = student.teacher.encode(["a photo"] * 2)
-    expected = student.teacher.decode(student(noise(range(2), (4, 8, 8)), 0.0, cond).detach()).clamp(-1, 1)
+    expected = student.teacher.decode(student(noise(range(2), (4, 8, 8)), None, 0.0, cond).detach()).clamp(-1, 1)
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 

@@ -83,7 +83,7 @@ def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
     assert trainer.anchors is not None
     with torch.no_grad():
         before = trainer._loss()
-        images = trainer.student(trainer.anchors.eps, 0.0, {})
+        images = trainer.student(trainer.anchors.eps, None, 0.0, {})
         trainer.anchors = Anchors(trainer.anchors.eps, images, {})
         trainer.generator.manual_seed(0)
         after = trainer._loss()
@@ -178,7 +178,7 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
 
         student = restore_student(run, read_run_config(run), torch.device("cpu"))
         with torch.no_grad():
-            errors.append(float((student(eps, 0.0, {}) - target.clamp(-10, 10)).square().mean()))
+            errors.append(float((student(eps, None, 0.0, {}) - target.clamp(-10, 10)).square().mean()))
     assert errors[1] < errors[0]
 
 

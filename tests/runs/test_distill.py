@@ -28,8 +28,9 @@ from torch import nn
 import onestill
 from onestill.diffusion.process import CosineVP
 from onestill.runs.build import fit_teacher, prepare, with_embedded_prompts
-from onestill.runs.checks import check_device, check_output_dir, check_tracker, check_writable, is_run, resolve_device
+from onestill.runs.checks import check_device, check_output_dir, check_tracker, check_writable, resolve_device
 from onestill.runs.distill import RunResult, distilled_facts
+from onestill.runs.folder import is_run
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
@@ -82,8 +83,8 @@ def test_exported_is_the_averaged_student(kind: str) -> None:
     """Plain diffusers on the folder against the student with the averaged weights of the checkpoint, same noise."""
     from diffusers import DiffusionPipeline
 
+    from onestill.core.tensors import noise
     from onestill.runs.restore import restore_student
-    from onestill.sampling.generate import noise
 
     run = finished_run(kind)
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline", use_safetensors=True)
@@ -95,7 +96,7 @@ def test_exported_is_the_averaged_student(kind: str) -> None:
     if kind == "drawn":
         cond["guidance_scale"] = torch.full((5,), 2.0)
     with torch.no_grad():
-        expected = student(noise(range(5), (1, 8, 8)), 0.0, cond).clamp(-1, 1)
+        expected = student(noise(range(5), (1, 8, 8)), None, 0.0, cond).clamp(-1, 1)
     generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
     found = pipeline(batch_size=5, class_labels=labels, generator=generators, output_type="pt").images * 2 - 1
     # Float32 sums in another order.

@@ -7,10 +7,11 @@ import torch
 from runs_helpers import NUM_CLASSES, copied, finished_run, teacher_folder
 from torch import Tensor
 
+from onestill.core.tensors import noise
 from onestill.runs.build import fit_teacher
 from onestill.runs.load import open_student, open_teacher
 from onestill.runs.restore import check_student_request, read_run_config, restore_student, run_teacher
-from onestill.sampling.generate import generate_images, noise
+from onestill.sampling.generate import generate_images
 from onestill.sampling.samplers import Source
 from onestill.teachers.load import load_teacher
 from onestill.training.checkpoint import read_checkpoint
@@ -85,7 +86,7 @@ def test_target_time() -> None:
     assert (clean - early).abs().max() > 1e-3
     student = restore_student(run, read_run_config(run), CPU)
     with torch.no_grad():
-        expected = student(noise(range(5), (1, 8, 8)), 0.9, {}).clamp(-1, 1)
+        expected = student(noise(range(5), (1, 8, 8)), None, 0.9, {}).clamp(-1, 1)
     assert torch.equal(early, expected)
 
 

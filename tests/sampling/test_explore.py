@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import onestill
+from onestill.core.tensors import noise
 from onestill.runs import load as runs
 from onestill.sampling.explore import Sheet, asked_by, between, slerp
-from onestill.sampling.generate import noise
 
 PLACES = torch.linspace(0, 1, 9, dtype=torch.float64)
 CLOSE = 1e-5  # the same number sums in another order in a batch of another size

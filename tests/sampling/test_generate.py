@@ -12,10 +12,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise, to_device
 from onestill.diffusion.process import VE, CosineVP
 from onestill.diffusion.trajectory import CALLS_PER_STEP, STEPS, solve, uniform_times
-from onestill.sampling.generate import generate_images, noise, student_generator, teacher_generator, to_device
+from onestill.sampling.generate import generate_images, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher, Threshold
 from onestill.teachers.closed_form import GaussianTeacher
@@ -116,7 +116,7 @@ def test_student_is_asked_at_its_target_time(cases: dict[str, Any]) -> None:
     x_a = teacher.spec.trajectory.start(eps)
     for t in (0.0, 0.4):
         found = student_generator(student, t=t)(eps, {})
-        assert torch.equal(found, student(x_a, t, {})) and not found.requires_grad
+        assert torch.equal(found, student(x_a, None, t, {})) and not found.requires_grad
     assert torch.equal(student_generator(student)(eps, {}), student_generator(student, t=0.0)(eps, {}))
     assert not torch.equal(student_generator(student, t=0.4)(eps, {}), student_generator(student)(eps, {}))
 

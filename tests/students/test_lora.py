@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 import onestill
 import onestill.runs.api
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
 from onestill.export.export import export_student
 from onestill.runs.build import fit_teacher, prepare
-from onestill.sampling.generate import generate_images, noise, teacher_generator
+from onestill.sampling.generate import generate_images, teacher_generator
 from onestill.students.lora import Lora, adapters, attach, merge, target_layers
 from onestill.students.student import Student
 from onestill.teachers.base import NetworkTeacher
@@ -72,7 +72,7 @@ def test_an_untrained_lora_student_is_the_teacher(kind: NetworkTeacher, labels_f
     rows = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64) * kind.spec.t_max
     for t in (0.0, kind.spec.t_max, rows):
         # The very same weights, so to the bit.
-        assert torch.equal(student(x_a, t, cond), expected)
+        assert torch.equal(student(x_a, None, t, cond), expected)
 
 
 def test_there_is_one_set_of_base_weights(kind: NetworkTeacher) -> None:
@@ -93,7 +93,7 @@ def test_gradients_reach_adapters_and_embeddings_only(kind: NetworkTeacher, labe
     assert {n.split(".")[0] for n in trained(student)} <= {"network", "target_embedding", "injection"}
     optimizer = torch.optim.AdamW(trained(student).values(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
-        student(x_a, 0.3, cond).square().mean().backward()
+        student(x_a, None, 0.3, cond).square().mean().backward()
         assert not [name for name, p in trained(student).items() if p.grad is None]
         assert all(p.grad is None for p in student.parameters() if not p.requires_grad)
         optimizer.step()
@@ -104,7 +104,7 @@ def test_gradients_reach_adapters_and_embeddings_only(kind: NetworkTeacher, labe
 
 def test_an_untrained_adapter_can_learn(kind: NetworkTeacher, labels_for: Labels) -> None:
     student = Student(kind, lora=Lora(2))
-    student(starts(kind), 0.3, labels_for(kind, 4)).square().mean().backward()
+    student(starts(kind), None, 0.3, labels_for(kind, 4)).square().mean().backward()
     second = [p for name, p in trained(student).items() if "lora_B" in name]
     # B starts at zero and A does not: two zeros in a row would never move.
     assert second and sum(bool(p.grad is not None and p.grad.any()) for p in second) > 0.8 * len(second)
@@ -113,12 +113,12 @@ def test_an_untrained_adapter_can_learn(kind: NetworkTeacher, labels_for: Labels
 @torch.no_grad()
 def test_a_failing_call_leaves_the_teacher_alone(kind: NetworkTeacher, labels_for: Labels) -> None:
     student, x_a, cond = some_way_in(kind), starts(kind), labels_for(kind, 4)
-    alone, mine = kind.denoised(x_a, 0.5, cond), student(x_a, 0.3, cond)
+    alone, mine = kind.denoised(x_a, 0.5, cond), student(x_a, None, 0.3, cond)
     with pytest.raises((RuntimeError, ValueError)):
-        student(torch.zeros(4, 7, 8, 8), 0.3, cond)
+        student(torch.zeros(4, 7, 8, 8), None, 0.3, cond)
     assert torch.equal(kind.denoised(x_a, 0.5, cond), alone)
-    assert torch.equal(student(x_a, 0.3, cond), mine)
-    assert not torch.equal(mine, Student(kind, lora=Lora(2))(x_a, 0.3, cond))
+    assert torch.equal(student(x_a, None, 0.3, cond), mine)
+    assert not torch.equal(mine, Student(kind, lora=Lora(2))(x_a, None, 0.3, cond))
 
 
 def test_a_rank_that_no_layer_has_is_refused(kind: NetworkTeacher) -> None:
@@ -244,7 +244,7 @@ def test_a_network_of_ones_own_or_a_callable_is_refused(timed_network: MakeNetwo
 @torch.no_grad()
 def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: NetworkTeacher, labels_for: Labels) -> None:
     student, x_a, cond, print_before = some_way_in(kind), starts(kind), labels_for(kind, 4), kind.fingerprint()
-    before = student(x_a, 0.2, cond)
+    before = student(x_a, None, 0.2, cond)
     baked = student.bake(0.2)
     assert type(baked) is type(kind.network) and not hasattr(baked, "peft_config")
     assert isinstance(kind.network, nn.Module)
@@ -252,7 +252,7 @@ def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: Networ
     assert all(name.endswith(".bias") and "lora" not in name for name in extra)
     for parameter in baked.parameters():
         parameter.zero_()
-    assert torch.equal(student(x_a, 0.2, cond), before) and kind.fingerprint() == print_before
+    assert torch.equal(student(x_a, None, 0.2, cond), before) and kind.fingerprint() == print_before
 
 
 def test_the_merged_export_is_the_student(kind: NetworkTeacher, tmp_path: Path) -> None:

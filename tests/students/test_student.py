@@ -11,9 +11,8 @@ from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
-from onestill.sampling.generate import noise
 from onestill.students.lora import Lora
 from onestill.students.student import BiasInjection, Student, TimeEmbeddingInjection, time_embeddings
 from onestill.teachers.base import NetworkTeacher
@@ -73,7 +72,7 @@ def test_untrained_student_is_the_teacher_at_the_start_level(
     given = {**cond, "guidance_scale": torch.tensor([1.0, 2.0, 3.0, 4.0])} if guided else cond
     rows = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64) * teacher.spec.t_max
     for t in (0.0, teacher.spec.t_max, rows):
-        found = student(x_a, t, given)
+        found = student(x_a, None, t, given)
         # Bit for bit the copied network's own: what the new part adds is 0.
         assert torch.equal(found, teacher.denoised_by(student.network, x_a, teacher.spec.t_max, cond))
         # A copy of the weights lies elsewhere in memory, where a kernel may sum in another order: one float32 ulp.
@@ -84,20 +83,36 @@ def test_untrained_student_is_the_teacher_at_the_start_level(
 def test_target_time_matters_once_trained(kind: NetworkTeacher, labels_for: Labels) -> None:
     x_a, cond = starts(kind), labels_for(kind, 4)
     student = perturb(Student(kind))
-    a, b = student(x_a, 0.0, cond), student(x_a, 0.5 * kind.spec.t_max, cond)
+    a, b = student(x_a, None, 0.0, cond), student(x_a, None, 0.5 * kind.spec.t_max, cond)
     assert float((a - b).abs().max()) > 1e-4
     # And each row has its own.
     rows = torch.tensor([0.0, 0.5, 0.0, 0.5], dtype=torch.float64) * kind.spec.t_max
-    mixed = student(x_a, rows, cond)
+    mixed = student(x_a, None, rows, cond)
     torch.testing.assert_close(mixed[::2], a[::2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mixed[1::2], b[1::2], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_each_row_may_start_from_a_level_of_its_own(kind: NetworkTeacher, labels_for: Labels) -> None:
+    t_max = kind.spec.t_max
+    x_r, cond, levels = starts(kind), labels_for(kind, 4), torch.tensor([1.0, 0.7, 0.4, 1.0]).double() * t_max
+    untrained, trained = Student(kind), perturb(Student(kind))
+    # (12) with a = r: before training the teacher's prediction at r, whatever the target time.
+    for s in (0.0, levels / 2, levels):
+        assert torch.equal(untrained(x_r, levels, s, cond), kind.denoised_by(untrained.network, x_r, levels, cond))
+    found = trained(x_r, levels, levels / 4, cond)
+    for i, level in enumerate(levels.tolist()):
+        row, of_row = x_r[i : i + 1], {name: value[i : i + 1] for name, value in cond.items()}
+        torch.testing.assert_close(found[i : i + 1], trained(row, level, level / 4, of_row), rtol=1e-4, atol=1e-4)
+    assert torch.equal(trained(x_r, None, 0.2, cond), trained(x_r, t_max, 0.2, cond))
+    assert float((found - trained(x_r, None, levels / 4, cond)).abs().max()) > 1e-4
 
 
 @torch.no_grad()
 def test_guidance_scale_matters_once_trained(kind: NetworkTeacher, labels_for: Labels) -> None:
     x_a, cond = starts(kind), labels_for(kind, 4)
     student = perturb(Student(kind, guidance_range=(1.0, 4.0)))
-    a, b = (student(x_a, 0.0, {**cond, "guidance_scale": torch.full((4,), w)}) for w in (1.0, 4.0))
+    a, b = (student(x_a, None, 0.0, {**cond, "guidance_scale": torch.full((4,), w)}) for w in (1.0, 4.0))
     assert float((a - b).abs().max()) > 1e-4
 
 
@@ -105,13 +120,15 @@ def test_guidance_scale_must_be_given(cases: dict[str, Any]) -> None:
     teacher = cases["class-null-last"].build()
     student = Student(teacher, guidance_range=(1.0, 4.0))
     with pytest.raises(ValueError, match="guidance scale as an input.*guidance_scale"):
-        student(starts(teacher), 0.0, {"class_labels": torch.zeros(4, dtype=torch.long)})
+        student(starts(teacher), None, 0.0, {"class_labels": torch.zeros(4, dtype=torch.long)})
 
 
 def test_network_never_sees_the_guidance_scale(timed_network: MakeNetwork) -> None:
     teacher = module_teacher(timed_network(), CosineVP(), "sample", (1, 8, 8))
     student = Student(teacher, guidance_range=(1.0, 4.0))
-    y = student(starts(teacher), 0.0, {"guidance_scale": torch.full((4,), 2.0)})  # forward(x, net_time) takes no more
+    y = student(
+        starts(teacher), None, 0.0, {"guidance_scale": torch.full((4,), 2.0)}
+    )  # forward(x, net_time) takes no more
     assert y.shape == (4, 1, 8, 8)
 
 
@@ -121,7 +138,7 @@ def test_network_never_sees_the_guidance_scale(timed_network: MakeNetwork) -> No
 def test_gradient_reaches_the_student_only(kind: NetworkTeacher, labels_for: Labels) -> None:
     student = perturb(Student(kind))
     before = kind.fingerprint()
-    student(starts(kind), 0.3, labels_for(kind, 4)).square().mean().backward()
+    student(starts(kind), None, 0.3, labels_for(kind, 4)).square().mean().backward()
     network = kind.network
     assert isinstance(network, nn.Module)
     assert all(p.grad is None for p in network.parameters())
@@ -137,7 +154,7 @@ def test_target_time_can_be_learned_from_the_exact_start(kind: NetworkTeacher, l
     # What maps the embedding into the network must have a gradient at once. Were its input zero too, as two zero
     # layers in a row would make it, neither would ever have one, and the student would stay blind to its target time.
     student = Student(kind)
-    student(starts(kind), 0.3, labels_for(kind, 4)).square().mean().backward()
+    student(starts(kind), None, 0.3, labels_for(kind, 4)).square().mean().backward()
     layer = new_layers(student)[0]
     assert layer.weight.grad is not None and bool(layer.weight.grad.any())
 
@@ -149,10 +166,10 @@ def test_few_steps_move_the_target_time(cases: dict[str, Any], name: str) -> Non
     optimizer = torch.optim.Adam(student.parameters(), 1e-2)
     for _ in range(3):
         optimizer.zero_grad()
-        (student(x_a, 0.0, {}).square().mean() + (student(x_a, 0.7, {}) - 1).square().mean()).backward()
+        (student(x_a, None, 0.0, {}).square().mean() + (student(x_a, None, 0.7, {}) - 1).square().mean()).backward()
         optimizer.step()
     with torch.no_grad():
-        assert float((student(x_a, 0.0, {}) - student(x_a, 0.7, {})).abs().max()) > 1e-5
+        assert float((student(x_a, None, 0.0, {}) - student(x_a, None, 0.7, {})).abs().max()) > 1e-5
 
 
 @pytest.mark.parametrize("way", ["time embedding", "bias of every layer"])
@@ -171,7 +188,7 @@ def test_checkpointed_gradients_are_the_plain_ones(tiny_unet: MakeNetwork, way: 
         if checkpointed:
             student.network.enable_gradient_checkpointing(student.injection.checkpointed)  # type: ignore[operator]
         rows = torch.tensor([0.0, 0.2, 0.5, 0.9], dtype=torch.float64)
-        student(starts(teacher), rows, {}).square().mean().backward()
+        student(starts(teacher), None, rows, {}).square().mean().backward()
         found.append([p.grad for p in student.parameters() if p.requires_grad])
     assert isinstance(student.injection, BiasInjection) == (way == "bias of every layer")
     for plain, again in zip(*found, strict=True):
@@ -203,17 +220,17 @@ def test_student_stays_in_evaluation_mode(plain_network: MakeNetwork, tiny_unet:
         assert not student.training and not any(module.training for module in student.modules())
         assert any(isinstance(m, nn.Dropout) and m.p == 0.5 for m in student.modules()), "there must be a dropout"
         x_a = starts(teacher)
-        assert torch.equal(student(x_a, 0.2, {}), student(x_a, 0.2, {}))
+        assert torch.equal(student(x_a, None, 0.2, {}), student(x_a, None, 0.2, {}))
 
 
 @torch.no_grad()
 def test_nothing_is_held_after_a_call_or_a_failure(kind: NetworkTeacher, labels_for: Labels) -> None:
     student, x_a, cond = perturb(Student(kind)), starts(kind), labels_for(kind, 4)
     alone = student._teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond)
-    student(x_a, 0.3, cond)
+    student(x_a, None, 0.3, cond)
     assert torch.equal(student._teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond), alone)
     with pytest.raises((RuntimeError, ValueError)):
-        student(torch.zeros(4, 7, 8, 8), 0.3, cond)
+        student(torch.zeros(4, 7, 8, 8), None, 0.3, cond)
     assert torch.equal(student._teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond), alone)
 
 
@@ -241,7 +258,7 @@ def test_time_embedding_with_an_activation_behind_it_takes_the_fallback(timed_ne
     assert isinstance(student.injection, BiasInjection)
     x_a = starts(teacher)
     found = raw_output(student.bake(0.3), student, x_a, 1.0, {})
-    torch.testing.assert_close(found, student(x_a, 0.3, {}), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, student(x_a, None, 0.3, {}), rtol=1e-5, atol=1e-5)
 
 
 def test_fallback_reaches_every_layer(plain_network: MakeNetwork) -> None:
@@ -278,10 +295,10 @@ def test_fallback_on_samples_of_any_shape(network: nn.Module, shape: tuple[int, 
     teacher = module_teacher(Timeless(), CosineVP(), "sample", shape)
     x_a = starts(teacher, 3)
     student = Student(teacher)
-    assert torch.equal(student(x_a, 0.3, {}), teacher.denoised(x_a, 1.0, {}))
+    assert torch.equal(student(x_a, None, 0.3, {}), teacher.denoised(x_a, 1.0, {}))
     perturb(student)
     rows = torch.tensor([0.0, 0.4, 0.9], dtype=torch.float64)
-    found = student(x_a, rows, {})
+    found = student(x_a, None, rows, {})
     assert found.shape == x_a.shape
     for i, t in enumerate(rows.tolist()):
         baked = raw_output(student.bake(t), student, x_a[i : i + 1], 1.0, {})
@@ -313,7 +330,7 @@ def test_given_network_is_trained_in_the_copys_place(timed_network: MakeNetwork)
     network = timed_network()
     student = Student(teacher, network=network)
     assert student.network is network
-    found = student(starts(teacher), 0.2, {})
+    found = student(starts(teacher), None, 0.2, {})
     assert torch.equal(found, network(starts(teacher), torch.ones(4)))
     found.square().mean().backward()
     assert all(p.grad is not None for p in network.parameters())
@@ -328,7 +345,7 @@ def test_baked_network_is_the_student_at_that_time(teacher: NetworkTeacher, labe
     student = perturb(Student(teacher))
     for t in (0.0, 0.4 * teacher.spec.t_max):
         baked = student.bake(t)
-        expected = student(x_a, t, cond)
+        expected = student(x_a, None, t, cond)
         found = raw_output(baked, student, x_a, teacher.spec.t_max, cond)
         # The embedding is rounded once more, to the bias it becomes: 1e-6 of the image, whose size is 20 for epsilon.
         assert float((found - expected).abs().max() / expected.abs().max().clamp(min=1)) <= 1e-6
@@ -351,7 +368,7 @@ def test_baked_network_holds_the_guidance_scale(cases: dict[str, Any]) -> None:
     student = perturb(Student(teacher, guidance_range=(1.0, 4.0)))
     x_a, cond = starts(teacher), {"class_labels": torch.tensor([0, 1, 2, 3])}
     for asked, w in ((3.5, 3.5), (None, 2.5)):
-        expected = student(x_a, 0.0, {**cond, "guidance_scale": torch.full((4,), w)})
+        expected = student(x_a, None, 0.0, {**cond, "guidance_scale": torch.full((4,), w)})
         found = raw_output(student.bake(0.0, asked), student, x_a, 1.0, cond)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
@@ -359,11 +376,11 @@ def test_baked_network_holds_the_guidance_scale(cases: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_baking_leaves_the_student_alone(kind: NetworkTeacher, labels_for: Labels) -> None:
     student, x_a, cond = perturb(Student(kind)), starts(kind), labels_for(kind, 4)
-    before = student(x_a, 0.2, cond)
+    before = student(x_a, None, 0.2, cond)
     baked = student.bake(0.0)
     for parameter in baked.parameters():
         parameter.zero_()
-    assert torch.equal(student(x_a, 0.2, cond), before)
+    assert torch.equal(student(x_a, None, 0.2, cond), before)
 
 
 @torch.no_grad()

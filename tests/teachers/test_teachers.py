@@ -30,11 +30,10 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from onestill.core.tensors import as_times
+from onestill.core.tensors import as_times, noise
 from onestill.diffusion.process import PREDICTION_TYPES, VE, CosineVP, DiscreteVP, FlowMatching, Process, choose_t_max
 from onestill.diffusion.trajectory import Trajectory, ddim_step, solve, uniform_times
 from onestill.export.export import export_student
-from onestill.sampling.generate import noise
 from onestill.students.student import Student
 from onestill.teachers import pixel as unet2d
 from onestill.teachers.base import NetworkTeacher, Threshold

@@ -130,10 +130,10 @@ def test_the_average_is_what_the_target_uses(tmp_path: Path) -> None:
     trainer, _ = make_trainer(tmp_path, ema_target_decay=0.5)
     assert trainer.target_ema is not None
     x, t = torch.randn(3, 1, 8, 8), torch.full((3,), 0.5, dtype=torch.float64)
-    assert torch.equal(trainer._student_at(x, t, {}), trainer.student(x, t, {}))
+    assert torch.equal(trainer._student_at(x, t, {}), trainer.student(x, None, t, {}))
     for value in trainer.target_ema.shadow_params:
         value.mul_(1.1)
-    assert not torch.equal(trainer._student_at(x, t, {}), trainer.student(x, t, {}))
+    assert not torch.equal(trainer._student_at(x, t, {}), trainer.student(x, None, t, {}))
 
 
 def test_the_teacher_is_never_touched(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def _run(prepared: Prepared) -> RunResult:
     from onestill.data.prompt_cache import PromptCacheError
     from onestill.export.export import ExportError
     from onestill.runs import distill as distillation
-    from onestill.runs.checks import is_run, make_output_dir
+    from onestill.runs.checks import make_output_dir
+    from onestill.runs.folder import is_run
     from onestill.training.trainer import NonFiniteLossError
 
     folder = prepared.config.output_dir
@@ -107,7 +108,7 @@ def _run(prepared: Prepared) -> RunResult:
 
 def _left_by(prepared: Prepared) -> str:
     """Return what to say of a run that was stopped before or after its steps, which themselves end with a checkpoint."""
-    from onestill.runs.checks import is_run
+    from onestill.runs.folder import is_run
     from onestill.training.checkpoint import list_checkpoints, step_of
 
     config, prompts = prepared.config, prepared.prompts
@@ -125,7 +126,7 @@ def _left_by(prepared: Prepared) -> str:
 
 def go_on(run: Path) -> str:
     """Return the command that goes on with a run, whose folder holds all its settings."""
-    from onestill.runs.checks import CONFIG_FILE
+    from onestill.runs.folder import CONFIG_FILE
 
     num = int(os.environ.get("WORLD_SIZE", 1))
     # Each process has its own random state, so it takes as many.

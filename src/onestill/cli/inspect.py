@@ -25,7 +25,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.data.cascade import choose_base
+    from onestill.data.cascade import choose_first_stage
     from onestill.data.prompt_pool import refuse_prompts, use_negative_prompt
     from onestill.runs.build import configured_teacher
     from onestill.runs.checks import check_device, check_start, check_times
@@ -38,7 +38,7 @@ def inspect(
     teacher = configured_teacher(made)
     refuse_student(teacher)
     base = (
-        choose_base(teacher, made.base_student, made.noise_level)
+        choose_first_stage(teacher, made.base_student, made.noise_level)
         if made.base_student or made.noise_level is not None
         else None
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -50,6 +50,21 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return plain
+
+
+def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Return standard normal noise [N, *shape], row i from its own generator seeded by seeds[i].
+
+    Drawn on the CPU in float32, as diffusers draws for a list of CPU generators: the same seed is the same
+    image here, there, on any device, and in any batch.
+    """
+    rows = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(rows) if rows else torch.empty(0, *shape)
+
+
+def to_device(cond: Cond, device: torch.device | str) -> Cond:
+    """Return the conditions on `device`."""
+    return {name: value.to(device) for name, value in cond.items()}
 
 
 def row_bytes(cond: Cond) -> int:

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onestill.core.tensors import Cond, without_autocast
-from onestill.data.conditions import PromptConditions
-from onestill.sampling.generate import VALIDATION_SEED, noise, to_device
+from onestill.core.tensors import Cond, noise, to_device, without_autocast
+from onestill.data.conditions import VALIDATION_SEED, PromptConditions
 from onestill.students.student import ignores_time
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.load import load_teacher, read_index
@@ -27,7 +26,7 @@ from onestill.teachers.pipelines.spec import examples
 from onestill.teachers.pipelines.teacher import PipelineTeacher, read_call
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
 
-BASE_SEED = 2**31
+FIRST_STAGE_SEED = 2**31
 """Added to an image's seed for its small picture. With the same seed the two noises would begin with equal numbers."""
 PREFIX = "base."
 """Begins the names of the base student's conditions, where they lie beside those of the teacher."""
@@ -35,7 +34,7 @@ PREFIX = "base."
 PROBES = ("", "A Photo, of (it)!", "a long photo of it " * 60)
 
 
-class BaseStudent:
+class FirstStage:
     """A student of an earlier stage: its exported pipeline, asked for pictures in one step.
 
     Attributes:
@@ -82,12 +81,12 @@ class BaseStudent:
         return self.teacher.one_step(eps.to(device), to_device(cond, device)).clamp(-1, 1)
 
     def seeded(self, seeds: Sequence[int], prompts: Sequence[str]) -> Tensor:
-        """Return the pictures that belong to images of these seeds, which have `BASE_SEED` more themselves."""
+        """Return the pictures that belong to images of these seeds, which have `FIRST_STAGE_SEED` more themselves."""
         return self.pictures(self.noise(seeds), self.teacher.encode(prompts))
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Return the noise of the pictures that belong to images of these seeds."""
-        return noise([seed + BASE_SEED for seed in seeds], self.shape)
+        return noise([seed + FIRST_STAGE_SEED for seed in seeds], self.shape)
 
     def shares_rows(self, teacher: PipelineTeacher) -> bool:
         """Return whether the teacher's conditions of a prompt hold this student's: the same encoders, used alike."""
@@ -99,7 +98,7 @@ class BaseStudent:
 
 
 @dataclass(frozen=True)
-class PictureConditions:
+class CascadeConditions:
     """Encoded prompts, and for each row the picture that the base student draws from the same prompt.
 
     Attributes:
@@ -110,7 +109,7 @@ class PictureConditions:
 
     prompts: PromptConditions
     teacher: PipelineTeacher
-    base: BaseStudent
+    base: FirstStage
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -150,7 +149,7 @@ def second_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.cat(rows) if rows else torch.empty(0, *shape)
 
 
-def seeded_rows(teacher: PipelineTeacher, base: BaseStudent, seeds: Sequence[int], prompts: Sequence[str]) -> Cond:
+def seeded_rows(teacher: PipelineTeacher, base: FirstStage, seeds: Sequence[int], prompts: Sequence[str]) -> Cond:
     """Return the conditions of `teacher` that belong to images of these seeds and prompts, the picture's included."""
     blur = second_noise(seeds, teacher.spec.sample_shape)
     return teacher.encode(prompts) | teacher.picture_rows(base.seeded(seeds, prompts), blur)
@@ -173,13 +172,13 @@ def joined_rows(own: Cond, base: Callable[[], Cond] | None, names: Sequence[str]
     return {**own, **with_prefix(found)}
 
 
-def choose_base(
+def choose_first_stage(
     teacher: NetworkTeacher,
     path: str | Path | None,
     noise_level: int | None = None,
     *,
     device: torch.device | str = "cpu",
-) -> BaseStudent | None:
+) -> FirstStage | None:
     """Return the student that draws the pictures that a teacher enlarges; None for a teacher that takes none.
 
     The teacher is told the noise level and the student's own pictures, in place.
@@ -207,14 +206,14 @@ def choose_base(
     level = teacher.picture.level if noise_level is None else noise_level
     if not 0 <= level < num_levels:
         raise ValueError(f"--noise_level {level}: this {kind} knows the levels 0 to {num_levels - 1}")
-    base = open_base(path)
+    base = open_first_stage(path)
     check_shape(base, teacher.spec.sample_shape)
     base.teacher.to(device)
     teacher.set_picture(level, base.examples)
     return base
 
 
-def find_base(path: str | Path) -> Path:
+def find_first_stage(path: str | Path) -> Path:
     """Return the folder of the exported pipeline in a run's folder, or that folder itself.
 
     Raises:
@@ -232,13 +231,13 @@ def find_base(path: str | Path) -> Path:
     return folder
 
 
-def open_base(path: str | Path) -> BaseStudent:
+def open_first_stage(path: str | Path) -> FirstStage:
     """Return the one-step student in a run's folder or an exported pipeline.
 
     Raises:
         ValueError: If there is none that draws pictures from prompts in one step.
     """
-    path, folder = Path(path).expanduser(), find_base(path)
+    path, folder = Path(path).expanduser(), find_first_stage(path)
     if read_index(folder, f"--base_student {path}")["_class_name"] in UNET2D_PIPELINES:
         raise ValueError(f"--base_student {path} takes no text, and the teacher takes prompts: both must draw the same")
     try:
@@ -256,10 +255,10 @@ def open_base(path: str | Path) -> BaseStudent:
             f"--base_student {path} is a {type(teacher.pipeline).__name__} of many steps, no one-step student: distil it "
             f"first (onestill distill --teacher {path}) and give that run"
         )
-    return BaseStudent(teacher, folder.resolve())
+    return FirstStage(teacher, folder.resolve())
 
 
-def check_shape(base: BaseStudent, wanted: tuple[int, ...]) -> None:
+def check_shape(base: FirstStage, wanted: tuple[int, ...]) -> None:
     """Raise ValueError if a student's pictures cannot become samples of a shape by a whole factor."""
     path, found = base.folder, tuple(base.examples.shape[1:])
     words = "x".join(map(str, found))
@@ -278,9 +277,9 @@ def check_shape(base: BaseStudent, wanted: tuple[int, ...]) -> None:
         )
 
 
-def messages(base: BaseStudent, teacher: NetworkTeacher) -> tuple[str, ...]:
+def messages(base: FirstStage, teacher: NetworkTeacher) -> tuple[str, ...]:
     """Return what should be said of a chain before it is trained."""
-    assert isinstance(teacher, PipelineTeacher), "choose_base has been called"
+    assert isinstance(teacher, PipelineTeacher), "choose_first_stage has been called"
     small, large = base.examples.shape[-1], teacher.spec.sample_shape[-1]
     sizes = f"{small}x{small} pictures of {base.name} to {large}x{large}, noise level {teacher.picture.level}"
     found = [f"enlarging the {sizes}"]

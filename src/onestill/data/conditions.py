@@ -12,6 +12,9 @@ from onestill.core.tensors import Cond
 from onestill.data.prompts import Ints
 from onestill.teachers.base import TeacherSpec
 
+VALIDATION_SEED = 1_000_000
+"""Seed of the first picture that a run shows of itself."""
+
 
 class Conditions(Protocol):
     """The conditions a run draws, and those it shows."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from onestill.data.cascade import BaseStudent, PictureConditions, joined_rows, with_prefix
+from onestill.data.cascade import CascadeConditions, FirstStage, joined_rows, with_prefix
 from onestill.data.conditions import Conditions, PromptConditions
 from onestill.data.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir, in_words
 from onestill.data.prompts import Ints, PromptFile, text_key
@@ -57,7 +57,7 @@ class PromptPlan:
     cache: PromptCache
     conditions: Conditions
     messages: tuple[str, ...]
-    base: BaseStudent | None = None
+    base: FirstStage | None = None
     base_cache: PromptCache | None = None
 
     @property
@@ -169,7 +169,7 @@ def plan_prompts(
     teacher: NetworkTeacher,
     prompts: PromptFile,
     num_processes: int = 1,
-    base: BaseStudent | None = None,
+    base: FirstStage | None = None,
 ) -> PromptPlan:
     """Return the prompts of a run, all checked; nothing is written.
 
@@ -206,7 +206,7 @@ def plan_prompts(
     base_cache = None
     if base is not None:
         encoded, base_cache = _with_base(encoded, cache, teacher, base)
-        conditions = PictureConditions(encoded, teacher, base)
+        conditions = CascadeConditions(encoded, teacher, base)
     keys = np.concatenate([encoded.shown, encoded.keys])
     plan = PromptPlan(teacher, prompts, pool, shown, keys, cache, conditions, (), base, base_cache)
     cache.check_space(len(plan.missing()))
@@ -216,7 +216,7 @@ def plan_prompts(
 
 
 def _with_base(
-    encoded: PromptConditions, cache: PromptCache, teacher: PipelineTeacher, base: BaseStudent
+    encoded: PromptConditions, cache: PromptCache, teacher: PipelineTeacher, base: FirstStage
 ) -> tuple[PromptConditions, PromptCache | None]:
     """Return (the conditions with those of the base student beside them, its own cache or None if it needs none)."""
     names = tuple(base.teacher.example_cond)

@@ -7,7 +7,8 @@ From a start state x_a at level a, the state of the ODE at a cleaner time s is (
 and with w = alpha / sigma the ODE is d/dw ((w - w_a) y) = f(x, t). One step of any order from t to s < t mixes
 the old signal with a mean of f (eq. 7): y_s = (1 - rho) y_t + rho mean(f), rho = (w_s - w_t) / (w_s - w_a).
 All coefficients are written without a division by alpha or by sigma_s: they are finite at alpha = 0 (pure
-noise) and at sigma = 0 (clean).
+noise) and at sigma = 0 (clean). Nothing in them asks for a to be the ODE's first level: any state x_a on the way may
+be started from, so all that follows takes a level for each row where it is not `t_max`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,36 +40,41 @@ class Trajectory:
     process: Process
     t_max: float
 
-    def start(self, eps: Tensor) -> Tensor:
+    def start(self, eps: Tensor, a: Tensor | None = None) -> Tensor:
         """Return the start state x_a = sqrt(alpha_a^2 + sigma_a^2) eps, eq. (4).
 
         This is what samplers start from: data of unit variance has that scale at level a. It is eps itself for
         variance-preserving processes, and for flow at t_max = 1.
-        """
-        alpha, sigma = self.process.level(self.t_max)
-        return eps * (alpha**2 + sigma**2) ** 0.5
 
-    def state(self, y_s: Tensor, x_a: Tensor, s: Tensor) -> Tensor:
+        Args:
+            eps: Standard normal noise, [B, ...].
+            a: Start level of each row, [B] float64; `t_max` if None, here and below.
+        """
+        alpha, sigma = self._level(a)
+        scale = (alpha**2 + sigma**2) ** 0.5
+        return eps * (broadcast(scale, eps) if isinstance(scale, Tensor) else scale)
+
+    def state(self, y_s: Tensor, x_a: Tensor, s: Tensor, a: Tensor | None = None) -> Tensor:
         """Return the state x_s that belongs to the signal y_s, eq. (5)."""
-        noise, signal = self._mix(s)
+        noise, signal = self._mix(s, a)
         return broadcast(noise, x_a) * x_a + broadcast(signal, x_a) * y_s
 
-    def signal(self, x_s: Tensor, x_a: Tensor, s: Tensor) -> Tensor:
-        """Return the signal y_s that belongs to the state x_s; the inverse of `state`, for s < t_max."""
-        noise, signal = self._mix(s)
+    def signal(self, x_s: Tensor, x_a: Tensor, s: Tensor, a: Tensor | None = None) -> Tensor:
+        """Return the signal y_s that belongs to the state x_s; the inverse of `state`, for s < a."""
+        noise, signal = self._mix(s, a)
         return (x_s - broadcast(noise, x_a) * x_a) / broadcast(signal, x_a)
 
-    def rho(self, t: Tensor, s: Tensor) -> Tensor:
-        """Return the weight of the new prediction in a step t -> s, eq. (6); in (0, 1], and 1 from t = t_max.
+    def rho(self, t: Tensor, s: Tensor, a: Tensor | None = None) -> Tensor:
+        """Return the weight of the new prediction in a step t -> s, eq. (6); in (0, 1], and 1 from t = a.
 
         rho = sigma_a (alpha_s sigma_t - alpha_t sigma_s) / (sigma_t (alpha_s sigma_a - alpha_a sigma_s)).
         """
-        alpha_a, sigma_a = self.process.level(self.t_max)
+        alpha_a, sigma_a = self._level(a)
         alpha_t, sigma_t = self.process.alpha_sigma(t)
         alpha_s, sigma_s = self.process.alpha_sigma(s)
         rho = sigma_a * (alpha_s * sigma_t - alpha_t * sigma_s) / (sigma_t * (alpha_s * sigma_a - alpha_a * sigma_s))
         # From the start level everything known is f(x_a, a); s = t = a is 0 / 0 and means the same.
-        return torch.where(t >= self.t_max, torch.ones_like(rho), rho)
+        return torch.where(t >= (self.t_max if a is None else a), torch.ones_like(rho), rho)
 
     def middle(self, t: Tensor, s: Tensor) -> Tensor:
         """Return the time half-way between s and t in log-SNR; half-way in t where either end is infinite.
@@ -78,55 +85,94 @@ class Trajectory:
         middle = self.process.time_at_log_snr(torch.where(halfway.isfinite(), halfway, torch.zeros_like(halfway)))
         return torch.where(halfway.isfinite(), middle, (t + s) / 2).clamp(min=self.process.t_min)
 
-    def _mix(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_a, sigma_a = self.process.level(self.t_max)
+    def _level(self, a: Tensor | None) -> tuple[float, float] | tuple[Tensor, Tensor]:
+        return self.process.level(self.t_max) if a is None else self.process.alpha_sigma(a)
+
+    def _mix(self, s: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor]:
+        alpha_a, sigma_a = self._level(a)
         alpha_s, sigma_s = self.process.alpha_sigma(s)
         return sigma_s / sigma_a, alpha_s - alpha_a * sigma_s / sigma_a
 
 
-def _advance(trajectory: Trajectory, y_t: Tensor, mean: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    return y_t + broadcast(trajectory.rho(t, s), y_t) * (mean - y_t)
+class Step(Protocol):
+    """One step of a solver on the signal."""
+
+    def __call__(
+        self,
+        trajectory: Trajectory,
+        denoised: Denoiser,
+        x_a: Tensor,
+        y_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        a: Tensor | None = None,
+    ) -> Tensor:
+        """Return y_s.
+
+        Args:
+            trajectory: The ODE.
+            denoised: The teacher.
+            x_a: Start state, [B, ...].
+            y_t: Signal at t, [B, ...].
+            t: Time now, [B] float64.
+            s: Time after the step, [B] float64, s < t.
+            a: Start level of each row, [B] float64, t <= a; the trajectory's `t_max` if None.
+        """
 
 
-def ddim_step(trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Return y_s = y_t + rho (f(x_t, t) - y_t), eq. (7): DDIM (Song et al., 2010.02502); order 1.
-
-    Args:
-        trajectory: The ODE.
-        denoised: The teacher.
-        x_a: Start state, [B, ...].
-        y_t: Signal at t, [B, ...].
-        t: Time now, [B] float64.
-        s: Time after the step, [B] float64, s < t.
-    """
-    return _advance(trajectory, y_t, denoised(trajectory.state(y_t, x_a, t), t), t, s)
+def _advance(trajectory: Trajectory, y_t: Tensor, mean: Tensor, t: Tensor, s: Tensor, a: Tensor | None) -> Tensor:
+    return y_t + broadcast(trajectory.rho(t, s, a), y_t) * (mean - y_t)
 
 
-def heun_step(trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Return the step with the mean of f at both ends, eq. (8); order 2, two teacher calls.
+def ddim_step(
+    trajectory: Trajectory,
+    denoised: Denoiser,
+    x_a: Tensor,
+    y_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    a: Tensor | None = None,
+) -> Tensor:
+    """Return y_s = y_t + rho (f(x_t, t) - y_t), eq. (7): DDIM (Song et al., 2010.02502); order 1; as `Step`."""
+    return _advance(trajectory, y_t, denoised(trajectory.state(y_t, x_a, t, a), t), t, s, a)
+
+
+def heun_step(
+    trajectory: Trajectory,
+    denoised: Denoiser,
+    x_a: Tensor,
+    y_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    a: Tensor | None = None,
+) -> Tensor:
+    """Return the step with the mean of f at both ends, eq. (8); order 2, two teacher calls; as `Step`.
 
     Below the network's smallest time f(x, s) is x / alpha itself, which makes the last step a DDIM step.
-    Arguments as in `ddim_step`.
     """
-    f_t = denoised(trajectory.state(y_t, x_a, t), t)
-    euler = _advance(trajectory, y_t, f_t, t, s)
+    f_t = denoised(trajectory.state(y_t, x_a, t, a), t)
+    euler = _advance(trajectory, y_t, f_t, t, s, a)
     t_min = trajectory.process.t_min
-    f_s = denoised(trajectory.state(euler, x_a, s), s.clamp(min=t_min))
+    f_s = denoised(trajectory.state(euler, x_a, s, a), s.clamp(min=t_min))
     f_s = torch.where(broadcast((s < t_min) | (s == 0), f_s).bool(), f_t, f_s)
-    return _advance(trajectory, y_t, (f_t + f_s) / 2, t, s)
+    return _advance(trajectory, y_t, (f_t + f_s) / 2, t, s, a)
 
 
-def midpoint_step(trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Return the step with f at the log-SNR midpoint, reached by DDIM, eq. (9); order 2, two teacher calls.
-
-    Arguments as in `ddim_step`.
-    """
+def midpoint_step(
+    trajectory: Trajectory,
+    denoised: Denoiser,
+    x_a: Tensor,
+    y_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    a: Tensor | None = None,
+) -> Tensor:
+    """Return the step with f at the log-SNR midpoint, reached by DDIM, eq. (9); order 2, two teacher calls; as `Step`."""
     m = trajectory.middle(t, s)
-    y_m = ddim_step(trajectory, denoised, x_a, y_t, t, m)
-    return _advance(trajectory, y_t, denoised(trajectory.state(y_m, x_a, m), m), t, s)
+    y_m = ddim_step(trajectory, denoised, x_a, y_t, t, m, a)
+    return _advance(trajectory, y_t, denoised(trajectory.state(y_m, x_a, m, a), m), t, s, a)
 
 
-Step = Callable[[Trajectory, Denoiser, Tensor, Tensor, Tensor, Tensor], Tensor]
 STEPS: dict[str, Step] = {"ddim": ddim_step, "heun": heun_step, "midpoint": midpoint_step}
 CALLS_PER_STEP = {"ddim": 1, "heun": 2, "midpoint": 2}
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onestill.core.tensors import as_times, broadcast
+from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
 from onestill.evaluation.pretrained import HUB_ID, TransformersFeatures
-from onestill.sampling.generate import noise, to_device
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.load import EMBEDDED
 from onestill.teachers.pipelines.teacher import PipelineTeacher

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onestill.core.tensors import noise
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.candidates import (
     Candidate,
@@ -23,7 +24,7 @@ from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, e
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import Reference
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
-from onestill.sampling.generate import Rows, noise
+from onestill.sampling.generate import Rows
 
 NUM_SHOWN = 100
 SPEED_ROUNDS = 5

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onestill.core.files import save_tensors, set_usual_mode
-from onestill.core.tensors import Cond, without_autocast
+from onestill.core.tensors import Cond, noise, to_device, without_autocast
 from onestill.diffusion.process import head
 from onestill.export.pipeline import lora_words, write_family
-from onestill.sampling.generate import Generate, noise, student_generator, to_device
+from onestill.sampling.generate import Generate, student_generator
 from onestill.students import model_card as card
 from onestill.students.student import Student
 from onestill.teachers.pipelines.schedulers import one_level

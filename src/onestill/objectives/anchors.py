@@ -19,10 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from onestill.core.files import save_tensors
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, to_device
 from onestill.data.conditions import Conditions
 from onestill.diffusion.trajectory import STEPS, solve, uniform_times
-from onestill.sampling.generate import to_device
 from onestill.teachers.base import Teacher
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from onestill.data.cascade import choose_base
+from onestill.data.cascade import choose_first_stage
 from onestill.data.prompts import read_prompts
 from onestill.export.export import export_student, is_exported
-from onestill.runs.checks import check_device, check_writable, is_run, resolve_device
+from onestill.runs.checks import check_device, check_writable, resolve_device
 from onestill.runs.distill import distilled_facts
+from onestill.runs.folder import is_run
 from onestill.runs.load import load_source
 from onestill.runs.restore import check_student_request, read_run_config, restore_student
 from onestill.sampling.explore import check_samples, samples
@@ -145,7 +146,7 @@ def export(
     if config.base_student is not None:
         # Its pictures are those of the self-check; what is written does not depend on them, so it may be gone.
         with contextlib.suppress(ValueError):
-            choose_base(restored.teacher, config.base_student, config.noise_level, device=resolve_device(device))
+            choose_first_stage(restored.teacher, config.base_student, config.noise_level, device=resolve_device(device))
     check_student_request(restored, config, target_time or 0.0, guidance_scale)
     facts = replace(
         distilled_facts(config, restored.teacher, guidance_scale),

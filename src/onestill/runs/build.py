@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from onestill.data.cascade import BaseStudent, choose_base, find_base
-from onestill.data.cascade import messages as chain_messages
+from onestill.data.cascade import FirstStage, choose_first_stage, find_first_stage
+from onestill.data.cascade import messages as cascade_messages
 from onestill.data.conditions import Conditions, LabelConditions, check_labels
 from onestill.data.prompt_cache import default_cache_dir
 from onestill.data.prompt_pool import PromptPlan, check_longer, plan_prompts, refuse_prompts, use_negative_prompt
@@ -53,7 +53,7 @@ class Prepared:
     resume: tuple[Path, Checkpoint] | None
     messages: tuple[str, ...]
     prompts: PromptPlan | None = None
-    base_student: BaseStudent | None = None
+    base_student: FirstStage | None = None
 
 
 def configure(
@@ -147,13 +147,13 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     # Before a teacher is loaded, which may take minutes.
     prompt_file = open_prompts(config)
     if config.base_student is not None:
-        find_base(config.base_student)
+        find_first_stage(config.base_student)
     # Its null condition and its pictures may be replaced here, and the caller's stay.
     base = copy.copy(teacher) if teacher is not None else configured_teacher(config)
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
         base = with_t_max(base, config.t_max)
     refuse_student(base)
-    base_student = choose_base(base, config.base_student, config.noise_level)
+    base_student = choose_first_stage(base, config.base_student, config.noise_level)
     if base_student is not None:
         config = _with_picture(config, base)
     check_times(config, base)
@@ -184,7 +184,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     if prompts is None:
         labelled = LabelConditions(labels, config.guidance_range)
         return Prepared(config, base, fitted, labelled, student, fingerprint, resume, messages)
-    said = (*messages, *prompts.messages, *(() if base_student is None else chain_messages(base_student, base)))
+    said = (*messages, *prompts.messages, *(() if base_student is None else cascade_messages(base_student, base)))
     return Prepared(config, base, fitted, prompts.conditions, student, fingerprint, resume, said, prompts, base_student)
 
 
@@ -225,7 +225,7 @@ def choose_prompts(
     config: DistillConfig,
     teacher: NetworkTeacher,
     prompt_file: PromptFile | None,
-    base_student: BaseStudent | None = None,
+    base_student: FirstStage | None = None,
 ) -> PromptPlan | None:
     """Return the prompts of a run, or None for a teacher that takes no text, whose run must not name any."""
     if not teacher.spec.text:

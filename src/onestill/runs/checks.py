@@ -12,14 +12,12 @@ from pathlib import Path
 import torch
 
 from onestill.data.prompt_pool import split_fingerprint
+from onestill.runs.folder import is_run
 from onestill.runs.resume import changed_settings, made_longer
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
 from onestill.training.config import DistillConfig
-
-CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", "teacher.json", "pipeline"
-"""What a run's folder holds, besides checkpoints, logs and pictures."""
 
 
 def check_device(name: str) -> None:
@@ -131,11 +129,6 @@ def make_output_dir(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
-
-
-def is_run(folder: Path) -> bool:
-    """Return whether a folder is (the beginning of) a run."""
-    return (folder / CONFIG_FILE).is_file() or bool(list_checkpoints(folder))
 
 
 def find_resume(

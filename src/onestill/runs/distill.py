@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from onestill.data.prompts import PromptFile
 from onestill.export.export import export_student
 from onestill.runs.build import Prepared, chosen_threshold, configure, prepare
-from onestill.runs.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_output_dir
+from onestill.runs.checks import make_output_dir
+from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE
 from onestill.students import model_card as card
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.load import EMBEDDED

@@ -19,15 +19,8 @@ from onestill.evaluation.references import Reference, embedded_reference, folder
 from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
 from onestill.evaluation.run import compare_sources
 from onestill.runs.build import fit_teacher
-from onestill.runs.checks import (
-    PIPELINE_FOLDER,
-    check_device,
-    check_guidance,
-    check_seeds,
-    check_writable,
-    is_run,
-    resolve_device,
-)
+from onestill.runs.checks import check_device, check_guidance, check_seeds, check_writable, resolve_device
+from onestill.runs.folder import PIPELINE_FOLDER, is_run
 from onestill.runs.load import check_folder, open_student
 from onestill.runs.restore import run_teacher
 from onestill.sampling import pictures

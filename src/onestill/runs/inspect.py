@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from onestill.core.tensors import num_parameters, row_bytes
-from onestill.data.cascade import BaseStudent
+from onestill.core.tensors import num_parameters, row_bytes, to_device
+from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompt_pool import most_prompts
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.runs.build import fit_teacher, make_student, open_prompts, with_embedded_prompts, with_usual_guidance
 from onestill.runs.checks import resolve_device
-from onestill.sampling.generate import to_device
 from onestill.students.student import Student, TimeEmbeddingInjection
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.pipelines.teacher import PipelineTeacher
@@ -64,7 +63,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: BaseStudent | None = None) -> Inspection:
+def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: FirstStage | None = None) -> Inspection:
     """Return what is known of `teacher`, with the cost of a run under `config`, measured on a few images.
 
     Args:
@@ -137,7 +136,7 @@ def _num_prompts(teacher: NetworkTeacher, config: DistillConfig) -> int:
     return wanted if prompts is None else min(len(prompts) + named, wanted)
 
 
-def _prompt_bytes(teacher: NetworkTeacher, base: BaseStudent | None) -> int:
+def _prompt_bytes(teacher: NetworkTeacher, base: FirstStage | None) -> int:
     """Return the size of an encoded prompt, that of a base student's own encoders beside it included."""
     if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
         return 0
@@ -145,7 +144,7 @@ def _prompt_bytes(teacher: NetworkTeacher, base: BaseStudent | None) -> int:
     return row_bytes(teacher.of_prompts(teacher.example_cond)) + own
 
 
-def _enlarges(teacher: NetworkTeacher, base: BaseStudent | None) -> str:
+def _enlarges(teacher: NetworkTeacher, base: FirstStage | None) -> str:
     """Return what picture a teacher enlarges, in words; "" if it enlarges none."""
     if not isinstance(teacher, PipelineTeacher) or teacher.family.beside is None:
         return ""
@@ -175,7 +174,7 @@ def estimate(
     student: Student,
     config: DistillConfig,
     device: torch.device,
-    base: BaseStudent | None = None,
+    base: FirstStage | None = None,
 ) -> Cost:
     """Return what a run takes.
 
@@ -204,7 +203,7 @@ def estimate(
 
     def student_loss() -> Any:
         with autocast(config.mixed_precision, device):
-            return student(x, t_max / 2, cond).square().mean()
+            return student(x, None, t_max / 2, cond).square().mean()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student_loss().backward()
@@ -226,7 +225,7 @@ def estimate(
 
     def student_target() -> None:
         with torch.no_grad(), autocast(config.mixed_precision, device):
-            student(x, t_max / 2, cond)
+            student(x, None, t_max / 2, cond)
 
     def learn() -> None:
         student_loss().backward()

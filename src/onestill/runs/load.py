@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from onestill.data.cascade import BaseStudent, choose_base
+from onestill.data.cascade import FirstStage, choose_first_stage
 from onestill.data.prompt_pool import use_negative_prompt
 from onestill.diffusion.trajectory import STEPS
 from onestill.export.export import MODULE_FILE
-from onestill.runs.checks import CONFIG_FILE, PIPELINE_FOLDER, check_device, check_guidance, is_run, resolve_device
+from onestill.runs.checks import check_device, check_guidance, resolve_device
+from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, is_run
 from onestill.runs.restore import (
     base_of_pipeline,
     base_of_run,
@@ -207,7 +208,7 @@ def _student_at(
     t: float,
     guidance_scale: float | None,
     device: torch.device,
-    base: BaseStudent | None,
+    base: FirstStage | None,
 ) -> Source:
     """Return the one step of a student in memory; at another target time or guidance scale it stays the same one."""
     check_student_request(student, config, t, guidance_scale)
@@ -265,7 +266,7 @@ def open_teacher(
             arguments=arguments,
         )
     refuse_student(teacher)
-    base = choose_base(teacher, base_student, noise_level, device=device)
+    base = choose_first_stage(teacher, base_student, noise_level, device=device)
     scale = teacher.usual_guidance if guidance_scale is None else guidance_scale
     use_negative_prompt(teacher, negative_prompt, acts=scale != 1)
     return _teacher_at(teacher, scale, num_steps, solver, device, base)
@@ -277,7 +278,7 @@ def _teacher_at(
     num_steps: int,
     solver: str,
     device: torch.device,
-    base: BaseStudent | None,
+    base: FirstStage | None,
 ) -> Source:
     """Return the multi-step sampler of a teacher in memory; at another guidance scale it stays the same one."""
     fitted = as_sampled(teacher, guidance_scale)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from onestill.data.cascade import BaseStudent, choose_base, open_base
+from onestill.data.cascade import FirstStage, choose_first_stage, open_first_stage
 from onestill.data.prompt_pool import use_negative_prompt
 from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student
-from onestill.runs.checks import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, is_run
+from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, is_run
 from onestill.sampling.exported import enlarges
 from onestill.students.student import Student
 from onestill.teachers.base import NetworkTeacher
@@ -96,7 +96,7 @@ def check_student_request(student: Student, config: DistillConfig, t: float, gui
 
 def base_of_run(
     run: Path, config: DistillConfig, teacher: NetworkTeacher, device: torch.device, *, given: str | Path | None = None
-) -> BaseStudent | None:
+) -> FirstStage | None:
     """Return the student that draws the pictures that a run's teacher enlarges; None if it enlarges none.
 
     Args:
@@ -110,7 +110,7 @@ def base_of_run(
         ValueError: If it is gone, has changed since, or does not fit.
     """
     found = _where(run, config.base_student, given) if config.base_student is not None else given
-    base = choose_base(teacher, found, config.noise_level, device=device)
+    base = choose_first_stage(teacher, found, config.noise_level, device=device)
     if base is not None:
         _compare(base, run, given)
     return base
@@ -118,7 +118,7 @@ def base_of_run(
 
 def base_of_pipeline(
     path: Path, pipeline: Path, run: Path | None, given: str | Path | None, device: torch.device
-) -> BaseStudent | None:
+) -> FirstStage | None:
     """Return the student that draws the pictures that an exported pipeline enlarges; None if it enlarges none.
 
     Args:
@@ -144,7 +144,7 @@ def base_of_pipeline(
         raise ValueError(
             f"--student {path} enlarges the pictures of an earlier stage: name the student that draws them with --base_student"
         )
-    base = open_base(found)
+    base = open_first_stage(found)
     base.teacher.to(device)
     if run is not None:
         _compare(base, run, given)
@@ -161,7 +161,7 @@ def _where(run: Path, recorded: Path, given: str | Path | None) -> str | Path:
     return recorded if given is None else given
 
 
-def _compare(base: BaseStudent, run: Path, given: str | Path | None) -> None:
+def _compare(base: FirstStage, run: Path, given: str | Path | None) -> None:
     """Refuse a base student that has changed since a run was trained on its pictures; warn of another one that is given."""
     facts = run / TEACHER_FILE
     recorded = json.loads(facts.read_text(encoding="utf-8")).get("base_student") if facts.is_file() else None

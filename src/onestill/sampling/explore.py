@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise
 from onestill.runs.checks import check_count, check_guidance, check_seeds
 from onestill.sampling import pictures
-from onestill.sampling.generate import Rows, generate_images, noise, with_progress
+from onestill.sampling.generate import Rows, generate_images, with_progress
 from onestill.sampling.samplers import Source
 
 MOST_IMAGES = 8

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.tensors import Cond
-from onestill.data.cascade import BaseStudent, check_shape, second_noise
+from onestill.data.cascade import FirstStage, check_shape, second_noise
 from onestill.export.export import load_pipeline
 from onestill.sampling.generate import Generate, Rows
 from onestill.sampling.samplers import Source
@@ -47,7 +47,7 @@ def open_pipeline(
     device: torch.device,
     run: Path | None = None,
     config: DistillConfig | None = None,
-    base_student: BaseStudent | None = None,
+    base_student: FirstStage | None = None,
 ) -> Source:
     """Return the one step of an exported pipeline: its own components, on noise that is given.
 
@@ -167,7 +167,7 @@ def _open_enlarging(
     device: torch.device,
     run: Path | None,
     config: DistillConfig | None,
-    base: BaseStudent,
+    base: FirstStage,
 ) -> Source:
     """Return the plain call of an exported pipeline that enlarges the pictures of a base student."""
     assert family.beside is not None

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from onestill.core.tensors import Cond
+from onestill.core.tensors import Cond, noise, to_device
 from onestill.diffusion.trajectory import STEPS, solve, uniform_times
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 
-VALIDATION_SEED = 1_000_000
-"""Seed of the first picture that a run shows of itself."""
 Rows = dict[str, Any]
 """What is asked for, one row for each image: labels as a tensor, or prompts as a list of strings. Where a smaller
 picture is drawn first, their seeds too."""
@@ -25,23 +23,13 @@ Generate = Callable[[Tensor, Cond], Tensor]
 """(eps [B, *sample_shape], cond) -> images [B, *sample_shape] in [-1, 1]."""
 
 
-def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return standard normal noise [N, *shape], row i from its own generator seeded by seeds[i].
-
-    Drawn on the CPU in float32, as diffusers draws for a list of CPU generators: the same seed is the same
-    image here, there, on any device, and in any batch.
-    """
-    rows = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.cat(rows) if rows else torch.empty(0, *shape)
-
-
 def student_generator(student: Student, *, t: float = 0.0, device: torch.device | str = "cpu") -> Generate:
     """Return one-step generation by the student, at the target time t (0 is the finished image)."""
 
     @torch.no_grad()
     def generate(eps: Tensor, cond: Cond) -> Tensor:
         x_a = student.spec.trajectory.start(eps.to(device))
-        return student(x_a, t, to_device(cond, device))
+        return student(x_a, None, t, to_device(cond, device))
 
     return generate
 
@@ -104,8 +92,3 @@ def with_progress(parts: Sequence[Part], show: bool, unit: str = "batch") -> Ite
 
 def _noise_of(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
     return seeds if isinstance(seeds, Tensor) else noise(seeds, shape)
-
-
-def to_device(cond: Cond, device: torch.device | str) -> Cond:
-    """Return the conditions on `device`."""
-    return {name: value.to(device) for name, value in cond.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onestill.core.tensors import Cond
-from onestill.data.cascade import BaseStudent, seeded_rows
+from onestill.data.cascade import FirstStage, seeded_rows
 from onestill.sampling.generate import Generate, Rows, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.teachers.base import NetworkTeacher, Teacher
@@ -67,7 +67,7 @@ class Source:
     reopen: Callable[[float | None, float | None], Source] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    base: BaseStudent | None = None
+    base: FirstStage | None = None
     noise_level: int | None = None
     limits: Callable[[], tuple[Limit, ...]] = tuple
 
@@ -137,7 +137,7 @@ def student_source(
     t: float,
     guidance_scale: float | None,
     device: torch.device,
-    base_student: BaseStudent | None = None,
+    base_student: FirstStage | None = None,
 ) -> Source:
     """Return the one step of a student, at the target time t and, if it takes one, a guidance scale."""
     base, generate = student.teacher, student_generator(student, t=t, device=device)
@@ -157,7 +157,7 @@ def teacher_source(
     num_steps: int,
     device: torch.device,
     solver: str = "ddim",
-    base_student: BaseStudent | None = None,
+    base_student: FirstStage | None = None,
 ) -> Source:
     """Return the multi-step sampler of a teacher.
 
@@ -194,7 +194,7 @@ def _around(
     num_steps: int = 1,
     calls: int = 1,
     clips: bool = False,
-    base_student: BaseStudent | None = None,
+    base_student: FirstStage | None = None,
 ) -> Source:
     """Return a source around what a network makes: prompts are encoded before it, latents decoded behind it."""
     decodes = isinstance(base, PipelineTeacher) and base.family.latents

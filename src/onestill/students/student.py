@@ -198,7 +198,7 @@ def _weighted_layers(network: nn.Module) -> list[tuple[str, Any]]:
 
 
 class Student(nn.Module):
-    """y(x_a, t, cond): the signal of the teacher's ODE at the target time t, from its start state, eq. (12).
+    """y(x_r, r, s, cond): the signal of the teacher's ODE at the target time s, from its state at a level r, eq. (12).
 
     Kept in evaluation mode during training too: dropout would break the exact start and blur the target.
 
@@ -249,19 +249,24 @@ class Student(nn.Module):
         """What is known of the teacher."""
         return self._teacher.spec
 
-    def forward(self, x_a: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
-        """Return y_t, [B, *sample_shape], in float32 or more.
+    def forward(self, x_r: Tensor, r: float | Tensor | None, s: float | Tensor, cond: Cond) -> Tensor:
+        """Return y_s, [B, *sample_shape], in float32 or more.
+
+        Eq. (12) with a = r: the head and the network's own time are those of r, so that before training
+        y(x_r, r, s) = f(x_r, r) for every s; the state at s follows by eq. (5), steps from r have the rho of eq. (6),
+        both with a = r (`Trajectory.state`, `Trajectory.rho`).
 
         Args:
-            x_a: Start state, [B, *sample_shape].
-            t: Target time, one number or [B], in [0, t_max].
+            x_r: State at the start level, [B, *sample_shape].
+            r: Start level, one number or [B], in (0, t_max]; t_max if None.
+            s: Target time, one number or [B], in [0, r].
             cond: Conditions, with "guidance_scale" [B] if the student takes it.
         """
-        extra = self._extra(as_times(t, len(x_a)), cond)
+        extra = self._extra(as_times(s, len(x_r)), cond)
         cond = {name: value for name, value in cond.items() if name != "guidance_scale"}
         self.injection.hold(extra)
         try:
-            return self._teacher.denoised_by(self.network, x_a, self.spec.t_max, cond)
+            return self._teacher.denoised_by(self.network, x_r, self.spec.t_max if r is None else r, cond)
         finally:
             self.injection.hold(None)
 

@@ -17,14 +17,14 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from onestill.core.tensors import Cond
-from onestill.data.conditions import Conditions
+from onestill.core.tensors import Cond, to_device
+from onestill.data.conditions import VALIDATION_SEED, Conditions
 from onestill.diffusion.trajectory import STEPS
 from onestill.objectives import boot as objective
 from onestill.objectives.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
 from onestill.runs.resume import pool_settings
 from onestill.sampling import pictures
-from onestill.sampling.generate import VALIDATION_SEED, generate_images, student_generator, teacher_generator, to_device
+from onestill.sampling.generate import generate_images, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, rotate, write_checkpoint
@@ -267,7 +267,7 @@ class Trainer:
             cond = {name: torch.cat([value, others[name]]) for name, value in cond.items()}
             t = torch.cat([t, t.new_full((len(anchors.eps),), spec.t_max)])
             s = torch.cat([s, s.new_full((len(anchors.eps),), config.t_min)])
-        y_s = self.model(x_a, s, cond)
+        y_s = self.model(x_a, None, s, cond)
         residuals = objective.squared_residuals(y_s.float(), target.float())
         weights = objective.row_weights(config.bootstrap_weight, spec.trajectory, t, s)
         rows = slice(num_boundary, num)
@@ -278,10 +278,10 @@ class Trainer:
     def _student_at(self, x_a: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return y_t for the target: the student's own, or its average's."""
         if self.target_ema is None:
-            return self.student(x_a, t, cond)
+            return self.student(x_a, None, t, cond)
         names = [name for name, p in self.student.named_parameters() if p.requires_grad]
         averaged = dict(zip(names, self.target_ema.shadow_params, strict=True))
-        return torch.func.functional_call(self.student, averaged, (x_a, t, cond))
+        return torch.func.functional_call(self.student, averaged, (x_a, None, t, cond))
 
     def _count_residuals(self, residuals: Tensor, rho: Tensor, s: Tensor) -> None:
         sums, counts = objective.residual_by_time(residuals, rho, s, self.config.num_time_bins, self.teacher.spec.t_max)

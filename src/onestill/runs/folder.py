@@ -1,0 +1,74 @@
+"""A run's folder: what lies where in it, and what it says of the run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest
+from onestill.training.config import DistillConfig, make_config
+
+CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", "teacher.json", "pipeline"
+"""What a run's folder holds, besides checkpoints, logs and pictures."""
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is (the beginning of) a run."""
+    return (folder / CONFIG_FILE).is_file() or bool(list_checkpoints(folder))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk.
+
+    Attributes:
+        path: Its folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> RunFolder | None:
+        """Return the run that a folder is, or is a checkpoint of; None if it is neither."""
+        return next((cls(path) for path in (folder, folder.parent) if is_run(path)), None)
+
+    @classmethod
+    def around(cls, pipeline: Path) -> RunFolder | None:
+        """Return the run that an exported folder lies in, as its `pipeline`; None if it lies elsewhere."""
+        pipeline = pipeline.resolve()
+        ours = all((pipeline.parent / name).is_file() for name in (CONFIG_FILE, TEACHER_FILE))
+        return cls(pipeline.parent) if ours and pipeline.name == PIPELINE_FOLDER else None
+
+    @property
+    def pipeline(self) -> Path:
+        """Where its exported student is, once it is finished."""
+        return self.path / PIPELINE_FOLDER
+
+    @functools.cached_property
+    def config(self) -> DistillConfig:
+        """Its resolved configuration; ValueError if that is missing or unusable."""
+        return make_config({}, self.path / CONFIG_FILE)
+
+    @functools.cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """What it was distilled from: "fingerprint" of the teacher, "teacher", and "base_student", a fingerprint, if any."""
+        path = self.path / TEACHER_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def checkpoint(self, folder: Path | None = None) -> Checkpoint:
+        """Return one of its checkpoint-N folders; the newest that is whole if None, warning of those passed over.
+
+        Raises:
+            ValueError: If it is corrupt, or there is none.
+        """
+        if folder is not None:
+            return read_checkpoint(folder)
+        _, found, messages = read_latest(self.path)
+        for message in messages:
+            warnings.warn(message, stacklevel=4)
+        return found
