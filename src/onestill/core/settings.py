@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors
+
+S = TypeVar("S", bound="Settings")
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Settings for known teachers, which are found by name."""
@@ -52,7 +54,7 @@ class Settings(BaseModel):
         return set()
 
 
-def make[S: Settings](cls: type[S], values: Mapping[str, Any], config_file: str | Path | None = None) -> S:
+def make(cls: type[S], values: Mapping[str, Any], config_file: str | Path | None = None) -> S:
     """Return the settings made of a YAML file and of `values`, which win.
 
     Args:

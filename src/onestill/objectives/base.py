@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from onestill.core.settings import Settings
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from onestill.core.tensors import Cond
     from onestill.data.conditions import Conditions
     from onestill.teachers.base import Teacher
+
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Context:
     identity: Mapping[str, object]
 
 
-class Objective[S: Settings](ABC):
+class Objective(ABC, Generic[S]):
     """A part of the loss. One file; registered by one line of `onestill.objectives.registry`.
 
     Attributes:
