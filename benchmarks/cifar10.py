@@ -182,7 +182,7 @@ def in_precision(generate: Generate, device: torch.device, mixed_precision: str)
 
 
 def measure_speeds(
-    sources: dict[str, Source], generate: dict[str, Generate], num: int, rounds: int
+    sources: dict[str, Source], generate: dict[str, Generate], num: int, rounds: int, device: torch.device
 ) -> dict[str, float]:
     """Return images per second of each row in batches of `num`, all rows timed in turns."""
 
@@ -191,7 +191,7 @@ def measure_speeds(
         eps, cond = noise(range(num), source.sample_shape), source.conditions(num)
         return lambda: generate[name](eps, cond)
 
-    seconds = speed.compare({name: call(name) for name in sources}, repeats=rounds)
+    seconds = speed.compare({name: call(name) for name in sources}, device=device, repeats=rounds)
     return {name: num / value for name, value in seconds.items()}
 
 
@@ -275,7 +275,7 @@ def evaluate(args: argparse.Namespace, run: Path, extractor: ClassifierFeatures,
         started = time.monotonic()
         samples[name] = draw(args, source, generate[name], args.seed)
         print(f"{name}: {args.num_samples:,} images, {time.monotonic() - started:.0f} s", flush=True)
-    one, large = (measure_speeds(sources, generate, num, args.speed_rounds) for num in (1, args.batch_size))
+    one, large = (measure_speeds(sources, generate, num, args.speed_rounds, device) for num in (1, args.batch_size))
     references = {"evaluation": ("the CIFAR-10 test images", test)}
     if args.teacher_reference:
         name = next(iter(sources))

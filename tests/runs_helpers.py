@@ -30,6 +30,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import onestill
 from onestill import cli
+from onestill.evaluation.report import JSON_NAME, Report
 from onestill.training.checkpoint import read_checkpoint
 
 NUM_CLASSES, NULL_CLASS = 3, 3
@@ -172,6 +173,11 @@ def go_on_with(said: str) -> list[str]:
     first, *words = shlex.split(command)
     assert first == "onestill"
     return words
+
+
+def read_report(folder: Path) -> Report:
+    """Return the report that an evaluation wrote into a folder."""
+    return Report.model_validate_json((folder / JSON_NAME).read_text(encoding="utf-8"))
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

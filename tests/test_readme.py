@@ -1,4 +1,4 @@
-"""The README: its commands are commands, its Python names exist, and its tree is the files that are there."""
+"""README and guide: commands are commands, Python names exist, links lead somewhere; the design's tree is the folders."""
 
 from __future__ import annotations
 
@@ -14,12 +14,30 @@ import onestill
 from onestill import cli
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = [
-    line.split("   #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()
-]
-INLINE = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", TEXT)]
-COMMANDS = [code.replace(" ...", "") for code in [*SHELL, *INLINE] if code.startswith(("onestill ", "sample --"))]
+README = ROOT / "README.md"
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
+PAGES = [README, *GUIDE]
+DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {page: page.read_text(encoding="utf-8") for page in DOCUMENTS}
+
+
+def inline_code(text: str) -> list[str]:
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
+
+
+def commands_of(text: str) -> list[str]:
+    """Return the commands of a page, those in its prose too."""
+    shell = [
+        re.split(r"\s{2,}#", line)[0].strip()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+        for line in block.splitlines()
+    ]
+    ours = [code for code in [*shell, *inline_code(text)] if code.startswith(("onestill ", "sample --", "export --"))]
+    return [code.replace(" ...", "") for code in ours]
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands_of(TEXT[page])})
 
 
 def words_of(command: str) -> list[str]:
@@ -29,15 +47,22 @@ def words_of(command: str) -> list[str]:
 
 def flags_of(name: str) -> set[str]:
     group = typer.main.get_command(cli.app)
-    return {flag for parameter in group.commands[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    flags = {flag for parameter in group.commands[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return flags | {"--help"}
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(TEXT[README].splitlines()) <= 130
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) > 15 and {words_of(command)[0] for command in COMMANDS} >= {
+    assert len(COMMANDS) > 25 and {words_of(command)[0] for command in COMMANDS} == {
         "distill",
         "sample",
         "inspect",
         "evaluate",
+        "export",
+        "demo",
     }
 
 
@@ -48,33 +73,55 @@ def test_a_command_has_flags_that_exist(command: str) -> None:
         assert {word for word in rest if word.startswith("--")} <= flags_of(name), command
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "--config" in command])
+def test_a_recipe_that_is_named_exists(command: str) -> None:
+    words = words_of(command)
+    recipe = words[words.index("--config") + 1]
+    assert recipe == "run.yaml" or (ROOT / "src" / "onestill" / "recipes" / f"{recipe}.yaml").is_file()
+
+
 def test_flags_that_are_spoken_of_exist() -> None:
     known = set().union(*(flags_of(name) for name in typer.main.get_command(cli.app).commands))
-    spoken = {flag for code in INLINE for flag in re.findall(r"--\w+", code)} - {"--no-deps"}
+    spoken = {flag for page in PAGES for c in inline_code(TEXT[page]) for flag in re.findall(r"--\w+", c)}
     assert len(spoken) > 25 and spoken <= known, spoken - known
 
 
 def test_the_python_is_python_and_its_names_are_there() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     used = set()
-    for block in blocks:
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "onestill":
-                used.add(node.attr)
-            if isinstance(node, ast.ImportFrom) and node.module == "onestill":
-                used |= {alias.name for alias in node.names}
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", TEXT[page], re.S):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "onestill":
+                    used.add(node.attr)
+                if isinstance(node, ast.ImportFrom) and node.module == "onestill":
+                    used |= {alias.name for alias in node.names}
     assert used >= {"distill", "sample", "evaluate", "interpolate"} and all(hasattr(onestill, name) for name in used)
 
 
-def test_the_pictures_and_documents_are_there() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)", TEXT) if not link.startswith("http")]
-    assert len(links) > 5 and not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.stem)
+def test_the_pictures_and_documents_are_there(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", TEXT[page]) if not link.startswith("http")]
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
-def test_the_tree_names_every_file() -> None:
-    (tree,) = re.findall(r"```\nsrc/onestill/\n(.*?)```", TEXT, re.S)
-    named = set(re.findall(r"[\w/]+\.py", tree)) | set(re.findall(r"\w+/", tree))
-    files = {path.name for path in (ROOT / "src" / "onestill").rglob("*.py") if not path.name.startswith("__")}
-    commands = {path.name for path in (ROOT / "src" / "onestill" / "cli").glob("*.py")}  # one file for each command
-    assert not files - commands - named, files - commands - named
-    assert not {name for name in named if name.endswith(".py")} - files
+def test_the_readme_leads_to_every_page_of_the_guide() -> None:
+    assert len(GUIDE) > 5 and all(f"docs/guide/{page.name}" in TEXT[README] for page in GUIDE)
+
+
+def test_the_tree_of_the_design_is_the_folders() -> None:
+    (tree,) = re.findall(r"```\nsrc/onestill/\n(.*?)```", TEXT[ROOT / "docs" / "design.md"], re.S)
+    named = re.findall(r"^ +([\w/]+)/  ", tree, re.M)
+    package = ROOT / "src" / "onestill"
+    folders = {path.parent.relative_to(package).as_posix() for path in package.rglob("__init__.py")} - {"."}
+    assert {*named} == folders | {"embedded", "recipes"}, "one line a folder"
+    assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "design.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)
+def test_files_that_are_spoken_of_exist(page: Path) -> None:
+    package = ROOT / "src" / "onestill"
+    spoken = {c for c in inline_code(TEXT[page]) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.py", c)}
+    missing = [
+        c for c in spoken if not (ROOT / c).exists() and not (package / c).exists() and not any(package.rglob(c))
+    ]
+    assert not missing

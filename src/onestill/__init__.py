@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching
     from onestill.export.export import export_student, load_module
-    from onestill.runs.api import sample
     from onestill.runs.distill import RunResult, distill
     from onestill.runs.evaluate import evaluate
     from onestill.runs.inspect import inspect_teacher
     from onestill.runs.load import load_source
+    from onestill.runs.sample import sample
     from onestill.sampling.explore import fixed_noise, guidance_sweep, interpolate, student_trajectory
     from onestill.students.student import Student
     from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import onestill` stays fast and loads nothing optional.
 _HOMES = {
     "evaluate": "runs.evaluate",
-    "sample": "runs.api",
+    "sample": "runs.sample",
     "DistillConfig": "training.config",
     "RunResult": "runs.distill",
     "distill": "runs.distill",

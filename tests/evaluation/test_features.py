@@ -1,7 +1,6 @@
 """Extractors: shapes, independence of the batch, round trips, and what they refuse."""
 
 import json
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from onestill.evaluation.features import (
     ClassifierFeatures,
     FeatureExtractor,
     MiddleFeatures,
-    ModuleFeatures,
     extract,
 )
 from onestill.evaluation.metrics import frechet_distance, label_accuracy
@@ -185,43 +183,6 @@ def test_load_features_refuses_files_that_are_something_else(tmp_path: Path) -> 
 def test_load_features_refuses_pickles_by_name(suffix: str) -> None:
     with pytest.raises(ValueError, match=rf"--features: model\{suffix} is a pickle .* can run code"):
         load_features(f"model{suffix}")
-
-
-# ModuleFeatures
-
-
-def test_module_features_pool_maps_and_sequences() -> None:
-    def first_maps(images: Tensor) -> tuple[Tensor, str]:
-        return images.repeat(1, 4, 1, 1), "more"
-
-    images = images_of(3)
-    mean = images.mean(dim=(1, 2, 3))
-    maps = ModuleFeatures(first_maps, name="maps")(images)
-    torch.testing.assert_close(maps, mean[:, None].expand(3, 4))
-    sequence = ModuleFeatures(lambda x: x.flatten(2).transpose(1, 2), name="sequence")(images)
-    torch.testing.assert_close(sequence, mean[:, None])
-    flat = ModuleFeatures(nn.Identity(), name="flat", pool="flatten")(images)
-    assert torch.equal(flat, images.flatten(1))
-
-
-def test_module_features_run_in_the_modules_precision_and_evaluation_mode() -> None:
-    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Dropout(0.5)).to(torch.bfloat16)
-    extractor = ModuleFeatures(module, name="linear")
-    first = extractor(images_of(4))
-    assert first.dtype == torch.float32 and torch.equal(first, extractor(images_of(4)))
-    assert module.training
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (lambda x: {"out": x}, "name: expected a tensor or a tuple that starts with one, got dict"),
-        (lambda x: x.sum(), r"cannot pool an output of shape \[\]"),
-    ],
-)
-def test_module_features_say_what_they_cannot_use(module: Callable[[Tensor], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ModuleFeatures(module, name="name")(images_of(2))
 
 
 # MiddleFeatures

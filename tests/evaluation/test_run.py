@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs_helpers import NULL_CLASS, teacher_folder
+from runs_helpers import NULL_CLASS, teacher_folder, tiny_network, write_teacher
 from torch import Tensor, nn
 
 from onestill.core.tensors import Cond, noise
@@ -343,6 +344,17 @@ def test_reference_of_a_folder_has_the_channels_of_the_teacher(tmp_path: Path) -
     assert folder_reference(tmp_path, (1, 4, 6)).images.shape == (2, 1, 4, 6)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_reference_of_16_bits_keeps_its_greys(channels: int, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 16).round().astype(np.uint16).reshape(4, 4)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(ramp * 257).save(tmp_path / name)
+    found = folder_reference(tmp_path, (channels, 4, 4)).images
+    assert found.shape == (2, channels, 4, 4)
+    expected = torch.from_numpy(ramp.astype(np.float32)) / 127.5 - 1
+    torch.testing.assert_close(found[0], expected.expand(channels, -1, -1))
+
+
 def test_reference_of_a_folder_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         folder_reference(tmp_path / "none", (1, 4, 4))
@@ -388,6 +400,13 @@ def test_features_of_the_teacher_are_fixed_and_see_the_image(kind: str, null: in
     # One noise for all images, so an image's features do not depend on its place.
     assert torch.allclose(extractor(images.flip(0)), features.flip(0), atol=1e-5)
     assert (extractor(-images) - features).abs().max() > 1e-3
+
+
+def test_without_a_middle_block_the_last_block_down_is_the_middle(tmp_path: Path) -> None:
+    teacher = load_teacher(write_teacher(tmp_path / "teacher", tiny_network(mid_block_type=None)))
+    extractor = teacher_features(teacher, CPU)
+    assert extractor.name == "the teacher's own down_blocks.1 at log-SNR 2"
+    assert extractor(torch.zeros(3, 1, 8, 8)).shape == (3, 16)
 
 
 def test_features_of_a_teacher_without_a_middle_are_refused() -> None:

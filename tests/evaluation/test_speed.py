@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from onestill.evaluation import speed
-from onestill.evaluation.speed import compare, images_per_second
+from onestill.core import devices
+from onestill.core.devices import seconds_of
+from onestill.evaluation.speed import compare
 
 
 class Clock:
@@ -23,40 +24,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(speed, "perf_counter", clock)
+    monkeypatch.setattr(devices, "perf_counter", clock)
     return clock
-
-
-def test_images_per_second_counts_images_and_not_the_warmup(clock: Clock) -> None:
-    calls: list[int] = []
-
-    def sample(batch_size: int) -> None:
-        calls.append(batch_size)
-        clock.work(10.0 if len(calls) <= 2 else 0.25)
-
-    assert images_per_second(sample, 8, min_seconds=1.0, warmup=2) == pytest.approx(32)
-    assert calls == [8] * (2 + 4)
-
-
-def test_images_per_second_measures_at_least_one_call(clock: Clock) -> None:
-    assert images_per_second(lambda _: clock.work(2.0), 1, min_seconds=0, warmup=0) == pytest.approx(0.5)
-
-
-def test_images_per_second_of_something_faster_than_the_clock(clock: Clock) -> None:
-    assert images_per_second(lambda _: None, 1, min_seconds=0) > 0
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "min_seconds", "warmup", "message"),
-    [
-        (0, 1.0, 1, "batch_size must be at least 1, got 0"),
-        (1, -1.0, 1, "must not be negative, got -1.0 and 1"),
-        (1, 1.0, -1, "must not be negative, got 1.0 and -1"),
-    ],
-)
-def test_images_per_second_says_what_is_wrong(batch_size: int, min_seconds: float, warmup: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        images_per_second(lambda _: None, batch_size, min_seconds=min_seconds, warmup=warmup)
 
 
 def test_compare_takes_turns_and_medians(clock: Clock) -> None:
@@ -82,11 +51,17 @@ def test_compare_says_what_is_wrong() -> None:
 
 
 def test_the_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    events: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", events.append)
+    compare({"a": lambda: events.append("call")}, device="cuda:1", repeats=1, warmup=0)
+    assert events == [(place := torch.device("cuda:1")), "call", place]
     compare({"a": lambda: events.append("call")}, repeats=1, warmup=0)
-    assert events == ["wait", "call", "wait"]
+    assert len(events) == 4, "a CPU is not"
+
+
+def test_what_is_faster_than_the_clock_takes_some_time(clock: Clock) -> None:
+    assert seconds_of(lambda: None, torch.device("cpu")) > 0
+    assert seconds_of(lambda: clock.work(2.0), torch.device("cpu")) == pytest.approx(2)
 
 
 def test_real_clock_orders_real_work() -> None:

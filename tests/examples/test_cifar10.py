@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs_helpers import read_report
 from safetensors.torch import load_file
 
 import onestill
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures
-from onestill.evaluation.report import Report
 from onestill.training.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -179,7 +179,7 @@ def test_benchmark_from_teacher_to_table(
     scripts[1].main([*where, *f"{student} {features} {table}".split()])
 
     names = ["DDIM-50", "DDIM-10", "DDIM-4", "DDIM-1", "student"]
-    report = Report.load(tmp_path / "evaluation")
+    report = read_report(tmp_path / "evaluation")
     assert [row.name for row in report.rows] == names
     assert [row.network_evaluations for row in report.rows] == [100, 20, 8, 2, 1]
     for row in report.rows:
@@ -192,7 +192,7 @@ def test_benchmark_from_teacher_to_table(
     judge = ConvFeatures.load(tmp_path / "features.safetensors")
     assert judge.record["num_held_out_images"] == 30
     assert report.protocol.extractor == judge.name
-    other = Report.load(tmp_path / "evaluation-teacher")
+    other = read_report(tmp_path / "evaluation-teacher")
     assert "teacher's own DDIM-50 samples" in other.protocol.reference
     assert other.rows[0].frechet_distance != report.rows[0].frechet_distance
     assert (tmp_path / "evaluation" / "samples.png").is_file()

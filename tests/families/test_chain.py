@@ -35,9 +35,9 @@ from onestill.core.tensors import noise
 from onestill.data.cascade import FIRST_STAGE_SEED, CascadeConditions, FirstStage, open_first_stage, second_noise
 from onestill.data.conditions import VALIDATION_SEED
 from onestill.export.export import export_student
-from onestill.runs.api import export
 from onestill.runs.build import prepare
 from onestill.runs.distill import make_trainer
+from onestill.runs.export import export
 from onestill.runs.load import open_student
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders

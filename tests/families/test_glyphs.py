@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from clip_helpers import MAX_TOKENS, write_clip
-from runs_helpers import call_cli
+from runs_helpers import call_cli, read_report
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import embedded_reference
-from onestill.evaluation.report import Report
 from onestill.evaluation.run import NO_KERNEL
 from onestill.runs.evaluate import _held_out_prompts, _open_clip
 from onestill.runs.restore import read_run_config
@@ -126,7 +125,7 @@ def test_named_prompts_win_over_held_out_ones(run: Path, tmp_path: Path) -> None
     few = ["--num_samples", 20, "--steps", 4, "--no_speed", "--device", "cpu", "--output", tmp_path / "report"]
     outcome = call_cli("evaluate", "--student", run, *prompts, "--clip", clip, *few)
     assert outcome.code == 0, outcome.err
-    report = Report.load(tmp_path / "report")
+    report = read_report(tmp_path / "report")
     assert report.protocol.notes[0] == "prompts: 2 of given ones, in turn"
     assert "no prompt accuracy: no prompt is of the classifier's kind" in report.protocol.notes[1]
     assert report.rows[-1].kernel_distance is not None and NO_KERNEL not in report.protocol.notes

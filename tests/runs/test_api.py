@@ -8,14 +8,23 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs_helpers import FAST, NULL_CLASS, copied, finished_run, snapshot, teacher_folder, tiny_network, write_teacher
+from runs_helpers import (
+    FAST,
+    NULL_CLASS,
+    copied,
+    finished_run,
+    read_report,
+    snapshot,
+    teacher_folder,
+    tiny_network,
+    write_teacher,
+)
 from torch import Tensor
 
 import onestill
-from onestill.evaluation.report import Report
 from onestill.export.export import call_pipeline, load_pipeline
-from onestill.runs import api
 from onestill.runs.evaluate import default_report_folder
+from onestill.runs.export import export
 from onestill.runs.load import open_student
 from onestill.sampling.pictures import to_pil
 from onestill.students.model_card import NO_TABLE
@@ -178,7 +187,7 @@ def test_evaluate_against_the_teacher_with_its_own_features(tmp_path: Path) -> N
     assert report.warnings and "12" in report.warnings[0]  # far too few images for a number that means something
     assert any("reference" in line for line in said)
 
-    assert Report.load(run / "evaluation") == report
+    assert read_report(run / "evaluation") == report
     assert (run / "evaluation" / "report.md").read_text(encoding="utf-8") == report.to_markdown()
     with Image.open(run / "evaluation" / "samples.png") as picture:
         picture.load()
@@ -266,7 +275,7 @@ def test_evaluate_of_an_exported_folder_guides_the_teacher_as_its_card_says(tmp_
         assert found == pytest.approx(expected, rel=1e-3)
     # What is baked in, not the middle of the range, also where a run's own pipeline was written again.
     run = copied(finished_run("drawn"), tmp_path / "run")
-    api.export(run, run / "pipeline", guidance_scale=1.5, overwrite=True)
+    export(run, run / "pipeline", guidance_scale=1.5, overwrite=True)
     assert onestill.evaluate(run, **FEW).protocol.guidance_scale == 1.5
     # A foreign config.yaml beside an exported folder makes no run of it.
     (tmp_path / "config.yaml").write_text("model: mine")
@@ -386,11 +395,11 @@ def test_where_a_report_goes_if_nothing_is_said(tmp_path: Path, monkeypatch: pyt
 
 def test_export_of_a_run_and_of_a_checkpoint(tmp_path: Path) -> None:
     run = finished_run()
-    assert api.export(run, tmp_path / "new") <= 1e-5
+    assert export(run, tmp_path / "new") <= 1e-5
     assert set(snapshot(tmp_path / "new")) == set(snapshot(run / "pipeline"))
     same = "unet/diffusion_pytorch_model.safetensors"
     assert snapshot(tmp_path / "new")[same] == snapshot(run / "pipeline")[same]
-    api.export(run / "checkpoint-2", tmp_path / "earlier")
+    export(run / "checkpoint-2", tmp_path / "earlier")
     assert snapshot(tmp_path / "earlier")[same] != snapshot(run / "pipeline")[same]
     assert "exported from checkpoint-2" in (tmp_path / "earlier" / "README.md").read_text(encoding="utf-8")
     assert list(tmp_path.glob(".*")) == []
@@ -398,7 +407,7 @@ def test_export_of_a_run_and_of_a_checkpoint(tmp_path: Path) -> None:
 
 def test_export_bakes_target_time_and_guidance(tmp_path: Path) -> None:
     run = finished_run("drawn")
-    api.export(run, tmp_path / "low", guidance_scale=1.5, target_time=0.5)
+    export(run, tmp_path / "low", guidance_scale=1.5, target_time=0.5)
     baked = onestill.sample(tmp_path / "low", num_images=4)
     asked = onestill.sample(run, num_images=4, guidance_scale=1.5, target_time=0.5)
     assert (baked - asked).abs().max() <= 1e-5
@@ -407,23 +416,23 @@ def test_export_bakes_target_time_and_guidance(tmp_path: Path) -> None:
 
 def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None:
     run, output = finished_run(), tmp_path / "out"
-    api.export(run / "checkpoint-2", output)
+    export(run / "checkpoint-2", output)
     before = snapshot(output)
     with pytest.raises(ValueError, match=f"--output {output} exists"):
-        api.export(run, output)
+        export(run, output)
     assert snapshot(output) == before
-    api.export(run, output, overwrite=True)
+    export(run, output, overwrite=True)
     assert snapshot(output) != before and [path.name for path in tmp_path.iterdir()] == ["out"]
 
     precious = write_images(tmp_path / "holiday")
     with pytest.raises(ValueError, match="is no exported student, so --overwrite does not replace it"):
-        api.export(run, precious, overwrite=True)
+        export(run, precious, overwrite=True)
     assert len(snapshot(precious)) == 12
 
     teacher = copied(teacher_folder(), tmp_path / "teacher")
     before = snapshot(teacher)
     with pytest.raises(ValueError, match="is no exported student, so --overwrite does not replace it"):
-        api.export(run, teacher, overwrite=True)
+        export(run, teacher, overwrite=True)
     assert snapshot(teacher) == before
 
 
@@ -443,7 +452,7 @@ def test_export_refuses_and_writes_nothing(
     tmp_path: Path, student: Any, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        api.export(student(), tmp_path / "out", **arguments)
+        export(student(), tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,7 +24,7 @@ from runs_helpers import (
 from torch import Tensor, nn
 
 import onestill
-import onestill.runs.api
+import onestill.runs.export
 from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
 from onestill.export.export import export_student
@@ -314,7 +314,7 @@ def test_checkpoint_run_and_pipeline_sample_alike(tmp_path: Path) -> None:
     pipeline, checkpoint = (onestill.sample(run / name, num_images=4) for name in ("pipeline", "checkpoint-4"))
     torch.testing.assert_close(pipeline, checkpoint, rtol=0, atol=1e-4)
     assert not torch.equal(onestill.sample(run / "checkpoint-2", num_images=4), checkpoint)
-    assert onestill.runs.api.export(run, tmp_path / "again") <= 1e-4
+    assert onestill.runs.export.export(run, tmp_path / "again") <= 1e-4
 
 
 def test_validation_draws_the_teacher_without_the_lora(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from onestill import __version__
 from onestill.cli import demo, distill, evaluate, export, inspect, sample
 from onestill.cli.help import Command
 from onestill.cli.output import note, say
+from onestill.core.errors import SettingError, SettingErrors
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which typer has under no public name
 # Flags have underscores, as in diffusers' scripts; dashes mean the same.
@@ -61,7 +62,8 @@ def main() -> None:
             note(("error:", "red"), f" {said}")
         sys.exit(2)
     except ValueError as error:
-        for line in str(error).splitlines():
+        words = error.as_flags() if isinstance(error, (SettingError, SettingErrors)) else str(error)
+        for line in words.splitlines():
             note(("error:", "red"), f" {line}")
         sys.exit(2)
     except KeyboardInterrupt:  # before a command has begun

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NOTHING_WRITTEN = "stopped before the first step; nothing was written"
 
 
-@from_config
+@from_config(DistillConfig)
 def distill(
     settings: dict[str, Any],
     config: Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")] = None,

@@ -24,10 +24,10 @@ def export(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write the student of a run or of a checkpoint-N folder as a stock diffusers folder."""
-    from onestill.runs import api
+    from onestill.runs.export import export as export_run
 
     quiet()
-    error = api.export(
+    error = export_run(
         student,
         output,
         guidance_scale=guidance_scale,

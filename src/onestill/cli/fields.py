@@ -1,4 +1,4 @@
-"""Flags made from the fields of the run's configuration."""
+"""Flags made from the fields of a command's settings."""
 
 from __future__ import annotations
 
@@ -7,31 +7,38 @@ from collections.abc import Callable
 from typing import Annotated, Any, Optional, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 
-from onestill.training.config import DistillConfig
+from onestill.core.errors import as_flags
 
 ALIASES = {"teacher": ["--pretrained_model_name_or_path"]}
 
 
-def from_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(settings, ...)` one flag per field of `DistillConfig`, so that flags and model cannot differ.
+def from_config(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give `command(settings, ...)` one flag per field of a model, so that flags and model cannot differ.
 
     A flag that is not given is absent from `settings`: then the YAML file or the model's default holds.
+
+    Args:
+        model: The settings of the command.
     """
-    found = inspect.signature(command, eval_str=True).parameters.values()
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found if p.name != "settings"]
 
-    def wrapped(**given: Any) -> None:
-        settings = {name: given.pop(name) for name in DistillConfig.model_fields}
-        given_settings = {name: value for name, value in settings.items() if value is not None and value != []}
-        command(given_settings, **given)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        found = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found if p.name != "settings"]
 
-    parameters = [_parameter(name, info) for name, info in DistillConfig.model_fields.items()]
-    # typer reads a function's signature from here; mypy does not know that functions may have one of their own.
-    wrapped.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]  # inspect reads it
-    wrapped.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    return wrapped
+        def wrapped(**given: Any) -> None:
+            settings = {name: given.pop(name) for name in model.model_fields}
+            command({name: value for name, value in settings.items() if value is not None and value != []}, **given)
+
+        parameters = [_parameter(name, info) for name, info in model.model_fields.items()]
+        # typer reads a function's signature from here; mypy does not know that functions may have one of their own.
+        wrapped.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]  # inspect reads it
+        wrapped.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        return wrapped
+
+    return decorate
 
 
 def _parameter(name: str, info: Any) -> inspect.Parameter:
@@ -44,7 +51,7 @@ def _parameter(name: str, info: Any) -> inspect.Parameter:
     shown = "" if required or info.default in (None, ()) else f" [default: {_short(info.default)}]"
     option = typer.Option(
         *names,
-        help=f"{info.description}{' [required]' if required else ''}{shown}",
+        help=f"{as_flags(info.description)}{' [required]' if required else ''}{shown}",
         rich_help_panel=(info.json_schema_extra or {}).get("panel"),
         show_default=False,
     )

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from onestill.cli.fields import from_config
 from onestill.cli.output import out, quiet
-from onestill.training.config import make_config
+from onestill.training.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
     from onestill.runs.inspect import Inspection
 
 
-@from_config
+@from_config(DistillConfig)
 def inspect(
     settings: dict[str, Any],
     config: Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win.")] = None,

@@ -7,12 +7,18 @@ import logging
 from rich.console import Console
 from rich.text import Text
 
+from onestill.core.errors import as_flags
+
 out, err = Console(), Console(stderr=True)
 
 
 def say(*parts: str | tuple[str, str], to: Console = out) -> None:
-    """Print one line as it is: not wrapped, and nothing in it read as markup. A part is words, or (words, style)."""
-    to.print(Text.assemble(*parts), soft_wrap=True)
+    """Print one line as it is: not wrapped, and nothing in it read as markup. A part is words, or (words, style).
+
+    Settings that the words mention are spelt as flags.
+    """
+    flagged = [as_flags(part) if isinstance(part, str) else (as_flags(part[0]), part[1]) for part in parts]
+    to.print(Text.assemble(*flagged), soft_wrap=True)
 
 
 def note(*parts: str | tuple[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Errors that know which setting they are about, and show its name as the surface at hand spells it.
 
-A setting has one name and several spellings: `--t_max` on the command line, `t_max=0.5` in Python. Code below the
+A setting has one name and several spellings: a flag on the command line, `t_max=0.5` in Python. Code below the
 command line never spells a flag: it raises `SettingError("t_max", 0.5, "must be above 0")`, and mentions another
 setting inside a text with `named("t_min")`. Whoever shows the text chooses the spelling once.
 """
@@ -38,15 +38,15 @@ def as_arguments(text: str) -> str:
 
 
 def as_flags(text: str) -> str:
-    """Return a text with its mentions of settings as the command line spells them: `--t_max`."""
+    """Return a text with its mentions of settings as the command line spells them, as flags."""
     return text.replace(_OPEN, "--").replace(_CLOSE, "")
 
 
 class SettingError(ValueError):
     """A setting cannot be used: which, what was given, why, and what to do instead.
 
-    Shown as `t_max=2: must be at most 1; leave it out` in Python and `--t_max 2: must be at most 1; leave it out` on
-    the command line.
+    Shown as `t_max=2: must be at most 1; leave it out` in Python; on the command line the setting is spelt as a flag
+    and its value as it would be typed.
 
     Args:
         setting: Name of the setting, or of several that do not go together.
@@ -128,7 +128,7 @@ def _flag(name: str, value: Any) -> str:
     if value is NOT_GIVEN:
         return f"--{name}"
     if isinstance(value, bool):
-        return f"--{name}" if value else f"--no_{name}"
+        return f"--{name if value else 'no_' + name}"
     if isinstance(value, float):
         return f"--{name} {value:g}"
     if isinstance(value, Mapping):

@@ -33,7 +33,9 @@ def setting(default: Any, panel: str, description: str, *, may_change: bool = Fa
         may_change: Whether a run may be gone on with under another value, since what it ends in stays the same.
         limits: Limits on its value, as pydantic's `Field` takes them.
     """
-    return Field(default, description=description, json_schema_extra={"panel": panel, "may_change": may_change}, **limits)
+    return Field(
+        default, description=description, json_schema_extra={"panel": panel, "may_change": may_change}, **limits
+    )
 
 
 def about(field: FieldInfo, what: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
@@ -73,7 +73,7 @@ def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureEx
         ValueError: If the teacher has no network with a middle.
     """
     network = teacher.network
-    if not isinstance(network, torch.nn.Module):
+    if not isinstance(network, nn.Module):
         raise ValueError(
             "--features teacher: this teacher is a plain callable without middle features; name a network file"
         )
@@ -91,11 +91,18 @@ def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureEx
             cond |= to_device(teacher.picture_rows(small, fixed.expand_as(images)), device)
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
-    if hasattr(network, "mid_block"):
-        decodes = isinstance(teacher, PipelineTeacher) and teacher.family.latents
-        of_what = " of latents" if decodes else ""
-        name = f"the teacher's own mid_block{of_what} at log-SNR {MIDDLE_LOG_SNR:g}"
-        return MiddleFeatures(network, look, name=name, of_latents=decodes)
+    middle = _middle_of(network)
+    decodes = isinstance(teacher, PipelineTeacher) and teacher.family.latents
+    name = f"the teacher's own {middle}{' of latents' if decodes else ''} at log-SNR {MIDDLE_LOG_SNR:g}"
+    return MiddleFeatures(network, look, submodule=middle, name=name, of_latents=decodes)
+
+
+def _middle_of(network: nn.Module) -> str:
+    """Return the name of the middle of a U-Net: where there is no middle block, that of its last block down."""
+    if isinstance(getattr(network, "mid_block", None), nn.Module):
+        return "mid_block"
+    if (blocks := getattr(network, "down_blocks", ())) and hasattr(network, "mid_block"):
+        return f"down_blocks.{len(blocks) - 1}"
     raise ValueError(
         f"--features teacher: {type(network).__name__} has no mid_block; name a network file or a transformers model"
     )

@@ -6,7 +6,7 @@ printed beneath the table. Images are floats in [-1, 1], [N, C, H, W]; features 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,39 +80,6 @@ class ClassifierFeatures:
         check_range(images)
         with _evaluating(self.classifier), torch.no_grad():
             return torch.cat([self.classifier(batch).float().cpu() for batch in torch.split(images, batch_size)])
-
-
-class ModuleFeatures:
-    """Any module or callable as an extractor.
-
-    Args:
-        module: `images -> Tensor` (or a tuple whose first entry is the tensor). A module is run in
-            evaluation mode, on its own device and in its own precision.
-        name: The extractor's name in the protocol.
-        pool: `mean` averages maps [N, D, H, W] over space and sequences [N, L, D] over their length;
-            `flatten` keeps every entry.
-    """
-
-    def __init__(
-        self, module: Callable[[Tensor], object], *, name: str, pool: Literal["mean", "flatten"] = "mean"
-    ) -> None:
-        self.module = module
-        self.name = name
-        self.pool = pool
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return features [N, D].
-
-        Raises:
-            ValueError: If the module returns something else than features, maps or sequences.
-        """
-        if isinstance(self.module, nn.Module):
-            with _evaluating(self.module):
-                output = self.module(as_parameters(images, self.module))
-        else:
-            output = self.module(images)
-        features = _first_tensor(output, self.name)
-        return features.flatten(1).float() if self.pool == "flatten" else pooled(features, self.name)
 
 
 class MiddleFeatures:

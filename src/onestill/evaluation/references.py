@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -66,11 +67,16 @@ def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
                 raise ValueError(
                     f"--reference: {path} is {picture.width}x{picture.height}, the teacher makes {width}x{height}; resize it first"
                 )
-            pixels = torch.tensor(
-                bytearray(picture.convert("L" if channels == 1 else "RGB").tobytes()), dtype=torch.float32
-            )
-        images.append(pixels.reshape(height, width, channels).permute(2, 0, 1) / 127.5 - 1)
+            images.append(_pixels(picture, channels).reshape(height, width, channels).permute(2, 0, 1) / 127.5 - 1)
     return Reference(torch.stack(images), f"the images in {folder.name}/")
+
+
+def _pixels(picture: Image.Image, channels: int) -> Tensor:
+    """Return the values of a picture from 0 to 255, of grey or RGB."""
+    if picture.mode.startswith("I"):  # 16 bits, which `convert` would clip at 255 of 65,535
+        grey = torch.from_numpy(np.asarray(picture).astype(np.float32)) / 257
+        return grey[..., None].expand(-1, -1, channels)
+    return torch.tensor(bytearray(picture.convert("L" if channels == 1 else "RGB").tobytes()), dtype=torch.float32)
 
 
 def embedded_reference(name: str) -> Reference:

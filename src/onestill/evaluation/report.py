@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from onestill.evaluation.heads import ALL
 
@@ -179,22 +179,6 @@ class Report(_Record):
         for path, text in zip(paths, texts, strict=True):
             path.write_text(text, encoding="utf-8")
         return paths
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Report":
-        """Return the report of a `report.json`, or of the folder that holds one.
-
-        Raises:
-            ValueError: If there is no such file or it is not a report.
-        """
-        source = Path(path)
-        source = source / JSON_NAME if source.is_dir() else source
-        if not source.is_file():
-            raise ValueError(f"no report at {source}: give a {JSON_NAME} or the folder that holds one")
-        try:
-            return cls.model_validate_json(source.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise ValueError(f"{source} is not a report of onestill: {error}") from error
 
 
 def package_versions(names: Sequence[str] = ("onestill", "torch", "diffusers")) -> dict[str, str]:

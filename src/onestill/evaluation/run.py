@@ -222,9 +222,11 @@ def _speeds(sources: Sequence[tuple[str, Candidate, bool]], settings: Settings) 
         cond = source.conditions(num, settings.class_labels, settings.prompts)
         return lambda: source.generate(eps, cond)
 
-    one = speed.compare({name: call(source, 1) for name, source, _ in sources}, repeats=SPEED_ROUNDS)
-    large = speed.compare(
-        {name: call(source, settings.batch_size) for name, source, _ in sources}, repeats=SPEED_ROUNDS
+    one, large = (
+        speed.compare(
+            {name: call(source, num) for name, source, _ in sources}, device=settings.device, repeats=SPEED_ROUNDS
+        )
+        for num in (1, settings.batch_size)
     )
     return {name: (one[name], large[name]) for name in one}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from onestill.evaluation.report import Report
-from onestill.runs.api import sample
 from onestill.runs.checks import check_device, check_output_dir
 from onestill.runs.distill import distill
 from onestill.runs.evaluate import evaluate
 from onestill.runs.folder import CONFIG_FILE
+from onestill.runs.sample import sample
 from onestill.sampling import pictures
 from onestill.training.config import make_config, read_yaml
 

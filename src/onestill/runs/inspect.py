@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from onestill.core.devices import seconds_of
 from onestill.core.tensors import num_parameters, row_bytes, to_device
 from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
@@ -245,15 +245,10 @@ def estimate(
     return Cost(weights + kept * scale, seconds * scale * config.gradient_accumulation_steps, an_anchor)
 
 
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return what a call takes once everything is warm."""
     call()
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(3):
-        call()
-    _wait(device)
-    return (time.perf_counter() - started) / 3
+    return seconds_of(lambda: [call() for _ in range(3)], device) / 3
 
 
 def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
@@ -264,8 +259,3 @@ def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
 
 def _num_weights(teacher: NetworkTeacher) -> int:
     return num_parameters(teacher.network) if isinstance(teacher.network, torch.nn.Module) else 0
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

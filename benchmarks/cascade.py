@@ -1,6 +1,6 @@
-"""A chain of two DeepFloyd IF stages at toy size: both teachers trained, both distilled, the second without data.
+"""A cascade of two DeepFloyd IF stages at toy size: both teachers trained, both distilled, the second without data.
 
-    python benchmarks/chain.py --output_dir runs/chain --picture docs/images/chain.png
+    python benchmarks/cascade.py --output_dir runs/cascade --picture docs/images/cascade.png
 
 Pictures of a coloured shape on a coloured ground, with captions ("a red disc on grass"; each ground has a word of its
 own, since a T5 of random weights hardly knows the order of words). Stage I, an
@@ -224,8 +224,8 @@ def thresholded(folder: Path) -> tuple[PipelineTeacher, Any]:
     return teacher, Thresholded(teacher, teacher.spec.threshold)
 
 
-class Chains:
-    """Both chains on the same noises: the teachers' in many steps, the students' in one each."""
+class Cascades:
+    """Both cascades on the same noises: the teachers' in many steps, the students' in one each."""
 
     def __init__(self, folder: Path, num_steps: int) -> None:
         self.base: FirstStage = open_first_stage(folder / "student-1")
@@ -280,8 +280,8 @@ def rms(a: Tensor, b: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/chain"))
-    parser.add_argument("--picture", type=Path, default=Path("chain.png"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/cascade"))
+    parser.add_argument("--picture", type=Path, default=Path("cascade.png"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher_steps", type=int, nargs=2, default=(3000, 1000))
     parser.add_argument("--student_steps", type=int, nargs=2, default=(1200, 500))
@@ -311,26 +311,26 @@ def main() -> None:
         lambda: distil(folder, 2, args.student_steps[1], 12, args.seed, num_anchors=512, base_student=base),
     )
 
-    chains = Chains(folder, args.num_inference_steps)
+    cascades = Cascades(folder, args.num_inference_steps)
     seeds = range(args.num_test)
     captions = [CAPTIONS[(7 * i) % len(CAPTIONS)] for i in seeds]
-    small_many = chains.small_by_teacher(seeds, captions)
-    large_many = chains.large_by_teacher(small_many, seeds, captions)
-    small_one = chains.small_by_student(seeds, captions)
-    before = dict(chains.calls)
-    mixed = chains.large_by_teacher(small_one, seeds, captions)
-    chains.calls.update(before)
-    large_one = chains.large_by_student(small_one, seeds, captions)
-    calls = dict(chains.calls)
+    small_many = cascades.small_by_teacher(seeds, captions)
+    large_many = cascades.large_by_teacher(small_many, seeds, captions)
+    small_one = cascades.small_by_student(seeds, captions)
+    before = dict(cascades.calls)
+    mixed = cascades.large_by_teacher(small_one, seeds, captions)
+    cascades.calls.update(before)
+    large_one = cascades.large_by_student(small_one, seeds, captions)
+    calls = dict(cascades.calls)
 
     def both(many: bool) -> Callable[[], object]:
         def call() -> object:
             small = (
-                chains.small_by_teacher(seeds[:16], captions[:16])
+                cascades.small_by_teacher(seeds[:16], captions[:16])
                 if many
-                else chains.small_by_student(seeds[:16], captions[:16])
+                else cascades.small_by_student(seeds[:16], captions[:16])
             )
-            enlarge = chains.large_by_teacher if many else chains.large_by_student
+            enlarge = cascades.large_by_teacher if many else cascades.large_by_student
             return enlarge(small, seeds[:16], captions[:16])
 
         return call
@@ -343,12 +343,12 @@ def main() -> None:
     print("| what | measured |\n|---|---|")
     print(f"| student I against teacher I ({n} steps), RMS | {rms(small_one, small_many):.3f} |")
     print(f"| student II against teacher II ({n} steps) on the same 8x8 pictures, RMS | {rms(large_one, mixed):.3f} |")
-    print(f"| chain of students against chain of teachers, RMS | {rms(large_one, large_many):.3f} |")
-    print(f"| chain of teachers against other data of the same captions, RMS | {rms(large_many, data):.3f} |")
+    print(f"| cascade of students against cascade of teachers, RMS | {rms(large_one, large_many):.3f} |")
+    print(f"| cascade of teachers against other data of the same captions, RMS | {rms(large_many, data):.3f} |")
     for name, images in {f"teachers, {n} + {n} steps": large_many, "students, 1 + 1": large_one, "data": data}.items():
         print(f"| both colours as the caption says: {name} | {colour_accuracy(images, captions):.3f} |")
     print(
-        f"| time of the chains, {n} + {n} steps against 1 + 1, batches of 16 | {seconds['many'] / seconds['one']:.1f} x |"
+        f"| time of the cascades, {n} + {n} steps against 1 + 1, batches of 16 | {seconds['many'] / seconds['one']:.1f} x |"
     )
     shown = slice(0, 8)
     up = lambda small: torch.nn.functional.interpolate(small[shown], (LARGE, LARGE), mode="nearest")  # noqa: E731
