@@ -13,7 +13,7 @@ residual profile         the mean of |y_s - target|^2 / rho^2 in every bin of ta
 learning rates, RMS      the other numbers of that file; times are left out
 training state           sha256 of each tensor of the last checkpoint (weights, averages, optimiser, generators) and of
                          the anchors, whatever it is called and whichever file it is in
-exported files           names below the exported folder; sha256 of each but weights; the card without its line of times
+exported files           names below the exported folder; sha256 of each but weights, without lines of times and places
 exported tensors         sha256 of each tensor in every safetensors file there, LoRA included: the final weights
 pictures                 sha256 of samples/*.png
 
@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {},
     "digits paper": {
         "boundary_weight": 0.0, "time_sampling": "uniform", "solver": "ddim", "bootstrap_weight": "inverse_rho",
+        "ema_decay": 0.5,
     },
     "digits progressive": {
         "time_sampling": "progressive", "ema_target_decay": 0.99, "gradient_accumulation_steps": 2,
@@ -68,7 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digits bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True, "ema_decay": 0.0},
     "digits stopped": {},
     "glyphs": GLYPHS,
-    "glyphs LoRA": {**GLYPHS, "lora_rank": 4},
+    "glyphs LoRA": {**GLYPHS, "lora_rank": 4, "lora_alpha": 8.0},
     "glyphs Heun anchors": {**GLYPHS, **ANCHORS, "solver": "heun"},
     "own": {"teacher": "own", "null_class": 3, "guidance_scale": 2.0},
 }  # fmt: skip
@@ -80,8 +81,8 @@ METRICS = {
     "residual profile": ("residual_by_time",),
     "learning rates, RMS": ("learning_rate", "nonfinite_steps", "validation_rms"),
 }
-TIMES = "- Training:"
-"""Start of the model card's line that says how long the run took."""
+LEFT_OUT = (b"- Training:", b'"_name_or_path":')
+"""Starts of lines of exported files: how long the run took, and where diffusers has read the teacher from."""
 
 
 class Own(nn.Module):
@@ -233,8 +234,8 @@ def digest(tensor: Tensor) -> str:
 
 def file_digest(path: Path) -> str:
     content = path.read_bytes()
-    if path.name == "README.md":
-        content = b"\n".join(line for line in content.splitlines() if not line.startswith(TIMES.encode()))
+    if path.suffix in (".md", ".json"):
+        content = b"\n".join(line for line in content.split(b"\n") if not line.lstrip().startswith(LEFT_OUT))
     return hashlib.sha256(content).hexdigest()[:16]
 
 

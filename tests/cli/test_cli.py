@@ -32,12 +32,13 @@ from safetensors.torch import load_file
 import onestill
 from onestill.cli import distill as distill_command
 from onestill.cli.output import quiet
+from onestill.core.settings import read_yaml
 from onestill.data.prompt_cache import BATCH_SIZE, PromptCache
 from onestill.objectives.anchors import Anchors, roll_out
 from onestill.runs import demo
 from onestill.runs.distill import RunResult
 from onestill.teachers.load import EMBEDDED
-from onestill.training.config import DistillConfig, read_yaml
+from onestill.training.config import DistillConfig
 
 FEW = ["--num_samples", 12, "--steps", "2,1", "--num_reference_steps", 2, "--device", "cpu"]
 

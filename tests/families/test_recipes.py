@@ -16,10 +16,11 @@ from runs_helpers import call_cli, teacher_folder
 from test_conformance import perturbed, teacher_of
 
 from onestill import cli
+from onestill.core.settings import read_yaml
 from onestill.data.prompt_pool import refuse_prompts
 from onestill.export.export import export_student
 from onestill.teachers.load import EMBEDDED, FAMILIES, FAMILY_OF_PIPELINE
-from onestill.training.config import DistillConfig, make_config, read_yaml
+from onestill.training.config import DistillConfig, make_config
 
 ROOT = Path(__file__).parents[2]
 RECIPES_FOLDER = ROOT / "src" / "onestill" / "recipes"

@@ -47,8 +47,9 @@ class Batch:
         weights: Weight of each row's mean squared residual, [B].
         mean: Which mean a row enters, [B] integers.
         r: Start levels, [B] float64; None where all rows start at t_max.
-        rho: For rows of the residual profile, by which their residual is divided to be an error of f, [B] float64;
-            NaN for the others. None for no row.
+        t: Times that the steps to s start from, [B] float64; None where they are t_max.
+        is_profiled: Which rows the residual profile counts, [B] bool; none if None. Their residual over rho(t, s)^2 is
+            an error of f.
     """
 
     x: Tensor
@@ -58,7 +59,8 @@ class Batch:
     weights: Tensor
     mean: Tensor
     r: Tensor | None = None
-    rho: Tensor | None = None
+    t: Tensor | None = None
+    is_profiled: Tensor | None = None
 
 
 @dataclass(frozen=True)

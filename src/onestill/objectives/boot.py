@@ -7,7 +7,7 @@ have s = t = t_max, for which a step of any order gives f(x_a, t_max).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from onestill.core.settings import Settings, setting
 from onestill.objectives.base import Batch, Cost, Objective
@@ -15,9 +15,12 @@ from onestill.objectives.base import Batch, Cost, Objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from onestill.diffusion.trajectory import Trajectory
+    from onestill.diffusion.trajectory import Denoiser, Step, Trajectory
 
 OBJECTIVE = "Objective"
+TimeSampling = Literal["uniform", "s_first", "progressive"]
+Weight = Literal["inverse_rho", "velocity", "none"]
+TIME_SAMPLINGS, WEIGHTS = get_args(TimeSampling), get_args(Weight)
 SIGMA_FLOOR = 0.05
 BOOTSTRAP, BOUNDARY = 0, 1
 """The two means."""
@@ -26,17 +29,13 @@ BOOTSTRAP, BOUNDARY = 0, 1
 class BootSettings(Settings):
     """Times, steps and weights of the bootstrap, and the boundary."""
 
-    time_sampling: Literal["uniform", "s_first", "progressive"] = setting(
-        "s_first", OBJECTIVE, "How step times are drawn."
-    )
+    time_sampling: TimeSampling = setting("s_first", OBJECTIVE, "How step times are drawn.")
     delta: float = setting(1 / 25, OBJECTIVE, "Step size in t.", gt=0, lt=1)
     t_min: float = setting(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
     solver: Literal["ddim", "heun", "midpoint"] = setting(
         "midpoint", OBJECTIVE, "Step that makes the bootstrap target."
     )
-    bootstrap_weight: Literal["inverse_rho", "velocity", "none"] = setting(
-        "velocity", OBJECTIVE, "Weight of the residuals."
-    )
+    bootstrap_weight: Weight = setting("velocity", OBJECTIVE, "Weight of the residuals.")
     boundary_weight: float = setting(1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0)
     boundary_fraction: float = setting(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)
     ema_target_decay: float = setting(
@@ -83,13 +82,32 @@ class Boot(Objective[BootSettings]):
         x_a = spec.trajectory.start(eps.to(context.device))
         with torch.no_grad(), context.autocast():
             y_t = context.target_student(x_a, None, t, cond)
-            # sg[y_t + rho (mean of f - y_t)], the right side of eq. (10).
-            target = STEPS[settings.solver](spec.trajectory, context.teacher.denoiser(cond), x_a, y_t, t, s)
+            denoised = context.teacher.denoiser(cond)
+            target = bootstrap_target(STEPS[settings.solver], spec.trajectory, denoised, x_a, y_t, t, s)
         weights = row_weights(settings.bootstrap_weight, spec.trajectory, t, s).float()
         weights = weights * torch.where(is_boundary, settings.boundary_weight, 1.0)
         mean = torch.where(is_boundary, BOUNDARY, BOOTSTRAP)
-        rho = torch.where(is_boundary, torch.nan, spec.trajectory.rho(t, s))
-        return Batch(x_a, s, cond, target, weights, mean, rho=rho)
+        return Batch(x_a, s, cond, target, weights, mean, t=t, is_profiled=~is_boundary)
+
+
+def bootstrap_target(
+    step: Step, trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
+    """Return sg[y_t + rho (mean of f - y_t)], the right side of eq. (10), [B, ...].
+
+    Args:
+        step: One of `onestill.diffusion.trajectory.STEPS`.
+        trajectory: The teacher's ODE.
+        denoised: The teacher, guided and thresholded as its sampler would.
+        x_a: Start state, [B, ...].
+        y_t: The student's signal at t, [B, ...].
+        t: Times, [B] float64.
+        s: Cleaner times, [B] float64; s = t = t_max on boundary rows.
+    """
+    import torch
+
+    with torch.no_grad():
+        return step(trajectory, denoised, x_a, y_t, t, s)
 
 
 def draw_times(
@@ -103,12 +121,17 @@ def draw_times(
 
     Args:
         u: Uniform numbers in [0, 1), [B] float64.
-        strategy: A value of `BootSettings.time_sampling`.
+        strategy: One of `TIME_SAMPLINGS`.
         delta: Step size in t.
         t_min: Cleanest target time.
         t_max: Start level.
         progress: Share of the training done, in [0, 1].
+
+    Raises:
+        ValueError: If the strategy is not one of these.
     """
+    if strategy not in TIME_SAMPLINGS:
+        raise ValueError(f"unknown time sampling {strategy!r}; known: {', '.join(TIME_SAMPLINGS)}")
     if strategy == "uniform":
         t = t_min + delta + u * (t_max - t_min - delta)
         return t, t - delta
@@ -126,7 +149,12 @@ def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Te
     inverse_rho: 1 / rho^2 (known as BOOT's 1 / d^2), which turns the residual into units of f. velocity:
     1 / (rho min(1, max(sigma_s, 0.05)))^2, units of the ODE's velocity, which adds weight at the clean end, where detail
     forms. none: 1. On boundary rows rho is 1.
+
+    Raises:
+        ValueError: If the name is not one of these.
     """
+    if weight not in WEIGHTS:
+        raise ValueError(f"unknown weight {weight!r}; known: {', '.join(WEIGHTS)}")
     rho = trajectory.rho(t, s)
     if weight == "none":
         return rho.new_ones(rho.shape)

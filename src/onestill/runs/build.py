@@ -34,8 +34,9 @@ from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
 from onestill.teachers.guidance import as_sampled
 from onestill.teachers.load import EMBEDDED, load_teacher, with_t_max
 from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.training.checkpoint import Checkpoint
-from onestill.training.config import CALL_ARGUMENTS, DistillConfig, make_config
+from onestill.training.config import DistillConfig, make_config
 
 PYTHON_OBJECT = "python object"
 

@@ -18,7 +18,7 @@ from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.training.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.training.config import DistillConfig, make_config
-from onestill.training.trainer import load_student
+from onestill.training.trained import load_parameters
 
 
 def read_run_config(run: Path) -> DistillConfig:
@@ -63,7 +63,7 @@ def restore_student(
     run = path if is_run(path) else path.parent
     base = run_teacher(run, config, device, local_files_only=local_files_only)
     student = make_student(base, config).to(device)
-    load_student(student, checkpoint.tensors.get("ema", checkpoint.tensors["student"]))
+    load_parameters(student, checkpoint.student)
     return student
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import Settings, about, make, setting
 from onestill.data.settings import PromptSettings
 from onestill.objectives.registry import ObjectiveSettings, rows_of
 from onestill.students.settings import LoraSettings
@@ -145,15 +145,35 @@ class DistillConfig(
     def _leaves_bootstrap_rows(self) -> Self:
         size = self.train_batch_size
         rows = rows_of(self, size)
-        taken = {"boundary_fraction": self.num_boundary_rows(size)} if self.boundary_weight > 0 else {}
-        taken |= {"anchor_fraction": self.anchor_fraction} if self.anchor_fraction > 0 else {}
-        if next(iter(rows.values())) <= self.num_boundary_rows(size):
-            names = tuple(taken) or ("train_batch_size",)
-            values = tuple(getattr(self, name) for name in names)
-            raise SettingError(names, values, f"no bootstrap rows are left in a batch of {size}")
-        return self
+        if next(iter(rows.values())) > self.num_boundary_rows(size):
+            return self
+        names = [
+            name
+            for name in ("boundary_fraction", "anchor_fraction")
+            if getattr(self, name.replace("boundary_fraction", "boundary_weight")) > 0
+        ]
+        values = [getattr(self, name) for name in names]
+        raise SettingError(names, values, f"no bootstrap rows are left in a batch of {size}")
 
 
 def usual_warmup(steps: int) -> int:
     """Return the warm-up of a run of so many steps that names none: at most a tenth of it."""
     return min(USUAL_WARMUP, max(steps, 0) // 10)
+
+
+def make_config(values: Mapping[str, Any], config_file: str | Path | None = None) -> DistillConfig:
+    """Return the configuration made of a YAML file or a shipped recipe and of `values`, which win; raises as `make`."""
+    return make(DistillConfig, values, config_file)
+
+
+def deciding_settings(config: DistillConfig) -> dict[str, Any]:
+    """Return the settings that decide what a run ends in: those that must not differ on resume."""
+    fields = DistillConfig.model_fields
+    return {name: v for name, v in config.model_dump(mode="json").items() if not about(fields[name], "may_change")}
+
+
+def pool_settings(config: DistillConfig) -> dict[str, Any]:
+    """Return the settings that pools of objectives are made with: the deciding ones but those of the optimiser."""
+    fields, of_forwards = DistillConfig.model_fields, {"train_batch_size", "mixed_precision", "allow_tf32"}
+    optimiser = {name for name, field in fields.items() if about(field, "panel") == OPTIMISATION} - of_forwards
+    return {name: value for name, value in deciding_settings(config).items() if name not in optimiser}
