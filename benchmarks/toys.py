@@ -19,7 +19,7 @@ from onestill.diffusion.process import CosineVP
 from onestill.diffusion.trajectory import midpoint_step, solve, uniform_times
 from onestill.runs.build import prepare
 from onestill.runs.distill import run
-from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
 from onestill.teachers.module import module_teacher
 from onestill.training.config import make_config
@@ -57,7 +57,7 @@ def mixture() -> MixtureTeacher:
     return MixtureTeacher(means, 0.3, CosineVP())
 
 
-def as_network_teacher(exact: Teacher) -> NetworkTeacher:
+def as_network_teacher(exact: Teacher) -> Teacher:
     """Return the exact teacher as any callable is given to onestill."""
     return module_teacher(
         lambda x, net_time: exact.denoised(x, net_time, {}),
@@ -89,7 +89,7 @@ def distilled_error(exact: Teacher, *, num_test: int = 4000, **settings: Any) ->
         prepared = prepare(config, as_network_teacher(exact), PointNetwork(*exact.spec.sample_shape))
         trained = run(prepared, show_progress=False)
         assert trained.pipeline is not None
-        from onestill.export.export import load_module
+        from onestill.export.module import load_module
 
         generate = load_module(trained.pipeline, PointNetwork(*exact.spec.sample_shape))
         eps = torch.randn(num_test, *exact.spec.sample_shape, generator=torch.Generator().manual_seed(10**6))

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching
-    from onestill.export.export import export_student, load_module
+    from onestill.export.export import export_student
+    from onestill.export.module import load_module
     from onestill.runs.distill import RunResult, distill
     from onestill.runs.evaluate import evaluate
     from onestill.runs.inspect import inspect_teacher
-    from onestill.runs.load import load_source
+    from onestill.runs.load import load_sampler
     from onestill.runs.sample import sample
     from onestill.sampling.explore import fixed_noise, guidance_sweep, interpolate, student_trajectory
     from onestill.students.student import Student
@@ -37,7 +38,7 @@ _HOMES = {
     "RunResult": "runs.distill",
     "distill": "runs.distill",
     "export_student": "export.export",
-    "load_module": "export.export",
+    "load_module": "export.module",
     "inspect_teacher": "runs.inspect",
     "fixed_noise": "sampling.explore",
     "guidance_sweep": "sampling.explore",
@@ -47,7 +48,7 @@ _HOMES = {
     "DiscreteVP": "diffusion.process",
     "FlowMatching": "diffusion.process",
     "VE": "diffusion.process",
-    "load_source": "runs.load",
+    "load_sampler": "runs.load",
     "Student": "students.student",
     "GaussianTeacher": "teachers.closed_form",
     "MixtureTeacher": "teachers.closed_form",
@@ -73,7 +74,7 @@ __all__ = [
     "inspect_teacher",
     "interpolate",
     "load_module",
-    "load_source",
+    "load_sampler",
     "load_teacher",
     "module_teacher",
     "sample",

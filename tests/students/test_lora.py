@@ -31,9 +31,10 @@ from onestill.diffusion.process import CosineVP
 from onestill.export.export import export_student
 from onestill.runs.build import fit_teacher, prepare
 from onestill.sampling.generate import generate_images, teacher_generator
+from onestill.students.bake import bake
 from onestill.students.lora import Lora, adapters, attach, merge, target_layers
 from onestill.students.student import Student
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import unet2d_teacher
@@ -41,12 +42,12 @@ from onestill.training.checkpoint import read_checkpoint
 from onestill.training.config import make_config
 from onestill.training.trainer import Fingerprints, Trainer
 
-Labels = Callable[[NetworkTeacher, int], Cond]
+Labels = Callable[[Teacher, int], Cond]
 MakeNetwork = Callable[..., nn.Module]
 LORA = {"lora_rank": 2, "lora_alpha": 4.0}
 
 
-def starts(teacher: NetworkTeacher, num: int = 4) -> Tensor:
+def starts(teacher: Teacher, num: int = 4) -> Tensor:
     return teacher.spec.trajectory.start(noise(range(num), teacher.spec.sample_shape))
 
 
@@ -55,7 +56,7 @@ def trained(student: Student) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def some_way_in(teacher: NetworkTeacher, size: float = 0.05, **lora: Any) -> Student:
+def some_way_in(teacher: Teacher, size: float = 0.05, **lora: Any) -> Student:
     """Return a LoRA student whose every trained number has moved."""
     student = Student(teacher, lora=Lora(**{"rank": 2, "alpha": 4.0, **lora}))
     for parameter in trained(student).values():
@@ -67,7 +68,7 @@ def some_way_in(teacher: NetworkTeacher, size: float = 0.05, **lora: Any) -> Stu
 
 
 @torch.no_grad()
-def test_an_untrained_lora_student_is_the_teacher(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_an_untrained_lora_student_is_the_teacher(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = Student(kind, lora=Lora(2)), starts(kind), labels_for(kind, 4)
     expected = kind.denoised(x_a, kind.spec.t_max, cond)
     rows = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64) * kind.spec.t_max
@@ -76,7 +77,7 @@ def test_an_untrained_lora_student_is_the_teacher(kind: NetworkTeacher, labels_f
         assert torch.equal(student(x_a, None, t, cond), expected)
 
 
-def test_there_is_one_set_of_base_weights(kind: NetworkTeacher) -> None:
+def test_there_is_one_set_of_base_weights(kind: Teacher) -> None:
     assert isinstance(kind.network, nn.Module)
     names, student = set(kind.network.state_dict()), Student(kind, lora=Lora(2))
     theirs = {p.data_ptr() for p in kind.network.parameters()}
@@ -87,7 +88,7 @@ def test_there_is_one_set_of_base_weights(kind: NetworkTeacher) -> None:
     assert not any(m._forward_hooks for m in kind.network.modules()) and not list(adapters(kind.network))
 
 
-def test_gradients_reach_adapters_and_embeddings_only(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_gradients_reach_adapters_and_embeddings_only(kind: Teacher, labels_for: Labels) -> None:
     student, before = some_way_in(kind), kind.fingerprint()
     x_a, cond = starts(kind), labels_for(kind, 4)
     alone = kind.denoised(x_a, 0.5, cond)
@@ -103,7 +104,7 @@ def test_gradients_reach_adapters_and_embeddings_only(kind: NetworkTeacher, labe
     assert torch.equal(kind.denoised(x_a, 0.5, cond), alone)
 
 
-def test_an_untrained_adapter_can_learn(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_an_untrained_adapter_can_learn(kind: Teacher, labels_for: Labels) -> None:
     student = Student(kind, lora=Lora(2))
     student(starts(kind), None, 0.3, labels_for(kind, 4)).square().mean().backward()
     second = [p for name, p in trained(student).items() if "lora_B" in name]
@@ -112,7 +113,7 @@ def test_an_untrained_adapter_can_learn(kind: NetworkTeacher, labels_for: Labels
 
 
 @torch.no_grad()
-def test_a_failing_call_leaves_the_teacher_alone(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_a_failing_call_leaves_the_teacher_alone(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = some_way_in(kind), starts(kind), labels_for(kind, 4)
     alone, mine = kind.denoised(x_a, 0.5, cond), student(x_a, None, 0.3, cond)
     with pytest.raises((RuntimeError, ValueError)):
@@ -122,13 +123,13 @@ def test_a_failing_call_leaves_the_teacher_alone(kind: NetworkTeacher, labels_fo
     assert not torch.equal(mine, Student(kind, lora=Lora(2))(x_a, None, 0.3, cond))
 
 
-def test_a_rank_that_no_layer_has_is_refused(kind: NetworkTeacher) -> None:
+def test_a_rank_that_no_layer_has_is_refused(kind: Teacher) -> None:
     with pytest.raises(
-        ValueError, match=r"--lora_rank 1000000000: no adapted layer of \w+ has more than rank (\d+)"
+        ValueError, match=r"lora_rank=1000000000: no adapted layer of \w+ has more than rank (\d+)"
     ) as caught:
         Student(kind, lora=Lora(10**9))
     full = int(str(caught.value).split("more than rank ")[1].split(";")[0])
-    with pytest.raises(ValueError, match=f"--lora_rank {full + 1}: "):
+    with pytest.raises(ValueError, match=f"lora_rank={full + 1}: "):
         Student(kind, lora=Lora(full + 1))
     assert list(adapters(Student(kind, lora=Lora(full)).network)), "the largest that is allowed"
 
@@ -176,7 +177,7 @@ def test_grouped_convolutions_are_left_out() -> None:
     # peft trains them and cannot merge them: the run would fail at its export.
     network = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1))
     assert target_layers(network) == ["1"]
-    with pytest.raises(ValueError, match="--lora_target_modules 0: no Linear or ungrouped Conv"):
+    with pytest.raises(ValueError, match=r"lora_target_modules=\['0'\]: no Linear or ungrouped Conv"):
         target_layers(network, ("0",))
 
 
@@ -189,13 +190,11 @@ def test_named_layers_are_found_by_the_ends_of_their_names(tiny_unet: MakeNetwor
 
 def test_layers_that_are_not_there_are_refused_by_name(tiny_unet: MakeNetwork) -> None:
     with pytest.raises(
-        ValueError, match="--lora_target_modules to_w q: no Linear or ungrouped Conv.*UNet2DModel.*to_q"
+        ValueError, match=r"lora_target_modules=\['to_w', 'q'\]: no Linear or ungrouped Conv.*UNet2DModel.*to_q"
     ) as caught:
         target_layers(tiny_unet(), ("to_w", "to_q", "q"))
     assert "\n" not in str(caught.value)
-    with pytest.raises(
-        ValueError, match="--lora_rank: ReLU has no Linear or ungrouped Conv layer.*without --lora_rank"
-    ):
+    with pytest.raises(ValueError, match="lora_rank: ReLU has no Linear or ungrouped Conv layer.*distil without it"):
         target_layers(nn.ReLU())
 
 
@@ -210,7 +209,7 @@ def test_layers_that_are_not_there_are_refused_by_name(tiny_unet: MakeNetwork) -
         ({"lora_alpha": 4.0}, "--lora_alpha 4 .*give --lora_rank too"),
         (
             {"lora_rank": 2, "lora_target_modules": ("nowhere",)},
-            "--lora_target_modules nowhere: no Linear or ungrouped Conv",
+            r"lora_target_modules=\['nowhere'\]: no Linear or ungrouped Conv",
         ),
     ],
 )
@@ -226,14 +225,15 @@ def test_without_peft_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "peft", None)
     done = call_cli("distill", *as_flags({**FAST, "teacher": teacher_folder(), "output_dir": tmp_path / "r", **LORA}))
     assert (
-        done.code == 2 and "--lora_rank needs peft, which is not installed: pip install 'onestill[lora]'" in done.words
+        done.code == 2
+        and "--lora_rank 2: needs peft, which is not installed; pip install 'onestill[lora]'" in done.words
     )
     assert snapshot(tmp_path) == {}
 
 
 def test_a_network_of_ones_own_or_a_callable_is_refused(timed_network: MakeNetwork) -> None:
     teacher = module_teacher(lambda x, t: x, CosineVP(), "sample", (1, 8, 8))
-    with pytest.raises(ValueError, match="--lora_rank trains beside the teacher's own weights.*`network=`"):
+    with pytest.raises(ValueError, match="lora_rank=2: trains beside the teacher's own weights.*`network=`"):
         Student(teacher, network=timed_network(), lora=Lora(2))
     with pytest.raises(ValueError, match="plain callable without weights"):
         Student(teacher, lora=Lora(2))
@@ -243,10 +243,10 @@ def test_a_network_of_ones_own_or_a_callable_is_refused(timed_network: MakeNetwo
 
 
 @torch.no_grad()
-def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond, print_before = some_way_in(kind), starts(kind), labels_for(kind, 4), kind.fingerprint()
     before = student(x_a, None, 0.2, cond)
-    baked = student.bake(0.2)
+    baked = bake(student, 0.2)
     assert type(baked) is type(kind.network) and not hasattr(baked, "peft_config")
     assert isinstance(kind.network, nn.Module)
     extra = set(baked.state_dict()) - set(kind.network.state_dict())
@@ -256,7 +256,7 @@ def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: Networ
     assert torch.equal(student(x_a, None, 0.2, cond), before) and kind.fingerprint() == print_before
 
 
-def test_the_merged_export_is_the_student(kind: NetworkTeacher, tmp_path: Path) -> None:
+def test_the_merged_export_is_the_student(kind: Teacher, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert export_student(some_way_in(kind), out) <= 1e-4
     assert not (out / "lora").exists()

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from onestill.core.errors import as_flags
 
-ALIASES = {"teacher": ["--pretrained_model_name_or_path"]}
+ALIASES = {"teacher": ["--pretrained_model_name_or_path"], "prompts": ["--prompt"]}
 
 
 def from_config(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -43,7 +43,8 @@ def from_config(model: type[BaseModel]) -> Callable[[Callable[..., None]], Calla
 
 def _parameter(name: str, info: Any) -> inspect.Parameter:
     """Return the keyword parameter, and with it the flag, of one field."""
-    kind = _plain_type(info.annotation)
+    told = info.json_schema_extra or {}
+    kind = str if told.get("commas") else _plain_type(info.annotation)
     names = [f"--{name}", *ALIASES.get(name, [])]
     if kind is bool:
         names = [f"--{name}/--no_{name}"]
@@ -52,7 +53,7 @@ def _parameter(name: str, info: Any) -> inspect.Parameter:
     option = typer.Option(
         *names,
         help=f"{as_flags(info.description)}{' [required]' if required else ''}{shown}",
-        rich_help_panel=(info.json_schema_extra or {}).get("panel"),
+        rich_help_panel=told.get("panel"),
         show_default=False,
     )
     annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045 - made at run time
@@ -69,4 +70,6 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_short, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

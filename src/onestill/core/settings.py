@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors
@@ -23,7 +23,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 """Settings for known teachers, which are found by name."""
 
 
-def setting(default: Any, panel: str, description: str, *, may_change: bool = False, **limits: Any) -> Any:
+def setting(
+    default: Any, panel: str, description: str, *, may_change: bool = False, commas: bool = False, **limits: Any
+) -> Any:
     """Return a field of a `Settings` model.
 
     Args:
@@ -31,15 +33,15 @@ def setting(default: Any, panel: str, description: str, *, may_change: bool = Fa
         panel: The panel of the help that it stands in.
         description: What it is, for the help; may mention other settings by `onestill.core.errors.named`.
         may_change: Whether a run may be gone on with under another value, since what it ends in stays the same.
+        commas: Whether it is a list that may be given as one text with commas, which its flag takes.
         limits: Limits on its value, as pydantic's `Field` takes them.
     """
-    return Field(
-        default, description=description, json_schema_extra={"panel": panel, "may_change": may_change}, **limits
-    )
+    said: dict[str, Any] = {"panel": panel, "may_change": may_change, "commas": commas}
+    return Field(default, description=description, json_schema_extra=said, **limits)
 
 
 def about(field: FieldInfo, what: str) -> Any:
-    """Return what `setting` was told of a field: its "panel", or whether it "may_change"."""
+    """Return what `setting` was told of a field: its "panel", or whether it "may_change" or has "commas"."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict), "fields of settings are made by `setting`"
     return extra[what]
@@ -49,6 +51,13 @@ class Settings(BaseModel):
     """Some settings. Frozen; unknown names are refused; defaults are checked as well."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        listed = isinstance(value, str) and about(cls.model_fields[info.field_name], "commas")
+        return value.split(",") if listed else value
 
     @classmethod
     def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:

@@ -11,17 +11,14 @@ from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
 from onestill.evaluation.pretrained import HUB_ID, TransformersFeatures
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
-from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 MIDDLE_LOG_SNR = 2.0
 
 
-def choose_features(
-    spec: str, teacher: NetworkTeacher, *, local_files_only: bool, device: torch.device
-) -> FeatureExtractor:
+def choose_features(spec: str, teacher: Teacher, *, local_files_only: bool, device: torch.device) -> FeatureExtractor:
     """Return the extractor for `--features`: teacher, an embedded teacher's name, a file, a folder or an id."""
     if spec == "teacher":
         return teacher_features(teacher, device)
@@ -64,7 +61,7 @@ def load_features(spec: str, *, local_files_only: bool = False, device: str | to
     return TransformersFeatures(spec, local_files_only=local_files_only, device=device)
 
 
-def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureExtractor:
+def teacher_features(teacher: Teacher, device: torch.device) -> FeatureExtractor:
     """Return the teacher's own middle features of slightly noised images, as an extractor.
 
     The noise is fixed (one seed) and its level is log-SNR 2, where networks see structure more than noise.
@@ -85,14 +82,14 @@ def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureEx
         alpha, sigma = (broadcast(v, images) for v in process.alpha_sigma(as_times(t, len(images))))
         # What the images show is not said: the null condition where there is one, else the same for all.
         cond = to_device(teacher.null_rows(teacher.example_rows(len(images))), device)
-        if isinstance(teacher, PipelineTeacher) and teacher.family.beside is not None:
+        if (condition := teacher.image_condition) is not None:
             # Each image beside itself made small, as a super-resolution network expects.
-            small = torch.nn.functional.interpolate(images, scale_factor=1 / teacher.picture.usual_factor, mode="area")
+            small = torch.nn.functional.interpolate(images, scale_factor=1 / condition.usual_factor, mode="area")
             cond |= to_device(teacher.picture_rows(small, fixed.expand_as(images)), device)
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
     middle = _middle_of(network)
-    decodes = isinstance(teacher, PipelineTeacher) and teacher.family.latents
+    decodes = teacher.has_decoder
     name = f"the teacher's own {middle}{' of latents' if decodes else ''} at log-SNR {MIDDLE_LOG_SNR:g}"
     return MiddleFeatures(network, look, submodule=middle, name=name, of_latents=decodes)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from onestill.core.tensors import Cond
     from onestill.objectives.base import Batch
-    from onestill.teachers.base import TeacherSpec
+    from onestill.teachers.teacher_spec import TeacherSpec
     from onestill.training.config import DistillConfig
 
 Generate = Callable[[Tensor, "Cond"], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step, vp_schedule
-from onestill.teachers.pipelines.spec import Family
+from onestill.teachers.pipelines.spec import PipelineSpec
 
 PIPELINE_NULL_CLASS = 1000
 
@@ -25,15 +25,13 @@ def null_class(config: Any) -> int:
     return label
 
 
-FAMILIES = (
-    Family(
-        name="dit",
-        pipelines=("DiTPipeline",),
-        network="transformer",
-        schedule=vp_schedule,
-        decode=decode_vae,
-        one_step=one_ddim_step,
-        prompt="class_labels",
-        null_class=null_class,
-    ),
+DIT = PipelineSpec(
+    name="dit",
+    pipelines=("DiTPipeline",),
+    network="transformer",
+    schedule=vp_schedule,
+    decode=decode_vae,
+    one_step=one_ddim_step,
+    prompt="class_labels",
+    null_class=null_class,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, square_size
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -18,16 +18,14 @@ def schedule(pipeline: Any) -> Schedule:
     return flow_schedule(pipeline, net_scale=-1.0, net_offset=1.0)
 
 
-FAMILIES = (
-    Family(
-        name="lumina2",
-        pipelines=("Lumina2Pipeline",),
-        network="transformer",
-        schedule=schedule,
-        decode=decode_vae,
-        one_step=one_flow_step,
-        arguments={"cfg_normalization": False},
-        sign=-1.0,
-        set_size=square_size,
-    ),
+LUMINA_2 = PipelineSpec(
+    name="lumina2",
+    pipelines=("Lumina2Pipeline",),
+    network="transformer",
+    schedule=schedule,
+    decode=decode_vae,
+    one_step=one_flow_step,
+    arguments={"cfg_normalization": False},
+    sign=-1.0,
+    set_size=square_size,
 )

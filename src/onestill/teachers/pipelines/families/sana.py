@@ -11,7 +11,7 @@ from typing import Any
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -25,15 +25,13 @@ def size(pipeline: Any) -> Mapping[str, int]:
     return {"height": side, "width": side}
 
 
-FAMILIES = (
-    Family(
-        name="sana",
-        pipelines=("SanaPipeline",),
-        network="transformer",
-        schedule=schedule,
-        decode=decode_vae,
-        one_step=one_flow_step,
-        arguments={"use_resolution_binning": False},
-        size=size,
-    ),
+SANA = PipelineSpec(
+    name="sana",
+    pipelines=("SanaPipeline",),
+    network="transformer",
+    schedule=schedule,
+    decode=decode_vae,
+    one_step=one_flow_step,
+    arguments={"use_resolution_binning": False},
+    size=size,
 )

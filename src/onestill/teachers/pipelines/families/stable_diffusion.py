@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from onestill.teachers.pipelines import vae as codec
 from onestill.teachers.pipelines.schedulers import one_level, plain_ddim, scheduler_process
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 SCALE_FEATURES = 256  # of the guidance scale, as in the latent consistency models of diffusers
 
@@ -62,25 +62,23 @@ def guide_once(network: Any) -> None:
     network.register_to_config(time_cond_proj_dim=SCALE_FEATURES)
 
 
-FAMILIES = (
-    Family(
-        name="stable_diffusion",
-        pipelines=("StableDiffusionPipeline",),
-        network="unet",
-        schedule=vp_schedule,
-        decode=decode_vae,
-        one_step=one_ddim_step,
-        adapt=guide_once,
-        set_size=any_size,
-    ),
-    Family(
-        name="stable_diffusion_xl",
-        pipelines=("StableDiffusionXLPipeline",),
-        network="unet",
-        schedule=vp_schedule,
-        decode=decode_vae,
-        one_step=one_ddim_step,
-        adapt=guide_once,
-        set_size=square_size,
-    ),
+STABLE_DIFFUSION = PipelineSpec(
+    name="stable_diffusion",
+    pipelines=("StableDiffusionPipeline",),
+    network="unet",
+    schedule=vp_schedule,
+    decode=decode_vae,
+    one_step=one_ddim_step,
+    adapt=guide_once,
+    set_size=any_size,
+)
+STABLE_DIFFUSION_XL = PipelineSpec(
+    name="stable_diffusion_xl",
+    pipelines=("StableDiffusionXLPipeline",),
+    network="unet",
+    schedule=vp_schedule,
+    decode=decode_vae,
+    one_step=one_ddim_step,
+    adapt=guide_once,
+    set_size=square_size,
 )

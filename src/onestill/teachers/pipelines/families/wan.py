@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -33,15 +33,13 @@ def frames(output: Any) -> Tensor:
     return videos.movedim(1, 2) * 2 - 1
 
 
-FAMILIES = (
-    Family(
-        name="wan",
-        pipelines=("WanPipeline",),
-        network="transformer",
-        schedule=schedule,
-        decode=decode_vae,
-        one_step=one_flow_step,
-        result=frames,
-        returns="frames",
-    ),
+WAN = PipelineSpec(
+    name="wan",
+    pipelines=("WanPipeline",),
+    network="transformer",
+    schedule=schedule,
+    decode=decode_vae,
+    one_step=one_flow_step,
+    result=frames,
+    output_field="frames",
 )

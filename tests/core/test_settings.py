@@ -1,0 +1,24 @@
+"""Settings: what a list with commas is read as."""
+
+from __future__ import annotations
+
+import pytest
+
+from onestill.core.errors import SettingError
+from onestill.core.settings import Settings, make, setting
+
+
+class Listed(Settings):
+    steps: tuple[int, ...] = setting((50, 10), "A", "Steps.", commas=True)
+
+
+@pytest.mark.parametrize("given", ["4,3", [4, 3], ("4", 3)])
+def test_a_list_may_be_given_with_commas(given: object) -> None:
+    assert make(Listed, {"steps": given}).steps == (4, 3)
+    assert make(Listed, {}).steps == (50, 10)
+
+
+def test_what_is_no_number_is_named() -> None:
+    with pytest.raises(SettingError) as caught:
+        make(Listed, {"steps": "4,x"})
+    assert caught.value.as_flags().startswith("--steps x: input should be a valid integer")
