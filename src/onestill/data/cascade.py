@@ -17,7 +17,7 @@ from torch import Tensor
 from onestill.core.errors import SettingError, named
 from onestill.core.tensors import Cond, noise, to_device, without_autocast
 from onestill.data.conditions import VALIDATION_SEED, PromptConditions
-from onestill.students.student import ignores_time
+from onestill.students.mark import is_student
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher, read_index
 from onestill.teachers.pipelines import text_encoders as encoders
@@ -241,7 +241,7 @@ def open_first_stage(path: str | Path) -> FirstStage:
         )
     if teacher.image_condition is not None:
         raise SettingError("base_student", path, f"needs a picture itself ({teacher.kind})", "give the first stage")
-    if not ignores_time(teacher.network):
+    if not is_student(folder, teacher.network):
         why = f"is a {teacher.kind} of many steps, no one-step student"
         todo = f"distil it first (onestill distill, with it as {named('teacher')}) and give that run"
         raise SettingError("base_student", path, why, todo)

@@ -28,13 +28,15 @@ from onestill.runs.checks import (
 )
 from onestill.runs.resume import made_longer
 from onestill.students.lora import Lora
-from onestill.students.student import Student, refuse_student
+from onestill.students.mark import refuse_student
+from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.teachers.teacher_spec import Threshold
 from onestill.training.checkpoint import Checkpoint
-from onestill.training.config import CALL_ARGUMENTS, DistillConfig, make_config
+from onestill.training.config import DistillConfig, make_config
 
 PYTHON_OBJECT = "python object"
 
