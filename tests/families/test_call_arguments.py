@@ -232,11 +232,11 @@ def test_more_tokens_are_cut_later(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("no such argument", "sd-epsilon", "--num_frames 3", "--num_frames: the call of StableDiffusionPipeline has no such argument; it has --height, --width"),
-    ("no tokens", "sd-epsilon", "--max_sequence_length 77", "--max_sequence_length: the call of StableDiffusionPipeline has no such argument"),
-    ("no sound", "wan", "--audio_end_in_s 2", "--audio_end_in_s: the call of WanPipeline has no such argument"),
-    ("no size", "dit", "--height 16 --width 16", "--height: the call of DiTPipeline has no such argument"),
-    ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames: the call of AuraFlowPipeline has no such argument"),
+    ("no such argument", "sd-epsilon", "--num_frames 3", "--num_frames 3: the call of StableDiffusionPipeline has no such argument; it has --height, --width"),
+    ("no tokens", "sd-epsilon", "--max_sequence_length 77", "--max_sequence_length 77: the call of StableDiffusionPipeline has no such argument"),
+    ("no sound", "wan", "--audio_end_in_s 2", "--audio_end_in_s 2: the call of WanPipeline has no such argument"),
+    ("no size", "dit", "--height 16 --width 16", "--height 16: the call of DiTPipeline has no such argument"),
+    ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames 3: the call of AuraFlowPipeline has no such argument"),
     ("height alone", "sd-epsilon", "--height 16", "--height and --width are given together or not at all"),
     ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 --width 16: `height` and `width` have to be divisible by 8"),
     ("rounded without a word", "flux", "--height 19 --width 16 --max_sequence_length 16", "--height 19: a FluxPipeline cannot make that and rounds it; ask for --height 16"),
@@ -312,7 +312,7 @@ def test_inspect_says_the_start_level_and_takes_another(name: str, t_max: float,
         assert outcome.code == 2 and "a flow-matching student starts from pure noise" in outcome.words
         return
     given = json.loads(outcome.out)
-    assert (given["t_max"], given["t_max_reason"]) == (0.9, "given with --t_max")
+    assert (given["t_max"], given["t_max_reason"]) == (0.9, "given")
     assert given["alpha_at_t_max"] > found["alpha_at_t_max"]
 
 
@@ -333,7 +333,7 @@ def test_a_flow_student_that_could_not_be_exported_is_not_trained(tmp_path: Path
         "distill", "--teacher", teacher("sd3"), "--t_max", 0.9, "--output_dir", tmp_path / "run", "--device", "cpu",
         "--prompt_file", place() / "p.txt", "--prompt_cache_dir", tmp_path / "cache",
     )  # fmt: skip
-    assert outcome.code == 2 and "a flow-matching student starts from pure noise; leave --t_max at 1" in outcome.words
+    assert outcome.code == 2 and "a flow-matching student starts from pure noise; leave it at 1" in outcome.words
     assert list(tmp_path.iterdir()) == []
 
 

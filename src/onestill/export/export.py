@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from onestill.core.files import save_tensors, set_usual_mode
 from onestill.core.tensors import Cond, noise, to_device, without_autocast
-from onestill.diffusion.process import head
+from onestill.diffusion.prediction import preconditioning
 from onestill.export.pipeline import lora_words, write_family
 from onestill.sampling.generate import Generate, student_generator
 from onestill.students import model_card as card
@@ -55,7 +55,7 @@ def start_head(student: Student) -> StartHead:
     spec = student.spec
     t = torch.tensor([spec.t_max], dtype=torch.float64)
     alpha, sigma = spec.process.alpha_sigma(t)
-    c_in, c_skip, c_out = head(spec.prediction_type, alpha, sigma, spec.sigma_data)
+    c_in, c_skip, c_out = preconditioning(spec.prediction_type, alpha, sigma, spec.sigma_data)
     scale = torch.hypot(alpha, sigma)
     return StartHead(float(c_skip * scale), float(c_out), float(c_in * scale), float(spec.process.net_time(t)))
 
