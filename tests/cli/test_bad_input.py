@@ -227,9 +227,7 @@ def test_a_path_never_reaches_the_hub(path: str, tmp_path: Path, monkeypatch: py
         ["sample", "--output", "x.png"],
     ):
         outcome = call_cli(*command, "--teacher", path)
-        assert outcome.code == 2 and f"--teacher {path}: no such folder; give a folder" in outcome.words, (
-            outcome.err
-        )
+        assert outcome.code == 2 and f"--teacher {shlex.quote(path)}: no such folder; give a folder" in outcome.words, outcome.err
     assert list(tmp_path.iterdir()) == []
     # What may be a hub id does: this is the same door.
     with pytest.raises(ValueError, match="the hub was asked"):
@@ -511,7 +509,7 @@ OTHERS = [
     Case("scales and a scale", S + "--student RUN_DRAWN --guidance_scales 1,2 --guidance_scale 2", "--guidance_scales 1,2 and --guidance_scale 2: give one or the other"),
     Case("scales of a fixed student", S + "--student RUN --guidance_scales 1,2", "--guidance_scales 1,2: this student was distilled with w = 1 fixed; distil with --guidance_scale_min"),
     Case("scales of an export", S + "--student RUN/pipeline --guidance_scales 1,2", "give the run's folder for --guidance_scales"),
-    Case("scales of no classes", S + "--teacher PLAIN --guidance_scales 1,2", "--guidance_scales 2 needs a teacher with a null class"),
+    Case("scales of no classes", S + "--teacher PLAIN --guidance_scales 1,2", "--guidance_scales 1,2: needs a teacher with a null class"),
     Case("times and a time", S + "--student RUN --target_times 1,0 --target_time 0.5", "--target_times 1,0 and --target_time 0.5: give one or the other"),
     Case("times that are none", S + "--student RUN --target_times 1,,0", "--target_times '1,,0' must be numbers with commas, such as 1,0.5,0"),
     Case("times out of range", S + "--student RUN --target_times 2,0", "--target_times must be between 0"),
@@ -590,7 +588,7 @@ def test_a_run_whose_teacher_is_gone(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(config)
     teacher.rename(tmp_path / "gone")
     outcome = call_cli("sample", "--student", run / "checkpoint-4", "--output", tmp_path / "x.png")
-    assert outcome.code == 2 and f"--teacher {teacher}: no such teacher" in outcome.words
+    assert outcome.code == 2 and f"--teacher {teacher}: no such folder" in outcome.words
     # What is exported needs no teacher.
     assert call_cli("sample", "--student", run, "--output", tmp_path / "x.png").code == 0
 

@@ -238,11 +238,11 @@ REFUSED = [
     ("no size", "dit", "--height 16 --width 16", "--height 16: the call of DiTPipeline has no such argument"),
     ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames 3: the call of AuraFlowPipeline has no such argument"),
     ("height alone", "sd-epsilon", "--height 16", "--height and --width are given together or not at all"),
-    ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 --width 16: `height` and `width` have to be divisible by 8"),
+    ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 and --width 16: `height` and `width` have to be divisible by 8"),
     ("rounded without a word", "flux", "--height 19 --width 16 --max_sequence_length 16", "--height 19: a FluxPipeline cannot make that and rounds it; ask for --height 16"),
     ("frames rounded", "wan", "--height 32 --width 32 --num_frames 6", "--num_frames 6: a WanPipeline cannot make that and rounds it; ask for --num_frames 5"),
     ("more than the network takes", "sd3", "--height 320 --width 16", "--height 320: Height (80) cannot be greater than"),
-    ("too long a sound", "stable-audio", "--audio_end_in_s 50", "--audio_end_in_s 50.0: The total audio length requested"),
+    ("too long a sound", "stable-audio", "--audio_end_in_s 50", "--audio_end_in_s 50: The total audio length requested"),
     ("zero", "sd-epsilon", "--height 0 --width 16", "--height"),
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onestill.core.errors import SettingError
 from onestill.core.tensors import Cond, noise
 from onestill.runs.checks import check_count, check_guidance, check_seeds
 from onestill.sampling import pictures
@@ -411,6 +412,10 @@ def asked_by(flag: str | None, values: Sequence[float] = ()) -> Iterator[None]:
     one = flag.removesuffix("s")
     try:
         yield
+    except SettingError as error:
+        if error.settings != (one,) or not values:
+            raise
+        raise error.about(flag, tuple(values)) from None
     except ValueError as error:
         given = ",".join(f"{value:g}" for value in values)
         words = re.sub(rf"^--{one} [^\s:]+:", f"--{one} {given}:", str(error)) if given else str(error)
