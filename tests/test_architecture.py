@@ -225,15 +225,14 @@ def test_nobody_asks_which_kind_of_teacher_it_is() -> None:
 def names_of_families_and_processes() -> set[str]:
     """Return every name that a family or a process goes by."""
     from onestill.diffusion import process
-    from onestill.teachers.load import FAMILIES
+    from onestill.teachers.pipelines.families import FAMILIES
 
     processes = {
         value.name
         for value in vars(process).values()
         if inspect.isclass(value) and isinstance(vars(value).get("name"), str)
     }
-    names = {name if isinstance(name, str) else str(getattr(name, "name", name)) for name in FAMILIES}
-    return names | processes | {"stable_diffusion", "deepfloyd_if", "flux", "dit"}
+    return {family.name for family in FAMILIES} | processes
 
 
 def test_nobody_compares_the_name_of_a_family_or_a_process() -> None:
