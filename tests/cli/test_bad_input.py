@@ -5,6 +5,7 @@ Every case starts in an empty folder with what its `make` puts there; the folder
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,7 +228,9 @@ def test_a_path_never_reaches_the_hub(path: str, tmp_path: Path, monkeypatch: py
         ["sample", "--output", "x.png"],
     ):
         outcome = call_cli(*command, "--teacher", path)
-        assert outcome.code == 2 and f"--teacher {shlex.quote(path)}: no such folder; give a folder" in outcome.words, outcome.err
+        assert outcome.code == 2 and f"--teacher {shlex.quote(path)}: no such folder; give a folder" in outcome.words, (
+            outcome.err
+        )
     assert list(tmp_path.iterdir()) == []
     # What may be a hub id does: this is the same door.
     with pytest.raises(ValueError, match="the hub was asked"):
