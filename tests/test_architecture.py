@@ -277,6 +277,20 @@ def test_files_are_short() -> None:
 
 # The package from outside
 
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (PACKAGE.parents[1] / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_what_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "onestill":
+            module = importlib.import_module(node.module or "")
+            names = [alias.name for alias in node.names]
+            there = [
+                hasattr(module, name) or f"{node.module}.{name}".removeprefix("onestill.") in MODULES for name in names
+            ]
+            assert all(there), f"{node.module}: {names}"
+
 
 def in_a_fresh_interpreter(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from onestill.core.tensors import Cond
 from onestill.evaluation.features import FeatureExtractor
 from onestill.sampling.generate import Rows, generate_images
-
-
-class Candidate(Protocol):
-    """What is evaluated: `onestill.sampling.samplers.Source` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def generate(self) -> Callable[[Tensor, Cond], Tensor]: ...
-    @property
-    def sample_shape(self) -> tuple[int, ...]: ...
-    @property
-    def num_steps(self) -> int: ...
-    @property
-    def calls(self) -> int: ...
-    @property
-    def latents(self) -> Callable[[Tensor, Cond], Tensor] | None: ...
-    @property
-    def decodes(self) -> bool: ...
-    @property
-    def decode(self) -> Callable[[Tensor], Tensor] | None: ...
-    def conditions(
-        self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0
-    ) -> Rows: ...
+from onestill.sampling.samplers.base import Sampler
 
 
 @dataclass(frozen=True)
@@ -70,47 +46,46 @@ class Settings:
     show_progress: bool = False
 
 
-def check_features(extractor: FeatureExtractor, sources: Sequence[Candidate]) -> None:
+def check_features(extractor: FeatureExtractor, sources: Sequence[Sampler]) -> None:
     """Raise ValueError if the extractor looks at latents and a source does not give them."""
     for source in sources:
-        if looks_at_latents(extractor, source) and source.latents is None:
+        if looks_at_latents(extractor, source) and not source.gives_latents:
             raise ValueError(
                 f"--features teacher looks at latents, and {source.name} gives images only; name a transformers model"
             )
 
 
-def looks_at_latents(extractor: FeatureExtractor, source: Candidate) -> bool:
+def looks_at_latents(extractor: FeatureExtractor, source: Sampler) -> bool:
     """Return whether the features are those of what comes before the decoder."""
-    return source.decodes and getattr(extractor, "of_latents", False)
+    return source.has_decoder and getattr(extractor, "of_latents", False)
 
 
-def samples(source: Candidate, extractor: FeatureExtractor, seeds: range, cond: Rows, settings: Settings) -> Tensor:
+def samples(source: Sampler, extractor: FeatureExtractor, seeds: range, cond: Rows, settings: Settings) -> Tensor:
     """Return what the extractor looks at: images, or the latents they are decoded from."""
     how: dict[str, Any] = {"batch_size": settings.batch_size, "show_progress": settings.show_progress}
     if looks_at_latents(extractor, source):
-        assert source.latents is not None, "check_features has been called"
         return generate_images(source.latents, seeds, source.sample_shape, cond, **how).float()
-    images = generate_images(source.generate, seeds, source.sample_shape, cond, **how)
+    images = generate_images(source, seeds, source.sample_shape, cond, **how)
     # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
     return images.clamp(-1, 1)
 
 
-def first_pictures(source: Candidate, seeds: range, cond: Rows, num: int = 16) -> Tensor:
+def first_pictures(source: Sampler, seeds: range, cond: Rows, num: int = 16) -> Tensor:
     """Return the first pictures of a row, to be shown."""
     first = {name: value[:num] for name, value in cond.items()}
-    return generate_images(source.generate, seeds[:num], source.sample_shape, first, batch_size=num)
+    return generate_images(source, seeds[:num], source.sample_shape, first, batch_size=num)
 
 
 def pictures_of_samples(
-    source: Candidate, extractor: FeatureExtractor, images: Tensor, seeds: range, cond: Rows, batch_size: int
+    source: Sampler, extractor: FeatureExtractor, images: Tensor, seeds: range, cond: Rows, batch_size: int
 ) -> Iterator[Tensor]:
     """Yield the pictures of a row in batches: what the features looked at, or decoded from it."""
     for first in range(0, len(images), batch_size):
         batch = slice(first, first + batch_size)
         if not looks_at_latents(extractor, source):
             yield images[batch]
-        elif source.decode is not None:
+        elif source.can_decode:
             yield source.decode(images[batch]).cpu()
         else:  # an exported pipeline decodes inside its call
             rows = {name: value[batch] for name, value in cond.items()}
-            yield generate_images(source.generate, seeds[batch], source.sample_shape, rows, batch_size=batch_size)
+            yield generate_images(source, seeds[batch], source.sample_shape, rows, batch_size=batch_size)

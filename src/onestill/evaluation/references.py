@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestill.evaluation.candidates import Candidate, Settings, samples
+from onestill.evaluation.candidates import Settings, samples
 from onestill.evaluation.features import FeatureExtractor
+from onestill.sampling.samplers.base import Sampler
 from onestill.teachers.load import EMBEDDED
 
 REFERENCE_SEED = 10_000_000
@@ -34,7 +35,7 @@ class Reference:
     prompts: Sequence[str] = ()
 
 
-def teacher_reference(source: Candidate, extractor: FeatureExtractor, settings: Settings) -> Reference:
+def teacher_reference(source: Sampler, extractor: FeatureExtractor, settings: Settings) -> Reference:
     """Return the teacher's own many-step samples (or their latents), from seeds that no row uses."""
     num = settings.num_samples
     first = REFERENCE_SEED if settings.seed + num <= REFERENCE_SEED else settings.seed + num

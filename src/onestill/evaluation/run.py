@@ -12,7 +12,6 @@ from torch import Tensor
 from onestill.core.tensors import noise
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.candidates import (
-    Candidate,
     Settings,
     first_pictures,
     looks_at_latents,
@@ -25,6 +24,7 @@ from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import Reference
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
 from onestill.sampling.generate import Rows
+from onestill.sampling.samplers.base import Sampler
 
 NUM_SHOWN = 100
 SPEED_ROUNDS = 5
@@ -32,7 +32,7 @@ NO_KERNEL = "no kernel distance: rows and reference show the same prompts, at le
 
 
 def compare_sources(
-    sources: Sequence[tuple[str, Candidate, bool]],
+    sources: Sequence[tuple[str, Sampler, bool]],
     reference: Reference,
     extractor: FeatureExtractor,
     settings: Settings,
@@ -169,7 +169,7 @@ def _notes(settings: Settings) -> tuple[str, ...]:
 
 def _row(
     name: str,
-    source: Candidate,
+    source: Sampler,
     is_student: bool,
     images: Tensor,
     cond: Rows,
@@ -200,7 +200,7 @@ def _row(
         name=name,
         is_student=is_student,
         num_steps=source.num_steps,
-        network_evaluations=source.calls,
+        network_evaluations=source.evaluations,
         frechet_distance=metrics.frechet_distance(real, fake),
         kernel_distance=kernel,
         kernel_distance_std=spread,
@@ -214,13 +214,13 @@ def _row(
     )
 
 
-def _speeds(sources: Sequence[tuple[str, Candidate, bool]], settings: Settings) -> dict[str, tuple[float, float]]:
+def _speeds(sources: Sequence[tuple[str, Sampler, bool]], settings: Settings) -> dict[str, tuple[float, float]]:
     """Return seconds per call at batch 1 and at the large batch, all rows timed in turns."""
 
-    def call(source: Candidate, num: int) -> Callable[[], object]:
+    def call(source: Sampler, num: int) -> Callable[[], object]:
         eps = noise(range(num), source.sample_shape)
         cond = source.conditions(num, settings.class_labels, settings.prompts)
-        return lambda: source.generate(eps, cond)
+        return lambda: source(eps, cond)
 
     one, large = (
         speed.compare(

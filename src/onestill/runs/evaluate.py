@@ -19,10 +19,10 @@ from onestill.evaluation.run import compare_sources
 from onestill.runs.build import fit_teacher
 from onestill.runs.checks import check_device, check_guidance, check_seeds, check_writable, resolve_device
 from onestill.runs.folder import PIPELINE_FOLDER, is_run
-from onestill.runs.load import check_folder, open_student
-from onestill.runs.restore import run_teacher
+from onestill.runs.load import LoadedStudent, check_folder, load_student, run_teacher
 from onestill.sampling import pictures
-from onestill.sampling.samplers import Source, teacher_source
+from onestill.sampling.samplers.base import Sampler
+from onestill.sampling.samplers.network import TeacherSampler
 from onestill.students import model_card as card
 from onestill.students.student import refuse_student
 from onestill.teachers.base import Teacher
@@ -104,8 +104,9 @@ def evaluate(
     _check_evaluation(num_samples, steps, batch_size, num_reference_steps, output, overwrite)
     check_seeds(seed, num_samples)
     check_guidance(guidance_scale)
-    one_step = _open_at_scale(student, place, guidance_scale, local_files_only, base_student)
-    base, fitted = _teacher_of(one_step, teacher, guidance_scale, null_class, negative_prompt, place, local_files_only)
+    loaded = _open_at_scale(student, place, guidance_scale, local_files_only, base_student)
+    one_step = loaded.sampler
+    base, fitted = _teacher_of(loaded, teacher, guidance_scale, null_class, negative_prompt, place, local_files_only)
     name = base.spec.source
     extractor = features
     if isinstance(extractor, str):
@@ -114,8 +115,8 @@ def evaluate(
     if reference == "auto":
         sees_images = not getattr(extractor, "of_latents", False)
         reference = name if name in EMBEDDED and sees_images else "teacher"
-    held_out = _held_out_prompts(str(reference), name, one_step.config)
-    asked, asked_from = _prompts_of(one_step, prompts, prompt_file, prompt_field, held_out)
+    held_out = _held_out_prompts(str(reference), name, loaded.config)
+    asked, asked_from = _prompts_of(loaded, prompts, prompt_file, prompt_field, held_out)
     one_step.conditions(1, tuple(class_labels), asked)
     for warning in one_step.warnings(asked[:num_samples]):
         say(warning)
@@ -127,17 +128,17 @@ def evaluate(
         class_labels=tuple(class_labels) or one_step.labels,
         prompts=asked,
         prompts_from=asked_from,
-        base_student=one_step.base.name if one_step.base is not None else "",
+        base_student=one_step.first_stage.name if one_step.first_stage is not None else "",
         measure_speed=measure_speed,
-        guidance_scale=_guidance_of(one_step, guidance_scale, base),
+        guidance_scale=_guidance_of(loaded, guidance_scale, base),
         device=str(place),
         show_progress=show_progress,
     )
     check_features(extractor, [one_step])
-    sampler = teacher_source(base, fitted, num_steps=num_reference_steps, device=place, base_student=one_step.base)
+    sampler = TeacherSampler(fitted, num_steps=num_reference_steps, device=place, first_stage=one_step.first_stage)
     images = _reference(str(reference), base, sampler, extractor, settings, say)
-    rows: list[tuple[str, Source, bool]] = [
-        (f"DDIM-{n}", teacher_source(base, fitted, num_steps=n, device=place, base_student=one_step.base), False)
+    rows: list[tuple[str, Sampler, bool]] = [
+        (f"DDIM-{n}", TeacherSampler(fitted, num_steps=n, device=place, first_stage=one_step.first_stage), False)
         for n in steps
     ]
     report, shown = compare_sources(
@@ -152,18 +153,20 @@ def evaluate(
                 title="same noise in every column",
                 columns=asked[:16],
             )
-        if one_step.folder is not None:
-            card.write_table(one_step.folder, report.to_markdown())
+        if loaded.pipeline is not None:
+            card.write_table(loaded.pipeline, report.to_markdown())
     return report
 
 
 def _open_at_scale(
     student: str | Path, device: torch.device, scale: float | None, offline: bool, base: str | Path | None
-) -> Source:
+) -> LoadedStudent:
     """Return the student to evaluate, at the guidance scale asked for if it takes one."""
-    source = open_student(student, device=device, local_files_only=offline, base_student=base)
-    takes_it = source.config is not None and source.config.guidance_range is not None and source.folder != Path(student)
-    return source if scale is None or not takes_it else source.at(guidance_scale=scale)
+    found = load_student(student, device=device, local_files_only=offline, base_student=base)
+    takes_it = found.config is not None and found.config.guidance_range is not None and found.pipeline != Path(student)
+    if scale is None or not takes_it:
+        return found
+    return LoadedStudent(found.sampler.at(guidance_scale=scale), None, found.run)
 
 
 def _held_out_prompts(reference: str, teacher: str, config: DistillConfig | None) -> Path | None:
@@ -180,7 +183,7 @@ def _held_out_prompts(reference: str, teacher: str, config: DistillConfig | None
 
 
 def _prompts_of(
-    student: Source,
+    student: LoadedStudent,
     prompts: Sequence[str],
     prompt_file: str | Path | None,
     prompt_field: str | None,
@@ -188,7 +191,7 @@ def _prompts_of(
 ) -> tuple[Sequence[str], str]:
     """Return (the prompts to evaluate on, where they come from): given ones, held-out ones, or those of the run."""
     config, kind = student.config, ""
-    if student.text and not prompts and prompt_file is None:
+    if student.sampler.takes_text and not prompts and prompt_file is None:
         if held_out is not None:
             prompt_file, kind = held_out, ", held-out ones"
         elif config is not None:
@@ -242,7 +245,7 @@ def _check_evaluation(
 
 
 def _teacher_of(
-    student: Source,
+    student: LoadedStudent,
     teacher: str | Path | Teacher | None,
     guidance_scale: float | None,
     null_class: int | None,
@@ -250,7 +253,7 @@ def _teacher_of(
     device: torch.device,
     offline: bool,
 ) -> tuple[Teacher, Teacher]:
-    config, said = student.config, card.distilled(student.folder)
+    config, said = student.config, card.distilled(student.pipeline)
     if teacher is None and config is None:
         raise ValueError("--student is an exported folder that does not know its teacher; name it with --teacher")
     if isinstance(teacher, Teacher):
@@ -262,7 +265,7 @@ def _teacher_of(
             teacher,
             local_files_only=offline,
             device=str(device),
-            arguments=student.arguments,
+            arguments=student.sampler.arguments,
             t_max=None if config is None else config.t_max,
             variant=None if config is None else config.variant,
         )
@@ -270,20 +273,21 @@ def _teacher_of(
             base = load(null_class=known if null_class is None else null_class)
         except ValueError:
             if null_class is None and known is not None:
-                _check_pair(student, load())  # another teacher has no such label, which nobody has named
+                _check_pair(student.sampler, load())  # another teacher has no such label, which nobody has named
             raise
     else:
         assert student.run is not None
         assert config is not None
-        base = run_teacher(student.run, config, device, local_files_only=offline)
+        base = run_teacher(student.run, device, local_files_only=offline)
     refuse_student(base)
-    _check_pair(student, base)
-    if base.image_condition is not None and student.base is not None and student.noise_level is not None:
-        base = base.with_image_condition(student.noise_level, student.base.examples)
+    _check_pair(student.sampler, base)
+    first_stage, level = student.sampler.first_stage, student.sampler.noise_level
+    if base.image_condition is not None and first_stage is not None and level is not None:
+        base = base.with_image_condition(level, first_stage.examples)
     scale = _guidance_of(student, guidance_scale, base)
     if scale is None and base.can_guide:
         raise ValueError(
-            f"{student.name} does not say what guidance was distilled into it, and its teacher can guide: say which w the "
+            f"{student.sampler.name} does not say what guidance was distilled into it, and its teacher can guide: say which w the "
             "teacher is to have with --guidance_scale (1 for none)"
         )
     negative = negative_prompt
@@ -295,7 +299,7 @@ def _teacher_of(
     return base, guided(base, base.usual_guidance if scale is None else scale, threshold=said.threshold)
 
 
-def _check_pair(student: Source, teacher: Teacher) -> None:
+def _check_pair(student: Sampler, teacher: Teacher) -> None:
     """Raise ValueError if a student and a teacher cannot be compared."""
     spec = teacher.spec
     if spec.sample_shape != student.sample_shape:
@@ -304,20 +308,22 @@ def _check_pair(student: Source, teacher: Teacher) -> None:
         raise ValueError(
             f"--student has {len(student.labels)} classes and --teacher {spec.num_classes or 0}: not the same teacher"
         )
-    if (teacher.image_condition is None) != (student.base is None):
+    if (teacher.image_condition is None) != (student.first_stage is None):
         raise ValueError(
             "one of --student and --teacher enlarges a picture and the other does not: not the same teacher"
         )
-    if student.text != spec.text:
-        raise ValueError(f"--student {'takes' if student.text else 'takes no'} text, and --teacher is another teacher")
+    if student.takes_text != spec.text:
+        raise ValueError(
+            f"--student {'takes' if student.takes_text else 'takes no'} text, and --teacher is another teacher"
+        )
 
 
-def _guidance_of(student: Source, guidance_scale: float | None, teacher: Teacher) -> float | None:
+def _guidance_of(student: LoadedStudent, guidance_scale: float | None, teacher: Teacher) -> float | None:
     """Return w of the teacher's rows: what is given, what the student's folder has baked in, or what its run says."""
     config = student.config
     if guidance_scale is not None or teacher.spec.conditioning == "none":
         return guidance_scale
-    baked = card.distilled(student.folder).guidance_scale
+    baked = card.distilled(student.pipeline).guidance_scale
     if baked is not None or config is None:
         return baked
     return config.guidance_scale if config.guidance_range is None else sum(config.guidance_range) / 2
@@ -326,7 +332,7 @@ def _guidance_of(student: Source, guidance_scale: float | None, teacher: Teacher
 def _reference(
     reference: str,
     base: Teacher,
-    sampler: Source,
+    sampler: Sampler,
     extractor: FeatureExtractor,
     settings: Settings,
     say: Callable[[str], None],
