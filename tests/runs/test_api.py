@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from runs_helpers import (
     FAST,
@@ -22,13 +23,14 @@ from runs_helpers import (
 from torch import Tensor
 
 import onestill
-from onestill.export.export import call_pipeline, load_pipeline
+from onestill.export.pixel import call_pipeline
 from onestill.runs.evaluate import default_report_folder
 from onestill.runs.export import export
 from onestill.runs.load import load_student
 from onestill.sampling.pictures import to_pil
 from onestill.students.model_card import NO_TABLE
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipelines.folder import load_stock
 
 FEW: dict[str, Any] = {
     "num_samples": 12,
@@ -113,7 +115,7 @@ def test_sample_goes_round_the_labels() -> None:
 
 
 def test_sample_is_what_plain_diffusers_gives() -> None:
-    pipeline = load_pipeline(finished_run("class") / "pipeline", "cpu")
+    pipeline = load_stock(DiffusionPipeline, finished_run("class") / "pipeline")
     # Seed 7 of three classes has class 1.
     expected = call_pipeline(pipeline, range(7, 11), [1, 2, 0, 1])
     assert (onestill.sample(finished_run("class"), num_images=4, seed=7) - expected).abs().max() <= 1e-5
