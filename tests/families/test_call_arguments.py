@@ -20,7 +20,8 @@ import onestill
 from onestill.runs.build import prepare
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.teacher import CALL_FILE
-from onestill.training.config import CALL_ARGUMENTS, make_config
+from onestill.teachers.settings import CALL_ARGUMENTS
+from onestill.training.config import make_config
 
 FAST: dict[str, Any] = {
     "device": "cpu",

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import onestill
+from onestill.core.settings import read_yaml
 from onestill.diffusion.process import CosineVP
 from onestill.runs.build import fit_teacher, prepare, with_embedded_prompts
 from onestill.runs.checks import check_device, check_output_dir, check_tracker, check_writable, resolve_device
@@ -37,7 +38,7 @@ from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import unet2d_teacher
 from onestill.training.checkpoint import read_checkpoint
-from onestill.training.config import make_config, read_yaml
+from onestill.training.config import make_config
 
 
 def distil(output_dir: Path, **settings: Any) -> RunResult:

@@ -23,7 +23,7 @@ from onestill.teachers.pipelines.generic import load_generic
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.pixel import load_unet2d
-from onestill.training.config import CALL_ARGUMENTS
+from onestill.teachers.settings import CALL_ARGUMENTS
 
 UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 Loader = Callable[..., Teacher]
