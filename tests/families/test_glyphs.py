@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from clip_helpers import MAX_TOKENS, write_clip
+from onestill.evaluation.run import NO_KERNEL
 from runs_helpers import call_cli, read_report
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +19,6 @@ from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import embedded_reference
-from onestill.evaluation.run import NO_KERNEL
 from onestill.runs.evaluate import _held_out_prompts, _open_clip
 from onestill.runs.restore import read_run_config
 from onestill.teachers.load import EMBEDDED, load_teacher
@@ -86,7 +86,7 @@ def test_a_run_takes_its_own_prompts(run: Path) -> None:
     assert image.shape == (1, 3, 32, 32) and torch.isfinite(image).all()
 
 
-FEW: dict[str, Any] = {"num_samples": 20, "steps": (4,), "num_reference_steps": 2, "measure_speed": False}
+FEW: dict[str, Any] = {"num_samples": 20, "steps": (4,), "num_reference_steps": 2, "speed": False}
 
 
 def test_an_evaluation_judges_held_out_prompts(run: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ FEW: dict[str, Any] = {
     "num_samples": 12,
     "steps": (2, 1),
     "num_reference_steps": 2,
-    "measure_speed": False,
+    "speed": False,
     "device": "cpu",
 }
 
@@ -167,7 +167,7 @@ def test_sample_refuses(arguments: dict[str, Any], message: str) -> None:
 def test_evaluate_against_the_teacher_with_its_own_features(tmp_path: Path) -> None:
     run = copied(finished_run(), tmp_path / "run")
     said: list[str] = []
-    report = onestill.evaluate(run, output=run / "evaluation", say=said.append, **{**FEW, "measure_speed": True})
+    report = onestill.evaluate(run, output=run / "evaluation", say=said.append, **{**FEW, "speed": True})
     assert [(row.name, row.num_steps, row.network_evaluations) for row in report.rows] == [
         ("DDIM-2", 2, 2),
         ("DDIM-1", 1, 1),
