@@ -67,7 +67,7 @@ def main() -> None:
     )
     rows: Rows = source.conditions(args.num_images, prompts=args.prompt or PROMPTS if source.text else ())
     asked = rows["prompt"] if source.text else rows["class_labels"].tolist() if rows else [None] * args.num_images
-    arguments = student.teacher.family.export_arguments if isinstance(student.teacher, PipelineTeacher) else {}
+    arguments = student.teacher.pipeline_spec.export_arguments if isinstance(student.teacher, PipelineTeacher) else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         python = args.python or fresh_python(folder / "venv")

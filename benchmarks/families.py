@@ -49,9 +49,9 @@ def main() -> None:
             build(name).save_pretrained(Path(folder) / "teacher")
             teacher = load_teacher(Path(folder) / "teacher", arguments=ARGUMENTS.get(name))
             assert isinstance(teacher, PipelineTeacher)
-            parity = self_check(teacher, teacher.family.schedule(teacher.pipeline).stock, num_steps=4)
+            parity = self_check(teacher, teacher.pipeline_spec.schedule(teacher.pipeline).stock, num_steps=4)
             exported = export_student(perturbed(teacher), Path(folder) / "student")
-        print(f"| {name} | {teacher.family.name} | {parity:.1e} | {exported:.1e} |", flush=True)
+        print(f"| {name} | {teacher.pipeline_spec.name} | {parity:.1e} | {exported:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from onestill.runs.build import prepare
 from onestill.runs.checks import resolve_device
 from onestill.runs.distill import make_trainer
 from onestill.runs.inspect import estimate
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.pixel import unet2d_teacher
 from onestill.training.config import make_config
@@ -38,7 +38,7 @@ from onestill.training.config import make_config
 TEACHERS = ("pixels", "text")
 
 
-def on_pixels(width: int) -> NetworkTeacher:
+def on_pixels(width: int) -> Teacher:
     """Return a U-Net of random weights on images of 3 x 16 x 16."""
     network = UNet2DModel(
         sample_size=16,

@@ -19,7 +19,7 @@ from onestill.diffusion.process import CosineVP
 from onestill.diffusion.trajectory import midpoint_step, solve, uniform_times
 from onestill.runs.build import prepare
 from onestill.runs.distill import run
-from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
 from onestill.teachers.module import module_teacher
 from onestill.training.config import make_config
@@ -57,7 +57,7 @@ def mixture() -> MixtureTeacher:
     return MixtureTeacher(means, 0.3, CosineVP())
 
 
-def as_network_teacher(exact: Teacher) -> NetworkTeacher:
+def as_network_teacher(exact: Teacher) -> Teacher:
     """Return the exact teacher as any callable is given to onestill."""
     return module_teacher(
         lambda x, net_time: exact.denoised(x, net_time, {}),

@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from onestill.diffusion.process import VE, CosineVP, FlowMatching, Process
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import unet2d_teacher
 
@@ -132,7 +132,7 @@ class Case:
     """One teacher that every test of teachers, students and exports runs on."""
 
     name: str
-    build: Callable[[], NetworkTeacher]
+    build: Callable[[], Teacher]
     scheduler: Any = None
 
     def __str__(self) -> str:
@@ -208,23 +208,23 @@ def vp_case(request: pytest.FixtureRequest) -> Case:
     return found
 
 
-_BUILT: dict[str, NetworkTeacher] = {}
+_BUILT: dict[str, Teacher] = {}
 
 
-def _shared(case: Case) -> NetworkTeacher:
+def _shared(case: Case) -> Teacher:
     if case.name not in _BUILT:
         _BUILT[case.name] = case.build()
     return _BUILT[case.name]
 
 
 @pytest.fixture
-def teacher(case: Case) -> NetworkTeacher:
+def teacher(case: Case) -> Teacher:
     """Each teacher of the conformance suite in turn, built once for all tests: never change it."""
     return _shared(case)
 
 
 @pytest.fixture(params=[case for case in CASES if case.name in KINDS], ids=str)
-def kind(request: pytest.FixtureRequest) -> NetworkTeacher:
+def kind(request: pytest.FixtureRequest) -> Teacher:
     """One teacher of each kind of network and head, built once for all tests: never change it."""
     return _shared(request.param)
 
@@ -260,10 +260,10 @@ def timed_network() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def labels_for() -> Callable[[NetworkTeacher, int], dict[str, Tensor]]:
+def labels_for() -> Callable[[Teacher, int], dict[str, Tensor]]:
     """`labels_for(teacher, num)` are conditions that go round the teacher's classes; {} if it has none."""
 
-    def labels(teacher: NetworkTeacher, num: int) -> dict[str, Tensor]:
+    def labels(teacher: Teacher, num: int) -> dict[str, Tensor]:
         known = teacher.spec.labels
         return {"class_labels": torch.tensor([known[i % len(known)] for i in range(num)])} if known else {}
 

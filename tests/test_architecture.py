@@ -35,9 +35,10 @@ ROOMS = (
     "onestill",
     "cli",
 )
-# The largest room has an order of its own, by the same rule.
+# The largest room has an order of its own, by the same rule; what the contract speaks of stands below `base`.
 TEACHERS = (
-    ("settings", "base"),
+    ("settings", "teacher_spec", "image_condition", "prompt_limits"),
+    ("base",),
     ("guidance", "closed_form", "module"),
     ("pipelines",),
     ("pixel", "pipelines.families", "pipelines.generic"),
@@ -147,8 +148,9 @@ def test_base_is_below_the_rest_of_its_folder() -> None:
     assert {"teachers.base", "objectives.base"} <= set(bases)
     for name in bases:
         folder = name.rpartition(".")[0]
+        below = TEACHERS[0] if name == "teachers.base" else ("settings",)
         beside = {target for target in imports_of(name) if target.startswith(f"{folder}.")}
-        assert beside <= {f"{folder}.settings"}, f"{name} must not import {beside}"
+        assert beside <= {f"{folder}.{lower}" for lower in below}, f"{name} must not import {beside}"
 
 
 def test_there_are_no_circles() -> None:

@@ -33,17 +33,18 @@ from onestill.students.model_card import (
     write_table,
 )
 from onestill.students.student import Student
-from onestill.teachers.base import NetworkTeacher, TeacherSpec
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import unet2d_teacher
+from onestill.teachers.teacher_spec import TeacherSpec
 
-Labels = Callable[[NetworkTeacher, int], Cond]
+Labels = Callable[[Teacher, int], Cond]
 NUM = 16
 
 
 @torch.no_grad()
-def trained(teacher: NetworkTeacher, guidance_range: tuple[float, float] | None = None, seed: int = 1) -> Student:
+def trained(teacher: Teacher, guidance_range: tuple[float, float] | None = None, seed: int = 1) -> Student:
     """Return a student whose every weight has moved, those that start at zero too."""
     student, generator = Student(teacher, guidance_range=guidance_range), torch.Generator().manual_seed(seed)
     for parameter in student.parameters():
@@ -267,7 +268,7 @@ def test_student_with_non_finite_weights_is_not_exported(cases: dict[str, Any], 
 # Modules
 
 
-def fresh_network(teacher: NetworkTeacher) -> nn.Module:
+def fresh_network(teacher: Teacher) -> nn.Module:
     """Return the network that a user would build again, with other weights than the teacher's."""
     network: Any = teacher.copy_network()
     for parameter in network.parameters():

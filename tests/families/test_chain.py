@@ -300,7 +300,7 @@ def test_a_first_stage_is_evaluated_on_its_teachers_features(tmp_path: Path) -> 
     assert outcome.code == 0, outcome.err
     extractor = json.loads(outcome.out)["protocol"]["extractor"]
     assert "the teacher's own mid_block" in extractor and "latents" not in extractor
-    assert not any(teacher_of(name).family.latents for name in ("if", SR)) and teacher_of("sd-epsilon").family.latents
+    assert not any(teacher_of(name).has_decoder for name in ("if", SR)) and teacher_of("sd-epsilon").has_decoder
     # A teacher's row is thresholded and clamped as the student's is.
     source = onestill.load_source(teacher=folder_of("if"), num_inference_steps=1, device="cpu")
     assert not source.decodes and source.latents is None
@@ -377,7 +377,9 @@ def test_the_export_is_checked_on_real_pictures_and_says_how_to_call_it(tmp_path
     assert found["images"][0].size == (16, 16)
 
     prepared = prepared_chain(tmp_path, lora_rank=2)
-    assert torch.equal(prepared.base.picture.example(prepared.base.pipeline, 3)[2], prepared.base_student.examples[0])
+    assert torch.equal(
+        prepared.base.image_condition.example(prepared.base.pipeline, 3)[2], prepared.base_student.examples[0]
+    )
     assert any("merged student alone" in message for message in prepared.messages) == (
         not hasattr(prepared.base.pipeline, "load_lora_weights")
     )

@@ -16,13 +16,12 @@ from pipelines import ARGUMENTS, BUILDERS, build
 from torch import Tensor
 
 from onestill.core.tensors import noise
-from onestill.data.prompt_pool import use_negative_prompt
 from onestill.export.export import export_student
 from onestill.export.pipeline import why_no_file
 from onestill.objectives import boot as objective
 from onestill.students.lora import Lora
 from onestill.students.student import Student, TimeEmbeddingInjection
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.build import self_check
 from onestill.teachers.pipelines.capture import record
@@ -62,15 +61,15 @@ def teacher(name: str) -> PipelineTeacher:
     return teacher_of(name)
 
 
-def noise_of(teacher: NetworkTeacher, num: int, seed: int = 0) -> Tensor:
+def noise_of(teacher: Teacher, num: int, seed: int = 0) -> Tensor:
     return torch.randn(num, *teacher.spec.sample_shape, generator=torch.Generator().manual_seed(seed))
 
 
 def conditions_of(teacher: PipelineTeacher, num: int = 2) -> dict[str, Tensor]:
-    return teacher.encode(examples(teacher.family, num))
+    return teacher.encode(examples(teacher.pipeline_spec, num))
 
 
-def perturbed(teacher: NetworkTeacher, **settings: Any) -> Student:
+def perturbed(teacher: Teacher, **settings: Any) -> Student:
     """Return a student some way into a training, with a target time that matters."""
     torch.manual_seed(5)
     student = Student(teacher, **settings)
@@ -81,21 +80,21 @@ def perturbed(teacher: NetworkTeacher, **settings: Any) -> Student:
 
 
 def test_four_guided_steps_are_the_pipelines_own(teacher: PipelineTeacher) -> None:
-    stock = teacher.family.schedule(teacher.pipeline).stock
+    stock = teacher.pipeline_spec.schedule(teacher.pipeline).stock
     assert self_check(teacher, stock, num_steps=4) <= PARITY
 
 
 def test_four_steps_away_from_a_negative_prompt_are_the_pipelines_own(teacher: PipelineTeacher) -> None:
     if not teacher.spec.text or not teacher.can_guide:
         pytest.skip("takes no negative prompt")
-    ours, stock = copy.copy(teacher), teacher.family.schedule(teacher.pipeline).stock
-    use_negative_prompt(ours, "a drawing")
+    ours, stock = copy.copy(teacher), teacher.pipeline_spec.schedule(teacher.pipeline).stock
+    ours = ours.with_negative_prompt("a drawing")
     assert any((ours.null_cond[name] != value).any() for name, value in teacher.null_cond.items() if value.numel())
     assert self_check(ours, stock, num_steps=4, negative_prompt="a drawing") <= PARITY
 
 
 def test_a_seed_is_the_pipelines_own_noise(teacher: PipelineTeacher) -> None:
-    family = teacher.family
+    family = teacher.pipeline_spec
     run = lambda: family.call(teacher.pipeline, examples(family, 2), {"num_inference_steps": 2}, seeds=(3, 4))  # noqa: E731
     call = record(run, teacher.network)[0]  # type: ignore[arg-type]  # a pipeline's network is a module
     first = family.sort_call(call, teacher.pipeline).x_t[-2:]
@@ -113,8 +112,8 @@ def test_single_and_batched_calls_agree(teacher: PipelineTeacher) -> None:
 
 
 def test_encoded_conditions_take_the_place_of_a_calls_own(teacher: PipelineTeacher) -> None:
-    family, pipeline = teacher.family, teacher.pipeline
-    given = {"num_inference_steps": 2, **family.guided(1.0)}
+    family, pipeline = teacher.pipeline_spec, teacher.pipeline
+    given = {"num_inference_steps": 2, **family.guidance_argument(1.0)}
     run = lambda: family.call(pipeline, examples(family, 2), given, seeds=(3, 4))  # noqa: E731
     (usual,) = record(run, teacher.network)  # type: ignore[arg-type]  # a pipeline's network is a module
     cond = {
@@ -171,7 +170,7 @@ def test_an_exported_target_time_is_baked_in(teacher: PipelineTeacher, tmp_path:
 # LoRA students
 
 
-def lora_student(teacher: NetworkTeacher, size: float = 0.0) -> Student:
+def lora_student(teacher: Teacher, size: float = 0.0) -> Student:
     """Return a student of low rank, some way into a training if `size` is not 0."""
     torch.manual_seed(5)
     student = Student(teacher, lora=Lora(2, alpha=3.0))
@@ -239,4 +238,4 @@ def plain_lora_call(teacher: PipelineTeacher, lora: Path) -> tuple[Tensor, Tenso
     pipeline.load_lora_weights(lora)
     kind = json.loads((lora / "scheduler_config.json").read_text())["_class_name"]
     pipeline.scheduler = getattr(diffusers, kind).from_pretrained(lora)
-    return teacher.family.plain_call(pipeline, teacher.signature, 2)
+    return teacher.pipeline_spec.plain_call(pipeline, teacher.signature, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import shutil
@@ -18,14 +17,13 @@ from runs_helpers import call_cli, copied, same_state
 from test_conformance import folder_of, perturbed, teacher_of
 from torch import Tensor, nn
 
-from onestill.data.prompt_pool import use_negative_prompt
 from onestill.diffusion.process import VE
 from onestill.export.export import export_student
 from onestill.runs.build import Prepared, configure, prepare
 from onestill.runs.distill import RunResult, run
 from onestill.runs.inspect import Inspection, inspect_teacher
-from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.guidance import as_sampled
+from onestill.teachers.base import Teacher
+from onestill.teachers.guidance import guided
 from onestill.teachers.module import module_teacher
 from onestill.training.config import CALL_ARGUMENTS, make_config
 
@@ -140,7 +138,7 @@ def check_bf16(prepared: Prepared) -> None:
     assert torch.bfloat16 in seen
 
 
-def inspected(teacher: NetworkTeacher, **own: Any) -> Inspection:
+def inspected(teacher: Teacher, **own: Any) -> Inspection:
     return inspect_teacher(teacher, make_config({"teacher": "x", "output_dir": "run", **FAST, **own}))
 
 
@@ -172,19 +170,19 @@ def test_inspect_tells_the_truth(name: str) -> None:
     assert found.conditioning == ("text" if text else "class")
     assert (found.num_prompts, found.prompt_bytes > 0) == ((7 + 1, True) if text else (0, False))  # and one shown
     scale = 1.0 if found.guidance == "none" else 3.0
-    assert as_sampled(teacher, scale).calls == (2 if found.guidance == "classifier-free" else 1)
+    assert guided(teacher, scale).evaluations == (2 if found.guidance == "classifier-free" else 1)
     if found.guidance != "classifier-free":
         message = "takes the guidance scale as an input" if found.guidance == "embedded" else "need a null condition"
         with pytest.raises(ValueError, match=message):
-            as_sampled(teacher, drawn=True)
+            guided(teacher, drawn=True)
     if not found.negative_prompts:
         with pytest.raises(ValueError, match="--negative_prompt 'red'"):
-            use_negative_prompt(teacher, "red")
+            teacher.with_negative_prompt("red")
     if found.negative_prompts:
-        use_negative_prompt(copy.copy(teacher), "red")
+        teacher.with_negative_prompt("red")
     if text:
-        assert teacher.cuts(["a", "a " * max(limits)]) == [0, 2 ** len(set(limits)) - 1]
-        kept = teacher.of_prompts(teacher.encode(["a"]))
+        assert teacher.exceeded_limits(["a", "a " * max(limits)]) == [0, 2 ** len(set(limits)) - 1]
+        kept = teacher.prompt_rows(teacher.encode(["a"]))
         assert found.prompt_bytes == sum(value.numel() * value.element_size() for value in kept.values())
 
 
@@ -223,7 +221,7 @@ OTHERS = [
 """Names of cases in tests/conftest.py."""
 
 
-def prepared_object(teacher: NetworkTeacher, folder: Path, network: nn.Module | None = None, **own: Any) -> Prepared:
+def prepared_object(teacher: Teacher, folder: Path, network: nn.Module | None = None, **own: Any) -> Prepared:
     """Return a run of a teacher object, guided where it can be."""
     settings = {**FAST, "output_dir": folder, "guidance_scale": 2.0 if teacher.can_guide else 1.0, **own}
     return prepare(configure(teacher, settings), teacher, network)

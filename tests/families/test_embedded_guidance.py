@@ -21,7 +21,7 @@ import onestill
 from onestill.core.tensors import as_times
 from onestill.diffusion.trajectory import Trajectory
 from onestill.runs.build import prepare
-from onestill.teachers.guidance import as_sampled
+from onestill.teachers.guidance import guided
 from onestill.teachers.pipelines.capture import watch
 from onestill.teachers.pipelines.schedulers import times_of
 from onestill.teachers.pipelines.spec import examples
@@ -63,7 +63,7 @@ def run(*flags: object) -> Path:
 def last_state(scale: float | None) -> tuple[Tensor, Tensor, list[float]]:
     """Return (noise, the state after four of the pipeline's own steps at a guidance scale, their times)."""
     teacher = teacher_of("flux")
-    family, pipeline, usual = teacher.family, teacher.pipeline, teacher.pipeline.scheduler
+    family, pipeline, usual = teacher.pipeline_spec, teacher.pipeline, teacher.pipeline.scheduler
     stock = family.schedule(pipeline).stock
     given: dict[str, Any] = {"num_inference_steps": 4, **({} if scale is None else {"guidance_scale": scale})}
     pipeline.scheduler = stock
@@ -83,8 +83,8 @@ def test_four_steps_at_a_scale_are_the_pipelines_own() -> None:
     usual = last_state(None)[1]
     for scale in (5.0, 3.5):
         x, theirs, times = last_state(scale)
-        told, cond = as_sampled(teacher, scale), conditions_of(teacher)
-        assert told.calls == 1
+        told, cond = guided(teacher, scale), conditions_of(teacher)
+        assert told.evaluations == 1
         for t, s in pairwise(times):
             x = Trajectory(teacher.spec.process, t).state(told.denoised(x, t, cond), x, as_times(s, 2))
         assert (x - theirs).abs().max() / theirs.abs().max() <= PARITY

@@ -253,7 +253,7 @@ def test_a_folder_with_safety_checker_and_watermarker_loads_without_the_former(t
 
 def test_low_resolution_rows_are_the_pipelines_own() -> None:
     teacher = teacher_of("if-super-resolution")
-    pictures = teacher.picture.example(teacher.pipeline, 2)
+    pictures = teacher.image_condition.example(teacher.pipeline, 2)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     # The second draw of each seed's generator; the first is the large picture's noise.
     blur = torch.stack([[torch.randn(3, 16, 16, generator=g) for _ in range(2)][1] for g in generators])
@@ -267,7 +267,7 @@ def test_an_exported_student_loaded_as_a_teacher_draws_its_pictures(tmp_path: Pa
     base = load_teacher(tmp_path / "base")
     assert isinstance(base, PipelineTeacher)
     prompts = ["a photo", "a red cat"]
-    theirs = base.family.call(
+    theirs = base.pipeline_spec.call(
         base.pipeline, prompts, {"output_type": "pt", "num_inference_steps": 1, "guidance_scale": 1.0}, seeds=(5, 6)
     ).images
     torch.testing.assert_close(base.one_step(noise([5, 6], (3, 8, 8)), base.encode(prompts)), theirs, atol=1e-4, rtol=0)
@@ -276,16 +276,16 @@ def test_an_exported_student_loaded_as_a_teacher_draws_its_pictures(tmp_path: Pa
 def test_a_chain_conditions_on_what_its_base_draws() -> None:
     base, teacher = teacher_of("if"), teacher_of("if-super-resolution")
     eps, blur, cond = noise_of(base, 2), noise_of(teacher, 2, seed=1), conditions_of(base)
-    rows = teacher.rows_beside(base.one_step, eps, cond, blur)
-    assert set(rows) == set(teacher.picture.kept)
+    rows = teacher.picture_rows(base.one_step(eps, cond), blur)
+    assert set(rows) == set(teacher.image_condition.kept)
     assert rows["low_res"].shape == (2, 3, 16, 16)
     x = noise_of(teacher, 2, seed=2)
     apart = teacher.denoised(x, 0.5, {**conditions_of(teacher), **rows}) - teacher.denoised(
         x, 0.5, conditions_of(teacher)
     )
     assert apart.abs().max() > 1e-3
-    with pytest.raises(ValueError, match="a IFPipeline takes no picture of an earlier model"):
-        base.rows_beside(base.one_step, eps, cond, blur)
+    with pytest.raises(ValueError, match="this IFPipeline takes no picture of an earlier model"):
+        base.picture_rows(base.one_step(eps, cond), blur)
 
 
 def test_no_prompt_keeps_the_low_resolution_picture() -> None:

@@ -20,7 +20,7 @@ from onestill.export.export import export_student
 from onestill.runs.build import prepare
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders
-from onestill.teachers.pipelines import token_limits as tokenizing
+from onestill.teachers.pipelines import token_limits
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.training.config import make_config
 
@@ -95,7 +95,7 @@ def test_a_size_is_of_the_encoder_where_it_is_in_the_conditions(
     assert isinstance(other, PipelineTeacher)
     assert not same or other.spec.sample_shape != usual.spec.sample_shape, "otherwise nothing is tried"
     assert (other.encoder_identity() == usual.encoder_identity()) is same
-    one, two = (teacher.of_prompts(teacher.encode(["red", "a blue b"])) for teacher in (usual, other))
+    one, two = (teacher.prompt_rows(teacher.encode(["red", "a blue b"])) for teacher in (usual, other))
     assert same == (
         one.keys() == two.keys() and all(v.shape == two[k].shape and torch.equal(v, two[k]) for k, v in one.items())
     )
@@ -183,11 +183,11 @@ def test_prompts_are_cut_where_the_pipeline_cuts_them(name: str) -> None:
     for place, (_, fit) in enumerate(FIT[name]):
         for num, is_cut in ((fit, False), (fit + 1, True)):
             prompt = " ".join("a" * num)
-            assert teacher.cuts([prompt, ""]) == [2**place - 1 + (2**place if is_cut else 0), 0], num
-            with tokenizing.listening(teacher.pipeline) as heard:
+            assert teacher.exceeded_limits([prompt, ""]) == [2**place - 1 + (2**place if is_cut else 0), 0], num
+            with token_limits.listening(teacher.pipeline) as seen:
                 teacher.encode([prompt])
             names = {name.replace("text_encoder", "tokenizer") for name in teacher.prompt_limits[place].encoders}
-            calls = [call for call in heard if call.name in names and call.most is not None]
+            calls = [call for call in seen if call.name in names and call.most is not None]
             assert calls
             for call in calls:
                 (row,) = call.tokenizer(list(call.texts), verbose=False).input_ids

@@ -152,7 +152,7 @@ def test_the_teacher_of_a_run_is_fitted_as_in_the_run() -> None:
     config = read_run_config(run)
     base = run_teacher(run, config, CPU)
     fitted = fit_teacher(base, config)
-    assert base.spec.null_class == NUM_CLASSES and fitted.calls == 2
+    assert base.spec.null_class == NUM_CLASSES and fitted.evaluations == 2
     assert base.fingerprint() == load_teacher(teacher_folder("class"), null_class=NUM_CLASSES).fingerprint()
     assert base.fingerprint() != load_teacher(teacher_folder("class")).fingerprint()
 

@@ -17,9 +17,10 @@ from onestill.diffusion.process import VE, CosineVP
 from onestill.diffusion.trajectory import CALLS_PER_STEP, STEPS, solve, uniform_times
 from onestill.sampling.generate import generate_images, student_generator, teacher_generator
 from onestill.students.student import Student
-from onestill.teachers.base import Teacher, Threshold
+from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher
 from onestill.teachers.guidance import Guided, Thresholded
+from onestill.teachers.teacher_spec import Threshold
 
 
 def gaussian(t_max: float = 1.0) -> GaussianTeacher:
@@ -177,7 +178,7 @@ def test_network_evaluations_are_what_is_said(
     images = teacher_generator(fitted, num_steps=3, solver=solver)(
         noise(range(2), teacher.spec.sample_shape), labels_for(teacher, 2)
     )
-    assert sum(rows) == 2 * 3 * CALLS_PER_STEP[solver] * fitted.calls
+    assert sum(rows) == 2 * 3 * CALLS_PER_STEP[solver] * fitted.evaluations
     assert float(images.abs().max()) <= 1 + 1e-6, "thresholded predictions mix to images in range"
 
 

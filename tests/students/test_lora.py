@@ -32,7 +32,7 @@ from onestill.runs.build import fit_teacher, prepare
 from onestill.sampling.generate import generate_images, teacher_generator
 from onestill.students.lora import Lora, adapters, attach, merge, target_layers
 from onestill.students.student import Student
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import unet2d_teacher
@@ -40,12 +40,12 @@ from onestill.training.checkpoint import read_checkpoint
 from onestill.training.config import make_config
 from onestill.training.trainer import VALIDATION_SEED, Trainer
 
-Labels = Callable[[NetworkTeacher, int], Cond]
+Labels = Callable[[Teacher, int], Cond]
 MakeNetwork = Callable[..., nn.Module]
 LORA = {"lora_rank": 2, "lora_alpha": 4.0}
 
 
-def starts(teacher: NetworkTeacher, num: int = 4) -> Tensor:
+def starts(teacher: Teacher, num: int = 4) -> Tensor:
     return teacher.spec.trajectory.start(noise(range(num), teacher.spec.sample_shape))
 
 
@@ -54,7 +54,7 @@ def trained(student: Student) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def some_way_in(teacher: NetworkTeacher, size: float = 0.05, **lora: Any) -> Student:
+def some_way_in(teacher: Teacher, size: float = 0.05, **lora: Any) -> Student:
     """Return a LoRA student whose every trained number has moved."""
     student = Student(teacher, lora=Lora(**{"rank": 2, "alpha": 4.0, **lora}))
     for parameter in trained(student).values():
@@ -66,7 +66,7 @@ def some_way_in(teacher: NetworkTeacher, size: float = 0.05, **lora: Any) -> Stu
 
 
 @torch.no_grad()
-def test_an_untrained_lora_student_is_the_teacher(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_an_untrained_lora_student_is_the_teacher(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = Student(kind, lora=Lora(2)), starts(kind), labels_for(kind, 4)
     expected = kind.denoised(x_a, kind.spec.t_max, cond)
     rows = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64) * kind.spec.t_max
@@ -75,7 +75,7 @@ def test_an_untrained_lora_student_is_the_teacher(kind: NetworkTeacher, labels_f
         assert torch.equal(student(x_a, None, t, cond), expected)
 
 
-def test_there_is_one_set_of_base_weights(kind: NetworkTeacher) -> None:
+def test_there_is_one_set_of_base_weights(kind: Teacher) -> None:
     assert isinstance(kind.network, nn.Module)
     names, student = set(kind.network.state_dict()), Student(kind, lora=Lora(2))
     theirs = {p.data_ptr() for p in kind.network.parameters()}
@@ -86,7 +86,7 @@ def test_there_is_one_set_of_base_weights(kind: NetworkTeacher) -> None:
     assert not any(m._forward_hooks for m in kind.network.modules()) and not list(adapters(kind.network))
 
 
-def test_gradients_reach_adapters_and_embeddings_only(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_gradients_reach_adapters_and_embeddings_only(kind: Teacher, labels_for: Labels) -> None:
     student, before = some_way_in(kind), kind.fingerprint()
     x_a, cond = starts(kind), labels_for(kind, 4)
     alone = kind.denoised(x_a, 0.5, cond)
@@ -102,7 +102,7 @@ def test_gradients_reach_adapters_and_embeddings_only(kind: NetworkTeacher, labe
     assert torch.equal(kind.denoised(x_a, 0.5, cond), alone)
 
 
-def test_an_untrained_adapter_can_learn(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_an_untrained_adapter_can_learn(kind: Teacher, labels_for: Labels) -> None:
     student = Student(kind, lora=Lora(2))
     student(starts(kind), None, 0.3, labels_for(kind, 4)).square().mean().backward()
     second = [p for name, p in trained(student).items() if "lora_B" in name]
@@ -111,7 +111,7 @@ def test_an_untrained_adapter_can_learn(kind: NetworkTeacher, labels_for: Labels
 
 
 @torch.no_grad()
-def test_a_failing_call_leaves_the_teacher_alone(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_a_failing_call_leaves_the_teacher_alone(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = some_way_in(kind), starts(kind), labels_for(kind, 4)
     alone, mine = kind.denoised(x_a, 0.5, cond), student(x_a, None, 0.3, cond)
     with pytest.raises((RuntimeError, ValueError)):
@@ -121,7 +121,7 @@ def test_a_failing_call_leaves_the_teacher_alone(kind: NetworkTeacher, labels_fo
     assert not torch.equal(mine, Student(kind, lora=Lora(2))(x_a, None, 0.3, cond))
 
 
-def test_a_rank_that_no_layer_has_is_refused(kind: NetworkTeacher) -> None:
+def test_a_rank_that_no_layer_has_is_refused(kind: Teacher) -> None:
     with pytest.raises(
         ValueError, match=r"--lora_rank 1000000000: no adapted layer of \w+ has more than rank (\d+)"
     ) as caught:
@@ -242,7 +242,7 @@ def test_a_network_of_ones_own_or_a_callable_is_refused(timed_network: MakeNetwo
 
 
 @torch.no_grad()
-def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond, print_before = some_way_in(kind), starts(kind), labels_for(kind, 4), kind.fingerprint()
     before = student(x_a, None, 0.2, cond)
     baked = student.bake(0.2)
@@ -255,7 +255,7 @@ def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: Networ
     assert torch.equal(student(x_a, None, 0.2, cond), before) and kind.fingerprint() == print_before
 
 
-def test_the_merged_export_is_the_student(kind: NetworkTeacher, tmp_path: Path) -> None:
+def test_the_merged_export_is_the_student(kind: Teacher, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert export_student(some_way_in(kind), out) <= 1e-4
     assert not (out / "lora").exists()

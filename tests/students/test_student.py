@@ -15,14 +15,14 @@ from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
 from onestill.students.lora import Lora
 from onestill.students.student import BiasInjection, Student, TimeEmbeddingInjection, time_embeddings
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.module import module_teacher
 
-Labels = Callable[[NetworkTeacher, int], Cond]
+Labels = Callable[[Teacher, int], Cond]
 MakeNetwork = Callable[..., nn.Module]
 
 
-def starts(teacher: NetworkTeacher, num: int = 4) -> Tensor:
+def starts(teacher: Teacher, num: int = 4) -> Tensor:
     return teacher.spec.trajectory.start(noise(range(num), teacher.spec.sample_shape))
 
 
@@ -64,7 +64,7 @@ def raw_output(network: nn.Module, student: Student, x_a: Tensor, t: float, cond
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guidance input"])
 def test_untrained_student_is_the_teacher_at_the_start_level(
-    teacher: NetworkTeacher, labels_for: Labels, guided: bool
+    teacher: Teacher, labels_for: Labels, guided: bool
 ) -> None:
     x_a, cond = starts(teacher), labels_for(teacher, 4)
     student = Student(teacher, guidance_range=(1.0, 4.0) if guided else None)
@@ -80,7 +80,7 @@ def test_untrained_student_is_the_teacher_at_the_start_level(
 
 
 @torch.no_grad()
-def test_target_time_matters_once_trained(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_target_time_matters_once_trained(kind: Teacher, labels_for: Labels) -> None:
     x_a, cond = starts(kind), labels_for(kind, 4)
     student = perturb(Student(kind))
     a, b = student(x_a, None, 0.0, cond), student(x_a, None, 0.5 * kind.spec.t_max, cond)
@@ -93,7 +93,7 @@ def test_target_time_matters_once_trained(kind: NetworkTeacher, labels_for: Labe
 
 
 @torch.no_grad()
-def test_each_row_may_start_from_a_level_of_its_own(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_each_row_may_start_from_a_level_of_its_own(kind: Teacher, labels_for: Labels) -> None:
     t_max = kind.spec.t_max
     x_r, cond, levels = starts(kind), labels_for(kind, 4), torch.tensor([1.0, 0.7, 0.4, 1.0]).double() * t_max
     untrained, trained = Student(kind), perturb(Student(kind))
@@ -109,7 +109,7 @@ def test_each_row_may_start_from_a_level_of_its_own(kind: NetworkTeacher, labels
 
 
 @torch.no_grad()
-def test_guidance_scale_matters_once_trained(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_guidance_scale_matters_once_trained(kind: Teacher, labels_for: Labels) -> None:
     x_a, cond = starts(kind), labels_for(kind, 4)
     student = perturb(Student(kind, guidance_range=(1.0, 4.0)))
     a, b = (student(x_a, None, 0.0, {**cond, "guidance_scale": torch.full((4,), w)}) for w in (1.0, 4.0))
@@ -135,7 +135,7 @@ def test_network_never_sees_the_guidance_scale(timed_network: MakeNetwork) -> No
 # Training
 
 
-def test_gradient_reaches_the_student_only(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_gradient_reaches_the_student_only(kind: Teacher, labels_for: Labels) -> None:
     student = perturb(Student(kind))
     before = kind.fingerprint()
     student(starts(kind), None, 0.3, labels_for(kind, 4)).square().mean().backward()
@@ -150,7 +150,7 @@ def test_gradient_reaches_the_student_only(kind: NetworkTeacher, labels_for: Lab
     assert kind.fingerprint() == before
 
 
-def test_target_time_can_be_learned_from_the_exact_start(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_target_time_can_be_learned_from_the_exact_start(kind: Teacher, labels_for: Labels) -> None:
     # What maps the embedding into the network must have a gradient at once. Were its input zero too, as two zero
     # layers in a row would make it, neither would ever have one, and the student would stay blind to its target time.
     student = Student(kind)
@@ -195,7 +195,7 @@ def test_checkpointed_gradients_are_the_plain_ones(tiny_unet: MakeNetwork, way: 
         torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
-def test_student_is_what_a_checkpoint_can_hold(kind: NetworkTeacher) -> None:
+def test_student_is_what_a_checkpoint_can_hold(kind: Teacher) -> None:
     student = perturb(Student(kind))
     fresh = Student(kind)
     fresh.load_state_dict(student.state_dict())
@@ -224,7 +224,7 @@ def test_student_stays_in_evaluation_mode(plain_network: MakeNetwork, tiny_unet:
 
 
 @torch.no_grad()
-def test_nothing_is_held_after_a_call_or_a_failure(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_nothing_is_held_after_a_call_or_a_failure(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = perturb(Student(kind)), starts(kind), labels_for(kind, 4)
     alone = student._teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond)
     student(x_a, None, 0.3, cond)
@@ -340,7 +340,7 @@ def test_given_network_is_trained_in_the_copys_place(timed_network: MakeNetwork)
 
 
 @torch.no_grad()
-def test_baked_network_is_the_student_at_that_time(teacher: NetworkTeacher, labels_for: Labels) -> None:
+def test_baked_network_is_the_student_at_that_time(teacher: Teacher, labels_for: Labels) -> None:
     x_a, cond = starts(teacher), labels_for(teacher, 4)
     student = perturb(Student(teacher))
     for t in (0.0, 0.4 * teacher.spec.t_max):
@@ -352,7 +352,7 @@ def test_baked_network_is_the_student_at_that_time(teacher: NetworkTeacher, labe
 
 
 @torch.no_grad()
-def test_baked_network_ignores_the_time_it_is_given(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_baked_network_ignores_the_time_it_is_given(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = perturb(Student(kind)), starts(kind), labels_for(kind, 4)
     baked = student.bake(0.0)
     a, b = (raw_output(baked, student, x_a, t, cond) for t in (kind.spec.t_max, 0.1))
@@ -374,7 +374,7 @@ def test_baked_network_holds_the_guidance_scale(cases: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_baking_leaves_the_student_alone(kind: NetworkTeacher, labels_for: Labels) -> None:
+def test_baking_leaves_the_student_alone(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = perturb(Student(kind)), starts(kind), labels_for(kind, 4)
     before = student(x_a, None, 0.2, cond)
     baked = student.bake(0.0)
@@ -384,7 +384,7 @@ def test_baking_leaves_the_student_alone(kind: NetworkTeacher, labels_for: Label
 
 
 @torch.no_grad()
-def test_baked_network_is_stock(kind: NetworkTeacher) -> None:
+def test_baked_network_is_stock(kind: Teacher) -> None:
     student = perturb(Student(kind))
     baked = student.bake(0.0)
     assert type(baked) is type(kind.network)

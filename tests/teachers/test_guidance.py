@@ -14,9 +14,10 @@ from torch import Tensor
 from onestill.core.tensors import Cond
 from onestill.data.conditions import LabelConditions, check_labels
 from onestill.diffusion.process import CosineVP
-from onestill.teachers.base import Teacher, Threshold
+from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
 from onestill.teachers.guidance import Guided, Thresholded
+from onestill.teachers.teacher_spec import Threshold
 
 MEANS = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]], dtype=torch.float64)
 
@@ -61,7 +62,7 @@ def test_guided_prediction_is_one_batch_of_two() -> None:
     t = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()
     guided = Guided(teacher, 3.0)
     guided.denoised(x, t, {"class_labels": labels})
-    assert len(teacher.asked) == 1 and guided.calls == 2
+    assert len(teacher.asked) == 1 and guided.evaluations == 2
     states, times, cond = teacher.asked[0]
     assert torch.equal(states, torch.cat([x, x])) and torch.equal(times, torch.cat([t, t]))  # type: ignore[arg-type]
     assert torch.equal(cond["class_labels"], torch.tensor([0, 1, 2, 0, 3, 3, 3, 3]))
@@ -71,7 +72,7 @@ def test_one_is_no_guidance_and_one_call() -> None:
     teacher, x, cond = conditional(), normal(4, 2), {"class_labels": torch.tensor([0, 1, 2, 3])}
     guided = Guided(teacher, 1.0)
     assert torch.equal(guided.denoised(x, 0.5, cond), teacher.teacher.denoised(x, 0.5, cond))
-    assert len(teacher.asked) == 1 and len(teacher.asked[0][0]) == 4 and guided.calls == 1
+    assert len(teacher.asked) == 1 and len(teacher.asked[0][0]) == 4 and guided.evaluations == 1
 
 
 def test_null_class_is_not_guided_away() -> None:
@@ -85,7 +86,7 @@ def test_drawn_scales_are_each_images_own() -> None:
     scales = torch.tensor([0.0, 1.0, 2.5, 4.0], dtype=torch.float64)
     guided = Guided(teacher, drawn=True)
     found = guided.denoised(x, 0.4, {"class_labels": labels, "guidance_scale": scales})
-    assert guided.calls == 2
+    assert guided.evaluations == 2
     for i, scale in enumerate(scales.tolist()):
         alone = Guided(teacher, scale).denoised(x[i : i + 1], 0.4, {"class_labels": labels[i : i + 1]})
         torch.testing.assert_close(found[i : i + 1], alone, rtol=0, atol=1e-13)
@@ -101,8 +102,8 @@ def test_drawn_scales_win_over_the_fixed_one() -> None:
 
 def test_calls_multiply_through_the_wrappers() -> None:
     teacher = conditional()
-    assert Thresholded(Guided(teacher, 2.0), Threshold("static")).calls == 2
-    assert Thresholded(Guided(teacher), Threshold("static")).calls == 1
+    assert Thresholded(Guided(teacher, 2.0), Threshold("static")).evaluations == 2
+    assert Thresholded(Guided(teacher), Threshold("static")).evaluations == 1
     assert Guided(teacher).spec is teacher.spec
 
 

@@ -36,17 +36,18 @@ from onestill.diffusion.trajectory import Trajectory, ddim_step, solve, uniform_
 from onestill.export.export import export_student
 from onestill.students.student import Student
 from onestill.teachers import pixel as unet2d
-from onestill.teachers.base import NetworkTeacher, Threshold
+from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
 from onestill.teachers.guidance import Thresholded
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import self_check, unet2d_teacher
+from onestill.teachers.teacher_spec import Threshold
 
-Labels = Callable[[NetworkTeacher, int], dict[str, Tensor]]
+Labels = Callable[[Teacher, int], dict[str, Tensor]]
 
 
-def states(teacher: NetworkTeacher, num: int = 4) -> Tensor:
+def states(teacher: Teacher, num: int = 4) -> Tensor:
     return teacher.spec.trajectory.start(noise(range(num), teacher.spec.sample_shape))
 
 
@@ -64,7 +65,7 @@ def test_suite_covers_every_kind(cases: dict[str, Any]) -> None:
     }
 
 
-def test_spec_says_what_there_is(teacher: NetworkTeacher) -> None:
+def test_spec_says_what_there_is(teacher: Teacher) -> None:
     spec = teacher.spec
     assert 0 < spec.t_max <= 1 and spec.t_max_reason
     assert (spec.t_max, spec.t_max_reason) == choose_t_max(spec.process, spec.prediction_type)
@@ -72,14 +73,12 @@ def test_spec_says_what_there_is(teacher: NetworkTeacher) -> None:
     assert spec.conditioning == ("none" if spec.num_classes is None else "class")
     assert len(spec.labels) == (spec.num_classes or 0) and spec.null_class not in spec.labels
     assert spec.trajectory == Trajectory(spec.process, spec.t_max)
-    assert teacher.calls == 1
+    assert teacher.evaluations == 1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
-def test_prediction_is_finite_and_of_the_samples_shape(
-    teacher: NetworkTeacher, labels_for: Labels, share: float
-) -> None:
+def test_prediction_is_finite_and_of_the_samples_shape(teacher: Teacher, labels_for: Labels, share: float) -> None:
     x = states(teacher)
     f = teacher.denoised(x, share * teacher.spec.t_max, labels_for(teacher, 4))
     assert f.shape == x.shape and f.dtype == torch.float32
@@ -87,7 +86,7 @@ def test_prediction_is_finite_and_of_the_samples_shape(
 
 
 @torch.no_grad()
-def test_rows_do_not_know_each_other(teacher: NetworkTeacher, labels_for: Labels) -> None:
+def test_rows_do_not_know_each_other(teacher: Teacher, labels_for: Labels) -> None:
     x, cond = states(teacher), labels_for(teacher, 4)
     t = torch.tensor([1.0, 0.7, 0.4, 0.1], dtype=torch.float64) * teacher.spec.t_max
     together = teacher.denoised(x, t, cond)
@@ -98,7 +97,7 @@ def test_rows_do_not_know_each_other(teacher: NetworkTeacher, labels_for: Labels
 
 
 @torch.no_grad()
-def test_labels_matter_where_there_are_some(teacher: NetworkTeacher, labels_for: Labels) -> None:
+def test_labels_matter_where_there_are_some(teacher: Teacher, labels_for: Labels) -> None:
     if not teacher.spec.labels:
         assert labels_for(teacher, 2) == {}
         return
@@ -108,7 +107,7 @@ def test_labels_matter_where_there_are_some(teacher: NetworkTeacher, labels_for:
 
 
 @torch.no_grad()
-def test_prediction_is_the_head_of_the_raw_output(teacher: NetworkTeacher, labels_for: Labels) -> None:
+def test_prediction_is_the_head_of_the_raw_output(teacher: Teacher, labels_for: Labels) -> None:
     spec, cond = teacher.spec, labels_for(teacher, 4)
     t = 0.6 * spec.t_max
     x, (alpha, sigma) = states(teacher), spec.process.level(t)
@@ -128,20 +127,20 @@ def test_prediction_is_the_head_of_the_raw_output(teacher: NetworkTeacher, label
 
 
 @torch.no_grad()
-def test_sampling_is_finite(teacher: NetworkTeacher, labels_for: Labels) -> None:
+def test_sampling_is_finite(teacher: Teacher, labels_for: Labels) -> None:
     times = uniform_times(teacher.spec.t_max, 2)
     images = solve(teacher.spec.trajectory, teacher.denoiser(labels_for(teacher, 4)), states(teacher), times, ddim_step)
     assert bool(images.isfinite().all())
 
 
-def test_teachers_are_frozen(teacher: NetworkTeacher, labels_for: Labels) -> None:
+def test_teachers_are_frozen(teacher: Teacher, labels_for: Labels) -> None:
     network = teacher.network
     assert isinstance(network, nn.Module)
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     assert not teacher.denoised(states(teacher), 0.5, labels_for(teacher, 4)).requires_grad
 
 
-def test_copies_are_trainable_and_apart(teacher: NetworkTeacher) -> None:
+def test_copies_are_trainable_and_apart(teacher: Teacher) -> None:
     copy = teacher.copy_network()
     pairs = list(zip(copy.parameters(), teacher.network.parameters(), strict=True))  # type: ignore[union-attr]
     assert pairs and not copy.training
@@ -200,9 +199,7 @@ def test_low_precision_networks_have_a_float32_head(cases: dict[str, Any]) -> No
 
 
 @torch.no_grad()
-def ddim_of_diffusers(
-    teacher: NetworkTeacher, scheduler: Any, eps: Tensor, cond: dict[str, Tensor], *, clip: bool
-) -> Tensor:
+def ddim_of_diffusers(teacher: Teacher, scheduler: Any, eps: Tensor, cond: dict[str, Tensor], *, clip: bool) -> Tensor:
     ddim = DDIMScheduler.from_config(
         scheduler.config, timestep_spacing="trailing", clip_sample=clip, set_alpha_to_one=True
     )

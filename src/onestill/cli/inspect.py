@@ -25,8 +25,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.data.cascade import choose_first_stage
-    from onestill.data.prompt_pool import refuse_prompts, use_negative_prompt
+    from onestill.data.cascade import with_first_stage
+    from onestill.data.prompt_pool import refuse_prompts
     from onestill.runs.build import configured_teacher
     from onestill.runs.checks import check_device, check_start, check_times
     from onestill.runs.inspect import inspect_teacher
@@ -37,15 +37,13 @@ def inspect(
     check_device(made.device)
     teacher = configured_teacher(made)
     refuse_student(teacher)
-    base = (
-        choose_first_stage(teacher, made.base_student, made.noise_level)
-        if made.base_student or made.noise_level is not None
-        else None
-    )
+    base = None
+    if made.base_student or made.noise_level is not None:
+        teacher, base = with_first_stage(teacher, made.base_student, made.noise_level)
     check_times(made, teacher)
     check_start(teacher)
     guided = made.guidance_scale != 1 or made.guidance_range is not None
-    use_negative_prompt(teacher, made.negative_prompt, acts=guided)
+    teacher = teacher.with_negative_prompt(made.negative_prompt, acts=guided)
     if not teacher.spec.text:
         refuse_prompts(made)
     found = inspect_teacher(teacher, made, base)

@@ -7,7 +7,6 @@ earlier stage, y_I(eps_I, prompt), in training and in sampling alike, from the s
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch import Tensor
 from onestill.core.tensors import Cond, noise, to_device, without_autocast
 from onestill.data.conditions import VALIDATION_SEED, PromptConditions
 from onestill.students.student import ignores_time
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher, read_index
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines.folder import INDEX
-from onestill.teachers.pipelines.spec import examples
-from onestill.teachers.pipelines.teacher import PipelineTeacher, read_call
+from onestill.teachers.pipelines.spec import EXAMPLE_PROMPTS
+from onestill.teachers.pipelines.teacher import read_call
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
 
 FIRST_STAGE_SEED = 2**31
@@ -43,9 +42,9 @@ class FirstStage:
         examples: Two of its pictures, [2, C, h, w] in [-1, 1].
     """
 
-    def __init__(self, teacher: PipelineTeacher, folder: Path) -> None:
+    def __init__(self, teacher: Teacher, folder: Path) -> None:
         self.teacher, self.folder = teacher, folder
-        self.examples = self.seeded(range(2), examples(teacher.family, 2)).cpu()
+        self.examples = self.seeded(range(2), EXAMPLE_PROMPTS).cpu()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,13 +59,7 @@ class FirstStage:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of its weights, the decoder's included, its schedule and its text encoders: the same pictures, or not."""
-        facts = f"{self.teacher.fingerprint()} {self.teacher.encoder_identity()}"
-        digest, pipeline = hashlib.blake2b(facts.encode(), digest_size=8), self.teacher.pipeline
-        hashed = {self.teacher.family.network, *encoders.parts(pipeline)}
-        for name, part in sorted(pipeline.components.items()):
-            if name not in hashed and isinstance(part, torch.nn.Module):
-                encoders.add_module(digest, name, part)
-        return digest.hexdigest()
+        return self.teacher.pictures_fingerprint()
 
     @torch.no_grad()
     @without_autocast
@@ -77,7 +70,7 @@ class FirstStage:
             eps: Noise, [B, *shape].
             cond: Its own conditions, B rows each.
         """
-        device = next(self.teacher.network.parameters()).device  # type: ignore[attr-defined]  # a pipeline's network
+        device = next(self.teacher.network.parameters()).device
         return self.teacher.one_step(eps.to(device), to_device(cond, device)).clamp(-1, 1)
 
     def seeded(self, seeds: Sequence[int], prompts: Sequence[str]) -> Tensor:
@@ -88,12 +81,12 @@ class FirstStage:
         """Return the noise of the pictures that belong to images of these seeds."""
         return noise([seed + FIRST_STAGE_SEED for seed in seeds], self.shape)
 
-    def shares_rows(self, teacher: PipelineTeacher) -> bool:
+    def shares_rows(self, teacher: Teacher) -> bool:
         """Return whether the teacher's conditions of a prompt hold this student's: the same encoders, used alike."""
-        if encoders.identity(self.teacher.pipeline, ()) != encoders.identity(teacher.pipeline, ()):
+        if not self.teacher.has_encoders_of(teacher):
             return False
         with encoders.quiet():
-            own, theirs = self.teacher.encode(PROBES), teacher.of_prompts(teacher.encode(PROBES))
+            own, theirs = self.teacher.encode(PROBES), teacher.prompt_rows(teacher.encode(PROBES))
         return all(name in theirs and torch.equal(theirs[name], value) for name, value in own.items())
 
 
@@ -108,7 +101,7 @@ class CascadeConditions:
     """
 
     prompts: PromptConditions
-    teacher: PipelineTeacher
+    teacher: Teacher
     base: FirstStage
 
     @property
@@ -135,7 +128,7 @@ class CascadeConditions:
 
     def _with_pictures(self, cond: Cond, eps: Tensor, blur: Tensor) -> Cond:
         own = {name.removeprefix(PREFIX): value for name, value in cond.items() if name.startswith(PREFIX)}
-        rows = self.teacher.rows_beside(self.base.pictures, eps, own, blur)
+        rows = self.teacher.picture_rows(self.base.pictures(eps, own), blur)
         return {name: v for name, v in cond.items() if not name.startswith(PREFIX)} | to_device(rows, "cpu")
 
 
@@ -149,7 +142,7 @@ def second_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.cat(rows) if rows else torch.empty(0, *shape)
 
 
-def seeded_rows(teacher: PipelineTeacher, base: FirstStage, seeds: Sequence[int], prompts: Sequence[str]) -> Cond:
+def seeded_rows(teacher: Teacher, base: FirstStage, seeds: Sequence[int], prompts: Sequence[str]) -> Cond:
     """Return the conditions of `teacher` that belong to images of these seeds and prompts, the picture's included."""
     blur = second_noise(seeds, teacher.spec.sample_shape)
     return teacher.encode(prompts) | teacher.picture_rows(base.seeded(seeds, prompts), blur)
@@ -172,16 +165,16 @@ def joined_rows(own: Cond, base: Callable[[], Cond] | None, names: Sequence[str]
     return {**own, **with_prefix(found)}
 
 
-def choose_first_stage(
-    teacher: NetworkTeacher,
+def with_first_stage(
+    teacher: Teacher,
     path: str | Path | None,
     noise_level: int | None = None,
     *,
     device: torch.device | str = "cpu",
-) -> FirstStage | None:
-    """Return the student that draws the pictures that a teacher enlarges; None for a teacher that takes none.
+) -> tuple[Teacher, FirstStage | None]:
+    """Return a teacher, and the student that draws the pictures that it enlarges; None for a teacher that takes none.
 
-    The teacher is told the noise level and the student's own pictures, in place.
+    The teacher that is returned knows the noise level, and checks itself with the student's own pictures.
 
     Args:
         teacher: The teacher.
@@ -192,25 +185,22 @@ def choose_first_stage(
     Raises:
         ValueError: If one is needed and not given or the other way round, or the student does not fit the teacher.
     """
-    if not isinstance(teacher, PipelineTeacher) or teacher.family.beside is None:
+    if teacher.image_condition is None:
         for flag, value in (("base_student", path), ("noise_level", noise_level)):
             if value is not None:
                 raise ValueError(f"--{flag} {value} was given, but this teacher takes no picture; leave it out")
-        return None
-    kind, num_levels = type(teacher.pipeline).__name__, teacher.picture.num_levels(teacher.pipeline)
+        return teacher, None
     if path is None:
         raise ValueError(
-            f"{kind} enlarges the picture of an earlier model, which without data has to come from a distilled student of "
+            f"{teacher.kind} enlarges the picture of an earlier model, which without data has to come from a distilled student of "
             "that: distil the earlier model first, and give that run with --base_student RUN"
         )
-    level = teacher.picture.level if noise_level is None else noise_level
-    if not 0 <= level < num_levels:
-        raise ValueError(f"--noise_level {level}: this {kind} knows the levels 0 to {num_levels - 1}")
+    level = teacher.image_condition.level if noise_level is None else noise_level
+    teacher.with_image_condition(level)  # which is refused before anything else is loaded
     base = open_first_stage(path)
     check_shape(base, teacher.spec.sample_shape)
     base.teacher.to(device)
-    teacher.set_picture(level, base.examples)
-    return base
+    return teacher.with_image_condition(level, base.examples), base
 
 
 def find_first_stage(path: str | Path) -> Path:
@@ -244,15 +234,13 @@ def open_first_stage(path: str | Path) -> FirstStage:
         teacher = load_teacher(folder, local_files_only=True, arguments=read_call(folder))
     except ValueError as error:
         raise ValueError(f"--base_student {path}: {str(error).removeprefix(f'{folder}: ')}") from error
-    if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
+    if not teacher.spec.text:
         raise ValueError(f"--base_student {path} takes labels, and the teacher takes prompts: both must draw the same")
-    if teacher.family.beside is not None:
-        raise ValueError(
-            f"--base_student {path} needs a picture itself ({type(teacher.pipeline).__name__}); give the first stage"
-        )
+    if teacher.image_condition is not None:
+        raise ValueError(f"--base_student {path} needs a picture itself ({teacher.kind}); give the first stage")
     if not ignores_time(teacher.network):
         raise ValueError(
-            f"--base_student {path} is a {type(teacher.pipeline).__name__} of many steps, no one-step student: distil it "
+            f"--base_student {path} is a {teacher.kind} of many steps, no one-step student: distil it "
             f"first (onestill distill --teacher {path}) and give that run"
         )
     return FirstStage(teacher, folder.resolve())
@@ -277,15 +265,16 @@ def check_shape(base: FirstStage, wanted: tuple[int, ...]) -> None:
         )
 
 
-def messages(base: FirstStage, teacher: NetworkTeacher) -> tuple[str, ...]:
+def messages(base: FirstStage, teacher: Teacher) -> tuple[str, ...]:
     """Return what should be said of a chain before it is trained."""
-    assert isinstance(teacher, PipelineTeacher), "choose_first_stage has been called"
+    condition = teacher.image_condition
+    assert condition is not None, "with_first_stage has been called"
     small, large = base.examples.shape[-1], teacher.spec.sample_shape[-1]
-    sizes = f"{small}x{small} pictures of {base.name} to {large}x{large}, noise level {teacher.picture.level}"
+    sizes = f"{small}x{small} pictures of {base.name} to {large}x{large}, noise level {condition.level}"
     found = [f"enlarging the {sizes}"]
-    if large // small != teacher.picture.usual_factor:
+    if large // small != condition.usual_factor:
         found.append(
             f"warning: the pictures are enlarged {large // small} times; published pipelines of this kind are made for "
-            f"{teacher.picture.usual_factor}"
+            f"{condition.usual_factor}"
         )
     return tuple(found)

@@ -10,7 +10,7 @@ import torch
 
 from onestill.core.tensors import Cond
 from onestill.data.prompts import Ints
-from onestill.teachers.base import TeacherSpec
+from onestill.teachers.teacher_spec import TeacherSpec
 
 VALIDATION_SEED = 1_000_000
 """Seed of the first picture that a run shows of itself."""

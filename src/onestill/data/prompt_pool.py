@@ -16,9 +16,8 @@ from onestill.data.cascade import CascadeConditions, FirstStage, joined_rows, wi
 from onestill.data.conditions import Conditions, PromptConditions
 from onestill.data.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir, in_words
 from onestill.data.prompts import Ints, PromptFile, text_key
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines import text_encoders as encoders
-from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.training.config import DistillConfig
 
 PROMPT_SETTINGS = (
@@ -49,7 +48,7 @@ class PromptPlan:
         base_cache: Where the prompts encoded for it are; None where the teacher's rows hold them.
     """
 
-    teacher: PipelineTeacher
+    teacher: Teacher
     prompts: PromptFile
     pool: Ints
     shown: tuple[str, ...]
@@ -86,7 +85,7 @@ class PromptPlan:
         if self.base is not None:
             self.base.teacher.release_encoders()
 
-    def _fill(self, cache: PromptCache, teacher: PipelineTeacher, show_progress: bool) -> None:
+    def _fill(self, cache: PromptCache, teacher: Teacher, show_progress: bool) -> None:
         cache.refresh()  # another run, or another process of this one, may have been here since
         texts = list(cache.missing(self.keys))
         if not texts:
@@ -100,7 +99,7 @@ class PromptPlan:
             cache.add(
                 self._texts(texts),
                 teacher.encode,
-                teacher.cuts,
+                teacher.exceeded_limits,
                 progress=bar.update,
             )
 
@@ -118,35 +117,9 @@ class PromptPlan:
         texts, keys, places = self._texts(self.missing()), np.unique(self.keys), range(len(self.teacher.prompt_limits))
         found = [self.cache.num_cut(keys, place) for place in places]
         while batch := list(islice(texts, 32 * BATCH_SIZE)):
-            cuts = self.teacher.cuts(batch)
+            cuts = self.teacher.exceeded_limits(batch)
             found = [num + sum(cut >> place & 1 for cut in cuts) for place, num in enumerate(found)]
         return found
-
-
-def use_negative_prompt(teacher: NetworkTeacher, negative_prompt: str | None, *, acts: bool = True) -> None:
-    """Put a negative prompt in the place of the teacher's null condition.
-
-    Args:
-        teacher: The teacher, changed in place.
-        negative_prompt: The prompt; None changes nothing.
-        acts: Whether anything uses the null condition.
-
-    Raises:
-        ValueError: If the teacher takes no prompts, none of its guidance has a "no prompt", or nothing would change.
-    """
-    if negative_prompt is None:
-        return
-    if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
-        raise ValueError(f"--negative_prompt {negative_prompt!r} was given, but this teacher takes no text")
-    if not teacher.can_guide:
-        raise ValueError(
-            f"--negative_prompt {negative_prompt!r}: a {type(teacher.pipeline).__name__} has no null condition that it could replace"
-        )
-    if not acts:
-        raise ValueError(
-            f"--negative_prompt {negative_prompt!r} acts through guidance only: give a --guidance_scale other than 1"
-        )
-    teacher.null_cond = teacher.encode_negative(negative_prompt)
 
 
 def refuse_prompts(config: DistillConfig) -> None:
@@ -166,7 +139,7 @@ def split_fingerprint(fingerprint: str) -> tuple[str, str]:
 
 def plan_prompts(
     config: DistillConfig,
-    teacher: NetworkTeacher,
+    teacher: Teacher,
     prompts: PromptFile,
     num_processes: int = 1,
     base: FirstStage | None = None,
@@ -186,19 +159,19 @@ def plan_prompts(
     Raises:
         ValueError: If a setting does not fit the teacher, or the disk has no room.
     """
-    if not isinstance(teacher, PipelineTeacher) or teacher.encoders_released:
+    if teacher.encoders_released:
         raise ValueError("the text encoders of this teacher were released by an earlier run: load it again")
     pool = choose(len(prompts), most_prompts(config, num_processes), config.seed)
     shown = config.validation_prompt or tuple(prompts[: config.num_validation_images])
     root = (config.prompt_cache_dir or default_cache_dir()).expanduser()
     # Without what belongs to a picture: here that is an example, and each row of a run has its own.
-    cache = PromptCache(root, teacher.encoder_identity(), teacher.of_prompts(teacher.example_cond))
+    cache = PromptCache(root, teacher.encoder_identity(), teacher.prompt_rows(teacher.example_cond))
     encoded = PromptConditions(
         encoded=cache.rows,
         keys=prompts.keys[pool],
         shown=np.array([text_key(text) for text in shown], dtype=np.int64),
         captions=shown,
-        empty_cond=teacher.of_prompts(teacher.encode([""])),
+        empty_cond=teacher.prompt_rows(teacher.encode([""])),
         empty_fraction=config.empty_prompt_fraction,
         guidance_range=config.guidance_range,
     )
@@ -216,7 +189,7 @@ def plan_prompts(
 
 
 def _with_base(
-    encoded: PromptConditions, cache: PromptCache, teacher: PipelineTeacher, base: FirstStage
+    encoded: PromptConditions, cache: PromptCache, teacher: Teacher, base: FirstStage
 ) -> tuple[PromptConditions, PromptCache | None]:
     """Return (the conditions with those of the base student beside them, its own cache or None if it needs none)."""
     names = tuple(base.teacher.example_cond)

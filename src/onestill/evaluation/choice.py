@@ -12,18 +12,15 @@ from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
 from onestill.evaluation.pretrained import HUB_ID, TransformersFeatures
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
-from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 MIDDLE_LOG_SNR = 2.0
 _GIVE = "a .safetensors file written by ConvFeatures.save, or a transformers vision model"
 
 
-def choose_features(
-    spec: str, teacher: NetworkTeacher, *, local_files_only: bool, device: torch.device
-) -> FeatureExtractor:
+def choose_features(spec: str, teacher: Teacher, *, local_files_only: bool, device: torch.device) -> FeatureExtractor:
     """Return the extractor that `features` names: teacher, an embedded teacher's name, a file, a folder or an id."""
     if spec == "teacher":
         return teacher_features(teacher, device)
@@ -64,7 +61,7 @@ def load_features(spec: str, *, local_files_only: bool = False, device: str | to
     return TransformersFeatures(spec, local_files_only=local_files_only, device=device)
 
 
-def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureExtractor:
+def teacher_features(teacher: Teacher, device: torch.device) -> FeatureExtractor:
     """Return the teacher's own middle features of slightly noised images, as an extractor.
 
     The noise is fixed (one seed) and its level is log-SNR 2, where networks see structure more than noise.
@@ -72,6 +69,7 @@ def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureEx
     Raises:
         SettingError: If the teacher has no network with a middle.
     """
+    teacher = teacher.unguided
     network = teacher.network
     if not isinstance(network, nn.Module):
         why = "this teacher is a plain callable without middle features"
@@ -84,16 +82,16 @@ def teacher_features(teacher: NetworkTeacher, device: torch.device) -> FeatureEx
         alpha, sigma = (broadcast(v, images) for v in process.alpha_sigma(as_times(t, len(images))))
         # What the images show is not said: the null condition where there is one, else the same for all.
         cond = to_device(teacher.null_rows(teacher.example_rows(len(images))), device)
-        if isinstance(teacher, PipelineTeacher) and teacher.family.beside is not None:
+        if (condition := teacher.image_condition) is not None:
             # Each image beside itself made small, as a super-resolution network expects.
-            small = torch.nn.functional.interpolate(images, scale_factor=1 / teacher.picture.usual_factor, mode="area")
+            small = torch.nn.functional.interpolate(images, scale_factor=1 / condition.usual_factor, mode="area")
             cond |= to_device(teacher.picture_rows(small, fixed.expand_as(images)), device)
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
     middle = _middle_of(network)
-    decodes = isinstance(teacher, PipelineTeacher) and teacher.family.latents
-    name = f"the teacher's own {middle}{' of latents' if decodes else ''} at log-SNR {MIDDLE_LOG_SNR:g}"
-    return MiddleFeatures(network, look, submodule=middle, name=name, of_latents=decodes)
+    of_what = " of latents" if teacher.has_decoder else ""
+    name = f"the teacher's own {middle}{of_what} at log-SNR {MIDDLE_LOG_SNR:g}"
+    return MiddleFeatures(network, look, submodule=middle, name=name, of_latents=teacher.has_decoder)
 
 
 def _middle_of(network: nn.Module) -> str:

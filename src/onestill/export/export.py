@@ -122,10 +122,10 @@ def _write_checked(student: Student, partial: Path, t: float, guidance_scale: fl
     if student.lora is not None:
         facts = replace(facts, lora=lora_words(student, partial))
     if isinstance(student.teacher, PipelineTeacher):
-        family = student.teacher.family
-        level = None if family.beside is None else family.beside.level
+        family = student.teacher.pipeline_spec
+        level = None if family.image_condition is None else family.image_condition.level
         arguments = student.teacher.plain_arguments
-        card.write_card(partial, student.spec, facts, error, arguments, family.returns, noise_level=level)
+        card.write_card(partial, student.spec, facts, error, arguments, family.output_field, noise_level=level)
     else:
         card.write_card(partial, student.spec, facts, error)
     set_usual_mode(partial)

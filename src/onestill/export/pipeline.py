@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from onestill.core.tensors import without_autocast
 from onestill.sampling.generate import student_generator
 from onestill.students import model_card as card
-from onestill.students.lora import LORA_FOLDER, SCHEDULER_FILE, has_loader, load_with_lora, write_lora
+from onestill.students.lora import LORA_FOLDER, SCHEDULER_FILE, load_with_lora, write_lora
 from onestill.students.student import Student, TimeEmbeddingInjection, last_layer, time_embeddings
 from onestill.teachers.pipelines.folder import has_checker, load_stock
-from onestill.teachers.pipelines.spec import Family
+from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 
@@ -47,20 +47,20 @@ def write_family(
     gc.collect()  # what was written: modules know each other in circles
     error, net_time = _check_folder(student, teacher, plain, folder, t, guidance_scale)
     facts = replace(facts, checked=has_checker(folder))
-    if size := _size_words(teacher, is_default=plain is not teacher.family):
+    if size := _size_words(teacher, is_default=plain is not teacher.pipeline_spec):
         facts = replace(facts, size=size)
     if why_no_file(student) is None:
         gc.collect()  # what was checked
         write_lora(teacher, student.network, embeddings, net_time, folder / LORA_FOLDER)
         pipeline = load_with_lora(teacher, folder / LORA_FOLDER)
         # This pipeline is the teacher's own, whose default size is another.
-        error = max(error, _check(student, teacher, teacher.family, pipeline, t, guidance_scale))
+        error = max(error, _check(student, teacher, teacher.pipeline_spec, pipeline, t, guidance_scale))
     return error, facts
 
 
 def _write_folder(
     student: Student, teacher: PipelineTeacher, folder: Path, t: float, guidance_scale: float | None
-) -> tuple[Family, dict[str, Tensor]]:
+) -> tuple[PipelineSpec, dict[str, Tensor]]:
     """Write the stock folder; return the family of its plain call, and what its time embeddings give, by name."""
     baked = student.bake(t, guidance_scale)
     plain = teacher.write_student(baked, folder)
@@ -68,7 +68,12 @@ def _write_folder(
 
 
 def _check_folder(
-    student: Student, teacher: PipelineTeacher, plain: Family, folder: Path, t: float, guidance_scale: float | None
+    student: Student,
+    teacher: PipelineTeacher,
+    plain: PipelineSpec,
+    folder: Path,
+    t: float,
+    guidance_scale: float | None,
 ) -> tuple[float, float]:
     """Return (what `_check` finds of the written folder, the time that its one step gives the network)."""
     pipeline = load_stock(type(teacher.pipeline), folder)
@@ -80,7 +85,7 @@ def _check_folder(
 def _check(
     student: Student,
     teacher: PipelineTeacher,
-    family: Family,
+    family: PipelineSpec,
     pipeline: Any,
     t: float,
     guidance_scale: float | None,
@@ -141,7 +146,7 @@ def why_no_file(student: Student) -> str | None:
     """Return why a student is not written as a LoRA file too, or None if it is."""
     if student.lora is None:
         return "it has no LoRA"
-    if not has_loader(student.teacher):
+    if not student.teacher.takes_lora_files:
         return "the teacher's pipeline takes no LoRA files"
     if not isinstance(student.injection, TimeEmbeddingInjection):
         return "the target time enters as biases, which a LoRA file does not hold"
@@ -164,6 +169,6 @@ def lora_words(student: Student, folder: Path) -> str:
 
 def _size_words(teacher: PipelineTeacher, *, is_default: bool) -> str:
     """Return what a card says of the arguments that were asked for; "" if none were."""
-    asked = ", ".join(f"{name} {value}" for name, value in teacher.family.asked.items())
+    asked = ", ".join(f"{name} {value}" for name, value in teacher.pipeline_spec.given.items())
     default = "this folder's default size is that one too" if is_default else "the folder's defaults are others"
     return f"{asked}, as distilled and as in the call above; {default}" if asked else ""

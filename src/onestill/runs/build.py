@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from onestill.data.cascade import FirstStage, choose_first_stage, find_first_stage
+from onestill.data.cascade import FirstStage, find_first_stage, with_first_stage
 from onestill.data.cascade import messages as cascade_messages
 from onestill.data.conditions import Conditions, LabelConditions, check_labels
 from onestill.data.prompt_cache import default_cache_dir
-from onestill.data.prompt_pool import PromptPlan, check_longer, plan_prompts, refuse_prompts, use_negative_prompt
+from onestill.data.prompt_pool import PromptPlan, check_longer, plan_prompts, refuse_prompts
 from onestill.data.prompts import PromptFile
 from onestill.runs.checks import (
     check_device,
@@ -28,12 +27,12 @@ from onestill.runs.checks import (
     find_resume,
 )
 from onestill.runs.resume import made_longer
-from onestill.students.lora import Lora, has_loader
+from onestill.students.lora import Lora
 from onestill.students.student import Student, refuse_student
-from onestill.teachers.base import NetworkTeacher, Teacher, Threshold
-from onestill.teachers.guidance import as_sampled
-from onestill.teachers.load import EMBEDDED, load_teacher, with_t_max
-from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.teachers.base import Teacher
+from onestill.teachers.guidance import guided
+from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.teachers.teacher_spec import Threshold
 from onestill.training.checkpoint import Checkpoint
 from onestill.training.config import CALL_ARGUMENTS, DistillConfig, make_config
 
@@ -45,7 +44,7 @@ class Prepared:
     """A run whose every setting has been checked, before anything is written."""
 
     config: DistillConfig
-    base: NetworkTeacher
+    base: Teacher
     teacher: Teacher
     conditions: Conditions
     student: Student
@@ -57,7 +56,7 @@ class Prepared:
 
 
 def configure(
-    teacher: str | Path | NetworkTeacher, given: Mapping[str, Any], config_file: Path | None = None
+    teacher: str | Path | Teacher, given: Mapping[str, Any], config_file: Path | None = None
 ) -> DistillConfig:
     """Return the configuration of a run of a teacher, which is named or given.
 
@@ -69,12 +68,12 @@ def configure(
     Raises:
         ValueError: If a setting is unknown or unusable, or does not fit a teacher object.
     """
-    if isinstance(teacher, NetworkTeacher):
+    if isinstance(teacher, Teacher):
         return make_config({**given, **_facts_of(teacher, given)}, config_file)
     return make_config({**given, "teacher": _absolute(str(teacher))}, config_file)
 
 
-def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, Any]:
+def _facts_of(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the run's configuration must say of a teacher object, so that it can be opened again.
 
     Raises:
@@ -86,7 +85,7 @@ def _facts_of(teacher: NetworkTeacher, given: Mapping[str, Any]) -> dict[str, An
             f"--null_class {given['null_class']} was given with a teacher object whose null class is {spec.null_class}; "
             "name it where the object is made: load_teacher or module_teacher"
         )
-    asked = teacher.family.asked if isinstance(teacher, PipelineTeacher) else {}
+    asked = teacher.arguments
     for name in CALL_ARGUMENTS:
         if given.get(name) not in (None, asked.get(name)):
             raise ValueError(
@@ -119,7 +118,7 @@ def _absolute(teacher: str) -> str:
     return str(folder.resolve()) if teacher not in EMBEDDED and folder.is_dir() else teacher
 
 
-def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> NetworkTeacher:
+def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> Teacher:
     """Return the teacher that a configuration names, loaded as it says; ValueError if it cannot be."""
     return load_teacher(
         config.teacher,
@@ -134,7 +133,7 @@ def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_file
     )
 
 
-def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, network: nn.Module | None = None) -> Prepared:
+def prepare(config: DistillConfig, teacher: Teacher | None = None, network: nn.Module | None = None) -> Prepared:
     """Check every setting against the machine, the teacher and the output folder; write nothing.
 
     Raises:
@@ -149,18 +148,18 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
     if config.base_student is not None:
         find_first_stage(config.base_student)
     # Its null condition and its pictures may be replaced here, and the caller's stay.
-    base = copy.copy(teacher) if teacher is not None else configured_teacher(config)
+    base = teacher if teacher is not None else configured_teacher(config)
     if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
-        base = with_t_max(base, config.t_max)
+        base = base.with_t_max(config.t_max)
     refuse_student(base)
-    base_student = choose_first_stage(base, config.base_student, config.noise_level)
+    base, base_student = with_first_stage(base, config.base_student, config.noise_level)
     if base_student is not None:
         config = _with_picture(config, base)
     check_times(config, base)
     check_start(base)
     config = with_usual_guidance(config, base)
-    guided = config.guidance_scale != 1 or config.guidance_range is not None
-    use_negative_prompt(base, config.negative_prompt, acts=guided)
+    acts = config.guidance_scale != 1 or config.guidance_range is not None
+    base = base.with_negative_prompt(config.negative_prompt, acts=acts)
     fitted = fit_teacher(base, config)
     labels = check_labels(config.class_labels, base.spec)
     prompts = choose_prompts(config, base, prompt_file, base_student)
@@ -176,7 +175,7 @@ def prepare(config: DistillConfig, teacher: NetworkTeacher | None = None, networ
         config = made_longer(config, begun)
         if prompts is not None:
             check_longer(prompts, config, begun["max_train_steps"], _num_processes())
-    if config.lora_rank is not None and not has_loader(base):
+    if config.lora_rank is not None and not base.takes_lora_files:
         messages += (
             "--lora_rank: the teacher's pipeline takes no LoRA files, so the merged student alone is exported",
         )
@@ -214,16 +213,16 @@ def with_usual_guidance(config: DistillConfig, teacher: Teacher) -> DistillConfi
     return config.model_copy(update={"guidance_scale": teacher.usual_guidance})
 
 
-def _with_picture(config: DistillConfig, teacher: NetworkTeacher) -> DistillConfig:
+def _with_picture(config: DistillConfig, teacher: Teacher) -> DistillConfig:
     """Return the configuration with the noise level of the pictures, and their student's path from anywhere."""
-    assert isinstance(teacher, PipelineTeacher) and config.base_student is not None
+    assert teacher.image_condition is not None and config.base_student is not None
     where = config.base_student.expanduser().resolve()
-    return config.model_copy(update={"base_student": where, "noise_level": teacher.picture.level})
+    return config.model_copy(update={"base_student": where, "noise_level": teacher.image_condition.level})
 
 
 def choose_prompts(
     config: DistillConfig,
-    teacher: NetworkTeacher,
+    teacher: Teacher,
     prompt_file: PromptFile | None,
     base_student: FirstStage | None = None,
 ) -> PromptPlan | None:
@@ -243,7 +242,7 @@ def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def make_student(base: NetworkTeacher, config: DistillConfig, network: nn.Module | None = None) -> Student:
+def make_student(base: Teacher, config: DistillConfig, network: nn.Module | None = None) -> Student:
     """Return the untrained student that the configuration says."""
     lora = None
     if config.lora_rank is not None:
@@ -262,4 +261,4 @@ def fit_teacher(base: Teacher, config: DistillConfig, guidance_scale: float | No
     """Return the teacher guided and thresholded as the configuration says, or at another fixed guidance scale."""
     drawn = guidance_scale is None and config.guidance_range is not None
     scale = config.guidance_scale if guidance_scale is None else guidance_scale
-    return as_sampled(base, scale, drawn=drawn, threshold=chosen_threshold(config))
+    return guided(base, scale, drawn=drawn, threshold=chosen_threshold(config))

@@ -15,7 +15,6 @@ from onestill.data.prompt_pool import split_fingerprint
 from onestill.runs.folder import is_run
 from onestill.runs.resume import changed_settings, made_longer
 from onestill.teachers.base import Teacher
-from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
 from onestill.training.config import DistillConfig
 
@@ -83,8 +82,7 @@ def check_tracker(name: str | None) -> None:
 
 def check_start(teacher: Teacher) -> None:
     """Raise ValueError if a student that starts where the teacher does could not be exported."""
-    if isinstance(teacher, PipelineTeacher):
-        teacher.check_start()
+    teacher.check_start()
 
 
 def check_times(config: DistillConfig, teacher: Teacher) -> None:

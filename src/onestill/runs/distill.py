@@ -26,7 +26,7 @@ from onestill.runs.build import Prepared, chosen_threshold, configure, prepare
 from onestill.runs.checks import make_output_dir
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE
 from onestill.students import model_card as card
-from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
 from onestill.training.config import DistillConfig, write_yaml
 from onestill.training.trainer import StepLog, Trainer
@@ -56,7 +56,7 @@ class RunResult:
 
 
 def distill(
-    teacher: str | Path | NetworkTeacher,
+    teacher: str | Path | Teacher,
     output_dir: str | Path,
     *,
     config_file: str | Path | None = None,
@@ -87,7 +87,7 @@ def distill(
     """
     given = {**settings, "output_dir": Path(output_dir)}
     config = configure(teacher, given, Path(config_file) if config_file else None)
-    prepared = prepare(config, teacher if isinstance(teacher, NetworkTeacher) else None, network)
+    prepared = prepare(config, teacher if isinstance(teacher, Teacher) else None, network)
     if show_progress:
         for message in prepared.messages:
             print(message, file=sys.stderr)

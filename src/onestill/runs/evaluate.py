@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import make
-from onestill.data.prompt_pool import use_negative_prompt
 from onestill.data.prompts import read_prompts
 from onestill.evaluation.choice import choose_features, default_features
 from onestill.evaluation.clip import ClipScore, check_pictures
@@ -33,10 +31,9 @@ from onestill.sampling import pictures
 from onestill.sampling.samplers import Source, teacher_source
 from onestill.students import model_card
 from onestill.students.student import refuse_student
-from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.guidance import as_sampled
+from onestill.teachers.base import Teacher
+from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher
-from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.training.config import DistillConfig
 
 PICTURE_NAME = "samples.png"
@@ -45,7 +42,7 @@ PICTURE_NAME = "samples.png"
 def evaluate(
     student: str | Path,
     *,
-    teacher: str | Path | NetworkTeacher | None = None,
+    teacher: str | Path | Teacher | None = None,
     features: str | Path | FeatureExtractor | None = None,
     config_file: str | Path | None = None,
     show_progress: bool = False,
@@ -70,7 +67,7 @@ def evaluate(
     check_device(config.device)
     check_folder(config.student)  # before the output, whose default it names
     _check_output(config)
-    pair = _open_pair(config, teacher if isinstance(teacher, NetworkTeacher) else None)
+    pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
     extractor = _named_features(config, pair) if features is None or isinstance(features, (str, Path)) else features
     check_features(extractor, pair.student)
     source = _reference_source(config, pair, extractor)
@@ -118,14 +115,12 @@ class _Pair:
 
     Attributes:
         student: The student's one step.
-        teacher: The teacher.
-        guided: The same, guided and thresholded as its rows are.
+        teacher: The teacher, guided and thresholded as its rows are.
         device: Where both are.
     """
 
     student: Source
-    teacher: NetworkTeacher
-    guided: Teacher
+    teacher: Teacher
     device: torch.device
 
     @property
@@ -137,11 +132,11 @@ class _Pair:
         """Return the teacher's DDIM sampler."""
         first_stage = self.student.base
         return teacher_source(
-            self.teacher, self.guided, num_steps=num_steps, device=self.device, base_student=first_stage
+            self.teacher, self.teacher, num_steps=num_steps, device=self.device, base_student=first_stage
         )
 
 
-def _open_pair(config: EvaluateConfig, teacher: NetworkTeacher | None) -> _Pair:
+def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
     """Return the student and the teacher to evaluate.
 
     Args:
@@ -157,12 +152,12 @@ def _open_pair(config: EvaluateConfig, teacher: NetworkTeacher | None) -> _Pair:
     )
     if config.guidance_scale is not None and _takes_guidance(student, config.student):
         student = student.at(guidance_scale=config.guidance_scale)
-    teacher = copy.copy(teacher) if teacher is not None else _load_teacher(config, student, device)
+    teacher = _load_teacher(config, student, device) if teacher is None else teacher
     refuse_student(teacher)
     _check_pair(student, teacher)
-    if isinstance(teacher, PipelineTeacher) and student.base is not None and student.noise_level is not None:
-        teacher.set_picture(student.noise_level, student.base.examples)
-    return _Pair(student, teacher, _guided(config, student, teacher), device)
+    if student.base is not None and student.noise_level is not None:
+        teacher = teacher.with_image_condition(student.noise_level, student.base.examples)
+    return _Pair(student, _guided(config, student, teacher), device)
 
 
 def _takes_guidance(student: Source, path: Path) -> bool:
@@ -170,7 +165,7 @@ def _takes_guidance(student: Source, path: Path) -> bool:
     return student.config is not None and student.config.guidance_range is not None and student.folder != path
 
 
-def _load_teacher(config: EvaluateConfig, student: Source, device: torch.device) -> NetworkTeacher:
+def _load_teacher(config: EvaluateConfig, student: Source, device: torch.device) -> Teacher:
     """Return the teacher that is named, else that of the student's run."""
     run = student.config
     if config.teacher is None:
@@ -196,7 +191,7 @@ def _load_teacher(config: EvaluateConfig, student: Source, device: torch.device)
         raise
 
 
-def _guided(config: EvaluateConfig, student: Source, teacher: NetworkTeacher) -> Teacher:
+def _guided(config: EvaluateConfig, student: Source, teacher: Teacher) -> Teacher:
     """Return the teacher as it was distilled: at w, with the negative prompt and the thresholding of then."""
     scale = _guidance_of(config, student, teacher)
     if scale is None and teacher.can_guide:
@@ -205,14 +200,15 @@ def _guided(config: EvaluateConfig, student: Source, teacher: NetworkTeacher) ->
     negative = config.negative_prompt
     if negative is None and teacher.spec.text:
         negative = _recorded(student).negative_prompt
-    use_negative_prompt(teacher, negative, acts=config.negative_prompt is None or scale not in (None, 1))
+    acts = config.negative_prompt is None or scale not in (None, 1)
+    teacher = teacher.with_negative_prompt(negative, acts=acts)
     if student.config is not None:
         return fit_teacher(teacher, student.config, scale)
     threshold = model_card.distilled(student.folder).threshold
-    return as_sampled(teacher, teacher.usual_guidance if scale is None else scale, threshold=threshold)
+    return guided(teacher, teacher.usual_guidance if scale is None else scale, threshold=threshold)
 
 
-def _check_pair(student: Source, teacher: NetworkTeacher) -> None:
+def _check_pair(student: Source, teacher: Teacher) -> None:
     """Raise SettingError if a student and a teacher cannot be compared."""
     spec, other = teacher.spec, "not the same teacher"
     if spec.sample_shape != student.sample_shape:
@@ -221,8 +217,7 @@ def _check_pair(student: Source, teacher: NetworkTeacher) -> None:
     if bool(student.labels) != bool(spec.labels) or not set(student.labels) <= set(spec.labels):
         why = f"has {spec.num_classes or 0} classes and {named('student')} {len(student.labels)}"
         raise SettingError("teacher", spec.source, why, other)
-    enlarges = isinstance(teacher, PipelineTeacher) and teacher.family.beside is not None
-    if enlarges != (student.base is not None):
+    if (teacher.image_condition is None) != (student.base is None):
         why = f"enlarges a picture and {named('student')} does not, or the other way round"
         raise SettingError("teacher", spec.source, why, other)
     if student.text != spec.text:

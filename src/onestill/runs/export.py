@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 
-from onestill.data.cascade import choose_first_stage
 from onestill.export.export import export_student, is_exported
 from onestill.runs.checks import check_device, check_writable, resolve_device
 from onestill.runs.distill import distilled_facts
@@ -50,11 +48,7 @@ def export(
         raise ValueError(f"--output {output} is no exported student, so --overwrite does not replace it")
     check_writable(output.absolute().parent, "output")
     config = read_run_config(run)
-    restored = restore_student(path, config, resolve_device(device))
-    if config.base_student is not None:
-        # Its pictures are those of the self-check; what is written does not depend on them, so it may be gone.
-        with contextlib.suppress(ValueError):
-            choose_first_stage(restored.teacher, config.base_student, config.noise_level, device=resolve_device(device))
+    restored = restore_student(path, config, resolve_device(device), with_pictures=True)
     check_student_request(restored, config, target_time or 0.0, guidance_scale)
     facts = replace(
         distilled_facts(config, restored.teacher, guidance_scale),

@@ -17,8 +17,7 @@ from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.runs.build import fit_teacher, make_student, open_prompts, with_embedded_prompts, with_usual_guidance
 from onestill.runs.checks import resolve_device
 from onestill.students.student import Student, TimeEmbeddingInjection
-from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.teachers.base import Teacher
 from onestill.training.config import DistillConfig
 
 
@@ -63,7 +62,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: FirstStage | None = None) -> Inspection:
+def inspect_teacher(teacher: Teacher, config: DistillConfig, base: FirstStage | None = None) -> Inspection:
     """Return what is known of `teacher`, with the cost of a run under `config`, measured on a few images.
 
     Args:
@@ -87,7 +86,7 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: FirstS
         num_classes=spec.num_classes,
         null_class=spec.null_class,
         sample_shape=spec.sample_shape,
-        arguments=dict(teacher.family.asked) if isinstance(teacher, PipelineTeacher) else {},
+        arguments=dict(teacher.arguments),
         num_parameters=num_parameters(teacher.network) if isinstance(teacher.network, torch.nn.Module) else 0,
         t_max=spec.t_max,
         t_max_reason=spec.t_max_reason,
@@ -112,21 +111,21 @@ def inspect_teacher(teacher: NetworkTeacher, config: DistillConfig, base: FirstS
     )
 
 
-def _guidance(teacher: NetworkTeacher) -> str:
+def _guidance(teacher: Teacher) -> str:
     """Return how a teacher is guided: "classifier-free", "embedded" (an input of its network) or "none"."""
     if teacher.guidance_input is not None:
         return "embedded"
     return "classifier-free" if teacher.can_guide else "none"
 
 
-def _prompt_limits(teacher: NetworkTeacher) -> dict[str, int]:
+def _prompt_limits(teacher: Teacher) -> dict[str, int]:
     """Return the tokens of a prompt that each text encoder takes, where that is known."""
-    if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
+    if not teacher.spec.text:
         return {}
     return {name: limit.room for limit in teacher.prompt_limits for name in limit.encoders}
 
 
-def _num_prompts(teacher: NetworkTeacher, config: DistillConfig) -> int:
+def _num_prompts(teacher: Teacher, config: DistillConfig) -> int:
     """Return how many prompts a run has to encode at most: those that it shows, and those that it draws from."""
     if not teacher.spec.text:
         return 0
@@ -136,22 +135,22 @@ def _num_prompts(teacher: NetworkTeacher, config: DistillConfig) -> int:
     return wanted if prompts is None else min(len(prompts) + named, wanted)
 
 
-def _prompt_bytes(teacher: NetworkTeacher, base: FirstStage | None) -> int:
+def _prompt_bytes(teacher: Teacher, base: FirstStage | None) -> int:
     """Return the size of an encoded prompt, that of a base student's own encoders beside it included."""
-    if not isinstance(teacher, PipelineTeacher) or not teacher.spec.text:
+    if not teacher.spec.text:
         return 0
     own = 0 if base is None or base.shares_rows(teacher) else row_bytes(base.teacher.example_cond)
-    return row_bytes(teacher.of_prompts(teacher.example_cond)) + own
+    return row_bytes(teacher.prompt_rows(teacher.example_cond)) + own
 
 
-def _enlarges(teacher: NetworkTeacher, base: FirstStage | None) -> str:
+def _enlarges(teacher: Teacher, base: FirstStage | None) -> str:
     """Return what picture a teacher enlarges, in words; "" if it enlarges none."""
-    if not isinstance(teacher, PipelineTeacher) or teacher.family.beside is None:
+    if teacher.image_condition is None:
         return ""
     if base is None:
         return "a picture to enlarge (name the student that draws it with --base_student)"
     size = "x".join(map(str, base.examples.shape[2:]))
-    return f"{size} pictures of {base.name} to enlarge, noise level {teacher.picture.level}"
+    return f"{size} pictures of {base.name} to enlarge, noise level {teacher.image_condition.level}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class Cost:
 
 
 def estimate(
-    teacher: NetworkTeacher,
+    teacher: Teacher,
     student: Student,
     config: DistillConfig,
     device: torch.device,
@@ -257,5 +256,5 @@ def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=mixed_precision != "no")
 
 
-def _num_weights(teacher: NetworkTeacher) -> int:
+def _num_weights(teacher: Teacher) -> int:
     return num_parameters(teacher.network) if isinstance(teacher.network, torch.nn.Module) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Any
 
 import torch
 
-from onestill.data.cascade import FirstStage, choose_first_stage
-from onestill.data.prompt_pool import use_negative_prompt
+from onestill.data.cascade import FirstStage, with_first_stage
 from onestill.diffusion.trajectory import STEPS
 from onestill.export.export import MODULE_FILE
 from onestill.runs.checks import check_device, check_guidance, resolve_device
@@ -27,8 +25,8 @@ from onestill.runs.restore import (
 from onestill.sampling.exported import open_pipeline
 from onestill.sampling.samplers import Source, student_source, teacher_source
 from onestill.students.student import Student, refuse_student
-from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.guidance import as_sampled
+from onestill.teachers.base import Teacher
+from onestill.teachers.guidance import guided
 from onestill.teachers.load import load_teacher
 from onestill.training.config import DistillConfig
 
@@ -36,7 +34,7 @@ from onestill.training.config import DistillConfig
 def load_source(
     student: str | Path | None = None,
     *,
-    teacher: str | Path | NetworkTeacher | None = None,
+    teacher: str | Path | Teacher | None = None,
     guidance_scale: float | None = None,
     target_time: float = 0.0,
     num_inference_steps: int | None = None,
@@ -231,7 +229,7 @@ def _student_at(
 
 
 def open_teacher(
-    teacher: str | Path | NetworkTeacher,
+    teacher: str | Path | Teacher,
     *,
     device: torch.device,
     num_steps: int = 50,
@@ -250,13 +248,12 @@ def open_teacher(
     """
     if num_steps < 1:
         raise ValueError(f"--num_inference_steps must be at least 1, got {num_steps}")
-    if isinstance(teacher, NetworkTeacher):
+    if isinstance(teacher, Teacher):
         if arguments:
             raise ValueError(
                 f"--{next(iter(arguments))} was given with a teacher object; name it where the object is made: "
                 "load_teacher(..., arguments={...})"
             )
-        teacher = copy.copy(teacher)  # its null condition may be replaced here, and the caller's stays
     else:
         teacher = load_teacher(
             teacher,
@@ -266,14 +263,14 @@ def open_teacher(
             arguments=arguments,
         )
     refuse_student(teacher)
-    base = choose_first_stage(teacher, base_student, noise_level, device=device)
+    teacher, base = with_first_stage(teacher, base_student, noise_level, device=device)
     scale = teacher.usual_guidance if guidance_scale is None else guidance_scale
-    use_negative_prompt(teacher, negative_prompt, acts=scale != 1)
+    teacher = teacher.with_negative_prompt(negative_prompt, acts=scale != 1)
     return _teacher_at(teacher, scale, num_steps, solver, device, base)
 
 
 def _teacher_at(
-    teacher: NetworkTeacher,
+    teacher: Teacher,
     guidance_scale: float,
     num_steps: int,
     solver: str,
@@ -281,7 +278,7 @@ def _teacher_at(
     base: FirstStage | None,
 ) -> Source:
     """Return the multi-step sampler of a teacher in memory; at another guidance scale it stays the same one."""
-    fitted = as_sampled(teacher, guidance_scale)
+    fitted = guided(teacher, guidance_scale)
 
     def reopen(scale: float | None, t: float | None) -> Source:
         if t is not None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
 
 import torch
 
-from onestill.data.cascade import FirstStage, choose_first_stage, open_first_stage
-from onestill.data.prompt_pool import use_negative_prompt
+from onestill.data.cascade import FirstStage, open_first_stage, with_first_stage
 from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, is_run
 from onestill.sampling.exported import enlarges
 from onestill.students.student import Student
-from onestill.teachers.base import NetworkTeacher
-from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.teachers.base import Teacher
 from onestill.training.checkpoint import Checkpoint, read_checkpoint, read_latest
 from onestill.training.config import DistillConfig, make_config
 from onestill.training.trainer import load_student
@@ -33,9 +32,7 @@ def run_of_pipeline(folder: Path) -> Path | None:
     return folder.parent if ours and folder.name == PIPELINE_FOLDER else None
 
 
-def run_teacher(
-    run: Path, config: DistillConfig, device: torch.device, *, local_files_only: bool = False
-) -> NetworkTeacher:
+def run_teacher(run: Path, config: DistillConfig, device: torch.device, *, local_files_only: bool = False) -> Teacher:
     """Return the teacher of a run.
 
     Raises:
@@ -49,19 +46,29 @@ def run_teacher(
         raise ValueError(
             f"{run}: the teacher {config.teacher} is not the one it was distilled from: it has changed since"
         )
-    use_negative_prompt(base, config.negative_prompt)
-    if isinstance(base, PipelineTeacher) and config.noise_level is not None:
-        base.set_picture(config.noise_level)
-    return base
+    base = base.with_negative_prompt(config.negative_prompt)
+    return base if config.noise_level is None else base.with_image_condition(config.noise_level)
 
 
 def restore_student(
-    path: Path, config: DistillConfig, device: torch.device, *, local_files_only: bool = False
+    path: Path,
+    config: DistillConfig,
+    device: torch.device,
+    *,
+    local_files_only: bool = False,
+    with_pictures: bool = False,
 ) -> Student:
-    """Return the student of a run (its newest whole checkpoint) or of one checkpoint-N folder, averaged weights."""
+    """Return the student of a run (its newest whole checkpoint) or of one checkpoint-N folder, averaged weights.
+
+    `with_pictures`: its teacher checks itself with pictures of the first stage, if that is still there.
+    """
     checkpoint = _newest(path) if is_run(path) else read_checkpoint(path)
     run = path if is_run(path) else path.parent
     base = run_teacher(run, config, device, local_files_only=local_files_only)
+    if with_pictures and config.base_student is not None:
+        # What an export writes does not depend on them.
+        with contextlib.suppress(ValueError):
+            base, _ = with_first_stage(base, config.base_student, config.noise_level, device=device)
     student = make_student(base, config).to(device)
     load_student(student, checkpoint.tensors.get("ema", checkpoint.tensors["student"]))
     return student
@@ -95,7 +102,7 @@ def check_student_request(student: Student, config: DistillConfig, t: float, gui
 
 
 def base_of_run(
-    run: Path, config: DistillConfig, teacher: NetworkTeacher, device: torch.device, *, given: str | Path | None = None
+    run: Path, config: DistillConfig, teacher: Teacher, device: torch.device, *, given: str | Path | None = None
 ) -> FirstStage | None:
     """Return the student that draws the pictures that a run's teacher enlarges; None if it enlarges none.
 
@@ -110,7 +117,7 @@ def base_of_run(
         ValueError: If it is gone, has changed since, or does not fit.
     """
     found = _where(run, config.base_student, given) if config.base_student is not None else given
-    base = choose_first_stage(teacher, found, config.noise_level, device=device)
+    _, base = with_first_stage(teacher, found, config.noise_level, device=device)
     if base is not None:
         _compare(base, run, given)
     return base

@@ -11,13 +11,13 @@ from torch import Tensor
 from onestill.data.prompts import read_prompts
 from onestill.runs.load import load_source
 from onestill.sampling.explore import check_samples, samples
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 
 
 def sample(
     student: str | Path | None = None,
     *,
-    teacher: str | Path | NetworkTeacher | None = None,
+    teacher: str | Path | Teacher | None = None,
     num_images: int = 16,
     seed: int = 0,
     class_labels: Sequence[int] = (),

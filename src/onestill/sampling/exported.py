@@ -22,14 +22,14 @@ from onestill.sampling.samplers import Source
 from onestill.students import model_card as card
 from onestill.students.student import ignores_time, time_embeddings
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
-from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines import token_limits as tokenizing
 from onestill.teachers.pipelines.capture import Signature, record
 from onestill.teachers.pipelines.folder import load_stock
 from onestill.teachers.pipelines.generic import plain_family
-from onestill.teachers.pipelines.spec import Family, examples
+from onestill.teachers.pipelines.spec import PipelineSpec, examples
 from onestill.teachers.pipelines.teacher import read_call
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
+from onestill.teachers.prompt_limits import EXAMPLE, PromptLimit
 from onestill.training.config import DistillConfig
 
 
@@ -39,7 +39,7 @@ def enlarges(folder: Path) -> bool:
         family = FAMILY_OF_PIPELINE.get(read_index(folder, str(folder))["_class_name"])
     except ValueError:
         return False  # opening it says what is wrong
-    return family is not None and family.beside is not None
+    return family is not None and family.image_condition is not None
 
 
 def open_pipeline(
@@ -67,7 +67,7 @@ def open_pipeline(
         if class_name not in UNET2D_PIPELINES:
             pipeline = load_stock(getattr(diffusers, class_name), folder).to(device)
             family = FAMILY_OF_PIPELINE.get(class_name) or plain_family(index, pipeline)
-            family = family.asking(read_call(folder))
+            family = family.with_arguments(read_call(folder))
             _check_steps(getattr(pipeline, family.network), folder)
             if base_student is not None:
                 return _open_enlarging(family, pipeline, folder, device, run, config, base_student)
@@ -110,7 +110,12 @@ def _one_step(pipeline: Any) -> Generate:
 
 
 def _open_family(
-    family: Family, pipeline: Any, folder: Path, device: torch.device, run: Path | None, config: DistillConfig | None
+    family: PipelineSpec,
+    pipeline: Any,
+    folder: Path,
+    device: torch.device,
+    run: Path | None,
+    config: DistillConfig | None,
 ) -> Source:
     """Return the plain call of an exported pipeline of a family, on noise that is given."""
     network, arguments = getattr(pipeline, family.network), dict(family.export_arguments)
@@ -152,16 +157,16 @@ def _open_family(
         run=run,
         config=config,
         text=text,
-        latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.latents else None,
-        decodes=family.latents,
+        latents=(lambda eps, rows: latents(eps, rows)[0]) if takes_noise and family.has_decoder else None,
+        decodes=family.has_decoder,
         encode=(lambda prompts: family.encode(pipeline, signature(), prompts)) if text else None,
         limits=functools.partial(_limits, family, pipeline) if text else tuple,
-        arguments=family.asked,
+        arguments=family.given,
     )
 
 
 def _open_enlarging(
-    family: Family,
+    family: PipelineSpec,
     pipeline: Any,
     folder: Path,
     device: torch.device,
@@ -170,12 +175,16 @@ def _open_enlarging(
     base: FirstStage,
 ) -> Source:
     """Return the plain call of an exported pipeline that enlarges the pictures of a base student."""
-    assert family.beside is not None
-    network, arguments, beside = getattr(pipeline, family.network), dict(family.export_arguments), family.beside
+    assert family.image_condition is not None
+    network, arguments, beside = (
+        getattr(pipeline, family.network),
+        dict(family.export_arguments),
+        family.image_condition,
+    )
     (seen,) = record(lambda: family.call(pipeline, examples(family, 1), arguments), network)
     shape = tuple(family.sort_call(seen, pipeline).x_t.shape[1:])
     check_shape(base, shape)
-    encoders.share(pipeline, base.teacher.pipeline)
+    base.teacher.lend_encoders(pipeline)
     recorded = card.noise_level(folder) if config is None else config.noise_level
     level = beside.level if recorded is None else recorded
 
@@ -196,19 +205,19 @@ def _open_enlarging(
         config=config,
         calls=2,
         text=True,
-        arguments=family.asked,
-        decodes=family.latents,
+        arguments=family.given,
+        decodes=family.has_decoder,
         base=base,
         noise_level=level,
         limits=functools.partial(_limits, family, pipeline),
     )
 
 
-def _limits(family: Family, pipeline: Any) -> tuple[tokenizing.Limit, ...]:
+def _limits(family: PipelineSpec, pipeline: Any) -> tuple[PromptLimit, ...]:
     """Return the numbers of tokens of a prompt that the text encoders of an exported pipeline take."""
     arguments = dict(family.export_arguments)
     with tokenizing.listening(pipeline) as heard:
-        record(lambda: family.call(pipeline, [tokenizing.EXAMPLE], arguments), getattr(pipeline, family.network))
+        record(lambda: family.call(pipeline, [EXAMPLE], arguments), getattr(pipeline, family.network))
     return tokenizing.limits(heard)
 
 

@@ -41,7 +41,7 @@ def teacher_generator(
 
     Args:
         teacher: The teacher, guided and thresholded as wanted.
-        num_steps: Steps; each costs `CALLS_PER_STEP[solver] * teacher.calls` network evaluations.
+        num_steps: Steps; each costs `CALLS_PER_STEP[solver] * teacher.evaluations` network evaluations.
         solver: One of `onestill.diffusion.trajectory.STEPS`.
         device: Where the teacher is.
     """

@@ -15,10 +15,8 @@ from onestill.core.tensors import Cond
 from onestill.data.cascade import FirstStage, seeded_rows
 from onestill.sampling.generate import Generate, Rows, student_generator, teacher_generator
 from onestill.students.student import Student
-from onestill.teachers.base import NetworkTeacher, Teacher
-from onestill.teachers.pipelines import text_encoders as encoders
-from onestill.teachers.pipelines.teacher import PipelineTeacher
-from onestill.teachers.pipelines.token_limits import Limit
+from onestill.teachers.base import Teacher
+from onestill.teachers.prompt_limits import PromptLimit
 from onestill.training.config import DistillConfig
 
 
@@ -69,7 +67,7 @@ class Source:
 
     base: FirstStage | None = None
     noise_level: int | None = None
-    limits: Callable[[], tuple[Limit, ...]] = tuple
+    limits: Callable[[], tuple[PromptLimit, ...]] = tuple
 
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Source:
         """Return the same at another guidance scale or target time; nothing is loaded twice.
@@ -151,7 +149,7 @@ def student_source(
 
 
 def teacher_source(
-    base: NetworkTeacher,
+    base: Teacher,
     fitted: Teacher,
     *,
     num_steps: int,
@@ -170,7 +168,7 @@ def teacher_source(
         base_student: The student that draws the pictures that the teacher enlarges, if it does.
     """
     generate = teacher_generator(fitted, num_steps=num_steps, solver=solver, device=device)
-    calls = num_steps * fitted.calls * (1 if solver == "ddim" else 2)
+    calls = num_steps * fitted.evaluations * (1 if solver == "ddim" else 2)
     name = f"the teacher {base.spec.source}"
     return _around(
         base,
@@ -184,7 +182,7 @@ def teacher_source(
 
 
 def _around(
-    base: NetworkTeacher,
+    base: Teacher,
     network: Generate,
     *,
     name: str,
@@ -197,14 +195,14 @@ def _around(
     base_student: FirstStage | None = None,
 ) -> Source:
     """Return a source around what a network makes: prompts are encoded before it, latents decoded behind it."""
-    decodes = isinstance(base, PipelineTeacher) and base.family.latents
-    clips = clips or (isinstance(base, PipelineTeacher) and base.family.decode is not None)
-    encode = base.encode if isinstance(base, PipelineTeacher) and base.spec.text else None
-    if isinstance(base, PipelineTeacher) and base_student is not None:
-        encoders.share(base.pipeline, base_student.teacher.pipeline)
+    decodes = base.has_decoder
+    clips = clips or base.clamps
+    encode = base.encode if base.spec.text else None
+    if base_student is not None:
+        base.share_encoders(base_student.teacher)
 
     def latents(eps: Tensor, rows: Rows) -> Tensor:
-        if isinstance(base, PipelineTeacher) and base_student is not None:
+        if base_student is not None:
             return network(eps, seeded_rows(base, base_student, rows["seed"], rows["prompt"]))
         return network(eps, encode(rows["prompt"]) if encode is not None and "prompt" in rows else rows)
 
@@ -228,10 +226,10 @@ def _around(
         decodes=decodes,
         decode=decode if decodes else None,
         encode=encode,
-        arguments=base.family.asked if isinstance(base, PipelineTeacher) else {},
+        arguments=base.arguments,
         base=base_student,
-        limits=(lambda: base.prompt_limits) if isinstance(base, PipelineTeacher) and base.spec.text else tuple,
-        noise_level=base.picture.level if isinstance(base, PipelineTeacher) and base_student is not None else None,
+        limits=(lambda: base.prompt_limits) if base.spec.text else tuple,
+        noise_level=None if base_student is None or base.image_condition is None else base.image_condition.level,
     )
 
 

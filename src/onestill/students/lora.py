@@ -11,7 +11,6 @@ update u h^T / |h|^2 adds exactly u.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -165,14 +164,6 @@ def adapter_tensors(network: nn.Module, *, without: tuple[str, ...] = ()) -> dic
 # The file
 
 
-def has_loader(teacher: object) -> bool:
-    """Return whether a teacher's stock pipeline takes LoRA files for its network."""
-    if not isinstance(teacher, PipelineTeacher):
-        return False
-    save = getattr(type(teacher.pipeline), "save_lora_weights", None)
-    return save is not None and f"{teacher.family.network}_lora_layers" in inspect.signature(save).parameters
-
-
 def write_lora(
     teacher: PipelineTeacher, network: nn.Module, embeddings: Mapping[str, Tensor], net_time: float, folder: Path
 ) -> None:
@@ -185,7 +176,7 @@ def write_lora(
         net_time: The time that the one step gives the network.
         folder: Where to.
     """
-    spec, family = teacher.spec, teacher.family
+    spec, family = teacher.spec, teacher.pipeline_spec
     tensors = adapter_tensors(network, without=tuple(embeddings))
     tensors |= constant_updates(teacher, net_time, embeddings)
     save = type(teacher.pipeline).save_lora_weights

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from onestill.teachers.base import TeacherSpec, Threshold
+from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
 TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from onestill.core.tensors import Cond, as_times
 from onestill.students.lora import Lora, attach, merge
-from onestill.teachers.base import NetworkTeacher, TeacherSpec
+from onestill.teachers.base import Teacher
+from onestill.teachers.teacher_spec import TeacherSpec
 
 TIME_CHANNELS = 128
 # Timesteps sees 1000 times its input's scale: target times of 0..1 as the 0..1000 it is made for.
@@ -183,7 +184,7 @@ def ignores_time(network: object) -> bool:
     return bool(layers) and all(not layer.weight.any() for layer in layers)
 
 
-def refuse_student(teacher: NetworkTeacher) -> None:
+def refuse_student(teacher: Teacher) -> None:
     """Raise ValueError if a teacher is an exported student, which knows one step and no other."""
     if ignores_time(teacher.network):
         raise ValueError(
@@ -214,7 +215,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        teacher: NetworkTeacher,
+        teacher: Teacher,
         *,
         guidance_range: tuple[float, float] | None = None,
         network: nn.Module | None = None,
@@ -240,7 +241,7 @@ class Student(nn.Module):
             attach(self.network, lora)
 
     @property
-    def teacher(self) -> NetworkTeacher:
+    def teacher(self) -> Teacher:
         """The teacher whose head and way of calling the network are used."""
         return self._teacher
 

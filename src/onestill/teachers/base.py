@@ -1,113 +1,89 @@
-"""The one contract of a teacher: `denoised(x_t, t, cond)`, its prediction of x_0."""
+"""The one contract of a teacher: `denoised(x_t, t, cond)`, its prediction of x_0, and what may be asked besides.
+
+Whatever only some teachers have (prompts, a decoder, a picture to enlarge, a network to copy) has a default here that
+says "none", so that nobody asks of which class a teacher is. Nothing changes a teacher but `to` and
+`release_encoders`, which move or free memory: every `with_...` returns another teacher around the same network.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from onestill.core.tensors import Cond, as_times, broadcast, float32_or_more
-from onestill.diffusion.process import Process, head
-from onestill.diffusion.trajectory import Denoiser, Trajectory
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """What a pixel teacher's sampler does to the predicted x_0, eq. (15); never applied to the signal.
-
-    The noise of the next state is then made of the thresholded x_0 too, as in DDPM's posterior and in diffusers'
-    DDIM with `use_clipped_model_output=True`.
-
-    Attributes:
-        mode: "none", "static" (clip to +-limit) or "dynamic" (Saharia et al., 2205.11487: divide by the
-            per-image quantile of |x_0|, kept in [1, limit], after clipping to it).
-        limit: Largest magnitude.
-        ratio: The quantile, "dynamic" only.
-    """
-
-    mode: str = "none"
-    limit: float = 1.0
-    ratio: float = 0.995
-
-    def __call__(self, x_0: Tensor) -> Tensor:
-        """Return the thresholded x_0 [B, ...]."""
-        if self.mode == "none":
-            return x_0
-        if self.mode == "static":
-            return x_0.clamp(-self.limit, self.limit)
-        quantile = torch.quantile(x_0.flatten(1).abs(), self.ratio, dim=1).clamp(1.0, self.limit)
-        bound = broadcast(quantile, x_0)
-        return torch.minimum(torch.maximum(x_0, -bound), bound) / bound
-
-
-NO_THRESHOLD = Threshold()
-
-
-@dataclass(frozen=True)
-class TeacherSpec:
-    """Everything that is known of a teacher but its weights.
-
-    Attributes:
-        family: Short name of the adapter, such as "unet2d".
-        source: Path or id it was loaded from; "" for objects made in Python.
-        process: The noise process.
-        prediction_type: One of `onestill.diffusion.process.PREDICTION_TYPES`, or "denoised" for closed forms.
-        sample_shape: Shape of one sample without the batch axis, such as (C, H, W).
-        t_max: The start level.
-        t_max_reason: Why this one.
-        num_classes: Classes that can be asked for, the null class not counted; None if unconditional.
-        null_class: Label that means "no class"; None if there is none.
-        threshold: What the teacher's own sampler does to x_0.
-        sigma_data: Standard deviation of the data, for EDM preconditioning.
-        text: Whether prompts condition it.
-    """
-
-    family: str
-    source: str
-    process: Process
-    prediction_type: str
-    sample_shape: tuple[int, ...]
-    t_max: float
-    t_max_reason: str
-    num_classes: int | None = None
-    null_class: int | None = None
-    threshold: Threshold = NO_THRESHOLD
-    sigma_data: float = 0.5
-    text: bool = False
-
-    @property
-    def conditioning(self) -> str:
-        """Return what conditions it: "text", "class" or "none"."""
-        return "text" if self.text else "none" if self.num_classes is None else "class"
-
-    @property
-    def trajectory(self) -> Trajectory:
-        """The teacher's ODE from its start level."""
-        return Trajectory(self.process, self.t_max)
-
-    @property
-    def labels(self) -> list[int]:
-        """The labels that can be asked for."""
-        return [i for i in range((self.num_classes or 0) + 1) if i != self.null_class][: self.num_classes or 0]
+from onestill.diffusion.process import check_t_max, head
+from onestill.diffusion.trajectory import Denoiser
+from onestill.teachers.image_condition import ImageCondition
+from onestill.teachers.prompt_limits import PromptLimit, exceeded
+from onestill.teachers.teacher_spec import TeacherSpec
 
 
 class Teacher(ABC):
-    """A pre-trained model that predicts x_0."""
+    """A pre-trained model that predicts x_0.
+
+    Attributes:
+        spec: What is known of it.
+        network: Its network; None where there is none.
+        null_cond: The conditions of "no prompt", one row each; empty where the null condition is a label, or there is
+            none.
+        example_cond: The conditions of some prompt, one row each; empty where labels or nothing condition the teacher.
+        folder: Where it was loaded from, that of a hub id's files included; None of a teacher made in Python.
+        arguments: The arguments of every call of its pipeline that were asked for, such as a size.
+        student_format: The format that a student of it is exported in: "pixel", "pipeline" or "module".
+        output_field: Where the output of its pipeline has its results: "images", "frames" or "audios".
+        has_decoder: Whether it works on latents, which `decode` makes images of.
+        clamps: Whether its pipeline leaves images in [-1, 1].
+        takes_lora_files: Whether its pipeline loads LoRA files for its network.
+        records_null_class: Whether the folder of an exported student must be told which label means "no class".
+    """
 
     spec: TeacherSpec
+    network: Any = None
     null_cond: Cond = MappingProxyType({})  # type: ignore[assignment]  # read only
-    """The conditions of "no prompt", one row each; empty where the null condition is a label, or there is none."""
     example_cond: Cond = MappingProxyType({})  # type: ignore[assignment]  # read only
-    """The conditions of some prompt, one row each; empty where labels or nothing condition the teacher."""
     folder: Path | None = None
-    """Where it was loaded from, that of a hub id's files included; None of a teacher made in Python."""
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    student_format: str = "module"
+    output_field: str = "images"
+    has_decoder: bool = False
+    clamps: bool = False
+    takes_lora_files: bool = False
+    records_null_class: bool = False
+
+    @abstractmethod
+    def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
+        """Return f(x_t, t, cond), the prediction of x_0, in float32 or more.
+
+        Args:
+            x_t: State of the process, [B, *sample_shape].
+            t: Time, one number or [B], in (0, 1].
+            cond: Conditions with B rows each; {} if unconditional.
+        """
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations in one call of `denoised`."""
+        return 1
+
+    def denoiser(self, cond: Cond) -> Denoiser:
+        """Return `denoised` with the conditions fixed: what the steps of a trajectory take."""
+        return lambda x_t, t: self.denoised(x_t, t, cond)
+
+    @torch.no_grad()
+    def one_step(self, eps: Tensor, cond: Cond) -> Tensor:
+        """Return the images of one step from pure noise: of an exported student, loaded as a teacher, its pictures."""
+        return self.decode(self.denoised(eps, 1.0, cond))
+
+    # Guidance
 
     @property
     def can_guide(self) -> bool:
@@ -124,6 +100,11 @@ class Teacher(ABC):
         """The guidance scale where none is named: what the pipeline tells its network, or 1, which is none."""
         return 1.0 if self.guidance_input is None else float(self.example_cond[self.guidance_input][0])
 
+    @property
+    def unguided(self) -> Teacher:
+        """The teacher itself, without the guidance and the thresholding around it."""
+        return self
+
     def null_rows(self, cond: Cond) -> Cond:
         """Return `cond` with the null condition in place of what a prompt or a label sets."""
         if self.spec.null_class is not None:
@@ -137,57 +118,169 @@ class Teacher(ABC):
             return {"class_labels": torch.full((num,), self.spec.labels[0])}
         return {n: v.expand(num, *v.shape[1:]) for n, v in self.example_cond.items()}
 
-    @abstractmethod
-    def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
-        """Return f(x_t, t, cond), the prediction of x_0, in float32 or more.
+    # Other teachers around the same network
+
+    def with_t_max(self, t_max: float) -> Self:
+        """Return the teacher with another start level.
+
+        Raises:
+            SettingError: If it cannot start there.
+        """
+        spec = self.spec
+        checked = check_t_max(spec.process, spec.prediction_type, t_max)
+        return self._changed(spec=replace(spec, t_max=checked, t_max_reason="given with --t_max"))
+
+    def with_negative_prompt(self, prompt: str | None, *, acts: bool = True) -> Self:
+        """Return the teacher with a negative prompt in the place of its null condition; itself where None is given.
 
         Args:
-            x_t: State of the process, [B, *sample_shape].
-            t: Time, one number or [B], in (0, 1].
-            cond: Conditions with B rows each; {} if unconditional.
+            prompt: The prompt.
+            acts: Whether anything uses the null condition.
+
+        Raises:
+            SettingError: If the teacher takes no prompts, none of its guidance has a "no prompt", or nothing would
+                change.
         """
+        if prompt is None:
+            return self
+        if not self.spec.text:
+            raise ValueError(f"--negative_prompt {prompt!r} was given, but this teacher takes no text")
+        if not self.can_guide:
+            raise ValueError(f"--negative_prompt {prompt!r}: a {self.kind} has no null condition that it could replace")
+        if not acts:
+            raise ValueError(
+                f"--negative_prompt {prompt!r} acts through guidance only: give a --guidance_scale other than 1"
+            )
+        return self._changed(null_cond=self.encode_negative(prompt))
+
+    def with_image_condition(self, level: int, pictures: Tensor | None = None) -> Self:
+        """Return the teacher with another noise level of the pictures that it takes, and other pictures of its checks.
+
+        Args:
+            level: How much noise is mixed into each picture.
+            pictures: Some real ones, [N, C, h, w] in [-1, 1], which example calls go round from now on; None to
+                leave what they have.
+
+        Raises:
+            ValueError: If this teacher takes no picture.
+        """
+        raise self._takes_no_picture()
+
+    def _changed(self, **attributes: Any) -> Self:
+        other = copy.copy(self)
+        for name, value in attributes.items():
+            setattr(other, name, value)
+        return other
+
+    # Prompts
 
     @property
-    def calls(self) -> int:
-        """Network evaluations in one call of `denoised`."""
-        return 1
+    def kind(self) -> str:
+        """What it is, such as "StableDiffusionPipeline"."""
+        return "teacher"
 
-    def denoiser(self, cond: Cond) -> Denoiser:
-        """Return `denoised` with the conditions fixed: what the steps of a trajectory take."""
-        return lambda x_t, t: self.denoised(x_t, t, cond)
+    @property
+    def encoders_released(self) -> bool:
+        """Whether the text encoders have left memory, so that `encode` is over."""
+        return False
 
+    def encode(self, prompts: Sequence[str], seeds: Sequence[int] = ()) -> Cond:
+        """Return the conditions of prompts, one row each; `seeds` for what the pipeline draws on the way.
 
-Call = Callable[[Callable[..., object], Tensor, Tensor, Cond], Tensor]
-"""(network, scaled x_t, network time, cond) -> raw network output of the sample's shape."""
+        Raises:
+            RuntimeError: If the text encoders were released.
+        """
+        raise self._takes_no_text()
 
+    def encode_negative(self, prompt: str) -> Cond:
+        """Return the conditions that a prompt makes in the place of "no prompt", one row.
 
-class NetworkTeacher(Teacher):
-    """A teacher around a network, eq. (3): denoised = c_skip x_t + c_out network(c_in x_t, net_time(t), cond).
+        They may differ from `encode`: some pipelines put words of their own before a prompt, and none before this one.
 
-    Args:
-        network: The network; put into evaluation mode, its parameters frozen.
-        spec: What is known of it.
-        call: How the network is called.
-    """
+        Raises:
+            RuntimeError: If the text encoders were released.
+        """
+        raise self._takes_no_text()
 
-    def __init__(self, network: Callable[..., object], spec: TeacherSpec, call: Call) -> None:
-        self.network, self.spec, self.call = network, spec, call
-        if isinstance(network, nn.Module):
-            network.eval().requires_grad_(False)
+    def prompt_rows(self, cond: Cond) -> Cond:
+        """Return the conditions that prompts decide: without those that come with a picture, if the teacher takes one."""
+        return cond
 
-    def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
-        return self.denoised_by(self.network, x_t, t, cond)
+    def encoder_identity(self) -> str:
+        """Return a name for what turns prompts into conditions: the same name is the same conditions.
+
+        Raises:
+            RuntimeError: If the text encoders were released.
+        """
+        raise self._takes_no_text()
+
+    @property
+    def prompt_limits(self) -> tuple[PromptLimit, ...]:
+        """The numbers of tokens of a prompt that its text encoders take, the smallest first; () if none is known."""
+        return ()
+
+    def exceeded_limits(self, prompts: Sequence[str]) -> list[int]:
+        """Return which of those limits each prompt exceeds, as a number: bit i for the i-th."""
+        return exceeded(self.prompt_limits, prompts)
+
+    def negative_limits(self, prompt: str) -> list[PromptLimit]:
+        """Return which limits of a prompt in the place of "no prompt" this one exceeds."""
+        return []
+
+    def release_encoders(self) -> None:
+        """Let the text encoders go and all else that only `encode` needs, which is over."""
+        return None  # there are none
+
+    def has_encoders_of(self, other: Teacher) -> bool:
+        """Return whether what makes conditions of prompts is equal to another teacher's, component by component."""
+        return False
+
+    def share_encoders(self, other: Teacher) -> None:
+        """Use the text encoders of another teacher in the place of equal ones of its own."""
+        return None
+
+    def lend_encoders(self, pipeline: Any) -> None:
+        """Let a stock pipeline use the text encoders in the place of equal ones of its own."""
+        return None
+
+    def _takes_no_text(self) -> ValueError:
+        return ValueError(f"this {self.kind} takes no text")
+
+    # Pictures
+
+    @property
+    def image_condition(self) -> ImageCondition | None:
+        """What is known of the picture of an earlier model that the teacher takes; None if it takes none."""
+        return None
+
+    def picture_rows(self, pictures: Tensor, noise: Tensor) -> Cond:
+        """Return the conditions made of pictures [B, C, h, w] in [-1, 1] and of `noise` [B, *sample_shape].
+
+        They take the place of those that `encode` made of an example picture.
+
+        Raises:
+            ValueError: If this teacher takes no picture.
+        """
+        raise self._takes_no_picture()
+
+    def _takes_no_picture(self) -> ValueError:
+        return ValueError(f"this {self.kind} takes no picture of an earlier model")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images of what the network makes: the same, where it works on pixels."""
+        return latents
+
+    # Students
+
+    def check_start(self) -> None:
+        """Raise SettingError if no exported student could start at this start level."""
+        return None
 
     def denoised_by(self, network: Callable[..., object], x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         """Return `denoised` with another network in this one's place, such as a student's copy."""
-        times = as_times(t, len(x_t))
-        c_in, c_skip, c_out = head(
-            self.spec.prediction_type, *self.spec.process.alpha_sigma(times), self.spec.sigma_data
+        raise ValueError(
+            f"this {self.kind} is known in closed form, without a network that another could take the place of"
         )
-        net_time = self.spec.process.net_time(times).to(device=x_t.device, dtype=x_t.dtype)
-        output = float32_or_more(self.call(network, broadcast(c_in, x_t) * x_t, net_time, cond))
-        x_t = float32_or_more(x_t)
-        return broadcast(c_skip, x_t) * x_t + broadcast(c_out, x_t) * output
 
     def copy_network(self) -> nn.Module:
         """Return a trainable copy of the network, in float32 and in evaluation mode (no dropout).
@@ -215,37 +308,52 @@ class NetworkTeacher(Teacher):
         shared = {id(tensor): tensor for tensor in (*self.network.parameters(), *self.network.buffers())}
         return copy.deepcopy(self.network, shared).eval()
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the images of what the network makes: the same, where it works on pixels."""
-        return latents
-
-    def to(self, device: torch.device | str) -> NetworkTeacher:
-        """Move the network to `device`."""
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network, and what else it computes with, to `device`."""
         if isinstance(self.network, nn.Module):
             self.network.to(device)
         return self
 
     def fingerprint(self) -> str:
         """Return a short hash of the weights and of everything that decides its trajectories: the same teacher, or not."""
-        spec, process = self.spec, self.spec.process
-        times = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 1.0], dtype=torch.float64)
-        numbers = [spec.t_max, spec.sigma_data]
-        for values in (*process.alpha_sigma(times), process.net_time(times)):
-            numbers += values.tolist()
-        # Six digits: the last ones of a logarithm may differ between processors.
-        facts = (
-            spec.family,
-            spec.sample_shape,
-            spec.prediction_type,
-            spec.num_classes,
-            spec.null_class,
-            spec.threshold,
-            process.name,
-            [f"{value:.6g}" for value in numbers],
-        )
-        digest = hashlib.sha256(repr(facts).encode())
+        digest = hashlib.sha256(repr(self.spec.facts()).encode())
         if isinstance(self.network, nn.Module):
             for name, value in self.network.state_dict().items():
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+    def pictures_fingerprint(self) -> str:
+        """Return a hash of all that decides its pictures: text encoders and decoder too."""
+        return self.fingerprint()
+
+
+class NetworkTeacher(Teacher):
+    """A teacher around a network, eq. (3): denoised = c_skip x_t + c_out network(c_in x_t, net_time(t), cond).
+
+    Args:
+        network: The network; put into evaluation mode, its parameters frozen.
+        spec: What is known of it.
+    """
+
+    def __init__(self, network: Callable[..., object], spec: TeacherSpec) -> None:
+        self.network, self.spec = network, spec
+        if isinstance(network, nn.Module):
+            network.eval().requires_grad_(False)
+
+    @abstractmethod
+    def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        """Call a network: (network, scaled x_t, network time, cond) -> its raw output, of the sample's shape."""
+
+    def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
+        return self.denoised_by(self.network, x_t, t, cond)
+
+    def denoised_by(self, network: Callable[..., object], x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
+        times = as_times(t, len(x_t))
+        c_in, c_skip, c_out = head(
+            self.spec.prediction_type, *self.spec.process.alpha_sigma(times), self.spec.sigma_data
+        )
+        net_time = self.spec.process.net_time(times).to(device=x_t.device, dtype=x_t.dtype)
+        output = float32_or_more(self.call(network, broadcast(c_in, x_t) * x_t, net_time, cond))
+        x_t = float32_or_more(x_t)
+        return broadcast(c_skip, x_t) * x_t + broadcast(c_out, x_t) * output

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from onestill.core.tensors import Cond, as_times, broadcast
 from onestill.diffusion.process import Process
-from onestill.teachers.base import Teacher, TeacherSpec
+from onestill.teachers.base import Teacher
+from onestill.teachers.teacher_spec import TeacherSpec
 
 
 class GaussianTeacher(Teacher):

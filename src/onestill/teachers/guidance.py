@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
 from onestill.core.tensors import Cond, broadcast
-from onestill.teachers.base import Teacher, Threshold
+from onestill.teachers.base import Teacher
+from onestill.teachers.teacher_spec import Threshold
 
 
-class Guided(Teacher):
+class Wrapped(Teacher):
+    """A teacher that predicts another x_0 and is in everything else the one inside it.
+
+    Whatever a teacher says of itself, its network, its prompts and its students, the inner one says. Only what
+    follows from `denoised` is its own, and `with_...` puts the same wrapper around what the inner one returns.
+
+    Args:
+        teacher: The teacher inside.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def to(self, device: torch.device | str) -> Self:
+        self.teacher.to(device)
+        return self
+
+    def with_t_max(self, t_max: float) -> Self:
+        return self._changed(teacher=self.teacher.with_t_max(t_max))
+
+    def with_negative_prompt(self, prompt: str | None, *, acts: bool = True) -> Self:
+        return self._changed(teacher=self.teacher.with_negative_prompt(prompt, acts=acts))
+
+    def with_image_condition(self, level: int, pictures: Tensor | None = None) -> Self:
+        return self._changed(teacher=self.teacher.with_image_condition(level, pictures))
+
+    def __getattr__(self, name: str) -> Any:
+        # What is no part of the contract, such as `pipeline`. A copy that is being made has no teacher yet.
+        if name == "teacher" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.teacher, name)
+
+
+def _forward_contract() -> None:
+    """Let `Wrapped` answer by its inner teacher where `Teacher` has a default that would be found first."""
+    own = {"denoised", "denoiser", "one_step", *vars(Wrapped)}
+    for name in {*Teacher.__annotations__, *dir(Teacher)} - own:
+        if not name.startswith("_"):
+            setattr(Wrapped, name, property(operator.attrgetter(f"teacher.{name}")))
+
+
+_forward_contract()
+
+
+class Guided(Wrapped):
     """u + w (c - u), eq. (14): u is the prediction for the null class, c for the class, w the guidance scale.
 
     w = 1 is no guidance and costs one evaluation; anything else costs two, in one batch. A "guidance_scale"
-    in the conditions (one w for each image) takes the place of the fixed one.
+    in the conditions (one w for each image) takes the place of the fixed one. A teacher that is guided already is
+    guided at this scale instead.
 
     Args:
         teacher: The teacher to guide.
@@ -38,16 +87,12 @@ class Guided(Teacher):
                 f"{'no classes' if teacher.spec.num_classes is None else 'none that is known'}. "
                 f"Name it with --null_class if one of the labels means 'no class'. {instead} otherwise"
             )
-        self.teacher, self.spec, self.guidance_scale, self.drawn = (
-            teacher,
-            teacher.spec,
-            guidance_scale,
-            drawn,
-        )
+        super().__init__(teacher.unguided)
+        self.guidance_scale, self.drawn = guidance_scale, drawn
 
     @property
-    def calls(self) -> int:
-        return self.teacher.calls * (1 if self.guidance_scale == 1 and not self.drawn else 2)
+    def evaluations(self) -> int:
+        return self.teacher.evaluations * (1 if self.guidance_scale == 1 and not self.drawn else 2)
 
     def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         drawn = cond.get("guidance_scale")
@@ -63,7 +108,7 @@ class Guided(Teacher):
         return without + scale * (with_class - without)
 
 
-class EmbeddedGuidance(Teacher):
+class EmbeddedGuidance(Wrapped):
     """A teacher whose network takes the guidance scale as an input, told this one: one evaluation, no null condition.
 
     Its student keeps being told the pipeline's usual scale, so that an export's call needs no argument for it.
@@ -82,11 +127,8 @@ class EmbeddedGuidance(Teacher):
                 f"--guidance_scale_min and _max: the network of a {teacher.spec.family} pipeline takes the guidance scale "
                 "as an input, and its student is distilled at one of them. Give that with --guidance_scale"
             )
-        self.teacher, self.spec, self.guidance_scale = teacher, teacher.spec, guidance_scale
-
-    @property
-    def calls(self) -> int:
-        return self.teacher.calls
+        super().__init__(teacher.unguided)
+        self.guidance_scale = guidance_scale
 
     def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         name = self.teacher.guidance_input
@@ -94,7 +136,7 @@ class EmbeddedGuidance(Teacher):
         return self.teacher.denoised(x_t, t, {**cond, name: torch.full_like(cond[name], self.guidance_scale)})
 
 
-class Thresholded(Teacher):
+class Thresholded(Wrapped):
     """The teacher's prediction after its sampler's thresholding, eq. (15).
 
     Args:
@@ -103,21 +145,21 @@ class Thresholded(Teacher):
     """
 
     def __init__(self, teacher: Teacher, threshold: Threshold) -> None:
-        self.teacher, self.spec, self.threshold = teacher, teacher.spec, threshold
-
-    @property
-    def calls(self) -> int:
-        return self.teacher.calls
+        super().__init__(teacher)
+        self.threshold = threshold
 
     def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         return self.threshold(self.teacher.denoised(x_t, t, cond))
 
 
-def as_sampled(
+def guided(
     teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False, threshold: Threshold | None = None
 ) -> Teacher:
-    """Return a teacher guided, then thresholded: as its own sampler does if `threshold` is None."""
+    """Return a teacher guided, then thresholded: as its own sampler does if `threshold` is None.
+
+    Of a teacher that is guided already, the teacher inside is guided anew.
+    """
     kind = Guided if teacher.guidance_input is None else EmbeddedGuidance
-    guided = kind(teacher, guidance_scale, drawn=drawn)
+    found = kind(teacher, guidance_scale, drawn=drawn)
     threshold = teacher.spec.threshold if threshold is None else threshold
-    return guided if threshold.mode == "none" else Thresholded(guided, threshold)
+    return found if threshold.mode == "none" else Thresholded(found, threshold)

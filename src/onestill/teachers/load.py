@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import inspect
 import json
@@ -10,14 +9,13 @@ import re
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 
-from onestill.diffusion.process import check_t_max
-from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.build import load_family
 from onestill.teachers.pipelines.families import (
     deepfloyd,
@@ -32,13 +30,13 @@ from onestill.teachers.pipelines.families import (
     wan,
 )
 from onestill.teachers.pipelines.generic import load_generic
-from onestill.teachers.pipelines.spec import Family
+from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.pixel import load_unet2d
 from onestill.training.config import CALL_ARGUMENTS
 
 UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
-Loader = Callable[..., NetworkTeacher]
+Loader = Callable[..., Teacher]
 """(folder, index, source, variant, null_class, **call arguments) -> the teacher in the folder of a pipeline."""
 
 
@@ -47,7 +45,7 @@ def _knows_its_null(index: dict[str, Any], null_class: int | None) -> None:
         raise ValueError(f"--null_class {null_class} was given, but a {index['_class_name']} knows its own")
 
 
-def _loader(family: Family) -> Loader:
+def _loader(family: PipelineSpec) -> Loader:
     def load(
         folder: Path,
         index: dict[str, Any],
@@ -55,15 +53,15 @@ def _loader(family: Family) -> Loader:
         variant: str | None,
         null_class: int | None,
         **arguments: Any,
-    ) -> NetworkTeacher:
+    ) -> Teacher:
         _knows_its_null(index, null_class)
-        return load_family(family.asking(arguments), folder, index, source, variant)
+        return load_family(family.with_arguments(arguments), folder, index, source, variant)
 
     return load
 
 
 FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
-FAMILY_OF_PIPELINE: dict[str, Family] = {}
+FAMILY_OF_PIPELINE: dict[str, PipelineSpec] = {}
 for _module in (stable_diffusion, dit, pixart, deepfloyd, sd3, flux, sana, lumina2, wan, stable_audio):
     for _family in _module.FAMILIES:
         FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
@@ -77,7 +75,7 @@ _INPAINTING = (
 
 def _load_unknown(
     folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None, **arguments: Any
-) -> NetworkTeacher:
+) -> Teacher:
     _knows_its_null(index, null_class)
     return load_generic(folder, index, source, variant, arguments)
 
@@ -133,7 +131,7 @@ def load_teacher(
     t_max: float | None = None,
     device: str = "cpu",
     arguments: Mapping[str, Any] | None = None,
-) -> NetworkTeacher:
+) -> Teacher:
     """Return the teacher in a diffusers pipeline folder, of a hub id, or embedded under a name.
 
     Only safetensors are read and no remote code runs. Nothing is downloaded unless `source` is a hub id.
@@ -170,7 +168,7 @@ def load_teacher(
     loader: Loader = FAMILIES.get(class_name, _load_unknown)
     teacher = loader(folder, index, source, variant, null_class, **(arguments or {}))
     if t_max is not None:
-        teacher = with_t_max(teacher, t_max)
+        teacher = teacher.with_t_max(t_max)
     return teacher.to(device)
 
 
@@ -185,19 +183,6 @@ def _check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
             known = [f"--{known}" for known in CALL_ARGUMENTS if known in taken]
             has = f"it has {', '.join(known)}" if known else f"it has none of --{', --'.join(CALL_ARGUMENTS)}"
             raise ValueError(f"--{name}: the call of {class_name} has no such argument; {has}")
-
-
-def with_t_max(teacher: NetworkTeacher, t_max: float) -> NetworkTeacher:
-    """Return the same teacher with another start level; the one given is not changed.
-
-    Raises:
-        ValueError: If it cannot start there.
-    """
-    spec = teacher.spec
-    checked = check_t_max(spec.process, spec.prediction_type, t_max)
-    other = copy.copy(teacher)
-    other.spec = replace(spec, t_max=checked, t_max_reason="given with --t_max")
-    return other
 
 
 def _find_folder(

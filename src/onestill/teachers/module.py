@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from onestill.core.tensors import Cond
 from onestill.diffusion.process import PREDICTION_TYPES, Process, check_t_max, choose_t_max
-from onestill.teachers.base import NO_THRESHOLD, NetworkTeacher, TeacherSpec, Threshold
+from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.teacher_spec import NO_THRESHOLD, TeacherSpec, Threshold
 
 
-def _call(network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
-    output = network(x_t, net_time, **cond)
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the teacher's network must return a tensor, it returned {type(output).__name__}")
-    if output.shape != x_t.shape:
-        raise ValueError(f"the teacher's network returned shape {list(output.shape)} for input {list(x_t.shape)}")
-    return output
+class ModuleTeacher(NetworkTeacher):
+    """A teacher whose network is called as network(x, net_time, **conditions)."""
+
+    def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        output = network(x_t, net_time, **cond)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the teacher's network must return a tensor, it returned {type(output).__name__}")
+        if output.shape != x_t.shape:
+            raise ValueError(f"the teacher's network returned shape {list(output.shape)} for input {list(x_t.shape)}")
+        return output
 
 
 def module_teacher(
@@ -31,7 +36,7 @@ def module_teacher(
     t_max: float | None = None,
     threshold: Threshold = NO_THRESHOLD,
     sigma_data: float = 0.5,
-) -> NetworkTeacher:
+) -> ModuleTeacher:
     """Return a teacher around your own network.
 
     The network is called as `network(x, net_time)` or, with classes, `network(x, net_time, class_labels=...)`;
@@ -71,4 +76,4 @@ def module_teacher(
         threshold=threshold,
         sigma_data=sigma_data,
     )
-    return NetworkTeacher(network, spec, _call)
+    return ModuleTeacher(network, spec)

@@ -14,22 +14,28 @@ from torch import Tensor
 from onestill.core.tensors import Cond, refuse_non_finite, without_autocast
 from onestill.diffusion.process import VE, choose_t_max
 from onestill.diffusion.trajectory import Trajectory
-from onestill.teachers.base import NetworkTeacher, TeacherSpec
+from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.pipelines.schedulers import plain_ddim, scheduler_process, scheduler_threshold, times_of
+from onestill.teachers.teacher_spec import TeacherSpec
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 SELF_CHECK_TOLERANCE = 1e-4
 
 
-def call_unet2d(network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
-    """Call a `UNet2DModel`; of a network with learned variance the first half of the channels is the prediction."""
-    output = network(x_t, net_time, class_labels=cond.get("class_labels")).sample
-    return output[:, : x_t.shape[1]]
+class PixelTeacher(NetworkTeacher):
+    """A teacher around a `UNet2DModel`; of one with learned variance half of the channels are the prediction."""
+
+    student_format = "pixel"
+    records_null_class = True  # no file of a pipeline around a UNet2DModel says it
+
+    def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        output: Tensor = network(x_t, net_time, class_labels=cond.get("class_labels")).sample
+        return output[:, : x_t.shape[1]]
 
 
 def load_unet2d(
     folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None
-) -> NetworkTeacher:
+) -> PixelTeacher:
     """Return the teacher in a pipeline folder; `index` is its model_index.json."""
     for part in ("unet", "scheduler"):
         named = index.get(part)
@@ -51,7 +57,7 @@ def load_unet2d(
 
 def unet2d_teacher(
     network: UNet2DModel, scheduler: Any, *, source: str = "", null_class: int | None = None
-) -> NetworkTeacher:
+) -> PixelTeacher:
     """Return the teacher made of a `UNet2DModel` and its scheduler, after the self-check.
 
     Raises:
@@ -79,7 +85,7 @@ def unet2d_teacher(
         threshold=scheduler_threshold(scheduler),
         sigma_data=sigma_data,
     )
-    teacher = NetworkTeacher(network, spec, call_unet2d)
+    teacher = PixelTeacher(network, spec)
     try:
         self_check(teacher, scheduler)
     except RuntimeError as error:
@@ -93,7 +99,7 @@ def unet2d_teacher(
 
 @torch.no_grad()
 @without_autocast
-def self_check(teacher: NetworkTeacher, scheduler: Any) -> float:
+def self_check(teacher: PixelTeacher, scheduler: Any) -> float:
     """Compare two deterministic steps of ours with the scheduler's own `step`; return the largest difference.
 
     The states are compared relative to their size. Steps 4 to 6 of 10, where neither end hides an error.

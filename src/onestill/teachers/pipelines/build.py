@@ -14,18 +14,18 @@ from torch import nn
 from onestill.core.tensors import as_times, refuse_non_finite
 from onestill.diffusion.process import FlowMatching, Process, choose_t_max
 from onestill.diffusion.trajectory import Trajectory
-from onestill.teachers.base import TeacherSpec
 from onestill.teachers.pipelines.capture import asked_shift, watch
 from onestill.teachers.pipelines.folder import load_pipeline
 from onestill.teachers.pipelines.schedulers import times_of
-from onestill.teachers.pipelines.spec import Family, examples
+from onestill.teachers.pipelines.spec import PipelineSpec, examples
 from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.teachers.teacher_spec import TeacherSpec
 
 SELF_CHECK_TOLERANCE = 1e-4
 
 
 def load_family(
-    family: Family, folder: Path, index: dict[str, Any], source: str, variant: str | None
+    family: PipelineSpec, folder: Path, index: dict[str, Any], source: str, variant: str | None
 ) -> PipelineTeacher:
     """Return the teacher in the folder of a stock pipeline, after the self-check.
 
@@ -37,7 +37,7 @@ def load_family(
     try:
         return pipeline_teacher(family, pipeline, folder, source, variant)
     except ValueError as error:
-        raise ValueError(f"{source}: {_naming_flags(str(error), family.asked)}") from error
+        raise ValueError(f"{source}: {_naming_flags(str(error), family.given)}") from error
     except (RuntimeError, AttributeError, TypeError, LookupError) as error:
         absent = [n for n, part in pipeline.components.items() if part is None and n.startswith(("text", "token"))]
         why = f": {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -56,7 +56,7 @@ def _naming_flags(message: str, asked: Mapping[str, Any]) -> str:
 
 
 def pipeline_teacher(
-    family: Family, pipeline: Any, folder: Path, source: str = "", variant: str | None = None
+    family: PipelineSpec, pipeline: Any, folder: Path, source: str = "", variant: str | None = None
 ) -> PipelineTeacher:
     """Return the teacher inside a pipeline loaded from `folder`, after the self-check.
 
@@ -93,9 +93,9 @@ def pipeline_teacher(
     return teacher
 
 
-def _check_channels(family: Family, config: Any) -> None:
+def _check_channels(family: PipelineSpec, config: Any) -> None:
     """Raise ValueError if the network returns less than its noisy input, and so is given more than that."""
-    noisy = config.get("in_channels") if family.beside is None else family.beside.channels(config)
+    noisy = config.get("in_channels") if family.image_condition is None else family.image_condition.channels(config)
     output = config.get("out_channels")
     if noisy and output and output < noisy:
         raise ValueError(
@@ -104,9 +104,9 @@ def _check_channels(family: Family, config: Any) -> None:
         )
 
 
-def _check_size(family: Family, pipeline: Any, sample_shape: tuple[int, ...]) -> None:
+def _check_size(family: PipelineSpec, pipeline: Any, sample_shape: tuple[int, ...]) -> None:
     """Raise ValueError if the pipeline rounded a size that was asked for, which some do without a word."""
-    asked = family.asked
+    asked = family.given
     spatial = getattr(pipeline, "vae_scale_factor_spatial", getattr(pipeline, "vae_scale_factor", None))
     temporal = getattr(pipeline, "vae_scale_factor_temporal", None)
     made = {}
@@ -123,7 +123,7 @@ def _check_size(family: Family, pipeline: Any, sample_shape: tuple[int, ...]) ->
         raise ValueError(f"{flags}: a {type(pipeline).__name__} cannot make that and rounds it; ask for {nearest}")
 
 
-def _with_shift(process: Process, family: Family, pipeline: Any) -> Process:
+def _with_shift(process: Process, family: PipelineSpec, pipeline: Any) -> Process:
     """Return the process under the shift that the pipeline asks a "dynamic" scheduler for, itself elsewhere."""
     if not isinstance(process, FlowMatching) or not pipeline.scheduler.config.get("use_dynamic_shifting", False):
         return process
@@ -147,16 +147,16 @@ def self_check(
     Raises:
         ValueError: If they differ by more than 1e-4.
     """
-    family, pipeline = teacher.family, teacher.pipeline
+    family, pipeline = teacher.pipeline_spec, teacher.pipeline
     scale, conditions, usual = 2.0 if teacher.can_guide else 1.0, examples(family, 2), pipeline.scheduler
-    given = {"num_inference_steps": num_steps, **family.guided(scale)}
+    given = {"num_inference_steps": num_steps, **family.guidance_argument(scale)}
     if negative_prompt is not None:
         given["negative_prompt"] = [negative_prompt] * len(conditions)
     pipeline.scheduler = stock
     try:
         x_t, theirs = watch(
             lambda: family.call(pipeline, conditions, given, seeds=(0, 1)),
-            teacher.network,  # type: ignore[arg-type]  # a pipeline's network is a module
+            teacher.network,
             stock,
             num_steps,
         )

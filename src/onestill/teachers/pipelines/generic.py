@@ -25,7 +25,7 @@ from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_s
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step
 from onestill.teachers.pipelines.folder import load_pipeline
 from onestill.teachers.pipelines.schedulers import plain_ddim, scheduler_process, scheduler_threshold
-from onestill.teachers.pipelines.spec import Family, Schedule, examples
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule, examples
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 NETWORKS = ("transformer", "unet")
@@ -63,7 +63,7 @@ def load_generic(
         ) from error
 
 
-def plain_family(index: dict[str, Any], pipeline: Any) -> Family:
+def plain_family(index: dict[str, Any], pipeline: Any) -> PipelineSpec:
     """Return the description of an exported student's pipeline that no family names: enough for its plain call.
 
     Args:
@@ -104,10 +104,10 @@ def _first_that_fits(
     raise error or ValueError("there is nothing to try")
 
 
-def _candidates(network: str, pipeline: Any, arguments: dict[str, Any]) -> Iterator[Family]:
+def _candidates(network: str, pipeline: Any, arguments: dict[str, Any]) -> Iterator[PipelineSpec]:
     """Yield the descriptions that a pipeline may have."""
     _check_network(network, pipeline)
-    base = _described(network, pipeline).asking(arguments)
+    base = _described(network, pipeline).with_arguments(arguments)
     first = _first_call(base, pipeline)
     if hasattr(pipeline.scheduler, "alphas_cumprod") and not pipeline.scheduler.config.get("use_flow_sigmas"):
         yield base
@@ -128,13 +128,13 @@ def _check_network(network: str, pipeline: Any) -> None:
         )
 
 
-def _described(network: str, pipeline: Any) -> Family:
+def _described(network: str, pipeline: Any) -> PipelineSpec:
     """Return the description of a pipeline, with the schedule of `alphas_cumprod`."""
     taken = inspect.signature(pipeline.__call__).parameters
     if missing := [n for n in ("prompt", "generator", "num_inference_steps", "output_type") if n not in taken]:
         raise ValueError(f"its call does not take {', '.join(missing)}. It would need a family that calls it")
     guidance = "guidance_scale" if "guidance_scale" in taken else None
-    return Family(
+    return PipelineSpec(
         name="generic",
         pipelines=(type(pipeline).__name__,),
         network=network,
@@ -161,7 +161,7 @@ def _result(output: Any) -> Tensor:
     return OUTPUTS[name](output[name])
 
 
-def _first_call(family: Family, pipeline: Any) -> float:
+def _first_call(family: PipelineSpec, pipeline: Any) -> float:
     """Return the time in a pipeline's first call of its network, which must work for one prompt alone."""
     run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731 - passed on at once
     try:
@@ -181,7 +181,7 @@ def _said(error: Exception) -> str:
 @torch.no_grad()
 def _check_decoder(teacher: PipelineTeacher, seeds: Sequence[int] = (0, 1)) -> None:
     """Raise ValueError if our decoder does not make the pipeline's own picture of its own last state."""
-    family, pipeline = teacher.family, teacher.pipeline
+    family, pipeline = teacher.pipeline_spec, teacher.pipeline
     prompts = examples(family, len(seeds))
     try:
         output, latents = finish(

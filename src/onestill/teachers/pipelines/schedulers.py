@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from onestill.diffusion.process import VE, DiscreteVP, FlowMatching, Process
-from onestill.teachers.base import Threshold
+from onestill.teachers.teacher_spec import Threshold
 
 # A single level is written as the product of this many equal factors: 1 - beta is rounded to float32, and for
 # alpha^2 near 0 one factor would lose its digits.

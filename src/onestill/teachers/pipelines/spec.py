@@ -17,8 +17,12 @@ from torch import Tensor, nn
 
 from onestill.core.tensors import Cond
 from onestill.diffusion.process import Process
-from onestill.teachers.base import Threshold
+from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.pipelines.capture import Call, Signature, as_call, record, split
+from onestill.teachers.teacher_spec import Threshold
+
+EXAMPLE_PROMPTS = ("a photo", "a drawing of it")
+"""The prompts of calls whose pictures do not matter."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Schedule:
 
     Attributes:
         process: The noise process.
-        prediction_type: What the network predicts, after `Family.sign`.
+        prediction_type: What the network predicts, after `PipelineSpec.sign`.
         stock: A deterministic scheduler of diffusers on the same schedule, for the self-check.
         threshold: What the pipeline's own sampler does to x_0.
     """
@@ -39,34 +43,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A picture that the network is given beside its noisy input, as further channels; an earlier model draws it.
-
-    Attributes:
-        name: Name of the condition.
-        kept: Names of all conditions that come with the picture: a guided step has them in both halves.
-        channels: From the network's config to the number of noisy channels, which come first.
-        example: From (pipeline, number of images) to some pictures in [-1, 1], [B, C, h, w].
-        arguments: From (pictures, level) to the call's arguments that give them to the pipeline.
-        rows: From (pipeline, pictures in [-1, 1], noise of the sample's shape, level) to the conditions in `kept`.
-        num_levels: From the pipeline to the number of noise levels it knows.
-        level: How much noise is mixed into the pictures.
-        usual_factor: How many times larger than the picture the published networks' samples are.
-    """
-
-    name: str
-    kept: tuple[str, ...]
-    channels: Callable[[Any], int]
-    example: Callable[[Any, int], Tensor]
-    arguments: Callable[[Tensor, int], Mapping[str, Any]]
-    rows: Callable[[Any, Tensor, Tensor, int], Cond]
-    num_levels: Callable[[Any], int]
-    level: int
-    usual_factor: int
-
-
-@dataclass(frozen=True)
-class Family:
+class PipelineSpec:
     """A family of pipelines.
 
     Attributes:
@@ -77,7 +54,7 @@ class Family:
         decode: From (pipeline, what the network makes) to images; None where that is the images already.
         one_step: From (pipeline, prediction_type, alpha at the start level) to the scheduler of an exported student.
         arguments: Arguments of every call of the pipeline.
-        asked: Those of them that were asked for, such as a size.
+        given: Those of them that were asked for, such as a size.
         result: From what a call with output_type="pt" returns to images in [-1, 1], as `decode` gives them.
         guidance: Name of the call's argument for the guidance scale; None if it has none.
         guidance_input: Name of the network's argument for the guidance scale, where it may take that as an input.
@@ -86,14 +63,14 @@ class Family:
         export_arguments: Arguments of the plain call of an exported student, besides the condition.
         null_class: From the network's config to the label of "no class", for class-conditional families.
         adapt: Last changes to the network's config before a student is written.
-        beside: The picture that is given beside x_t, in super-resolution.
+        image_condition: The picture that is given beside x_t, in super-resolution.
         without: Optional components that are neither loaded nor written.
         size: From the pipeline to arguments of every call that follow from its configuration.
         pack: From (latents, constant arguments of the call) to what the network sees, where that is a permutation.
         unpack: The inverse of `pack`.
         set_size: From (network, height and width of x_t) to whether the class's own default size is now that one.
         cut: From (pipeline, what `decode` gives, arguments of every call) to what the pipeline returns of it.
-        returns: Where the pipeline's output has its results: "images", "frames" or "audios".
+        output_field: Where the pipeline's output has its results: "images", "frames" or "audios".
         on_pixels: Whether `decode` is given pixels, such as to threshold them, and no latents.
     """
 
@@ -104,7 +81,7 @@ class Family:
     decode: Callable[[Any, Tensor], Tensor] | None
     one_step: Callable[[Any, str, float], Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
     result: Callable[[Any], Tensor] = lambda output: output.images * 2 - 1
     guidance: str | None = "guidance_scale"
     guidance_input: str | None = None
@@ -115,24 +92,24 @@ class Family:
     )
     null_class: Callable[[Any], int] | None = None
     adapt: Callable[[nn.Module], None] = lambda network: None
-    beside: Beside | None = None
+    image_condition: ImageCondition | None = None
     without: tuple[str, ...] = ()
     size: Callable[[Any], Mapping[str, Any]] = lambda pipeline: {}
     pack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda latents, constant: latents
     unpack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda packed, constant: packed
     set_size: Callable[[Any, tuple[int, int]], bool] = lambda network, size: False
     cut: Callable[[Any, Tensor, Mapping[str, Any]], Tensor] = lambda pipeline, decoded, arguments: decoded
-    returns: str = "images"
+    output_field: str = "images"
     on_pixels: bool = False
 
     @property
-    def latents(self) -> bool:
+    def has_decoder(self) -> bool:
         """Whether the network works on latents, which a decoder makes images of."""
         return self.decode is not None and not self.on_pixels
 
-    def asking(self, arguments: Mapping[str, Any]) -> Family:
+    def with_arguments(self, arguments: Mapping[str, Any]) -> PipelineSpec:
         """Return the family with these arguments in every call."""
-        return replace(self, arguments={**self.arguments, **arguments}, asked={**self.asked, **arguments})
+        return replace(self, arguments={**self.arguments, **arguments}, given={**self.given, **arguments})
 
     def call(
         self, pipeline: Any, conditions: Sequence[Any], arguments: Mapping[str, Any], *, seeds: Sequence[int] = ()
@@ -147,15 +124,19 @@ class Family:
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
         given = {self.prompt: list(conditions), "generator": generators, **self.size(pipeline), **self.arguments}
-        if self.beside is not None:
-            given |= self.beside.arguments(self.beside.example(pipeline, len(conditions)), self.beside.level)
+        if self.image_condition is not None:
+            given |= self.image_condition.arguments(
+                self.image_condition.example(pipeline, len(conditions)), self.image_condition.level
+            )
         return pipeline(**{**given, **arguments})
 
     def sort_call(self, call: Call, pipeline: Any) -> Call:
         """Return a recorded call with x_t alone as its noisy input."""
-        if self.beside is None:
+        if self.image_condition is None:
             return call
-        return split(call, self.beside.name, self.beside.channels(getattr(pipeline, self.network).config))
+        return split(
+            call, self.image_condition.name, self.image_condition.channels(getattr(pipeline, self.network).config)
+        )
 
     def calls(
         self,
@@ -168,7 +149,7 @@ class Family:
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[Call]:
         """Return the first network call of the pipeline for these conditions; with `until` all of its first step."""
-        given = {"num_inference_steps": 2, **self.guided(scale), **arguments}
+        given = {"num_inference_steps": 2, **self.guidance_argument(scale), **arguments}
         run = lambda: self.call(pipeline, conditions, given, seeds=seeds)  # noqa: E731 - passed on at once
         return [self.sort_call(call, pipeline) for call in record(run, getattr(pipeline, self.network), until)]
 
@@ -199,7 +180,7 @@ class Family:
     def signature(self, pipeline: Any) -> tuple[Signature, Call]:
         """Return (how the pipeline calls its network, seen in calls for one image and for two; the call for one)."""
         one, two = (self.calls(pipeline, examples(self, num), 1.0, seeds=range(num))[0] for num in (1, 2))
-        return Signature.of(one, two, None if self.beside is None else self.beside.name), one
+        return Signature.of(one, two, None if self.image_condition is None else self.image_condition.name), one
 
     @torch.no_grad()
     def encode(self, pipeline: Any, signature: Signature, prompts: Sequence[Any], seeds: Sequence[int] = ()) -> Cond:
@@ -232,7 +213,7 @@ class Family:
         rows = signature.conditions(calls[-1])
         if len(calls) == 1 and all(len(value) == 1 for value in rows.values()):
             return {}
-        kept = () if self.beside is None else self.beside.kept
+        kept = () if self.image_condition is None else self.image_condition.kept
         return {name: value[:1] for name, value in rows.items() if name not in kept}
 
     @contextmanager
@@ -250,11 +231,11 @@ class Family:
         finally:
             hook.remove()
 
-    def guided(self, scale: float) -> dict[str, Any]:
+    def guidance_argument(self, scale: float) -> dict[str, Any]:
         """Return the argument that sets the guidance scale, if the pipeline has one."""
         return {} if self.guidance is None else {self.guidance: scale}
 
 
-def examples(family: Family, num: int) -> list[Any]:
+def examples(family: PipelineSpec, num: int) -> list[Any]:
     """Return some valid prompts or labels."""
-    return [0] * num if family.prompt == "class_labels" else ["a photo", "a drawing of it"][:num]
+    return [0] * num if family.prompt == "class_labels" else list(EXAMPLE_PROMPTS[:num])

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from onestill.core.tensors import Cond
-from onestill.teachers.base import NetworkTeacher, TeacherSpec
+from onestill.teachers.base import NetworkTeacher, Teacher
+from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.pipelines import text_encoders as encoders
-from onestill.teachers.pipelines import token_limits as tokenizing
+from onestill.teachers.pipelines import token_limits
 from onestill.teachers.pipelines.capture import Signature
 from onestill.teachers.pipelines.folder import INDEX, load_stock, options
-from onestill.teachers.pipelines.spec import Beside, Family
+from onestill.teachers.pipelines.spec import PipelineSpec
+from onestill.teachers.prompt_limits import EXAMPLE, PromptLimit
+from onestill.teachers.teacher_spec import TeacherSpec
 
 CALL_FILE = "onestill_call.json"
 """In an exported folder: the arguments of the call that a student was distilled at, if any were asked for."""
@@ -35,7 +40,7 @@ class PipelineTeacher(NetworkTeacher):
     """A teacher inside a stock pipeline: besides its network it has prompts, a decoder, and a folder to write.
 
     Args:
-        family: Its family.
+        pipeline_spec: What is known of pipelines of its kind.
         pipeline: The pipeline; its text encoders may be released once the prompts are encoded.
         folder: Where it was loaded from.
         spec: What is known of it.
@@ -46,10 +51,11 @@ class PipelineTeacher(NetworkTeacher):
     """
 
     folder: Path
+    student_format = "pipeline"
 
     def __init__(
         self,
-        family: Family,
+        pipeline_spec: PipelineSpec,
         pipeline: Any,
         folder: Path,
         spec: TeacherSpec,
@@ -58,196 +64,167 @@ class PipelineTeacher(NetworkTeacher):
         example_cond: Cond,
         variant: str | None = None,
     ) -> None:
-        super().__init__(getattr(pipeline, family.network), spec, self._call)
-        self.family, self.pipeline, self.folder, self.variant = family, pipeline, folder, variant
+        super().__init__(getattr(pipeline, pipeline_spec.network), spec)
+        self.pipeline_spec, self.pipeline, self.folder, self.variant = pipeline_spec, pipeline, folder, variant
         self.signature, self.null_cond, self.example_cond = signature, null_cond, example_cond
-        self._released: list[bool] = []  # shared by shallow copies, as the pipeline is
+        self.arguments, self.output_field = pipeline_spec.given, pipeline_spec.output_field
+        self.has_decoder, self.clamps = pipeline_spec.has_decoder, pipeline_spec.decode is not None
+        self._encoders = tuple(encoders.parts(pipeline))
 
-    def _call(self, network: Callable[..., object], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
-        x_t = self.family.pack(x_t, self.signature.constant)
+    def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        x_t = self.pipeline_spec.pack(x_t, self.signature.constant)
         output = self.signature(network, x_t, net_time, cond)
         output = output[:, : x_t.shape[1]] if output.shape != x_t.shape else output
-        return self.family.sign * self.family.unpack(output, self.signature.constant)
+        return self.pipeline_spec.sign * self.pipeline_spec.unpack(output, self.signature.constant)
 
-    def to(self, device: torch.device | str) -> PipelineTeacher:
+    def to(self, device: torch.device | str) -> Self:
         """Move the network, the decoder and the text encoders to `device`."""
         self.pipeline.to(device)
         return self
 
+    @property
+    def kind(self) -> str:
+        return type(self.pipeline).__name__
+
+    @property
+    def guidance_input(self) -> str | None:
+        name = self.pipeline_spec.guidance_input
+        return name if name in self.example_cond else None
+
+    # Prompts
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], seeds: Sequence[int] = ()) -> Cond:
-        """Return the conditions of prompts, one row each; `seeds` for what the pipeline draws on the way.
-
-        Raises:
-            RuntimeError: If the text encoders were released.
-        """
-        if self.encoders_released:
-            raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
-        return self.family.encode(self.pipeline, self.signature, prompts, seeds)
+        self._refuse_released()
+        return self.pipeline_spec.encode(self.pipeline, self.signature, prompts, seeds)
 
     @torch.no_grad()
     def encode_negative(self, prompt: str) -> Cond:
-        """Return the conditions that a prompt makes in the place of "no prompt", one row.
+        self._refuse_released()
+        return self.pipeline_spec.null_conditions(self.pipeline, self.signature, prompt)
 
-        They may differ from `encode`: some pipelines put words of their own before a prompt, and none before this one.
-
-        Raises:
-            RuntimeError: If the text encoders were released.
-        """
+    def _refuse_released(self) -> None:
         if self.encoders_released:
             raise RuntimeError("the text encoders of this teacher were released; load it again to encode prompts")
-        return self.family.null_conditions(self.pipeline, self.signature, prompt)
 
-    def of_prompts(self, cond: Cond) -> Cond:
-        """Return the conditions that prompts decide: without those that come with a picture, if the teacher takes one."""
-        kept = () if self.family.beside is None else self.family.beside.kept
+    def prompt_rows(self, cond: Cond) -> Cond:
+        kept = () if self.image_condition is None else self.image_condition.kept
         return {name: value for name, value in cond.items() if name not in kept}
 
     def encoder_identity(self) -> str:
-        """Return a name for what turns prompts into conditions: the same name is the same conditions.
-
-        Raises:
-            RuntimeError: If the text encoders were released.
-        """
-        with tokenizing.listening(self.pipeline) as heard:
-            rows = self.of_prompts(self.encode([tokenizing.EXAMPLE, f"another {tokenizing.EXAMPLE}"]))
+        with token_limits.listening(self.pipeline) as calls:
+            rows = self.prompt_rows(self.encode([EXAMPLE, f"another {EXAMPLE}"]))
         # What no prompt changes, such as a size, is made of other things than the encoders. It counts by its values
         # where those are plain, such as 1024 or 3.5; where every device may round them in another way, all that they
         # may be made of counts.
         fixed = {name: value[0] for name, value in sorted(rows.items()) if torch.equal(value[0], value[1])}
-        plain = all(map(_is_plain, fixed.values()))
+        plain, arguments = all(map(_is_plain, fixed.values())), sorted(self.pipeline_spec.arguments.items())
         facts = (
             # The tokens show what the installed diffusers puts around a prompt, which no configuration holds.
-            [(call.name, call.tokens) for call in heard],
+            [(call.name, call.tokens) for call in calls],
             type(self.pipeline).__name__,
             [(name, tuple(v.shape[1:]), str(v.dtype)) for name, v in sorted(rows.items())],
-            [(name, value) for name, value in sorted(self.family.arguments.items()) if name not in SIZES or not plain],
+            [(name, value) for name, value in arguments if name not in SIZES or not plain],
             {name: value.tolist() for name, value in fixed.items()} if plain else self._made_of(),
         )
-        return f"{self.family.name}-{encoders.identity(self.pipeline, facts)}"
+        return f"{self.pipeline_spec.name}-{encoders.identity(self.pipeline, facts)}"
 
     def _made_of(self) -> tuple[object, ...]:
-        network: Any = self.network  # that of a pipeline has a configuration
-        return encoders.plain_config(network.config), getattr(self.pipeline, "vae_scale_factor", None)
-
-    @property
-    def guidance_input(self) -> str | None:
-        name = self.family.guidance_input
-        return name if name in self.example_cond else None
-
-    def _heard(self) -> list[tokenizing.Heard]:
-        """Return how the pipeline calls its tokenizers for a prompt."""
-        with tokenizing.listening(self.pipeline) as heard:
-            self.encode([tokenizing.EXAMPLE])
-        return heard
+        # The network of a pipeline has a configuration.
+        return encoders.plain_config(self.network.config), getattr(self.pipeline, "vae_scale_factor", None)
 
     @functools.cached_property
-    def prompt_limits(self) -> tuple[tokenizing.Limit, ...]:
-        """The numbers of tokens of a prompt that its text encoders take, the smallest first; () if none is known."""
-        return tokenizing.limits(self._heard())
+    def prompt_limits(self) -> tuple[PromptLimit, ...]:
+        with token_limits.listening(self.pipeline) as calls:
+            self.encode([EXAMPLE])
+        return token_limits.limits(calls)
 
-    def cuts(self, prompts: Sequence[str]) -> list[int]:
-        """Return which of those limits each prompt exceeds, as a number: bit i for the i-th."""
-        return tokenizing.exceeded(self.prompt_limits, prompts)
-
-    def negative_limits(self, prompt: str) -> list[tokenizing.Limit]:
-        """Return which limits of a prompt in the place of "no prompt" this one exceeds."""
-        with tokenizing.listening(self.pipeline) as heard:
-            self.encode_negative(tokenizing.EXAMPLE)
-        return [limit for limit in tokenizing.limits(heard) if limit.are_exceeded([prompt])[0]]
+    def negative_limits(self, prompt: str) -> list[PromptLimit]:
+        with token_limits.listening(self.pipeline) as calls:
+            self.encode_negative(EXAMPLE)
+        return [limit for limit in token_limits.limits(calls) if limit.are_exceeded([prompt])[0]]
 
     @property
     def encoders_released(self) -> bool:
-        """Whether the text encoders have left memory, so that `encode` is over."""
-        return bool(self._released)
+        return any(getattr(self.pipeline, name) is None for name in self._encoders)
 
     def release_encoders(self) -> None:
-        """Let the text encoders go and all else that only `encode` needs, which is over."""
         encoders.release(self.pipeline)
-        self._released.append(True)
 
-    @torch.no_grad()
-    def one_step(self, eps: Tensor, cond: Cond) -> Tensor:
-        """Return the images of one step from pure noise: of an exported student, loaded as a teacher, its pictures."""
-        return self.decode(self.denoised(eps, 1.0, cond))
+    def share_encoders(self, other: Teacher) -> None:
+        other.lend_encoders(self.pipeline)
 
-    @torch.no_grad()
-    def rows_beside(self, base: Callable[[Tensor, Cond], Tensor], eps: Tensor, base_cond: Cond, noise: Tensor) -> Cond:
-        """Return the conditions made of the pictures that an earlier model draws: what a chain of students needs.
+    def lend_encoders(self, pipeline: Any) -> None:
+        encoders.share(pipeline, self.pipeline)
 
-        They take the place of those that `encode` made of an example picture.
+    def has_encoders_of(self, other: Teacher) -> bool:
+        if not isinstance(other, PipelineTeacher):
+            return False
+        return encoders.identity(self.pipeline, ()) == encoders.identity(other.pipeline, ())
 
-        Args:
-            base: The earlier model's generation: (eps, cond) -> pictures in [-1, 1], [B, C, h, w], such as the
-                `one_step` of its exported student.
-            eps: Its noise, [B, ...].
-            base_cond: Its conditions.
-            noise: Noise of this teacher's sample shape, for pipelines that blur the pictures with some.
+    def pictures_fingerprint(self) -> str:
+        digest = hashlib.blake2b(f"{self.fingerprint()} {self.encoder_identity()}".encode(), digest_size=8)
+        hashed = {self.pipeline_spec.network, *encoders.parts(self.pipeline)}
+        for name, part in sorted(self.pipeline.components.items()):
+            if name not in hashed and isinstance(part, nn.Module):
+                encoders.add_module(digest, name, part)
+        return digest.hexdigest()
 
-        Raises:
-            ValueError: If this teacher takes no picture.
-        """
-        self.picture  # noqa: B018 - before the earlier model is put to work
-        return self.picture_rows(base(eps, base_cond), noise)
+    # Pictures
 
     @property
-    def picture(self) -> Beside:
-        """What is known of the picture that the teacher takes; ValueError if it takes none."""
-        if self.family.beside is None:
-            raise ValueError(f"a {type(self.pipeline).__name__} takes no picture of an earlier model")
-        return self.family.beside
+    def image_condition(self) -> ImageCondition | None:
+        return self.pipeline_spec.image_condition
 
     def picture_rows(self, pictures: Tensor, noise: Tensor) -> Cond:
-        """Return the conditions made of pictures [B, C, h, w] in [-1, 1] and of `noise` [B, *sample_shape].
+        if (condition := self.image_condition) is None:
+            raise self._takes_no_picture()
+        return condition.rows(self.pipeline, pictures, noise, condition.level)
 
-        Raises:
-            ValueError: If this teacher takes no picture.
-        """
-        return self.picture.rows(self.pipeline, pictures, noise, self.picture.level)
-
-    def set_picture(self, level: int, pictures: Tensor | None = None) -> None:
-        """Set the noise level of the pictures, and the pictures of its checks; changes the teacher in place.
-
-        Args:
-            level: How much noise is mixed into each picture.
-            pictures: Some real ones, [N, C, h, w] in [-1, 1], which example calls go round from now on; None to
-                leave what they have.
-
-        Raises:
-            ValueError: If this teacher takes no picture.
-        """
-        beside = replace(self.picture, level=level)
+    def with_image_condition(self, level: int, pictures: Tensor | None = None) -> Self:
+        if self.image_condition is None:
+            raise self._takes_no_picture()
+        num_levels = self.image_condition.num_levels(self.pipeline)
+        if not 0 <= level < num_levels:
+            raise ValueError(f"--noise_level {level}: this {self.kind} knows the levels 0 to {num_levels - 1}")
+        condition = replace(self.image_condition, level=level)
         if pictures is not None:
-            beside = replace(beside, example=lambda _, num: pictures[[i % len(pictures) for i in range(num)]])
-        self.family = replace(self.family, beside=beside)
+            examples = lambda _, num: pictures[[i % len(pictures) for i in range(num)]]  # noqa: E731 - passed on at once
+            condition = replace(condition, example=examples)
+        return self._changed(pipeline_spec=replace(self.pipeline_spec, image_condition=condition))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the images of latents; pixels are images already."""
-        family = self.family
-        if family.decode is None:
+        spec = self.pipeline_spec
+        if spec.decode is None:
             return latents
-        return family.cut(self.pipeline, family.decode(self.pipeline, latents), family.arguments)
+        return spec.cut(self.pipeline, spec.decode(self.pipeline, latents), spec.arguments)
+
+    # Students
+
+    @property
+    def takes_lora_files(self) -> bool:  # type: ignore[override]  # of the pipeline's class
+        save = getattr(type(self.pipeline), "save_lora_weights", None)
+        return save is not None and f"{self.pipeline_spec.network}_lora_layers" in inspect.signature(save).parameters
 
     def check_start(self) -> None:
-        """Raise ValueError if no stock pipeline could start an exported student at this start level."""
         spec = self.spec
-        self.family.one_step(self.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])
+        self.pipeline_spec.one_step(self.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])
 
     @property
     def plain_arguments(self) -> dict[str, Any]:
         """The arguments of the plain call of an exported student, besides the condition."""
-        family = self.family
-        sizes = {**family.size(self.pipeline), **family.asked}
+        family = self.pipeline_spec
+        sizes = {**family.size(self.pipeline), **family.given}
         # Without it the pipeline would take the nearest of its own sizes.
         exact = ("use_resolution_binning",) if "height" in sizes else ()
         return {**family.export_arguments, **sizes, **{n: family.arguments[n] for n in exact if n in family.arguments}}
 
     def load_afresh(self, parts: Mapping[str, Any], *, with_checker: bool = False) -> Any:
         """Return the pipeline as `load_stock` reads it from where it was loaded, with `parts` in place of its own."""
-        given = options(self.family.without, self.variant) | dict(parts)
+        given = options(self.pipeline_spec.without, self.variant) | dict(parts)
         return load_stock(type(self.pipeline), self.folder, given, with_checker=with_checker)
 
-    def write_student(self, network: nn.Module, folder: Path) -> Family:
+    def write_student(self, network: nn.Module, folder: Path) -> PipelineSpec:
         """Write the pipeline with a student in its network's place: one step, no guidance, everything else stock.
 
         Where a size was asked for and the class takes its default size from the network, that is the student's.
@@ -259,17 +236,17 @@ class PipelineTeacher(NetworkTeacher):
         Returns:
             The family of the folder's plain call: without the size, if that is its default.
         """
-        family, spec = self.family, self.spec
+        family, spec = self.pipeline_spec, self.spec
         family.adapt(network)
         plain = family
-        if "height" in family.asked and family.set_size(network, (spec.sample_shape[-2], spec.sample_shape[-1])):
+        if "height" in family.given and family.set_size(network, (spec.sample_shape[-2], spec.sample_shape[-1])):
             rest = {name: value for name, value in family.arguments.items() if name not in ("height", "width")}
             plain = replace(family, arguments=rest)
         alpha = spec.process.level(spec.t_max)[0]
         parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
         self.load_afresh(parts, with_checker=True).save_pretrained(folder, safe_serialization=True)
         _keep_facts(self.folder / INDEX, folder / INDEX)
-        if kept := {name: value for name, value in family.asked.items() if isinstance(value, PLAIN)}:
+        if kept := {name: value for name, value in family.given.items() if isinstance(value, PLAIN)}:
             (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
         return plain
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from onestill.core.tensors import Cond
-from onestill.teachers.base import Threshold
+from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.pipelines.families.stable_diffusion import vp_schedule
 from onestill.teachers.pipelines.schedulers import one_level, scheduler_threshold
-from onestill.teachers.pipelines.spec import Beside, Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
+from onestill.teachers.teacher_spec import Threshold
 
 NOISE_LEVEL = 250
 """How much noise stage II mixes into the low-resolution picture, of 1000: its pipeline's own default."""
@@ -94,7 +95,7 @@ def noisy_channels(config: Any) -> int:
     return int(config.in_channels) // 2
 
 
-STAGE_1 = Family(
+STAGE_1 = PipelineSpec(
     name="deepfloyd_if",
     pipelines=("IFPipeline",),
     network="unet",
@@ -106,7 +107,7 @@ STAGE_1 = Family(
     result=lambda output: output.images,  # from -1 to 1 already
     without=WITHOUT,
 )
-STAGE_2 = Family(
+STAGE_2 = PipelineSpec(
     name="deepfloyd_if_super_resolution",
     pipelines=("IFSuperResolutionPipeline",),
     network="unet",
@@ -117,7 +118,7 @@ STAGE_2 = Family(
     arguments=ARGUMENTS,
     result=lambda output: output.images,  # from -1 to 1 already
     without=WITHOUT,
-    beside=Beside(
+    image_condition=ImageCondition(
         name="low_res",
         kept=("low_res", "class_labels"),
         channels=noisy_channels,

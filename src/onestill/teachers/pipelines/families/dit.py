@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step, vp_schedule
-from onestill.teachers.pipelines.spec import Family
+from onestill.teachers.pipelines.spec import PipelineSpec
 
 PIPELINE_NULL_CLASS = 1000
 
@@ -26,7 +26,7 @@ def null_class(config: Any) -> int:
 
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="dit",
         pipelines=("DiTPipeline",),
         network="transformer",

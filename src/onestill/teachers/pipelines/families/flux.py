@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -45,7 +45,7 @@ def unpack(sequence: Tensor, ids: Tensor) -> Tensor:
 
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="flux",
         pipelines=("FluxPipeline",),
         network="transformer",

@@ -10,7 +10,7 @@ from typing import Any
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, square_size
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -19,7 +19,7 @@ def schedule(pipeline: Any) -> Schedule:
 
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="lumina2",
         pipelines=("Lumina2Pipeline",),
         network="transformer",

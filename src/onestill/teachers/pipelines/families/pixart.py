@@ -7,14 +7,14 @@ pipeline finds it. One step of PixArt-alpha takes the scheduler's prediction of 
 from __future__ import annotations
 
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step, vp_schedule
-from onestill.teachers.pipelines.spec import Family
+from onestill.teachers.pipelines.spec import PipelineSpec
 
 # Binning is the identity at the sizes the networks were trained for and unknown at any other. Cleaning captions
 # needs two packages; a prompt must not depend on whether they are installed.
 ARGUMENTS = {"use_resolution_binning": False, "clean_caption": False}
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="pixart",
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
         network="transformer",

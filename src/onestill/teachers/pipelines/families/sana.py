@@ -11,7 +11,7 @@ from typing import Any
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -26,7 +26,7 @@ def size(pipeline: Any) -> Mapping[str, int]:
 
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="sana",
         pipelines=("SanaPipeline",),
         network="transformer",

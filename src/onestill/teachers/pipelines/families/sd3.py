@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, square_size
-from onestill.teachers.pipelines.spec import Family
+from onestill.teachers.pipelines.spec import PipelineSpec
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="stable_diffusion_3",
         pipelines=("StableDiffusion3Pipeline",),
         network="transformer",

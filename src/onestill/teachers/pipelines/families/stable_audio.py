@@ -23,7 +23,7 @@ from torch import Tensor
 
 from onestill.diffusion.process import CosineVP
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 # Where the self-check starts. From 500, rounding x in float32 alone costs 1e-4 in the sound.
 CHECKED_SIGMA = 20.0
@@ -62,7 +62,7 @@ def cut(pipeline: Any, sound: Tensor, arguments: Mapping[str, Any]) -> Tensor:
 
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="stable_audio",
         pipelines=("StableAudioPipeline",),
         network="transformer",
@@ -70,7 +70,7 @@ FAMILIES = (
         decode=decode_vae,
         one_step=one_ddim_step,
         result=lambda output: output.audios,
-        returns="audios",
+        output_field="audios",
         cut=cut,
     ),
 )

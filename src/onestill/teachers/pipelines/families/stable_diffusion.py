@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from onestill.teachers.pipelines import vae as codec
 from onestill.teachers.pipelines.schedulers import one_level, plain_ddim, scheduler_process
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 SCALE_FEATURES = 256  # of the guidance scale, as in the latent consistency models of diffusers
 
@@ -63,7 +63,7 @@ def guide_once(network: Any) -> None:
 
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="stable_diffusion",
         pipelines=("StableDiffusionPipeline",),
         network="unet",
@@ -73,7 +73,7 @@ FAMILIES = (
         adapt=guide_once,
         set_size=any_size,
     ),
-    Family(
+    PipelineSpec(
         name="stable_diffusion_xl",
         pipelines=("StableDiffusionXLPipeline",),
         network="unet",

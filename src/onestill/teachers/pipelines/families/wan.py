@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae
-from onestill.teachers.pipelines.spec import Family, Schedule
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -34,7 +34,7 @@ def frames(output: Any) -> Tensor:
 
 
 FAMILIES = (
-    Family(
+    PipelineSpec(
         name="wan",
         pipelines=("WanPipeline",),
         network="transformer",
@@ -42,6 +42,6 @@ FAMILIES = (
         decode=decode_vae,
         one_step=one_flow_step,
         result=frames,
-        returns="frames",
+        output_field="frames",
     ),
 )

@@ -1,0 +1,109 @@
+"""Every example of docs/extending.md, put into a copy of the package as the page says, and run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import onestill
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(onestill.__file__).parent
+TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+SECTIONS = {section.splitlines()[0]: section for section in TEXT.split("\n## ")[1:]}
+
+# What stands before an example's run, and what must hold after it.
+PRELUDE = {
+    "An objective": """
+from runs_helpers import tiny_network
+teacher = onestill.module_teacher(tiny_network(), onestill.CosineVP(net_scale=1000), "v_prediction", (1, 8, 8))
+""",
+}
+CHECKS = {
+    "An objective": """
+from onestill.training.checkpoint import read_latest
+assert result.step == 2
+held = read_latest(Path("run"))[1].tensors
+assert any("psi" in name for name in held), sorted(held)
+""",
+}
+
+
+def blocks(section: str, kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", SECTIONS[section], re.S)
+
+
+def files_of(section: str) -> dict[str, str]:
+    """Return the files of an example: the blocks that begin with a path."""
+    found = (re.match(r"# (src/onestill/\S+\.py)\n", block) for block in blocks(section, "python"))
+    return {match[1]: match.string for match in found if match}
+
+
+def registrations(section: str) -> list[tuple[str, list[str]]]:
+    """Return (file, lines of the difference) of an example."""
+    return [(block.splitlines()[0][2:], block.splitlines()[1:]) for block in blocks(section, "diff")]
+
+
+def run_of(section: str) -> str:
+    (code,) = [block for block in blocks(section, "python") if not block.startswith("# src/")]
+    return code
+
+
+def registered(text: str, lines: list[str]) -> str:
+    """Return a file with the added lines of a difference, each behind the line that stands above it there."""
+    here, at = text.splitlines(), -1
+    for line in lines:
+        if line.startswith("+"):
+            at += 1
+            here.insert(at, line[1:])
+        else:
+            assert line[1:] in here[at + 1 :], f"no line {line[1:]!r}"
+            at = here.index(line[1:], at + 1)
+    return "\n".join(here) + "\n"
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a package with all the examples in it."""
+    home = tmp_path_factory.mktemp("extended")
+    shutil.copytree(PACKAGE, home / "onestill", ignore=shutil.ignore_patterns("embedded", "__pycache__"))
+    (home / "onestill" / "embedded").symlink_to(PACKAGE / "embedded")
+    for section in SECTIONS:
+        for name, code in files_of(section).items():
+            assert not (ROOT / name).exists(), f"{name} is no new file"
+            (home / Path(name).relative_to("src")).write_text(code, encoding="utf-8")
+        for name, lines in registrations(section):
+            path = home / Path(name).relative_to("src")
+            path.write_text(registered(path.read_text(encoding="utf-8"), lines), encoding="utf-8")
+    return home
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_example_is_one_short_file_and_its_registration(section: str) -> None:
+    ((_, code),) = files_of(section).items()
+    assert len(code.splitlines()) <= 40
+    added = [line for _, lines in registrations(section) for line in lines if line.startswith("+")]
+    assert len(registrations(section)) <= 1 and len(added) <= 2, "an import and an entry"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_example_runs(section: str, extended: Path, tmp_path: Path) -> None:
+    code = "\n".join(
+        ["from pathlib import Path", "import onestill", PRELUDE[section], run_of(section), CHECKS[section]]
+    )
+    paths = [str(extended), str(ROOT / "tests"), str(ROOT / "tests" / "families")]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
