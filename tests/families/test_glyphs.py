@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from clip_helpers import MAX_TOKENS, write_clip
-from onestill.evaluation.run import NO_KERNEL
 from runs_helpers import call_cli, read_report
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 import onestill
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
+from onestill.evaluation.comparison import NO_KERNEL
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import embedded_reference
 from onestill.runs.evaluate import _held_out_prompts, _open_clip
@@ -149,9 +149,9 @@ def test_held_out_prompts_take_the_place_of_the_teachers_own_only(run: Path) -> 
     [
         (
             {"features": "teacher", "reference": "glyphs"},
-            "--reference glyphs holds images, and --features teacher looks",
+            "reference='glyphs': holds images, and features teacher looks",
         ),
-        ({"clip": "no where"}, "--clip: no such folder: 'no where'"),
+        ({"clip": "no where"}, "clip='no where': no such folder"),
         ({"clip": GLYPHS.folder / "text_encoder"}, "of type 'clip_text_model', and the CLIP score needs a whole CLIP"),
     ],
 )
@@ -164,5 +164,6 @@ def test_clip_refuses_what_is_no_picture_before_it_loads_anything() -> None:
     sound = SimpleNamespace(
         spec=SimpleNamespace(text=True, sample_shape=(4, 8)), decode=lambda latents: torch.zeros(len(latents), 2, 2048)
     )
-    with pytest.raises(ValueError, match=r"--clip: CLIP sees pictures, .* this teacher makes \[2, 2048\]"):
-        _open_clip("some/clip", sound, torch.device("cpu"), offline=True)  # type: ignore[arg-type]
+    pair: Any = SimpleNamespace(teacher=sound, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"clip: CLIP sees pictures, .* this teacher makes \[2, 2048\]"):
+        _open_clip("some/clip", pair, offline=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from onestill.evaluation.run import NO_KERNEL
 from pipelines import build
 from runs_helpers import (
     Interruption,
@@ -31,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import onestill
 from onestill.data.prompt_pool import choose
+from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import export_student
 from onestill.runs.build import prepare
 from onestill.runs.distill import make_trainer
@@ -552,7 +552,7 @@ BAD = [
     ("times of an exported text student", "sample --output x.png --student TRUN/pipeline --prompt a --target_times 1,0", "give the run's folder"),
     ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student ALONE --teacher TEXT", "takes text: say what to draw"),
     ("evaluate of prompts of no text teacher", "evaluate --num_samples 10 --output out --student RUN --prompt a", "run-plain/pipeline takes no text; leave it out"),
-    ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", "--teacher makes samples of shape (1, 8, 8)"),
+    ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", ": makes samples of shape (1, 8, 8), --student of (4, 8, 8)"),
     ("evaluate latents with a folder", "evaluate --num_samples 10 --output out --student TRUN --reference none", "--reference none: no such folder"),
 ]  # fmt: skip
 

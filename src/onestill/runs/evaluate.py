@@ -269,7 +269,7 @@ def _reference(
     embedded = source in EMBEDDED
     found = embedded_reference(source) if embedded else folder_reference(Path(source), _decoded_shape(pair))
     if sees_latents(extractor):
-        why = f"holds images, and the features {named('features')} teacher are those of latents"
+        why = f"holds images, and {named('features')} teacher looks at latents"
         raise SettingError("reference", source, why, "name a transformers model for the features")
     return found
 
