@@ -29,10 +29,11 @@ from onestill.evaluation.features import ClassifierFeatures, extract
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions, print_report
 from onestill.runs.checks import check_device, resolve_device
 from onestill.runs.distill import distill
-from onestill.runs.load import open_student
+from onestill.runs.load import load_student
 from onestill.sampling import pictures
 from onestill.sampling.generate import Generate, generate_images
-from onestill.sampling.samplers import Source, teacher_source
+from onestill.sampling.samplers.base import Sampler
+from onestill.sampling.samplers.network import TeacherSampler
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
 
@@ -163,12 +164,12 @@ def distil(args: argparse.Namespace) -> Path:
 # The table
 
 
-def rows_of(args: argparse.Namespace, run: Path, device: torch.device) -> dict[str, Source]:
+def rows_of(args: argparse.Namespace, run: Path, device: torch.device) -> dict[str, Sampler]:
     """Return the samplers of the table by name: the teacher's first, the student's last."""
     teacher = load_teacher(args.teacher, null_class=NULL_CLASS, device=str(device))
     guided = Guided(teacher, args.guidance_scale)
-    sources = {f"DDIM-{n}": teacher_source(teacher, guided, num_steps=n, device=device) for n in TEACHER_STEPS}
-    return {**sources, "student": open_student(run, device=device)}
+    sources = {f"DDIM-{n}": TeacherSampler(guided, num_steps=n, device=device) for n in TEACHER_STEPS}
+    return {**sources, "student": load_student(run, device=device).sampler}
 
 
 def in_precision(generate: Generate, device: torch.device, mixed_precision: str) -> Generate:
@@ -182,7 +183,7 @@ def in_precision(generate: Generate, device: torch.device, mixed_precision: str)
 
 
 def measure_speeds(
-    sources: dict[str, Source], generate: dict[str, Generate], num: int, rounds: int, device: torch.device
+    sources: dict[str, Sampler], generate: dict[str, Generate], num: int, rounds: int, device: torch.device
 ) -> dict[str, float]:
     """Return images per second of each row in batches of `num`, all rows timed in turns."""
 
@@ -197,7 +198,7 @@ def measure_speeds(
 
 def make_report(
     args: argparse.Namespace,
-    sources: dict[str, Source],
+    sources: dict[str, Sampler],
     samples: dict[str, Tensor],
     speeds: tuple[dict[str, float], dict[str, float]],
     reference: tuple[str, Tensor],
@@ -218,7 +219,7 @@ def make_report(
                 name=name,
                 is_student=name == "student",
                 num_steps=source.num_steps,
-                network_evaluations=source.calls,
+                network_evaluations=source.evaluations,
                 frechet_distance=metrics.frechet_distance(real, fake),
                 kernel_distance=kernel,
                 kernel_distance_std=spread,
@@ -258,7 +259,7 @@ def make_report(
     return Report(protocol=protocol, rows=tuple(rows), warnings=(warning,) if warning else ())
 
 
-def draw(args: argparse.Namespace, source: Source, generate: Generate, first_seed: int) -> Tensor:
+def draw(args: argparse.Namespace, source: Sampler, generate: Generate, first_seed: int) -> Tensor:
     """Return `num_samples` images of a sampler, clipped as any pipeline's output is."""
     seeds, cond = range(first_seed, first_seed + args.num_samples), source.conditions(args.num_samples)
     images = generate_images(generate, seeds, source.sample_shape, cond, batch_size=args.batch_size)
@@ -269,7 +270,7 @@ def evaluate(args: argparse.Namespace, run: Path, extractor: ClassifierFeatures,
     """Draw all samples once; compare them with the test images and, if asked, with the teacher's own."""
     device = resolve_device(args.device)
     sources = rows_of(args, run, device)
-    generate = {name: in_precision(s.generate, device, args.mixed_precision) for name, s in sources.items()}
+    generate = {name: in_precision(s, device, args.mixed_precision) for name, s in sources.items()}
     samples = {}
     for name, source in sources.items():
         started = time.monotonic()

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from onestill.runs.folder import PIPELINE_FOLDER
-from onestill.runs.restore import read_run_config, restore_student
-from onestill.sampling.generate import Rows, generate_images
-from onestill.sampling.samplers import student_source
+from onestill.runs.folder import PIPELINE_FOLDER, RunFolder
+from onestill.runs.load import restore_student, run_teacher
+from onestill.sampling.generate import Rows
+from onestill.sampling.samplers.network import StudentSampler
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 PROMPTS = ("a bold red serif A on a yellow background", "a regular blue mono 7 on a white background")
@@ -60,13 +60,11 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=64)
     parser.add_argument("--prompt", action="append", help="for a text student; repeatable, taken in turn")
     args = parser.parse_args()
-    config = read_run_config(args.student)
-    student = restore_student(args.student, config, torch.device("cpu"))
-    source = student_source(
-        student, "the student", args.student, config, t=0.0, guidance_scale=None, device=torch.device("cpu")
-    )
-    rows: Rows = source.conditions(args.num_images, prompts=args.prompt or PROMPTS if source.text else ())
-    asked = rows["prompt"] if source.text else rows["class_labels"].tolist() if rows else [None] * args.num_images
+    run = RunFolder(args.student)
+    student = restore_student(run, run_teacher(run, torch.device("cpu")))
+    source = StudentSampler(student, distilled=run.distilled, t_min=run.config.t_min)
+    rows: Rows = source.conditions(args.num_images, prompts=args.prompt or PROMPTS if source.takes_text else ())
+    asked = rows["prompt"] if source.takes_text else rows["class_labels"].tolist() if rows else [None] * args.num_images
     arguments = student.teacher.pipeline_spec.export_arguments if isinstance(student.teacher, PipelineTeacher) else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,10 +74,10 @@ def main() -> None:
         said = subprocess.run([python, "-I", "-c", STOCK, *given], check=True, capture_output=True, text=True).stdout
         stock = load_file(output)["images"] * 2 - 1
     seeds = range(args.num_images)
-    ours = generate_images(source.generate, seeds, source.sample_shape, rows, batch_size=1)
+    ours = source.images(seeds, rows, batch_size=1)
     error = float((stock - ours.clamp(-1, 1)).abs().max())
     print(f"{said.strip()}; {args.num_images} images, largest difference in [-1, 1]: {error:.1e}")
-    sys.exit(0 if error <= (1e-4 if source.text else 1e-5) else 1)
+    sys.exit(0 if error <= (1e-4 if source.takes_text else 1e-5) else 1)
 
 
 if __name__ == "__main__":

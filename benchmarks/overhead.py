@@ -18,7 +18,7 @@ from onestill.evaluation.speed import compare
 from onestill.export.export import export_student
 from onestill.runs.build import prepare
 from onestill.runs.folder import PIPELINE_FOLDER
-from onestill.runs.load import open_student
+from onestill.runs.load import load_student
 from onestill.sampling.generate import teacher_generator
 from onestill.teachers.load import load_teacher
 from onestill.training.config import make_config
@@ -63,7 +63,7 @@ def sampling(batch: int = 64, repeats: int = 20) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_on_digits(folder)
         export_student(trainer.student, trainer.config.output_dir / PIPELINE_FOLDER)
-        source = open_student(trainer.config.output_dir / PIPELINE_FOLDER, device=torch.device("cpu"))
+        source = load_student(trainer.config.output_dir / PIPELINE_FOLDER).sampler
         many = teacher_generator(trainer.teacher, num_steps=50)
         network = trainer.student.network
         eps, cond = noise(range(batch), (1, 8, 8)), source.conditions(batch)
@@ -73,7 +73,7 @@ def sampling(batch: int = 64, repeats: int = 20) -> None:
             with torch.no_grad():
                 network(eps, t, class_labels=cond["class_labels"])
 
-        one = {"student": lambda: source.generate(eps, cond), "bare": bare, "DDIM-50": lambda: many(eps, cond)}
+        one = {"student": lambda: source(eps, cond), "bare": bare, "DDIM-50": lambda: many(eps, cond)}
         seconds = compare(one, repeats=repeats, warmup=2)
         print(
             f"| one-step sampling, batch {batch} | {seconds['student'] * 1e3:.2f} ms | {seconds['bare'] * 1e3:.2f} ms | {seconds['student'] / seconds['bare']:.3f} |"

@@ -31,6 +31,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 import onestill
 from onestill import cli
 from onestill.evaluation.report import JSON_NAME, Report
+from onestill.runs.folder import RunFolder
+from onestill.runs.load import restore_student, run_teacher
+from onestill.students.student import Student
 from onestill.training.checkpoint import read_checkpoint
 
 NUM_CLASSES, NULL_CLASS = 3, 3
@@ -123,6 +126,12 @@ def _finished_run(kind: str) -> Path:
     settings = {**FAST, "learning_rate": 3e-3, "checkpointing_steps": 2, **own[kind]}
     onestill.distill(teacher_folder(teacher), folder, show_progress=False, **settings)
     return folder
+
+
+def restored(run: Path) -> Student:
+    """Return the student of a run with the weights of its newest checkpoint."""
+    folder = RunFolder(run)
+    return restore_student(folder, run_teacher(folder, torch.device("cpu")))
 
 
 def copied(folder: Path, to: Path) -> Path:

@@ -225,15 +225,14 @@ def test_nobody_asks_which_kind_of_teacher_it_is() -> None:
 def names_of_families_and_processes() -> set[str]:
     """Return every name that a family or a process goes by."""
     from onestill.diffusion import process
-    from onestill.teachers.load import FAMILIES
+    from onestill.teachers.pipelines.families import FAMILIES
 
     processes = {
         value.name
         for value in vars(process).values()
         if inspect.isclass(value) and isinstance(vars(value).get("name"), str)
     }
-    names = {name if isinstance(name, str) else str(getattr(name, "name", name)) for name in FAMILIES}
-    return names | processes | {"stable_diffusion", "deepfloyd_if", "flux", "dit"}
+    return {family.name for family in FAMILIES} | processes
 
 
 def test_nobody_compares_the_name_of_a_family_or_a_process() -> None:
@@ -277,6 +276,20 @@ def test_files_are_short() -> None:
 
 
 # The package from outside
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (PACKAGE.parents[1] / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_what_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "onestill":
+            module = importlib.import_module(node.module or "")
+            names = [alias.name for alias in node.names]
+            there = [
+                hasattr(module, name) or f"{node.module}.{name}".removeprefix("onestill.") in MODULES for name in names
+            ]
+            assert all(there), f"{node.module}: {names}"
 
 
 def in_a_fresh_interpreter(code: str) -> str:

@@ -24,6 +24,13 @@ PRELUDE = {
 from runs_helpers import tiny_network
 teacher = onestill.module_teacher(tiny_network(), onestill.CosineVP(net_scale=1000), "v_prediction", (1, 8, 8))
 """,
+    "A family of pipelines": """
+from unnamed_pipelines import aura_flow
+aura_flow().save_pretrained("teacher")
+Path("prompts.txt").write_text("a red cat\\na grey dog\\n")
+""",
+    "A sampler": "",
+    "An export format": "",
 }
 CHECKS = {
     "An objective": """
@@ -31,6 +38,16 @@ from onestill.training.checkpoint import read_latest
 assert result.step == 2
 held = read_latest(Path("run"))[1].tensors
 assert any("psi" in name for name in held), sorted(held)
+""",
+    "A family of pipelines": """
+assert teacher.spec.family == "aura_flow"
+assert onestill.sample("run", num_images=1, prompts=["a red cat"]).shape == (1, 3, 16, 16)
+""",
+    "A sampler": """
+assert Path("walk.png").stat().st_size > 1000
+""",
+    "An export format": """
+assert {path.name for path in Path("program").iterdir()} >= {"step.pt2", "onestill.json", "README.md"}
 """,
 }
 
@@ -68,20 +85,16 @@ def registered(text: str, lines: list[str]) -> str:
     return "\n".join(here) + "\n"
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a package with all the examples in it."""
-    home = tmp_path_factory.mktemp("extended")
+def extend(section: str, home: Path) -> None:
+    """Make a copy of the package with one example in it."""
     shutil.copytree(PACKAGE, home / "onestill", ignore=shutil.ignore_patterns("embedded", "__pycache__"))
     (home / "onestill" / "embedded").symlink_to(PACKAGE / "embedded")
-    for section in SECTIONS:
-        for name, code in files_of(section).items():
-            assert not (ROOT / name).exists(), f"{name} is no new file"
-            (home / Path(name).relative_to("src")).write_text(code, encoding="utf-8")
-        for name, lines in registrations(section):
-            path = home / Path(name).relative_to("src")
-            path.write_text(registered(path.read_text(encoding="utf-8"), lines), encoding="utf-8")
-    return home
+    for name, code in files_of(section).items():
+        assert not (ROOT / name).exists(), f"{name} is no new file"
+        (home / Path(name).relative_to("src")).write_text(code, encoding="utf-8")
+    for name, lines in registrations(section):
+        path = home / Path(name).relative_to("src")
+        path.write_text(registered(path.read_text(encoding="utf-8"), lines), encoding="utf-8")
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -93,15 +106,16 @@ def test_an_example_is_one_short_file_and_its_registration(section: str) -> None
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_an_example_runs(section: str, extended: Path, tmp_path: Path) -> None:
+def test_an_example_runs(section: str, tmp_path: Path) -> None:
+    extend(section, tmp_path / "package")
     code = "\n".join(
         ["from pathlib import Path", "import onestill", PRELUDE[section], run_of(section), CHECKS[section]]
     )
-    paths = [str(extended), str(ROOT / "tests"), str(ROOT / "tests" / "families")]
+    paths = [str(tmp_path / "package"), str(ROOT / "tests"), str(ROOT / "tests" / "families")]
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,

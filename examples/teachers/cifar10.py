@@ -37,8 +37,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from onestill.runs.checks import check_device, resolve_device
-from onestill.runs.load import open_teacher
-from onestill.sampling.generate import generate_images
+from onestill.runs.load import load_sampler
 from onestill.sampling.pictures import save_grid
 from onestill.training.checkpoint import (
     Checkpoint,
@@ -278,10 +277,9 @@ def draw_samples(args: argparse.Namespace, step: int, device: torch.device) -> P
     started = time.monotonic()
     folder, w, seeds = args.output_dir, args.guidance_scale, range(args.num_sample_images)
     # Loaded outside the lower precision, which its self-check would not pass.
-    source = open_teacher(folder, device=device, num_steps=50, guidance_scale=w, null_class=NULL_CLASS)
+    sampler = load_sampler(teacher=folder, device=str(device), guidance_scale=w, null_class=NULL_CLASS)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-        cond = source.conditions(len(seeds))
-        images = generate_images(source.generate, seeds, source.sample_shape, cond, batch_size=500)
+        images = sampler.images(seeds, sampler.conditions(len(seeds)), batch_size=500)
     path = save_grid(images, args.output_dir / "samples" / f"step-{step:06d}.png", size=2 * SIZE)
     print(f"{len(images)} samples, {time.monotonic() - started:.0f} s -> {path}")
     return path

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onestill.runs.distill import RunResult, distill
     from onestill.runs.evaluate import evaluate
     from onestill.runs.inspect import inspect_teacher
-    from onestill.runs.load import load_source
+    from onestill.runs.load import load_sampler
     from onestill.runs.sample import sample
     from onestill.sampling.explore import fixed_noise, guidance_sweep, interpolate, student_trajectory
     from onestill.students.student import Student
@@ -47,7 +47,7 @@ _HOMES = {
     "DiscreteVP": "diffusion.process",
     "FlowMatching": "diffusion.process",
     "VE": "diffusion.process",
-    "load_source": "runs.load",
+    "load_sampler": "runs.load",
     "Student": "students.student",
     "GaussianTeacher": "teachers.closed_form",
     "MixtureTeacher": "teachers.closed_form",
@@ -73,7 +73,7 @@ __all__ = [
     "inspect_teacher",
     "interpolate",
     "load_module",
-    "load_source",
+    "load_sampler",
     "load_teacher",
     "module_teacher",
     "sample",

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image
 from runs_helpers import NULL_CLASS, teacher_folder, tiny_network, write_teacher
 from torch import Tensor, nn
 
-from onestill.core.tensors import Cond, noise
+from onestill.core.tensors import noise
 from onestill.diffusion.process import CosineVP
 from onestill.evaluation.choice import choose_features, default_features, teacher_features
 from onestill.evaluation.comparison import Comparison, Entry
@@ -29,40 +28,39 @@ from onestill.evaluation.references import (
 from onestill.evaluation.report import Report
 from onestill.evaluation.samples import Subjects
 from onestill.sampling.generate import Rows
+from onestill.sampling.samplers.base import Sampler
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.module import module_teacher
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Fake:
-    """A source whose images are a function of their noise and their labels."""
+class Fake(Sampler):
+    """A sampler whose images are a function of their noise and their labels."""
 
-    name: str
-    make: Callable[[Tensor], Tensor]
-    num_classes: int = 0
-    sample_shape: tuple[int, ...] = (1, 4, 4)
-    num_steps: int = 7
-    calls: int = 14
-    asked: list[int] = field(default_factory=list)
-    latents: Callable[[Tensor, Cond], Tensor] | None = None
-    decodes: bool = False
-    decode: Callable[[Tensor], Tensor] | None = None
-    text: bool = False
+    def __init__(
+        self, name: str, make: Callable[[Tensor], Tensor], num_classes: int = 0, *, text: bool = False
+    ) -> None:
+        self.name, self.make, self.labels, self.takes_text = name, make, tuple(range(num_classes)), text
+        self.sample_shape, self.num_steps, self.evaluations = (1, 4, 4), 7, 14
+        self.batches: list[int] = []
 
-    def generate(self, eps: Tensor, cond: Cond) -> Tensor:
-        self.asked.append(len(eps))
+    def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
+        self.batches.append(len(eps))
         images = self.make(eps)
-        return images + cond["class_labels"].reshape(-1, 1, 1, 1) if "class_labels" in cond else images
+        return images + rows["class_labels"].reshape(-1, 1, 1, 1) if "class_labels" in rows else images
 
-    def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Rows:
-        if self.text:
-            return {"prompt": [prompts[i % len(prompts)] for i in range(num)]}
-        labels = chosen or tuple(range(self.num_classes))
-        return (
-            {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(seed, seed + num)])} if labels else {}
-        )
+
+class FakeOnLatents(Fake):
+    """The same around a decoder: its noise is its latents."""
+
+    has_decoder = gives_latents = True
+
+    def latents(self, eps: Tensor, rows: Rows) -> Tensor:
+        return eps
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.make(latents)
 
 
 class Pixels:
@@ -101,7 +99,7 @@ def compare(
 ) -> Made:
     """Return the report over (name, sampler, is it a student) and the first images of each row."""
     shared: Any = (reference(), extractor or Pixels(), Subjects(prompts=prompts), config_of(**settings), "t")
-    return Comparison(*shared, clip, notes, say=say).run([Entry(*row) for row in rows])  # type: ignore[arg-type]
+    return Comparison(*shared, clip, notes, say=say).run([Entry(*row) for row in rows])
 
 
 def reference(num: int = 60) -> Reference:
@@ -153,7 +151,7 @@ def test_rows_share_seeds_and_are_made_in_batches() -> None:
     assert torch.equal(shown["a"], shown["b"])
     assert torch.equal(shown["a"], small(noise(range(40), (1, 4, 4))).clamp(-1, 1))
     assert report.rows[0].frechet_distance == report.rows[1].frechet_distance
-    assert one.asked == [16, 16, 8]
+    assert one.batches == [16, 16, 8]
 
 
 def test_images_are_clipped_before_they_are_looked_at() -> None:
@@ -304,12 +302,9 @@ def test_clip_sees_pictures_and_their_prompts(way: str) -> None:
     def picture(eps: Tensor) -> Tensor:
         return falling(eps) * 10  # clipped at 1
 
-    source = Fake("a", picture, text=True)
-    extractor: Pixels = Pixels()
-    if way != "pictures":
-        extractor = Latents()
-        decode = picture if way == "decode" else None
-        source = replace(source, latents=lambda eps, _: eps, decodes=True, decode=decode)
+    kind, extractor = (Fake, Pixels()) if way == "pictures" else (FakeOnLatents, Latents())
+    source = kind("a", picture, text=True)
+    source.can_decode = way == "decode"
     clip = Brightness()
     report, _ = compare(("a", source, True), extractor=extractor, prompts=PROMPTS, clip=clip)
     expected = picture(noise(range(40), (1, 4, 4))).clamp(-1, 1).double().mean() * 100

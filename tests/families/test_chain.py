@@ -38,7 +38,7 @@ from onestill.export.export import export_student
 from onestill.runs.build import prepare
 from onestill.runs.distill import make_trainer
 from onestill.runs.export import export
-from onestill.runs.load import open_student
+from onestill.runs.load import load_student
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines.families.deepfloyd import low_res_rows
@@ -285,12 +285,12 @@ def test_evaluation_counts_one_call_for_each_stage() -> None:
     assert [row["num_steps"] for row in report["rows"]] == [2, 1, 1]
     assert "every row enlarges what run/pipeline draws in one step" in report["protocol"]["notes"][1]
 
-    source = open_student(second_run(), device=torch.device("cpu"))
+    source = load_student(second_run()).sampler
     calls = []
-    assert source.base is not None
+    assert source.first_stage is not None
     # After each pass: those that only show what a prompt becomes end before it.
-    source.base.teacher.network.register_forward_hook(lambda *_: calls.append("base"))  # type: ignore[attr-defined]
-    source.generate(noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
+    source.first_stage.teacher.network.register_forward_hook(lambda *_: calls.append("base"))  # type: ignore[attr-defined]
+    source(noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
     assert calls == ["base"]
 
 
@@ -302,9 +302,9 @@ def test_a_first_stage_is_evaluated_on_its_teachers_features(tmp_path: Path) -> 
     assert "the teacher's own mid_block" in extractor and "latents" not in extractor
     assert not any(teacher_of(name).has_decoder for name in ("if", SR)) and teacher_of("sd-epsilon").has_decoder
     # A teacher's row is thresholded and clamped as the student's is.
-    source = onestill.load_source(teacher=folder_of("if"), num_inference_steps=1, device="cpu")
-    assert not source.decodes and source.latents is None
-    images = source.generate(3 * noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
+    source = onestill.load_sampler(teacher=folder_of("if"), num_inference_steps=1, device="cpu")
+    assert not source.has_decoder and not source.gives_latents
+    images = source(3 * noise(range(2), source.sample_shape), source.conditions(2, prompts=["it"]))
     assert images.abs().max() <= 1
 
 
@@ -344,12 +344,12 @@ def test_a_chain_at_another_size(tmp_path: Path) -> None:
 
 
 def test_playing_with_a_chain(tmp_path: Path) -> None:
-    source = onestill.load_source(second_run(), device="cpu")
+    source = onestill.load_sampler(second_run(), device="cpu")
     same = onestill.fixed_noise(source, prompts=["it", "it", "red cat"]).images[0]
     torch.testing.assert_close(same[0], same[1], atol=1e-6, rtol=0)  # the same small picture, too
     assert (same[0] - same[2]).abs().max() > 1e-4
     sheet = onestill.student_trajectory(source, [0.5, 0.0], prompts=["it"], num_images=2)
-    torch.testing.assert_close(sheet.images[:, 1], source.generate(noise(range(2), source.sample_shape),
+    torch.testing.assert_close(sheet.images[:, 1], source(noise(range(2), source.sample_shape),
                                source.conditions(2, prompts=["it"])), atol=1e-4, rtol=0)  # fmt: skip
     command = ["sample", "--student", second_run(), "--prompt", "it", "--interpolate", 3, "--to_seed", 1]
     outcome = call_cli(*command, "--output", tmp_path / "x.png")
@@ -359,8 +359,8 @@ def test_playing_with_a_chain(tmp_path: Path) -> None:
 def test_a_chain_says_what_is_cut() -> None:
     run = second_run()
     for student in (run, run / "checkpoint-4"):
-        source = onestill.load_source(student, device="cpu")
-        (limit,) = source.limits()
+        source = onestill.load_sampler(student, device="cpu")
+        (limit,) = source.prompt_limits
         fits, long = (" ".join("a" * num) for num in (limit.room - 1, limit.room + 1))
         assert source.warnings([fits]) == []
         (warning,) = source.warnings([fits, long])
@@ -412,7 +412,7 @@ BAD = [
     ("another size", D + "--teacher SR --base_student LARGE", "draws pictures of 16x16, and the teacher makes 16x16 of smaller ones, such as 4x4 or 8x8"),
     ("sample of a folder alone", "sample --output x.png --prompt it --student ALONE", "name the student that draws them with --base_student"),
     ("sample of a first stage", "sample --output x.png --prompt it --student RUN1 --base_student BASE", "enlarges no picture; leave it out"),
-    ("sample of a student with a level", "sample --output x.png --prompt it --student RUN2 --noise_level 3", "--noise_level 3 is for a teacher"),
+    ("sample of a student with a level", "sample --output x.png --prompt it --student RUN2 --noise_level 3", "--noise_level 3: is for a teacher"),
     ("sample of a teacher alone", "sample --output x.png --prompt it --teacher SR", "give that run with --base_student RUN"),
     ("evaluate with the other stage", "evaluate --num_samples 10 --output out --student RUN2 --teacher IF", "--teacher makes samples of shape (3, 8, 8)"),
 ]  # fmt: skip

@@ -159,7 +159,7 @@ def test_a_teacher_samples_at_a_scale() -> None:
     )
     usual = draw()
     assert torch.equal(usual, draw(guidance_scale=3.5)) and (usual - draw(guidance_scale=5)).abs().max() > 1e-4
-    source = onestill.load_source(teacher=teacher_of("flux"), num_inference_steps=2, device="cpu")
+    source = onestill.load_sampler(teacher=teacher_of("flux"), num_inference_steps=2, device="cpu")
     sheet = onestill.guidance_sweep(source, [1.0, 5.0], prompts=["red"])
     torch.testing.assert_close(sheet.images[1, :1], draw(guidance_scale=5), atol=1e-5, rtol=0)
 

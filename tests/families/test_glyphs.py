@@ -20,7 +20,7 @@ from onestill.evaluation.comparison import NO_KERNEL
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import embedded_reference
 from onestill.runs.evaluate import _held_out_prompts, _open_clip
-from onestill.runs.restore import read_run_config
+from onestill.runs.folder import RunFolder
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.training.config import read_yaml
 
@@ -134,7 +134,7 @@ def test_named_prompts_win_over_held_out_ones(run: Path, tmp_path: Path) -> None
 
 
 def test_held_out_prompts_take_the_place_of_the_teachers_own_only(run: Path) -> None:
-    config = read_run_config(run)
+    config = RunFolder(run).config
     mine = config.model_copy(update={"prompt_file": Path("mine.txt")})
     assert _held_out_prompts("teacher", "glyphs", config) == GLYPHS.heldout
     assert _held_out_prompts("teacher", "glyphs", mine) is None

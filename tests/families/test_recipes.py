@@ -18,7 +18,7 @@ from test_conformance import perturbed, teacher_of
 from onestill import cli
 from onestill.data.prompt_pool import refuse_prompts
 from onestill.export.export import export_student
-from onestill.teachers.load import EMBEDDED, FAMILIES, FAMILY_OF_PIPELINE
+from onestill.teachers.load import EMBEDDED, FAMILY_OF_PIPELINE, LOADERS
 from onestill.training.config import DistillConfig, make_config, read_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_a_recipe_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None
     # Folders and files are the user's, and so is where it runs.
     for name in ("output_dir", "prompt_file", "cache_dir", "prompt_cache_dir", "device", "resume_from_checkpoint"):
         assert name not in read_yaml(path)
-    assert pipeline_of(path) in FAMILIES and hasattr(diffusers, pipeline_of(path))
+    assert pipeline_of(path) in LOADERS and hasattr(diffusers, pipeline_of(path))
 
 
 @each

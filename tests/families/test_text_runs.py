@@ -202,7 +202,7 @@ def test_a_student_that_takes_the_guidance_scale(tmp_path: Path) -> None:
     assert (images[0] - images[1]).abs().max() > 1e-6
 
     # Every row of a sweep is what it is alone.
-    source = onestill.load_source(drawn_run())
+    source = onestill.load_sampler(drawn_run())
     sheet = onestill.guidance_sweep(source, [1.0, 4.0], num_images=2, prompts=["it"])
     assert sheet.columns == ("it", "it") and sheet.rows == ("w = 1", "w = 4")
     for row, alone in zip(sheet.images, images, strict=True):
@@ -215,7 +215,7 @@ def test_a_student_that_takes_the_guidance_scale(tmp_path: Path) -> None:
 def test_from_one_prompt_to_another() -> None:
     run, ends = text_run(), ["red a", "blue b"]
     for student in (run, run / "checkpoint-4", run / "pipeline"):
-        walk = onestill.interpolate(onestill.load_source(student), 4, seed=7, prompts=ends)
+        walk = onestill.interpolate(onestill.load_sampler(student), 4, seed=7, prompts=ends)
         assert walk.images.shape == (1, 4, 3, 16, 16) and walk.columns == ("red a", "", "", "blue b")
         for i, prompt in ((0, ends[0]), (3, ends[1])):
             alone = onestill.sample(student, prompts=[prompt], num_images=1, seed=7)
@@ -225,7 +225,7 @@ def test_from_one_prompt_to_another() -> None:
 
 def test_of_a_text_teacher_too() -> None:
     where: dict[str, Any] = {"teacher": place() / "t", "num_inference_steps": 2, "guidance_scale": 3.0}
-    source = onestill.load_source(**where, negative_prompt="photo")
+    source = onestill.load_sampler(**where, negative_prompt="photo")
     walk = onestill.interpolate(source, 3, prompts=["red a", "blue b"])
     alone = onestill.sample(**where, negative_prompt="photo", prompts=["blue b"], num_images=1)
     torch.testing.assert_close(walk.images[0, -1], alone[0], atol=1e-5, rtol=0)
@@ -236,7 +236,7 @@ def test_of_a_text_teacher_too() -> None:
 
 
 def test_one_prompt_from_noise_to_noise_and_one_noise_for_all_prompts() -> None:
-    source = onestill.load_source(text_run())
+    source = onestill.load_sampler(text_run())
     walk = onestill.interpolate(source, 3, seed=1, to_seed=2, prompts=["red a"])
     apart = onestill.sample(text_run(), prompts=["red a"], num_images=2, seed=1)
     torch.testing.assert_close(walk.images[0, [0, 2]], apart, atol=1e-5, rtol=0)
@@ -261,7 +261,7 @@ def test_playing_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_the_trajectory_of_a_text_student() -> None:
-    times = onestill.student_trajectory(onestill.load_source(text_run()), [0.5, 0.0], prompts=["red a", "blue b"])
+    times = onestill.student_trajectory(onestill.load_sampler(text_run()), [0.5, 0.0], prompts=["red a", "blue b"])
     assert times.rows == ("seed 0\nred a", "seed 1\nblue b")
     for i, t in enumerate((0.5, 0.0)):
         alone = onestill.sample(text_run(), prompts=["red a", "blue b"], num_images=2, target_time=t)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_state, teacher_folder
+from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, restored, same_state, teacher_folder
 
 import onestill
 from onestill.data.conditions import LabelConditions
@@ -174,9 +174,7 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
     for fraction in (0.0, 0.5):
         run = tmp_path / f"run-{fraction}"
         onestill.distill(teacher_folder(), run, anchor_fraction=fraction, num_anchors=100, **settings)
-        from onestill.runs.restore import read_run_config, restore_student
-
-        student = restore_student(run, read_run_config(run), torch.device("cpu"))
+        student = restored(run)
         with torch.no_grad():
             errors.append(float((student(eps, None, 0.0, {}) - target.clamp(-10, 10)).square().mean()))
     assert errors[1] < errors[0]

@@ -16,6 +16,7 @@ from runs_helpers import (
     NULL_CLASS,
     copied,
     finished_run,
+    restored,
     snapshot,
     teacher_folder,
     tiny_network,
@@ -84,13 +85,11 @@ def test_exported_is_the_averaged_student(kind: str) -> None:
     from diffusers import DiffusionPipeline
 
     from onestill.core.tensors import noise
-    from onestill.runs.restore import restore_student
 
     run = finished_run(kind)
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline", use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    config = make_config({}, run / "config.yaml")
-    student = restore_student(run, config, torch.device("cpu"))
+    student = restored(run)
     labels = [1, 2, 1, 2, 1] if kind != "plain" else None
     cond = {} if labels is None else {"class_labels": torch.tensor(labels)}
     if kind == "drawn":

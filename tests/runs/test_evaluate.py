@@ -24,7 +24,7 @@ from torch import Tensor
 import onestill
 from onestill.runs.evaluate import default_report_folder
 from onestill.runs.export import export
-from onestill.runs.load import open_student
+from onestill.runs.load import load_student
 from onestill.sampling.pictures import to_pil
 from onestill.students.model_card import NO_TABLE
 
@@ -126,7 +126,9 @@ def test_evaluate_again_replaces_the_table_and_nothing_silently(tmp_path: Path) 
     run = copied(finished_run(), tmp_path / "run")
     onestill.evaluate(run, output=run / "evaluation", **FEW)
     before = snapshot(run)
-    with pytest.raises(ValueError, match="output=.*evaluation': holds a report; name another folder, or give overwrite"):
+    with pytest.raises(
+        ValueError, match="output=.*evaluation': holds a report; name another folder, or give overwrite"
+    ):
         onestill.evaluate(run, output=run / "evaluation", seed=5, **FEW)
     assert snapshot(run) == before
     report = onestill.evaluate(run, output=run / "evaluation", seed=5, overwrite=True, **FEW)
@@ -186,7 +188,7 @@ def test_evaluate_of_a_runs_own_pipeline_is_that_of_the_run(tmp_path: Path) -> N
     # The teacher is guided as asked; what is baked in stays.
     asked = onestill.evaluate(run / "pipeline", guidance_scale=3, **FEW)
     assert asked.protocol.guidance_scale == 3
-    assert open_student(finished_run("null_first") / "pipeline", device=torch.device("cpu")).labels == (1, 2, 3)
+    assert load_student(finished_run("null_first") / "pipeline").sampler.labels == (1, 2, 3)
 
 
 def test_evaluate_of_an_exported_folder_guides_the_teacher_as_its_card_says(tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_a_moved_folder_keeps_its_labels_and_its_thresholding(tmp_path: Path) ->
     folder = copied(tmp_path / "run" / "pipeline", tmp_path / "moved")
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "pipe(batch_size=2, class_labels=[2, 0])" in card, "the card calls it with what it can draw"
-    assert open_student(folder, device=torch.device("cpu")).labels == (2, 0)
+    assert load_student(folder).sampler.labels == (2, 0)
     inside, moved = onestill.evaluate(tmp_path / "run", **FEW), onestill.evaluate(folder, teacher=teacher, **FEW)
     expected = [row.frechet_distance for row in inside.rows]
     assert [row.frechet_distance for row in moved.rows] == pytest.approx(expected, rel=1e-3)
@@ -241,7 +243,7 @@ def test_a_moved_folder_keeps_its_labels_and_its_thresholding(tmp_path: Path) ->
         other = onestill.evaluate(folder, teacher=teacher, **FEW)
         assert [row.frechet_distance for row in other.rows] != pytest.approx(expected, rel=1e-3)
     (folder / "README.md").write_text(re.sub("(?m)^- 2$", "- two", card), encoding="utf-8")
-    assert open_student(folder, device=torch.device("cpu")).labels == (0, 1, 2)
+    assert load_student(folder).sampler.labels == (0, 1, 2)
 
 
 def test_evaluate_where_the_null_class_stands_first() -> None:

@@ -38,6 +38,7 @@ import onestill
 from onestill.objectives import boot as objective
 from onestill.runs.build import Prepared, prepare
 from onestill.runs.distill import RunResult
+from onestill.runs.load import load_student
 from onestill.training.checkpoint import list_checkpoints, read_checkpoint, step_of, write_checkpoint
 from onestill.training.config import make_config, read_yaml
 from onestill.training.trainer import NonFiniteLossError, StepLog, Trainer
@@ -301,8 +302,8 @@ def test_a_longer_run_that_is_cut_is_not_taken_for_the_short_one(
         distil(run, on_step=interrupt_at(7), **again)
     # What is there is of the longer run, up to its last checkpoint; the short one is kept under another name.
     assert equal(load_file(run / "pipeline-4" / "unet" / "diffusion_pytorch_model.safetensors"), short)
-    assert not (run / "pipeline").exists() and onestill.load_source(run).folder is None
-    assert onestill.load_source(run / "pipeline-4").folder == run / "pipeline-4"
+    assert not (run / "pipeline").exists() and load_student(run).pipeline is None
+    assert load_student(run / "pipeline-4").pipeline == run / "pipeline-4"
     with monkeypatch.context() as patch:
         patch.setattr("onestill.runs.distill.export_student", interrupt_at(0))
         with pytest.raises((Interruption, TypeError)):

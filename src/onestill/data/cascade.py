@@ -46,6 +46,11 @@ class FirstStage:
         self.teacher, self.folder = teacher, folder
         self.examples = self.seeded(range(2), EXAMPLE_PROMPTS).cpu()
 
+    def to(self, device: torch.device | str) -> FirstStage:
+        """Move it to `device`."""
+        self.teacher.to(device)
+        return self
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the noise of one picture."""

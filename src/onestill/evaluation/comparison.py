@@ -19,7 +19,7 @@ from onestill.evaluation.prompt_accuracy import PromptTargets, read_prompts
 from onestill.evaluation.references import Reference
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
 from onestill.evaluation.samples import Draw, Subjects, looks_at_latents
-from onestill.sampling.samplers import Source
+from onestill.sampling.samplers.base import Sampler
 
 NUM_SHOWN = 100
 SPEED_ROUNDS = 5
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     """What a row of the table is about."""
 
     name: str
-    sampler: Source
+    sampler: Sampler
     is_student: bool = False
 
 
@@ -109,7 +109,7 @@ class Comparison:
             name=entry.name,
             is_student=entry.is_student,
             num_steps=entry.sampler.num_steps,
-            network_evaluations=entry.sampler.calls,
+            network_evaluations=entry.sampler.evaluations,
             frechet_distance=metrics.frechet_distance(real, fake),
             kernel_distance=kernel[0] if kernel else None,
             kernel_distance_std=kernel[1] if kernel else None,
@@ -128,9 +128,9 @@ class Comparison:
         """Return seconds per call at batch 1 and at the large batch, all rows timed in turns."""
         self.say(f"speed: all rows in turns, in batches of 1 and {self.config.batch_size:,}")
 
-        def call(sampler: Source, num: int) -> Callable[[], object]:
+        def call(sampler: Sampler, num: int) -> Callable[[], object]:
             eps, rows = noise(range(num), sampler.sample_shape), self.subjects.rows(sampler, num)
-            return lambda: sampler.generate(eps, rows)
+            return lambda: sampler(eps, rows)
 
         one, large = (
             speed.compare(

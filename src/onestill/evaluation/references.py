@@ -16,7 +16,7 @@ from onestill.core.errors import SettingError
 from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.features import FeatureExtractor
 from onestill.evaluation.samples import Draw, Subjects
-from onestill.sampling.samplers import Source
+from onestill.sampling.samplers.base import Sampler
 from onestill.teachers.load import EMBEDDED
 
 REFERENCE_SEED = 10_000_000
@@ -38,7 +38,7 @@ class Reference:
 
 
 def teacher_reference(
-    sampler: Source,
+    sampler: Sampler,
     extractor: FeatureExtractor,
     subjects: Subjects,
     config: EvaluateConfig,

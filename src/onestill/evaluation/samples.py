@@ -11,7 +11,7 @@ from torch import Tensor
 from onestill.core.errors import SettingError
 from onestill.evaluation.features import FeatureExtractor, sees_latents
 from onestill.sampling.generate import Generate, Rows, generate_images
-from onestill.sampling.samplers import Source
+from onestill.sampling.samplers.base import Sampler
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Subjects:
     class_labels: tuple[int, ...] = ()
     prompts: Sequence[str] = ()
 
-    def rows(self, sampler: Source, num: int, *, seed: int = 0) -> Rows:
+    def rows(self, sampler: Sampler, num: int, *, seed: int = 0) -> Rows:
         """Return what `num` images from seed, seed + 1, ... on are asked of a sampler."""
         return sampler.conditions(num, self.class_labels, self.prompts, seed=seed)
 
@@ -43,7 +43,7 @@ class Draw:
         show_progress: Whether to show a bar on a terminal.
     """
 
-    sampler: Source
+    sampler: Sampler
     seeds: range
     rows: Rows
     batch_size: int
@@ -52,10 +52,9 @@ class Draw:
     def seen_by(self, extractor: FeatureExtractor) -> Tensor:
         """Return what an extractor looks at: images, or the latents they are decoded from."""
         if looks_at_latents(extractor, self.sampler):
-            assert self.sampler.latents is not None, "check_features has been called"
             return self._generate(self.sampler.latents).float()
         # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
-        return self._generate(self.sampler.generate).clamp(-1, 1)
+        return self._generate(self.sampler).clamp(-1, 1)
 
     def first_pictures(self, num: int = 16) -> Tensor:
         """Return the first pictures, to be shown."""
@@ -67,7 +66,7 @@ class Draw:
             batch = slice(first, first + self.batch_size)
             if not looks_at_latents(extractor, self.sampler):
                 yield seen[batch]
-            elif self.sampler.decode is not None:
+            elif self.sampler.can_decode:
                 yield self.sampler.decode(seen[batch]).cpu()
             else:  # an exported pipeline decodes inside its call
                 yield self._pictures(batch)
@@ -79,16 +78,16 @@ class Draw:
     def _pictures(self, part: slice) -> Tensor:
         rows = {name: value[part] for name, value in self.rows.items()}
         seeds = self.seeds[part]
-        return generate_images(self.sampler.generate, seeds, self.sampler.sample_shape, rows, batch_size=len(seeds))
+        return self.sampler.images(seeds, rows, batch_size=len(seeds))
 
 
-def check_features(extractor: FeatureExtractor, sampler: Source) -> None:
+def check_features(extractor: FeatureExtractor, sampler: Sampler) -> None:
     """Raise SettingError if the extractor looks at latents and a sampler does not give them."""
-    if looks_at_latents(extractor, sampler) and sampler.latents is None:
+    if looks_at_latents(extractor, sampler) and not sampler.gives_latents:
         why = f"looks at latents, and {sampler.name} gives images only"
         raise SettingError("features", "teacher", why, "name a transformers model")
 
 
-def looks_at_latents(extractor: FeatureExtractor, sampler: Source) -> bool:
+def looks_at_latents(extractor: FeatureExtractor, sampler: Sampler) -> bool:
     """Return whether the features are those of what comes before the decoder."""
-    return sampler.decodes and sees_latents(extractor)
+    return sampler.has_decoder and sees_latents(extractor)

@@ -25,10 +25,10 @@ from onestill.evaluation.samples import Subjects, check_features
 from onestill.runs.build import fit_teacher
 from onestill.runs.checks import check_device, check_writable, resolve_device
 from onestill.runs.folder import PIPELINE_FOLDER, is_run
-from onestill.runs.load import check_folder, open_student
-from onestill.runs.restore import run_teacher
+from onestill.runs.load import LoadedStudent, check_folder, load_student, run_teacher
 from onestill.sampling import pictures
-from onestill.sampling.samplers import Source, teacher_source
+from onestill.sampling.samplers.base import Sampler
+from onestill.sampling.samplers.network import TeacherSampler
 from onestill.students import model_card
 from onestill.students.student import refuse_student
 from onestill.teachers.base import Teacher
@@ -69,10 +69,10 @@ def evaluate(
     _check_output(config)
     pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
     extractor = _named_features(config, pair) if features is None or isinstance(features, (str, Path)) else features
-    check_features(extractor, pair.student)
+    check_features(extractor, pair.one_step)
     source = _reference_source(config, pair, extractor)
     subjects, notes = _subjects(config, pair, source)
-    for warning in pair.student.warnings(subjects.prompts[: config.num_samples]):
+    for warning in pair.one_step.warnings(subjects.prompts[: config.num_samples]):
         say(warning)
     clip = None if config.clip is None else _open_clip(config.clip, pair, offline=config.local_files_only)
     resolved = {"guidance_scale": _guidance_of(config, pair.student, pair.teacher), "device": str(pair.device)}
@@ -81,10 +81,10 @@ def evaluate(
     comparison = Comparison(
         reference, extractor, subjects, config, pair.name, clip, notes, show_progress=show_progress, say=say
     )
-    rows = [Entry(f"DDIM-{n}", pair.sampler(n)) for n in config.steps]
-    report, shown = comparison.run([*rows, Entry("student", pair.student, is_student=True)])
+    rows = [Entry(f"DDIM-{n}", pair.many_steps(n)) for n in config.steps]
+    report, shown = comparison.run([*rows, Entry("student", pair.one_step, is_student=True)])
     if config.output is not None:
-        _write(report, shown, config.output, subjects.prompts, pair.student.folder, overwrite=config.overwrite)
+        _write(report, shown, config.output, subjects.prompts, pair.student.pipeline, overwrite=config.overwrite)
     return report
 
 
@@ -114,12 +114,12 @@ class _Pair:
     """A student and its teacher, opened.
 
     Attributes:
-        student: The student's one step.
+        student: The student, and what is known of where it comes from.
         teacher: The teacher, guided and thresholded as its rows are.
         device: Where both are.
     """
 
-    student: Source
+    student: LoadedStudent
     teacher: Teacher
     device: torch.device
 
@@ -128,12 +128,14 @@ class _Pair:
         """The teacher's name or path."""
         return self.teacher.spec.source
 
-    def sampler(self, num_steps: int) -> Source:
+    @property
+    def one_step(self) -> Sampler:
+        """The student's one step."""
+        return self.student.sampler
+
+    def many_steps(self, num: int) -> Sampler:
         """Return the teacher's DDIM sampler."""
-        first_stage = self.student.base
-        return teacher_source(
-            self.teacher, self.teacher, num_steps=num_steps, device=self.device, base_student=first_stage
-        )
+        return TeacherSampler(self.teacher, num_steps=num, device=self.device, first_stage=self.one_step.first_stage)
 
 
 def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
@@ -147,38 +149,43 @@ def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
         ValueError: If one does not load, they cannot be compared, or the guidance is not known.
     """
     device = resolve_device(config.device)
-    student = open_student(
-        config.student, device=device, local_files_only=config.local_files_only, base_student=config.base_student
+    student = _at_scale(
+        load_student(
+            config.student, device=device, local_files_only=config.local_files_only, base_student=config.base_student
+        ),
+        config,
     )
-    if config.guidance_scale is not None and _takes_guidance(student, config.student):
-        student = student.at(guidance_scale=config.guidance_scale)
     teacher = _load_teacher(config, student, device) if teacher is None else teacher
     refuse_student(teacher)
-    _check_pair(student, teacher)
-    if student.base is not None and student.noise_level is not None:
-        teacher = teacher.with_image_condition(student.noise_level, student.base.examples)
+    one_step = student.sampler
+    _check_pair(one_step, teacher)
+    if one_step.first_stage is not None and one_step.noise_level is not None:
+        teacher = teacher.with_image_condition(one_step.noise_level, one_step.first_stage.examples)
     return _Pair(student, _guided(config, student, teacher), device)
 
 
-def _takes_guidance(student: Source, path: Path) -> bool:
-    """Return whether a student takes its guidance scale when it draws: what is exported has it baked in."""
-    return student.config is not None and student.config.guidance_range is not None and student.folder != path
+def _at_scale(student: LoadedStudent, config: EvaluateConfig) -> LoadedStudent:
+    """Return the student at the guidance scale asked for, if it takes one: what is exported has it baked in."""
+    takes_it = student.config is not None and student.config.guidance_range is not None
+    if config.guidance_scale is None or not takes_it or student.pipeline == config.student:
+        return student
+    return LoadedStudent(student.sampler.at(guidance_scale=config.guidance_scale), None, student.run)
 
 
-def _load_teacher(config: EvaluateConfig, student: Source, device: torch.device) -> Teacher:
+def _load_teacher(config: EvaluateConfig, student: LoadedStudent, device: torch.device) -> Teacher:
     """Return the teacher that is named, else that of the student's run."""
     run = student.config
     if config.teacher is None:
         if student.run is None or run is None:
             why = "is an exported folder that does not know its teacher"
             raise SettingError("student", config.student, why, f"name it with {named('teacher')}")
-        return run_teacher(student.run, run, device, local_files_only=config.local_files_only)
+        return run_teacher(student.run, device, local_files_only=config.local_files_only)
     load = functools.partial(
         load_teacher,
         config.teacher,
         local_files_only=config.local_files_only,
         device=str(device),
-        arguments=student.arguments,
+        arguments=student.sampler.arguments,
         t_max=None if run is None else run.t_max,
         variant=None if run is None else run.variant,
     )
@@ -187,15 +194,15 @@ def _load_teacher(config: EvaluateConfig, student: Source, device: torch.device)
         return load(null_class=known if config.null_class is None else config.null_class)
     except ValueError:
         if config.null_class is None and known is not None:
-            _check_pair(student, load())  # another teacher has no such label, which nobody has named
+            _check_pair(student.sampler, load())  # another teacher has no such label, which nobody has named
         raise
 
 
-def _guided(config: EvaluateConfig, student: Source, teacher: Teacher) -> Teacher:
+def _guided(config: EvaluateConfig, student: LoadedStudent, teacher: Teacher) -> Teacher:
     """Return the teacher as it was distilled: at w, with the negative prompt and the thresholding of then."""
     scale = _guidance_of(config, student, teacher)
     if scale is None and teacher.can_guide:
-        why = f"{student.name} does not say what was distilled into it, and its teacher can guide"
+        why = f"{student.sampler.name} does not say what was distilled into it, and its teacher can guide"
         raise SettingError("guidance_scale", why=why, todo="say which w the teacher is to have (1 for none)")
     negative = config.negative_prompt
     if negative is None and teacher.spec.text:
@@ -204,11 +211,11 @@ def _guided(config: EvaluateConfig, student: Source, teacher: Teacher) -> Teache
     teacher = teacher.with_negative_prompt(negative, acts=acts)
     if student.config is not None:
         return fit_teacher(teacher, student.config, scale)
-    threshold = model_card.distilled(student.folder).threshold
+    threshold = model_card.distilled(student.pipeline).threshold
     return guided(teacher, teacher.usual_guidance if scale is None else scale, threshold=threshold)
 
 
-def _check_pair(student: Source, teacher: Teacher) -> None:
+def _check_pair(student: Sampler, teacher: Teacher) -> None:
     """Raise SettingError if a student and a teacher cannot be compared."""
     spec, other = teacher.spec, "not the same teacher"
     if spec.sample_shape != student.sample_shape:
@@ -217,24 +224,24 @@ def _check_pair(student: Source, teacher: Teacher) -> None:
     if bool(student.labels) != bool(spec.labels) or not set(student.labels) <= set(spec.labels):
         why = f"has {spec.num_classes or 0} classes and {named('student')} {len(student.labels)}"
         raise SettingError("teacher", spec.source, why, other)
-    if (teacher.image_condition is None) != (student.base is None):
+    if (teacher.image_condition is None) != (student.first_stage is None):
         why = f"enlarges a picture and {named('student')} does not, or the other way round"
         raise SettingError("teacher", spec.source, why, other)
-    if student.text != spec.text:
-        takes = "takes text" if student.text else "takes no text"
+    if student.takes_text != spec.text:
+        takes = "takes text" if student.takes_text else "takes no text"
         raise SettingError("teacher", spec.source, f"is another teacher: {named('student')} {takes}")
 
 
-def _recorded(student: Source) -> DistillConfig | model_card.Distilled:
+def _recorded(student: LoadedStudent) -> DistillConfig | model_card.Distilled:
     """Return what is known of the distillation: by the student's run, else by its card."""
-    return model_card.distilled(student.folder) if student.config is None else student.config
+    return model_card.distilled(student.pipeline) if student.config is None else student.config
 
 
-def _guidance_of(config: EvaluateConfig, student: Source, teacher: Teacher) -> float | None:
+def _guidance_of(config: EvaluateConfig, student: LoadedStudent, teacher: Teacher) -> float | None:
     """Return w of the teacher's rows: what is given, what the student's folder has baked in, or what its run says."""
     if config.guidance_scale is not None or teacher.spec.conditioning == "none":
         return config.guidance_scale
-    baked, run = model_card.distilled(student.folder).guidance_scale, student.config
+    baked, run = model_card.distilled(student.pipeline).guidance_scale, student.config
     if baked is not None or run is None:
         return baked
     return run.guidance_scale if run.guidance_range is None else sum(run.guidance_range) / 2
@@ -263,7 +270,7 @@ def _reference(
 ) -> Reference:
     """Return the images, or the latents, to compare with."""
     if source == "teacher":
-        sampler = pair.sampler(config.num_reference_steps)
+        sampler = pair.many_steps(config.num_reference_steps)
         say(f"reference: {config.num_samples:,} samples of the teacher at {sampler.num_steps} steps")
         return teacher_reference(sampler, extractor, subjects, config, show_progress=show_progress)
     embedded = source in EMBEDDED
@@ -280,12 +287,13 @@ def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subject
     Raises:
         ValueError: If the student cannot draw it.
     """
-    student = pair.student
-    prompts, origin = _prompts_of(student, config, _held_out_prompts(source, pair.name, student.config))
+    student = pair.one_step
+    held_out = _held_out_prompts(source, pair.name, pair.student.config)
+    prompts, origin = _prompts_of(pair.student, config, held_out)
     student.conditions(1, config.class_labels, prompts)
     notes = [f"prompts: {origin}"] if origin else []
-    if student.base is not None:
-        drawn = f"every row enlarges what {student.base.name} draws in one step"
+    if student.first_stage is not None:
+        drawn = f"every row enlarges what {student.first_stage.name} draws in one step"
         notes.append(f"{drawn}, which its evaluations and its time include")
     return Subjects(config.class_labels or student.labels, prompts), tuple(notes)
 
@@ -303,10 +311,10 @@ def _held_out_prompts(reference: str, teacher: str, run: DistillConfig | None) -
     return own.heldout
 
 
-def _prompts_of(student: Source, config: EvaluateConfig, held_out: Path | None) -> tuple[Sequence[str], str]:
+def _prompts_of(student: LoadedStudent, config: EvaluateConfig, held_out: Path | None) -> tuple[Sequence[str], str]:
     """Return (the prompts to evaluate on, where they come from): given ones, held-out ones, or those of the run."""
     file, field, kind = config.prompt_file, config.prompt_field, ""
-    if student.text and not config.prompts and file is None:
+    if student.sampler.takes_text and not config.prompts and file is None:
         if held_out is not None:
             file, kind = held_out, ", held-out ones"
         elif student.config is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
+from onestill.core.errors import SettingError, named
+from onestill.data.cascade import with_first_stage
 from onestill.export.export import export_student, is_exported
 from onestill.runs.checks import check_device, check_writable, resolve_device
 from onestill.runs.distill import distilled_facts
-from onestill.runs.folder import is_run
-from onestill.runs.restore import check_student_request, read_run_config, restore_student
+from onestill.runs.folder import RunFolder
+from onestill.runs.load import restore_student, run_teacher
+from onestill.sampling.samplers.network import check_trained
 
 
 def export(
@@ -38,20 +42,27 @@ def export(
         ValueError: If there is no such run, the student cannot do what is asked, or `output` exists.
     """
     check_device(device)
-    path, output = Path(student), Path(output)
-    run = path if is_run(path) else path.parent
-    if not path.is_dir() or not is_run(run):
-        raise ValueError(f"--student {path} is no run and no checkpoint-N folder of one")
+    path, output, place = Path(student), Path(output), resolve_device(device)
+    run = RunFolder.of(path) if path.is_dir() else None
+    if run is None:
+        raise SettingError("student", path, "is no run and no checkpoint-N folder of one")
     if output.exists() and not overwrite:
-        raise ValueError(f"--output {output} exists; name another folder, or give --overwrite to replace it")
+        raise SettingError(
+            "output", output, "exists", f"name another folder, or give {named('overwrite')} to replace it"
+        )
     if output.exists() and not is_exported(output):
-        raise ValueError(f"--output {output} is no exported student, so --overwrite does not replace it")
+        why = f"is no exported student, so {named('overwrite')} does not replace it"
+        raise SettingError("output", output, why)
     check_writable(output.absolute().parent, "output")
-    config = read_run_config(run)
-    restored = restore_student(path, config, resolve_device(device), with_pictures=True)
-    check_student_request(restored, config, target_time or 0.0, guidance_scale)
+    config, teacher = run.config, run_teacher(run, place)
+    if config.base_student is not None:
+        # Its pictures are those of the self-check; what is written does not depend on them, so it may be gone.
+        with contextlib.suppress(ValueError):
+            teacher, _ = with_first_stage(teacher, config.base_student, config.noise_level, device=place)
+    restored = restore_student(run, teacher, path).to(place)
+    check_trained(restored, target_time or 0.0, guidance_scale, run.distilled, config.t_min)
     facts = replace(
-        distilled_facts(config, restored.teacher, guidance_scale),
+        distilled_facts(config, teacher, guidance_scale),
         training=f"{config.max_train_steps:,} steps planned, exported from {path.name}, seed {config.seed}",
     )
     t = config.t_min if target_time is None else max(target_time, config.t_min)

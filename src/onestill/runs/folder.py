@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onestill.students.model_card import Distilled
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest
 from onestill.training.config import DistillConfig, make_config
 
@@ -53,6 +54,12 @@ class RunFolder:
     def config(self) -> DistillConfig:
         """Its resolved configuration; ValueError if that is missing or unusable."""
         return make_config({}, self.path / CONFIG_FILE)
+
+    @property
+    def distilled(self) -> Distilled:
+        """What was distilled into its student, by its configuration."""
+        config = self.config
+        return Distilled(config.guidance_scale, config.negative_prompt, config.null_class, config.class_labels)
 
     @functools.cached_property
     def facts(self) -> Mapping[str, Any]:

@@ -1,132 +1,150 @@
-"""What lies on disk, opened again: a run or an exported folder becomes something that generates."""
+"""What lies on disk, opened again: a run, an exported folder or a teacher becomes a sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from onestill.data.cascade import FirstStage, with_first_stage
-from onestill.diffusion.trajectory import STEPS
+from onestill.core.errors import SettingError, named
+from onestill.core.settings import make
+from onestill.data.cascade import FirstStage, open_first_stage, with_first_stage
 from onestill.export.export import MODULE_FILE
-from onestill.runs.checks import check_device, check_guidance, resolve_device
-from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, is_run
-from onestill.runs.restore import (
-    base_of_pipeline,
-    base_of_run,
-    check_student_request,
-    read_run_config,
-    restore_student,
-    run_of_pipeline,
-)
-from onestill.sampling.exported import open_pipeline
-from onestill.sampling.samplers import Source, student_source, teacher_source
+from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student
+from onestill.runs.checks import check_device, resolve_device
+from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, RunFolder
+from onestill.sampling.config import SamplerSettings
+from onestill.sampling.samplers.base import Sampler
+from onestill.sampling.samplers.network import StudentSampler, TeacherSampler
+from onestill.sampling.samplers.pipeline import enlarges, open_pipeline
 from onestill.students.student import Student, refuse_student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipelines.folder import INDEX
 from onestill.training.config import DistillConfig
+from onestill.training.trainer import load_student as put_weights
 
 
-def load_source(
+@dataclass(frozen=True)
+class LoadedStudent:
+    """A student that was found on disk.
+
+    Attributes:
+        sampler: Its one step.
+        pipeline: The exported pipeline that draws it; None where the run's own weights do.
+        run: The run that it comes from; None if that is not known.
+    """
+
+    sampler: Sampler
+    pipeline: Path | None
+    run: RunFolder | None
+
+    @property
+    def config(self) -> DistillConfig | None:
+        """The configuration of its run, if that is known."""
+        return None if self.run is None else self.run.config
+
+
+def load_sampler(
     student: str | Path | None = None,
     *,
     teacher: str | Path | Teacher | None = None,
-    guidance_scale: float | None = None,
-    target_time: float = 0.0,
-    num_inference_steps: int | None = None,
-    solver: str | None = None,
-    null_class: int | None = None,
-    negative_prompt: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    base_student: str | Path | None = None,
-    noise_level: int | None = None,
-    device: str = "auto",
-    local_files_only: bool = False,
-) -> Source:
+    config_file: str | Path | None = None,
+    **settings: Any,
+) -> Sampler:
     """Return what generates images, opened once for many: a student in one step, or a teacher in many.
 
     Args:
         student: A run's folder, a checkpoint-N folder, or an exported pipeline. Either this or `teacher`.
         teacher: A teacher, for its multi-step baseline.
-        guidance_scale: w; for a student only if it was distilled to take it.
-        target_time: The student's target time; 0 is the finished image.
-        num_inference_steps: Steps of the teacher (50 if None); a student has one.
-        solver: Step of the teacher: ddim (if None), heun or midpoint.
-        null_class: The teacher's label for "no class".
-        negative_prompt: Takes the place of "no prompt" in a teacher's guidance.
-        arguments: Arguments of every call of a teacher's pipeline, such as height, as in `load_teacher`.
-        base_student: For super-resolution: the student that draws what is enlarged, one step before; that of the
-            student's run if None.
-        noise_level: Noise mixed into those pictures, for a teacher; a student has that of its run.
-        device: auto, cpu, cuda, cuda:N or mps.
-        local_files_only: Never use the network.
+        config_file: YAML file of settings; `settings` win over it.
+        **settings: Fields of `onestill.sampling.config.SamplerSettings`; an unknown name is refused.
 
     Raises:
         ValueError: If it does not exist or cannot do what is asked.
     """
-    if (student is None) == (teacher is None):
-        raise ValueError("give --student (one step) or --teacher (many steps), not both and not neither")
-    if solver is not None and solver not in STEPS:
-        raise ValueError(f"--solver {solver}: choose one of {', '.join(STEPS)}")
-    check_guidance(guidance_scale)
-    check_device(device)
-    place = resolve_device(device)
+    config = make(SamplerSettings, generator(student, teacher, settings), config_file)
+    return open_sampler(config, teacher if isinstance(teacher, Teacher) else None)
+
+
+def generator(
+    student: str | Path | None, teacher: str | Path | Teacher | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return settings with the name of a student or of a teacher, which may be an object."""
+    name = (teacher.spec.source or PYTHON_OBJECT) if isinstance(teacher, Teacher) else teacher
+    given = {"student": student, "teacher": name}
+    return {**settings, **{key: str(value) for key, value in given.items() if value is not None}}
+
+
+def open_sampler(config: SamplerSettings, teacher: Teacher | None = None) -> Sampler:
+    """Return the sampler that settings describe.
+
+    Args:
+        config: The settings.
+        teacher: The teacher that they name, where it is an object.
+
+    Raises:
+        ValueError: If it does not exist or cannot do what is asked.
+    """
+    check_device(config.device)
+    device = resolve_device(config.device)
+    if config.student is None:
+        return _teacher_sampler(config, teacher, device)
+    return load_student(
+        config.student,
+        device=device,
+        target_time=config.target_time,
+        guidance_scale=config.guidance_scale,
+        local_files_only=config.local_files_only,
+        base_student=config.base_student,
+    ).sampler
+
+
+def _teacher_sampler(config: SamplerSettings, teacher: Teacher | None, device: torch.device) -> TeacherSampler:
+    """Return a teacher's multi-step sampler, thresholded as its own scheduler does."""
+    assert config.teacher is not None
     if teacher is not None:
-        if target_time != 0:
-            raise ValueError(_no_target_time(target_time))
-        return open_teacher(
-            teacher,
-            device=place,
-            num_steps=50 if num_inference_steps is None else num_inference_steps,
-            guidance_scale=guidance_scale,
-            solver=solver or "ddim",
-            local_files_only=local_files_only,
-            null_class=null_class,
-            negative_prompt=negative_prompt,
-            arguments=arguments,
-            base_student=base_student,
-            noise_level=noise_level,
+        for name in ("null_class", *config.call_arguments):
+            if (value := getattr(config, name)) not in (None, teacher.spec.null_class):
+                why, todo = "was given with a teacher object", "name it where the object is made: load_teacher"
+                raise SettingError(name, value, why, todo)
+    else:
+        teacher = load_teacher(
+            config.teacher,
+            local_files_only=config.local_files_only,
+            null_class=config.null_class,
+            device=str(device),
+            arguments=config.call_arguments,
         )
-    assert student is not None
-    if negative_prompt is not None:
-        raise ValueError(
-            f"--negative_prompt {negative_prompt!r} is the teacher's: a student has the one of its run distilled in"
-        )
-    if num_inference_steps not in (None, 1):
-        raise ValueError(
-            f"--num_inference_steps {num_inference_steps}: a student has one step; give --teacher for more"
-        )
-    for flag, given in (
-        ("solver", solver),
-        ("null_class", null_class),
-        ("noise_level", noise_level),
-        *(arguments or {}).items(),
-    ):
-        if given is not None:
-            raise ValueError(f"--{flag} {given} is for a teacher; a student has it distilled in")
-    return open_student(
-        student,
-        device=place,
-        target_time=target_time,
-        guidance_scale=guidance_scale,
-        local_files_only=local_files_only,
-        base_student=base_student,
+    refuse_student(teacher)
+    teacher, first_stage = with_first_stage(teacher, config.base_student, config.noise_level, device=device)
+    scale = teacher.usual_guidance if config.guidance_scale is None else config.guidance_scale
+    is_guided = teacher.unguided is not teacher and config.guidance_scale is None
+    teacher = teacher.with_negative_prompt(config.negative_prompt, acts=is_guided or scale != 1)
+    return TeacherSampler(
+        teacher if is_guided else guided(teacher, scale),
+        num_steps=config.num_inference_steps or 50,
+        solver=config.solver or "ddim",
+        device=device,
+        first_stage=first_stage,
     )
 
 
-def open_student(
+def load_student(
     path: str | Path,
     *,
-    device: torch.device,
+    device: torch.device | str = "cpu",
     target_time: float = 0.0,
     guidance_scale: float | None = None,
     local_files_only: bool = False,
     base_student: str | Path | None = None,
-) -> Source:
+) -> LoadedStudent:
     """Return the one-step student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
     A run's exported pipeline is used where it can be; another target time, or the guidance scale of a student that
@@ -143,151 +161,158 @@ def open_student(
     Raises:
         ValueError: If there is no student, or the exported folder cannot do what is asked.
     """
-
-    def reopen(scale: float | None, t: float | None) -> Source:
-        return open_student(
-            path,
-            device=device,
-            target_time=target_time if t is None else t,
-            guidance_scale=guidance_scale if scale is None else scale,
-            local_files_only=local_files_only,
-            base_student=base_student,
-        )
-
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
     check_folder(path)
-    special = [
-        flag
-        for flag, given in (("--target_time", target_time != 0), ("--guidance_scale", guidance_scale is not None))
-        if given
-    ]
-    if (path / "model_index.json").is_file():
-        if special:
-            raise ValueError(
-                f"--student {path} is an exported pipeline, whose target time and guidance are baked in; "
-                f"give the run's folder for {' and '.join(special)}"
-            )
-        parent = run_of_pipeline(path)
-        known = None if parent is None else read_run_config(parent)
-        base = base_of_pipeline(path, path, parent, base_student, device)
-        return replace(open_pipeline(path, device, parent, known, base), reopen=reopen)
+    baked = {"target_time": target_time != 0, "guidance_scale": guidance_scale is not None}
+    wanted = [named(name) for name, is_given in baked.items() if is_given]
+    if (path / INDEX).is_file():
+        if wanted:
+            why = "is an exported pipeline, whose target time and guidance are baked in"
+            raise SettingError("student", path, why, f"give the run's folder for {' and '.join(wanted)}")
+        return _exported(path, path, RunFolder.around(path), device, base_student)
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
         if (folder / MODULE_FILE).is_file():
-            raise ValueError(
-                f"--student {path} is a network of your own: load it in Python with onestill.load_module({str(folder)!r}, network)"
-            )
-    if not is_run(path) and not is_run(path.parent):
-        raise ValueError(
-            f"--student {path} is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no model_index.json)"
-        )
-    run = path if is_run(path) else path.parent
-    config = read_run_config(run)
-    if not special and run == path and (run / PIPELINE_FOLDER / "model_index.json").is_file():
-        base = base_of_pipeline(path, run / PIPELINE_FOLDER, run, base_student, device)
-        return replace(open_pipeline(run / PIPELINE_FOLDER, device, run, config, base), reopen=reopen)
-    student = restore_student(path, config, device, local_files_only=local_files_only)
-    check_student_request(student, config, target_time, guidance_scale)
-    base = base_of_run(run, config, student.teacher, device, given=base_student)
-    return _student_at(student, path, config, target_time, guidance_scale, device, base)
+            todo = f"load it in Python with onestill.load_module({str(folder)!r}, network)"
+            raise SettingError("student", path, "is a network of your own", todo)
+    run = RunFolder.of(path)
+    if run is None:
+        why = f"is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no {INDEX})"
+        raise SettingError("student", path, why)
+    trained = functools.partial(_trained, run, path, device, local_files_only, base_student)
+    if not wanted and run.path == path and (run.pipeline / INDEX).is_file():
+        return _exported(path, run.pipeline, run, device, base_student, trained)
+    return LoadedStudent(trained(target_time, guidance_scale), None, run)
 
 
 def check_folder(student: str | Path) -> None:
-    """Raise ValueError if there is no such folder."""
+    """Raise SettingError if there is no such folder."""
     if not Path(student).is_dir():
-        raise ValueError(
-            f"--student {student}: no such folder; give a run (--output_dir of distill) or an exported pipeline"
-        )
+        todo = f"give a run ({named('output_dir')} of distill) or an exported pipeline"
+        raise SettingError("student", str(student), "no such folder", todo)
 
 
-def _student_at(
-    student: Student,
+def _exported(
     path: Path,
-    config: DistillConfig,
-    t: float,
-    guidance_scale: float | None,
+    pipeline: Path,
+    run: RunFolder | None,
     device: torch.device,
-    base: FirstStage | None,
-) -> Source:
-    """Return the one step of a student in memory; at another target time or guidance scale it stays the same one."""
-    check_student_request(student, config, t, guidance_scale)
-    source = student_source(
-        student,
-        f"the student in {path}",
-        path if is_run(path) else path.parent,
-        config,
-        t=max(t, config.t_min),
+    base_student: str | Path | None,
+    trained: Callable[[], Sampler] | None = None,
+) -> LoadedStudent:
+    """Return the student in an exported pipeline; `path` is what was given, the pipeline or its run."""
+    first_stage = None
+    if enlarges(pipeline):
+        first_stage = _first_stage_of_pipeline(path, run, base_student).to(device)
+    elif base_student is not None:
+        raise SettingError("base_student", base_student, f"{path} enlarges no picture", "leave it out")
+    sampler = open_pipeline(
+        pipeline,
+        device,
+        distilled=None if run is None else run.distilled,
+        noise_level=None if run is None else run.config.noise_level,
+        first_stage=first_stage,
+        trained=trained,
+    )
+    return LoadedStudent(sampler, pipeline, run)
+
+
+def _trained(
+    run: RunFolder,
+    path: Path,
+    device: torch.device,
+    local_files_only: bool,
+    base_student: str | Path | None,
+    target_time: float = 0.0,
+    guidance_scale: float | None = None,
+) -> StudentSampler:
+    """Return the student of a run, or of one of its checkpoints, with its own weights."""
+    teacher = run_teacher(run, device, local_files_only=local_files_only)
+    recorded = run.config.base_student
+    found = base_student if recorded is None else _lies_at(run, recorded, base_student)
+    teacher, first_stage = with_first_stage(teacher, found, run.config.noise_level, device=device)
+    if first_stage is not None:
+        _compare(first_stage, run, base_student)
+    return StudentSampler(
+        restore_student(run, teacher, path).to(device),
+        name=f"the student in {path}",
+        target_time=target_time,
         guidance_scale=guidance_scale,
+        distilled=run.distilled,
+        t_min=run.config.t_min,
         device=device,
-        base_student=base,
+        first_stage=first_stage,
     )
 
-    def reopen(scale: float | None, time: float | None) -> Source:
-        scale = guidance_scale if scale is None else scale
-        return _student_at(student, path, config, t if time is None else time, scale, device, base)
 
-    return replace(source, reopen=reopen)
+def run_teacher(run: RunFolder, device: torch.device, *, local_files_only: bool = False) -> Teacher:
+    """Return the teacher of a run.
 
-
-def open_teacher(
-    teacher: str | Path | Teacher,
-    *,
-    device: torch.device,
-    num_steps: int = 50,
-    guidance_scale: float | None = None,
-    solver: str = "ddim",
-    local_files_only: bool = False,
-    null_class: int | None = None,
-    negative_prompt: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    base_student: str | Path | None = None,
-    noise_level: int | None = None,
-) -> Source:
-    """Return a teacher's multi-step sampler, thresholded as its own scheduler does.
-
-    Where it enlarges pictures, `base_student` draws them and noise of `noise_level` is mixed into them.
+    Raises:
+        ValueError: If it was a Python object, is gone, or is not the one that was distilled any more.
     """
-    if num_steps < 1:
-        raise ValueError(f"--num_inference_steps must be at least 1, got {num_steps}")
-    if isinstance(teacher, Teacher):
-        if arguments:
-            raise ValueError(
-                f"--{next(iter(arguments))} was given with a teacher object; name it where the object is made: "
-                "load_teacher(..., arguments={...})"
-            )
-    else:
-        teacher = load_teacher(
-            teacher,
-            local_files_only=local_files_only,
-            null_class=null_class,
-            device=str(device),
-            arguments=arguments,
+    config = run.config
+    if config.teacher == PYTHON_OBJECT:
+        raise ValueError(
+            f"{run.path} was distilled from a Python object, which a folder cannot name; open it in Python"
         )
-    refuse_student(teacher)
-    teacher, base = with_first_stage(teacher, base_student, noise_level, device=device)
-    scale = teacher.usual_guidance if guidance_scale is None else guidance_scale
-    teacher = teacher.with_negative_prompt(negative_prompt, acts=scale != 1)
-    return _teacher_at(teacher, scale, num_steps, solver, device, base)
+    teacher = configured_teacher(config, device=str(device), local_files_only=local_files_only)
+    if run.facts.get("fingerprint", teacher.fingerprint()) != teacher.fingerprint():
+        raise ValueError(
+            f"{run.path}: the teacher {config.teacher} is not the one it was distilled from: it has changed since"
+        )
+    teacher = teacher.with_negative_prompt(config.negative_prompt)
+    return teacher if config.noise_level is None else teacher.with_image_condition(config.noise_level)
 
 
-def _teacher_at(
-    teacher: Teacher,
-    guidance_scale: float,
-    num_steps: int,
-    solver: str,
-    device: torch.device,
-    base: FirstStage | None,
-) -> Source:
-    """Return the multi-step sampler of a teacher in memory; at another guidance scale it stays the same one."""
-    fitted = guided(teacher, guidance_scale)
+def restore_student(run: RunFolder, teacher: Teacher, path: Path | None = None) -> Student:
+    """Return the student of a run, with averaged weights where they were averaged.
 
-    def reopen(scale: float | None, t: float | None) -> Source:
-        if t is not None:
-            raise ValueError(_no_target_time(t))
-        return _teacher_at(teacher, guidance_scale if scale is None else scale, num_steps, solver, device, base)
-
-    source = teacher_source(teacher, fitted, num_steps=num_steps, solver=solver, device=device, base_student=base)
-    return replace(source, reopen=reopen)
+    Args:
+        run: The run.
+        teacher: Its teacher.
+        path: One of its checkpoint-N folders; the newest that is whole if it is the run's own folder, or None.
+    """
+    checkpoint = run.checkpoint(None if path in (None, run.path) else path)
+    student = make_student(teacher, run.config)
+    put_weights(student, checkpoint.tensors.get("ema", checkpoint.tensors["student"]))
+    return student
 
 
-def _no_target_time(t: float) -> str:
-    return f"--target_time {t:g} is the student's; a teacher goes to the finished image"
+def _first_stage_of_pipeline(path: Path, run: RunFolder | None, given: str | Path | None) -> FirstStage:
+    """Return the student that draws the pictures that an exported pipeline enlarges.
+
+    Raises:
+        ValueError: If it is not known, or has changed since.
+    """
+    found = given
+    if run is not None and (recorded := run.config.base_student) is not None:
+        found = _lies_at(run, recorded, given)
+    if found is None:
+        todo = f"name the student that draws them with {named('base_student')}"
+        raise SettingError("student", path, "enlarges the pictures of an earlier stage", todo)
+    first_stage = open_first_stage(found)
+    if run is not None:
+        _compare(first_stage, run, given)
+    return first_stage
+
+
+def _lies_at(run: RunFolder, recorded: Path, given: str | Path | None) -> str | Path:
+    """Return where the first stage of a run lies: `given`, or what the run recorded if that is still there."""
+    if given is None and not recorded.is_dir():
+        raise ValueError(
+            f"{run.path} enlarges the pictures of the student in {recorded}, which is not there any more: say where it is "
+            f"with {named('base_student')}"
+        )
+    return recorded if given is None else given
+
+
+def _compare(first_stage: FirstStage, run: RunFolder, given: str | Path | None) -> None:
+    """Refuse a first stage that has changed since a run was trained on its pictures; warn of another that is given."""
+    if run.facts.get("base_student") in (None, first_stage.fingerprint):
+        return
+    if given is None:
+        raise ValueError(
+            f"{run.path}: the student in {first_stage.folder} is not the one whose pictures it was trained on: it has "
+            f"changed since. Give that one, or this one all the same, with {named('base_student')}"
+        )
+    warnings.warn(f"{run.path} was trained on the pictures of another student than that in {given}", stacklevel=4)

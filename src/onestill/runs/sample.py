@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from onestill.core.errors import SettingError
+from onestill.core.settings import make
 from onestill.data.prompts import read_prompts
-from onestill.runs.load import load_source
-from onestill.sampling.explore import check_samples, samples
+from onestill.runs.checks import check_writable
+from onestill.runs.load import generator, open_sampler
+from onestill.sampling import explore
+from onestill.sampling.config import DrawSettings, SampleConfig, check_interpolation
+from onestill.sampling.explore import MOST_IMAGES, NUM_SAMPLES, Samples, Sheet
+from onestill.sampling.pictures import check_output
+from onestill.sampling.samplers.base import Sampler
 from onestill.teachers.base import Teacher
 
 
@@ -18,81 +25,89 @@ def sample(
     student: str | Path | None = None,
     *,
     teacher: str | Path | Teacher | None = None,
-    num_images: int = 16,
-    seed: int = 0,
-    class_labels: Sequence[int] = (),
-    guidance_scale: float | None = None,
-    target_time: float = 0.0,
-    num_inference_steps: int | None = None,
-    solver: str | None = None,
-    null_class: int | None = None,
-    prompts: Sequence[str] = (),
-    prompt_file: str | Path | None = None,
-    prompt_field: str | None = None,
-    negative_prompt: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    base_student: str | Path | None = None,
-    noise_level: int | None = None,
-    batch_size: int = 64,
-    device: str = "auto",
-    local_files_only: bool = False,
+    config_file: str | Path | None = None,
     show_progress: bool = False,
+    **settings: Any,
 ) -> Tensor:
-    """Return images [num_images, C, H, W] in [-1, 1]: by a student in one step, or by a teacher in many.
+    """Return images [N, C, H, W] in [-1, 1]: by a student in one step, or by a teacher in many.
 
-    Image i has seed `seed + i` and does not depend on the batch it came in.
+    Image i has seed `seed + i` and does not depend on the batch it came in. Of a way of exploring, all images are
+    returned, row by row; the functions of `onestill.sampling.explore` say what each is.
 
     Args:
         student: A run's folder, a checkpoint-N folder, or an exported pipeline. Either this or `teacher`.
         teacher: A teacher, for its multi-step baseline.
-        num_images: How many.
-        seed: Seed of the first image.
-        class_labels: Labels to go round; if empty, seed i has label i modulo the number of classes.
-        guidance_scale: w; for a student only if it was distilled to take it.
-        target_time: The student's target time; 0 is the finished image.
-        num_inference_steps: Steps of the teacher (50 if None); a student has one.
-        solver: Step of the teacher: ddim (if None), heun or midpoint.
-        null_class: The teacher's label for "no class".
-        prompts: Prompts to go round, for text teachers and their students: image i shows prompts[i % len(prompts)].
-        prompt_file: A file of them instead (.txt, .jsonl, .csv).
-        prompt_field: Field of the prompt in a .jsonl or .csv; "prompt" if None.
-        negative_prompt: Takes the place of "no prompt" in a teacher's guidance.
-        arguments: Arguments of every call of a teacher's pipeline, such as height and width; its own defaults if None.
-        base_student: For super-resolution: the student that draws what is enlarged, one step before; that of the
-            student's run if None.
-        noise_level: Noise mixed into those pictures, for a teacher; a student has that of its run.
-        batch_size: Images per network call.
-        device: auto, cpu, cuda, cuda:N or mps.
-        local_files_only: Never use the network.
+        config_file: YAML file of settings; `settings` win over it.
         show_progress: Show a bar on a terminal.
+        **settings: Fields of `onestill.SampleConfig`; an unknown name is refused. The images are written, too, if
+            `output` is among them.
 
     Raises:
-        ValueError: If the source does not exist or cannot do what is asked.
+        ValueError: If a setting is unusable, or the sampler does not exist or cannot draw this.
     """
-    check_samples(num_images, seed, batch_size)
-    asked = read_prompts(prompts, prompt_file, prompt_field)
-    source = load_source(
-        student,
-        teacher=teacher,
-        guidance_scale=guidance_scale,
-        target_time=target_time,
-        num_inference_steps=num_inference_steps,
-        solver=solver,
-        null_class=null_class,
-        negative_prompt=negative_prompt,
-        arguments=arguments,
-        base_student=base_student,
-        noise_level=noise_level,
-        device=device,
-        local_files_only=local_files_only,
-    )
-    images, _ = samples(
-        source,
-        num_images,
-        seed=seed,
-        class_labels=class_labels,
-        prompts=asked,
-        batch_size=batch_size,
-        show_progress=show_progress,
-    )
-    return images
+    config = make(SampleConfig, generator(student, teacher, settings), config_file)
+    made = draw(config, teacher if isinstance(teacher, Teacher) else None, show_progress=show_progress)
+    if config.output is not None:
+        made.save(config.output, overwrite=config.overwrite)
+    return made.images if isinstance(made, Samples) else made.images.flatten(0, 1)
+
+
+def draw(
+    config: SampleConfig,
+    teacher: Teacher | None = None,
+    *,
+    show_progress: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Samples | Sheet:
+    """Return the images that a configuration describes; nothing is loaded before all of it has been checked.
+
+    Args:
+        config: The configuration.
+        teacher: The teacher that it names, where it is an object.
+        show_progress: Show a bar on a terminal.
+        say: Called with a line for each limit of the text encoders that prompts exceed.
+
+    Raises:
+        ValueError: If the sampler does not exist or cannot draw this.
+    """
+    if config.output is not None:
+        check_output(config.output, overwrite=config.overwrite, moves=config.exploring is not None)
+        check_writable(config.output, "output")
+    prompts = read_prompts(config.prompts, config.prompt_file, config.prompt_field)
+    if config.interpolate is not None:
+        check_interpolation(config.interpolate, config, config.to_seed, prompts)
+    sampler = _open(config, teacher)
+    few = config.exploring not in (None, "fixed_noise")
+    for warning in sampler.warnings(prompts[: config.num_images or (MOST_IMAGES if few else NUM_SAMPLES)]):
+        say(warning)
+    return _drawn(config, sampler, prompts, show_progress)
+
+
+def _open(config: SampleConfig, teacher: Teacher | None) -> Sampler:
+    """Return the sampler; what a list asks for is asked for at once: the scale furthest from none, the earliest time."""
+    listed, one = None, {}
+    if config.guidance_scales:
+        listed, one = "guidance_scales", {"guidance_scale": max(config.guidance_scales, key=lambda w: abs(w - 1))}
+    if config.target_times:
+        listed, one = "target_times", {"target_time": max(config.target_times)}
+    try:
+        return open_sampler(config.model_copy(update=one), teacher)
+    except SettingError as error:
+        if listed is None or error.settings != tuple(one):
+            raise
+        raise error.about(listed, getattr(config, listed)) from None
+
+
+def _drawn(config: SampleConfig, sampler: Sampler, prompts: Sequence[str], show_progress: bool) -> Samples | Sheet:
+    settings: dict[str, Any] = {name: getattr(config, name) for name in DrawSettings.model_fields}
+    settings |= {"prompts": prompts, "show_progress": show_progress}
+    match config.exploring:
+        case "interpolate":
+            return explore.interpolate(sampler, to_seed=config.to_seed, **settings | {"num_images": config.interpolate})
+        case "fixed_noise":
+            return explore.fixed_noise(sampler, **settings)
+        case "guidance_scales":
+            return explore.guidance_sweep(sampler, config.guidance_scales, **settings)
+        case "target_times":
+            return explore.student_trajectory(sampler, config.target_times, **settings)
+    return explore.samples(sampler, **settings)

@@ -1,28 +1,56 @@
-"""Playing with a generator: interpolation, one noise for many prompts, guidance sweeps, a student's trajectory.
+"""Exploring a sampler: plain samples, interpolation, one noise for many prompts, guidance sweeps, trajectories.
 
-Each function takes a source (`onestill.load_source`) and returns a `Sheet`: the images, and how to show them.
+Each function takes a sampler (`onestill.load_sampler`), the prompts, whether to show a bar on a terminal, and the
+fields of `DrawSettings`: `num_images`, `seed`, `class_labels` and `batch_size`. It returns the images and how to show
+them.
 """
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from onestill.core.errors import SettingError, named
+from onestill.core.settings import make
 from onestill.core.tensors import Cond, noise
-from onestill.runs.checks import check_count, check_guidance, check_seeds
 from onestill.sampling import pictures
-from onestill.sampling.generate import Rows, generate_images, with_progress
-from onestill.sampling.samplers import Source
+from onestill.sampling.config import DrawSettings, check_interpolation, check_values
+from onestill.sampling.generate import Rows, with_progress
+from onestill.sampling.samplers.base import Sampler
 
-MOST_IMAGES = 8
-"""Images beside each other, where nobody says how many."""
+NUM_SAMPLES, MOST_IMAGES = 16, 8
+"""Plain samples, and images beside each other, where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Plain samples.
+
+    Attributes:
+        images: [N, C, H, W] in [-1, 1].
+        words: What each shows; empty where nothing conditions it.
+        seed: Seed of the first; image i has seed + i.
+    """
+
+    images: Tensor
+    words: tuple[str, ...]
+    seed: int
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write them and return the path: a .png (a grid), a .safetensors, or a folder (one PNG for each seed).
+
+        Raises:
+            ValueError: If `path` is anything else, or something is there, or the samples are no pictures.
+        """
+        path = Path(path)
+        pictures.check_output(path, overwrite=overwrite)
+        return pictures.save_samples(self.images, path, self.seed, self.words)
 
 
 @dataclass(frozen=True)
@@ -76,42 +104,24 @@ class Sheet:
         return pictures.save_gif(frames, path, columns=words if all(steps) else ())
 
 
-def samples(
-    source: Source,
-    num_images: int,
-    *,
-    seed: int = 0,
-    class_labels: Sequence[int] = (),
-    prompts: Sequence[str] = (),
-    batch_size: int = 64,
-    show_progress: bool = False,
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Return plain samples, [N, C, H, W] in [-1, 1], and what each is asked for, in words.
+def samples(sampler: Sampler, *, prompts: Sequence[str] = (), show_progress: bool = False, **settings: Any) -> Samples:
+    """Return plain samples.
 
     Args:
-        source: What generates.
-        num_images: N.
-        seed: Seed of the first image; image i has seed + i.
-        class_labels: Labels to go round.
+        sampler: What generates.
         prompts: Prompts to go round.
-        batch_size: Images per network call.
         show_progress: Show a bar on a terminal.
+        **settings: Fields of `DrawSettings`; 16 images and labels that go round if nothing is said.
 
     Raises:
-        ValueError: If `check_samples` refuses, or the source cannot be asked for this.
+        SettingError: If a setting is unusable, or the sampler cannot draw this.
     """
-    check_samples(num_images, seed, batch_size)
-    cond = source.conditions(num_images, tuple(class_labels), prompts, seed=seed)
-    seeds, shape = range(seed, seed + num_images), source.sample_shape
-    images = generate_images(source.generate, seeds, shape, cond, batch_size=batch_size, show_progress=show_progress)
-    return images, _words(cond)
-
-
-def check_samples(num_images: int, seed: int, batch_size: int) -> None:
-    """Raise ValueError if there are no such samples."""
-    check_count("num_images", num_images)
-    check_count("batch_size", batch_size)
-    check_seeds(seed, num_images)
+    drawn = make(DrawSettings, settings)
+    num = drawn.num_images or NUM_SAMPLES
+    rows = sampler.conditions(num, drawn.class_labels, prompts, seed=drawn.seed)
+    seeds = range(drawn.seed, drawn.seed + num)
+    images = sampler.images(seeds, rows, batch_size=drawn.batch_size, show_progress=show_progress)
+    return Samples(images, _words(rows), drawn.seed)
 
 
 def slerp(start: Tensor, end: Tensor, u: Tensor, *, dim: int | None = None) -> Tensor:
@@ -164,15 +174,13 @@ def _between(name: str, a: Tensor, b: Tensor, u: Tensor) -> Tensor:
 
 
 def interpolate(
-    source: Source,
+    sampler: Sampler,
     num_images: int,
     *,
-    seed: int = 0,
     to_seed: int | None = None,
-    class_labels: Sequence[int] = (),
     prompts: Sequence[str] = (),
-    batch_size: int = 64,
     show_progress: bool = False,
+    **settings: Any,
 ) -> Sheet:
     """Return images on the way from one noise to another, or from one prompt to another; one row.
 
@@ -181,258 +189,164 @@ def interpolate(
     `sample` gives.
 
     Args:
-        source: What generates.
+        sampler: What generates.
         num_images: N, both ends included.
-        seed: Seed of the noise.
         to_seed: Seed of the noise at the other end.
-        class_labels: The label, with `to_seed`; that of `seed` if empty.
         prompts: The prompt, with `to_seed`; or two, from one to the other.
-        batch_size: Images per network call.
         show_progress: Show a bar on a terminal.
+        **settings: Fields of `DrawSettings`; the label of `seed` if none is given.
 
     Raises:
-        ValueError: If `check_interpolation` refuses, or the source cannot be asked for this.
+        SettingError: If there are no two ends, a setting is unusable, or the sampler cannot draw this.
     """
-    check_interpolation(num_images, seed, to_seed, class_labels, prompts)
-    check_count("batch_size", batch_size)
-    if source.base is not None:
-        raise ValueError(
-            f"--interpolate: {source.name} enlarges the pictures of {source.base.name}, which decides what is seen; "
-            "interpolate with that one as --student"
-        )
+    drawn = make(DrawSettings, settings)
+    check_interpolation(num_images, drawn, to_seed, prompts)
+    if sampler.first_stage is not None:
+        first = sampler.first_stage.name
+        why = f"{sampler.name} enlarges the pictures of {first}, which decides what is seen"
+        raise SettingError("interpolate", num_images, why, f"interpolate with that one as {named('student')}")
     u = torch.linspace(0, 1, num_images, dtype=torch.float64)
-    from_noise, to_noise = noise([seed, seed if to_seed is None else to_seed], source.sample_shape)
-    one = source.conditions(max(len(prompts), 1), tuple(class_labels), prompts, seed=seed)
+    ends = [drawn.seed, drawn.seed if to_seed is None else to_seed]
+    from_noise, to_noise = noise(ends, sampler.sample_shape)
+    one = sampler.conditions(max(len(prompts), 1), drawn.class_labels, prompts, seed=drawn.seed)
     if to_seed is None:
-        assert source.encode is not None  # `conditions` refused prompts otherwise
-        start, end = ({n: v[i : i + 1] for n, v in source.encode(list(prompts)).items()} for i in range(2))
-        cond: Rows = dict(between(start, end, u))
-        captions, title = tuple(prompts), f"from one prompt to another, the same noise (seed {seed})"
+        start, end = ({n: v[i : i + 1] for n, v in sampler.encode(list(prompts)).items()} for i in range(2))
+        rows: Rows = dict(between(start, end, u))
+        captions, title = tuple(prompts), f"from one prompt to another, the same noise (seed {drawn.seed})"
     else:
-        cond = {
-            name: torch.cat([v] * num_images) if isinstance(v, Tensor) else v * num_images for name, v in one.items()
-        }
-        captions = (f"seed {seed}", f"seed {to_seed}")
+        rows = {n: torch.cat([v] * num_images) if isinstance(v, Tensor) else v * num_images for n, v in one.items()}
+        captions = (f"seed {drawn.seed}", f"seed {to_seed}")
         title = ": ".join(["from one noise to another", *_words(one)])
     eps = slerp(from_noise, to_noise, u)
-    images = generate_images(
-        source.generate, eps, source.sample_shape, cond, batch_size=batch_size, show_progress=show_progress
-    )
+    images = sampler.images(eps, rows, batch_size=drawn.batch_size, show_progress=show_progress)
     return Sheet(images[None], ("",), (captions[0], *[""] * (num_images - 2), captions[1]), _line(title))
 
 
-def check_interpolation(
-    num_images: int, seed: int, to_seed: int | None, class_labels: Sequence[int], prompts: Sequence[str]
-) -> None:
-    """Raise ValueError if an interpolation has no two ends, or more."""
-    check_count("interpolate", num_images, 2)
-    check_seeds(seed)
-    if len(class_labels) > 1:
-        raise ValueError(
-            f"--interpolate between --class_labels {list(class_labels)}: there is nothing between two labels that the "
-            "network knows. Give one label, and go from --seed to --to_seed"
-        )
-    if to_seed is None:
-        if len(prompts) != 2:
-            one = "one --prompt and " if len(prompts) else ""
-            raise ValueError(
-                f"--interpolate {num_images} needs two ends: two --prompt (got {len(prompts)}), or {one}--to_seed N"
-            )
-        return
-    check_seeds(to_seed, flag="to_seed")
-    if len(prompts) > 1:
-        raise ValueError(
-            f"--interpolate with --to_seed {to_seed} keeps the prompt: give one --prompt, not {len(prompts)}"
-        )
-    if to_seed == seed:
-        raise ValueError(f"--to_seed {to_seed} is --seed: there is nothing between a noise and itself")
-
-
 def fixed_noise(
-    source: Source,
-    *,
-    seed: int = 0,
-    class_labels: Sequence[int] = (),
-    prompts: Sequence[str] = (),
-    num_images: int | None = None,
-    batch_size: int = 64,
-    show_progress: bool = False,
+    sampler: Sampler, *, prompts: Sequence[str] = (), show_progress: bool = False, **settings: Any
 ) -> Sheet:
     """Return one image for each prompt or label, all from the same noise; one row.
 
     Args:
-        source: What generates.
-        seed: Seed of the noise.
-        class_labels: The labels; all that the source knows if empty.
+        sampler: What generates.
         prompts: The prompts.
-        num_images: How many of them; all, but 16 at most, if None.
-        batch_size: Images per network call.
         show_progress: Show a bar on a terminal.
+        **settings: Fields of `DrawSettings`: all labels if none are given, and all of them or of the prompts, but 16
+            at most, if no number is.
 
     Raises:
-        ValueError: If the source is unconditional, or there are fewer prompts or labels than images.
+        SettingError: If the sampler is unconditional, or there are fewer prompts or labels than images.
     """
-    check_seeds(seed)
-    check_count("batch_size", batch_size)
-    source.conditions(1, tuple(class_labels), prompts)
-    choices: Sequence[object] = prompts if source.text else tuple(class_labels) or source.labels
+    drawn = make(DrawSettings, settings)
+    sampler.conditions(1, drawn.class_labels, prompts)
+    choices: Sequence[object] = prompts if sampler.takes_text else drawn.class_labels or sampler.labels
     if not choices:
-        raise ValueError(f"--fixed_noise: {source.name} is unconditional, so one noise is one image")
-    num = min(len(choices), 16) if num_images is None else num_images
-    check_count("num_images", num)
+        raise SettingError("fixed_noise", why=f"{sampler.name} is unconditional, so one noise is one image")
+    num = drawn.num_images or min(len(choices), NUM_SAMPLES)
     if num > len(choices):
         each = f"each of the {len(choices)}" if len(choices) != 1 else "the one"
-        kind = ("prompt" if source.text else "label") + ("s" if len(choices) != 1 else "")
-        raise ValueError(f"--num_images {num}: with --fixed_noise there is one image for {each} {kind}")
-    cond = source.conditions(num, tuple(class_labels), prompts)
-    if "seed" in cond:  # of the pictures that are enlarged
-        cond["seed"] = [seed] * num
-    images = generate_images(
-        source.generate, [seed] * num, source.sample_shape, cond, batch_size=batch_size, show_progress=show_progress
-    )
-    return Sheet(images[None], ("",), _words(cond), f"the same noise in every image (seed {seed})")
+        kind = ("prompt" if sampler.takes_text else "label") + ("s" if len(choices) != 1 else "")
+        raise SettingError("num_images", num, f"with {named('fixed_noise')} there is one image for {each} {kind}")
+    rows = sampler.conditions(num, drawn.class_labels, prompts)
+    if "seed" in rows:  # of the pictures that are enlarged
+        rows["seed"] = [drawn.seed] * num
+    images = sampler.images([drawn.seed] * num, rows, batch_size=drawn.batch_size, show_progress=show_progress)
+    return Sheet(images[None], ("",), _words(rows), f"the same noise in every image (seed {drawn.seed})")
 
 
 def guidance_sweep(
-    source: Source,
+    sampler: Sampler,
     guidance_scales: Sequence[float],
     *,
-    num_images: int | None = None,
-    seed: int = 0,
-    class_labels: Sequence[int] = (),
     prompts: Sequence[str] = (),
-    batch_size: int = 64,
     show_progress: bool = False,
+    **settings: Any,
 ) -> Sheet:
     """Return images at several guidance scales: one row for each, the same noise and condition in every column.
 
     Args:
-        source: What generates: a teacher with a null condition, or a student that was distilled to take the scale.
+        sampler: What generates: a teacher with a null condition, or a student that was distilled to take the scale.
         guidance_scales: w of each row, all different.
-        num_images: Columns; one for each prompt, or 8, but 8 at most, if None.
-        seed: Seed of the first column; column i has seed + i.
-        class_labels: Labels to go round.
         prompts: Prompts to go round.
-        batch_size: Images per network call.
         show_progress: Show a bar on a terminal.
+        **settings: Fields of `DrawSettings`: one column for each prompt, or 8, but 8 at most, if no number is given.
 
     Raises:
-        ValueError: If the source does not take these scales.
+        SettingError: If the sampler does not take these scales.
     """
-    check_values("guidance_scales", guidance_scales)
-    num = (min(len(prompts), MOST_IMAGES) or MOST_IMAGES) if num_images is None else num_images
-    images, words = _at_each(
-        source, "guidance_scales", guidance_scales, num, seed, class_labels, prompts, batch_size, show_progress
-    )
+    drawn = make(DrawSettings, settings)
+    num = drawn.num_images or min(len(prompts), MOST_IMAGES) or MOST_IMAGES
+    images, words = _at_each(sampler, "guidance_scales", guidance_scales, num, drawn, prompts, show_progress)
     rows = tuple(f"w = {w:g}" for w in guidance_scales)
-    columns = words or tuple(f"seed {i}" for i in range(seed, seed + num))
+    columns = words or tuple(f"seed {i}" for i in range(drawn.seed, drawn.seed + num))
     return Sheet(images, rows, columns, "the same noise in every column", down=True)
 
 
 def student_trajectory(
-    source: Source,
+    sampler: Sampler,
     target_times: Sequence[float],
     *,
-    num_images: int | None = None,
-    seed: int = 0,
-    class_labels: Sequence[int] = (),
     prompts: Sequence[str] = (),
-    batch_size: int = 64,
     show_progress: bool = False,
+    **settings: Any,
 ) -> Sheet:
     """Return what a student predicts at several target times: one column for each, one noise in every row.
 
     Args:
-        source: The student of a run; an exported one has its target time baked in.
+        sampler: The student of a run; an exported one has its target time baked in.
         target_times: The times, all different; 0 is the finished image.
-        num_images: Rows; one for each prompt, or one, but 8 at most, if None.
-        seed: Seed of the first row; row i has seed + i.
-        class_labels: Labels to go round.
         prompts: Prompts to go round.
-        batch_size: Images per network call.
         show_progress: Show a bar on a terminal.
+        **settings: Fields of `DrawSettings`: one row for each prompt, or one, but 8 at most, if no number is given.
 
     Raises:
-        ValueError: If the source is no student of a run, or was not trained for these times.
+        SettingError: If the sampler is no student of a run, or was not trained for these times.
     """
-    check_values("target_times", target_times)
-    rows: tuple[str, ...]
-    num = (min(len(prompts), MOST_IMAGES) or 1) if num_images is None else num_images
-    images, words = _at_each(
-        source, "target_times", target_times, num, seed, class_labels, prompts, batch_size, show_progress
-    )
+    drawn = make(DrawSettings, settings)
+    num = drawn.num_images or min(len(prompts), MOST_IMAGES) or 1
+    images, words = _at_each(sampler, "target_times", target_times, num, drawn, prompts, show_progress)
     title = "what the student predicts from one noise"
+    rows: tuple[str, ...] = ("",)
     if num == 1:
-        rows, title = ("",), ": ".join([f"{title} (seed {seed})", *words])
+        title = ": ".join([f"{title} (seed {drawn.seed})", *words])
     else:
         told = [textwrap.fill(text, 20, max_lines=3, placeholder=" ...") for text in words] or [""] * num
-        rows = tuple(f"seed {seed + i}\n{text}".strip() for i, text in enumerate(told))
+        rows = tuple(f"seed {drawn.seed + i}\n{text}".strip() for i, text in enumerate(told))
     columns = tuple(f"t = {t:g}" for t in target_times)
     return Sheet(images.transpose(0, 1), rows, columns, _line(title))
 
 
 def _at_each(
-    source: Source,
-    flag: str,
+    sampler: Sampler,
+    setting: str,
     values: Sequence[float],
     num_images: int,
-    seed: int,
-    class_labels: Sequence[int],
+    drawn: DrawSettings,
     prompts: Sequence[str],
-    batch_size: int,
     show_progress: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Return (images [S, N, C, H, W] at the S values of a flag that takes a list, what each of the N is asked for)."""
-    check_samples(num_images, seed, batch_size)
-    cond = source.conditions(num_images, tuple(class_labels), prompts, seed=seed)
-    sources = []
-    with asked_by(flag, values):
-        for value in values:  # each from the one before, which may have loaded the student already
-            source = source.at(**{flag.removesuffix("s"): value})
-            sources.append(source)
-    seeds, shape = range(seed, seed + num_images), source.sample_shape
-    images = [
-        generate_images(one.generate, seeds, shape, cond, batch_size=batch_size, show_progress=show_progress)
-        for one in with_progress(sources, show_progress, "value")
-    ]
-    return torch.stack(images), _words(cond)
-
-
-@contextmanager
-def asked_by(flag: str | None, values: Sequence[float] = ()) -> Iterator[None]:
-    """Let who refuses one value of a list name the list's flag, such as guidance_scales: the one that was given.
-
-    They are asked for one value at a time, and name the flag for one. Who says "--flag value: why" would take no other
-    value either, and names them all. A flag that takes no list, or none, changes nothing.
-    """
-    if flag is None:
-        yield
-        return
-    one = flag.removesuffix("s")
+    """Return (images [S, N, C, H, W] at the S values of a setting that takes a list, what each of the N shows)."""
+    check_values(setting, values)
+    rows = sampler.conditions(num_images, drawn.class_labels, prompts, seed=drawn.seed)
+    samplers, one = [], setting.removesuffix("s")
     try:
-        yield
-    except ValueError as error:
-        given = ",".join(f"{value:g}" for value in values)
-        words = re.sub(rf"^--{one} [^\s:]+:", f"--{one} {given}:", str(error)) if given else str(error)
-        words = re.sub(rf"--{one}\b", f"--{flag}", words)
-        if words == str(error):
-            raise
-        raise ValueError(words) from None
+        for value in values:  # each from the one before, which may have loaded the student already
+            sampler = sampler.at(**{one: value})
+            samplers.append(sampler)
+    except SettingError as error:
+        raise (error.about(setting, tuple(values)) if error.settings == (one,) else error) from None
+    seeds = range(drawn.seed, drawn.seed + num_images)
+    images = [
+        found.images(seeds, rows, batch_size=drawn.batch_size, show_progress=show_progress)
+        for found in with_progress(samplers, show_progress, "value")
+    ]
+    return torch.stack(images), _words(rows)
 
 
-def check_values(flag: str, values: Sequence[float]) -> None:
-    """Raise ValueError if the values of a flag that takes a list are none, or two of them look the same."""
-    if not values or len({f"{value:g}" for value in values}) != len(values):
-        raise ValueError(f"--{flag} must be different numbers, got {list(values)}")
-    if flag == "guidance_scales":
-        for value in values:
-            check_guidance(value, flag)
-
-
-def _words(cond: Rows) -> tuple[str, ...]:
-    """Return what each image is asked for, in words; nothing where the source is unconditional."""
-    labels = cond["class_labels"].tolist() if "class_labels" in cond else []
-    return tuple(cond.get("prompt", ())) or tuple(f"label {label}" for label in labels)
+def _words(rows: Rows) -> tuple[str, ...]:
+    """Return what each image shows, in words; nothing where the sampler is unconditional."""
+    labels = rows["class_labels"].tolist() if "class_labels" in rows else []
+    return tuple(rows.get("prompt", ())) or tuple(f"label {label}" for label in labels)
 
 
 def _line(text: str) -> str:

@@ -17,18 +17,7 @@ import diffusers
 
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.build import load_family
-from onestill.teachers.pipelines.families import (
-    deepfloyd,
-    dit,
-    flux,
-    lumina2,
-    pixart,
-    sana,
-    sd3,
-    stable_audio,
-    stable_diffusion,
-    wan,
-)
+from onestill.teachers.pipelines.families import FAMILIES
 from onestill.teachers.pipelines.generic import load_generic
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
@@ -60,12 +49,9 @@ def _loader(family: PipelineSpec) -> Loader:
     return load
 
 
-FAMILIES: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
-FAMILY_OF_PIPELINE: dict[str, PipelineSpec] = {}
-for _module in (stable_diffusion, dit, pixart, deepfloyd, sd3, flux, sana, lumina2, wan, stable_audio):
-    for _family in _module.FAMILIES:
-        FAMILIES |= dict.fromkeys(_family.pipelines, _loader(_family))
-        FAMILY_OF_PIPELINE |= dict.fromkeys(_family.pipelines, _family)
+FAMILY_OF_PIPELINE: dict[str, PipelineSpec] = {name: family for family in FAMILIES for name in family.pipelines}
+LOADERS: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
+LOADERS |= {name: _loader(family) for name, family in FAMILY_OF_PIPELINE.items()}
 
 _INPAINTING = (
     "its network is given a mask and a masked picture beside the noise, 9 channels; those would have to be drawn "
@@ -161,11 +147,11 @@ def load_teacher(
     index = read_index(folder, source)
     class_name = index["_class_name"]
     if class_name in REFUSED:
-        supported = ", ".join(sorted(FAMILIES))
+        supported = ", ".join(sorted(LOADERS))
         reason = REFUSED[class_name]
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
     _check_arguments(arguments or {}, class_name)
-    loader: Loader = FAMILIES.get(class_name, _load_unknown)
+    loader: Loader = LOADERS.get(class_name, _load_unknown)
     teacher = loader(folder, index, source, variant, null_class, **(arguments or {}))
     if t_max is not None:
         teacher = teacher.with_t_max(t_max)

@@ -95,7 +95,7 @@ def noisy_channels(config: Any) -> int:
     return int(config.in_channels) // 2
 
 
-STAGE_1 = PipelineSpec(
+IF_STAGE_1 = PipelineSpec(
     name="deepfloyd_if",
     pipelines=("IFPipeline",),
     network="unet",
@@ -107,7 +107,7 @@ STAGE_1 = PipelineSpec(
     result=lambda output: output.images,  # from -1 to 1 already
     without=WITHOUT,
 )
-STAGE_2 = PipelineSpec(
+IF_STAGE_2 = PipelineSpec(
     name="deepfloyd_if_super_resolution",
     pipelines=("IFSuperResolutionPipeline",),
     network="unet",
@@ -130,4 +130,3 @@ STAGE_2 = PipelineSpec(
         usual_factor=ENLARGES,
     ),
 )
-FAMILIES = (STAGE_1, STAGE_2)

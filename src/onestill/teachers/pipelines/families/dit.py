@@ -25,15 +25,13 @@ def null_class(config: Any) -> int:
     return label
 
 
-FAMILIES = (
-    PipelineSpec(
-        name="dit",
-        pipelines=("DiTPipeline",),
-        network="transformer",
-        schedule=vp_schedule,
-        decode=decode_vae,
-        one_step=one_ddim_step,
-        prompt="class_labels",
-        null_class=null_class,
-    ),
+DIT = PipelineSpec(
+    name="dit",
+    pipelines=("DiTPipeline",),
+    network="transformer",
+    schedule=vp_schedule,
+    decode=decode_vae,
+    one_step=one_ddim_step,
+    prompt="class_labels",
+    null_class=null_class,
 )

@@ -44,18 +44,16 @@ def unpack(sequence: Tensor, ids: Tensor) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(sequence), -1, 2 * height, 2 * width)
 
 
-FAMILIES = (
-    PipelineSpec(
-        name="flux",
-        pipelines=("FluxPipeline",),
-        network="transformer",
-        schedule=schedule,
-        decode=decode_vae,
-        one_step=one_flow_step,
-        guidance=None,
-        guidance_input="guidance",
-        export_arguments={"num_inference_steps": 1},
-        pack=lambda latents, _constant: pack(latents),
-        unpack=lambda sequence, constant: unpack(sequence, constant["img_ids"]),
-    ),
+FLUX = PipelineSpec(
+    name="flux",
+    pipelines=("FluxPipeline",),
+    network="transformer",
+    schedule=schedule,
+    decode=decode_vae,
+    one_step=one_flow_step,
+    guidance=None,
+    guidance_input="guidance",
+    export_arguments={"num_inference_steps": 1},
+    pack=lambda latents, _constant: pack(latents),
+    unpack=lambda sequence, constant: unpack(sequence, constant["img_ids"]),
 )

@@ -18,16 +18,14 @@ def schedule(pipeline: Any) -> Schedule:
     return flow_schedule(pipeline, net_scale=-1.0, net_offset=1.0)
 
 
-FAMILIES = (
-    PipelineSpec(
-        name="lumina2",
-        pipelines=("Lumina2Pipeline",),
-        network="transformer",
-        schedule=schedule,
-        decode=decode_vae,
-        one_step=one_flow_step,
-        arguments={"cfg_normalization": False},
-        sign=-1.0,
-        set_size=square_size,
-    ),
+LUMINA_2 = PipelineSpec(
+    name="lumina2",
+    pipelines=("Lumina2Pipeline",),
+    network="transformer",
+    schedule=schedule,
+    decode=decode_vae,
+    one_step=one_flow_step,
+    arguments={"cfg_normalization": False},
+    sign=-1.0,
+    set_size=square_size,
 )

@@ -13,14 +13,12 @@ from onestill.teachers.pipelines.spec import PipelineSpec
 # needs two packages; a prompt must not depend on whether they are installed.
 ARGUMENTS = {"use_resolution_binning": False, "clean_caption": False}
 
-FAMILIES = (
-    PipelineSpec(
-        name="pixart",
-        pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-        network="transformer",
-        schedule=vp_schedule,
-        decode=decode_vae,
-        one_step=one_ddim_step,
-        arguments=ARGUMENTS,
-    ),
+PIXART = PipelineSpec(
+    name="pixart",
+    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    network="transformer",
+    schedule=vp_schedule,
+    decode=decode_vae,
+    one_step=one_ddim_step,
+    arguments=ARGUMENTS,
 )

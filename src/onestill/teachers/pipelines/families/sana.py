@@ -25,15 +25,13 @@ def size(pipeline: Any) -> Mapping[str, int]:
     return {"height": side, "width": side}
 
 
-FAMILIES = (
-    PipelineSpec(
-        name="sana",
-        pipelines=("SanaPipeline",),
-        network="transformer",
-        schedule=schedule,
-        decode=decode_vae,
-        one_step=one_flow_step,
-        arguments={"use_resolution_binning": False},
-        size=size,
-    ),
+SANA = PipelineSpec(
+    name="sana",
+    pipelines=("SanaPipeline",),
+    network="transformer",
+    schedule=schedule,
+    decode=decode_vae,
+    one_step=one_flow_step,
+    arguments={"use_resolution_binning": False},
+    size=size,
 )

@@ -6,14 +6,12 @@ from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_s
 from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, square_size
 from onestill.teachers.pipelines.spec import PipelineSpec
 
-FAMILIES = (
-    PipelineSpec(
-        name="stable_diffusion_3",
-        pipelines=("StableDiffusion3Pipeline",),
-        network="transformer",
-        schedule=flow_schedule,
-        decode=decode_vae,
-        one_step=one_flow_step,
-        set_size=square_size,
-    ),
+STABLE_DIFFUSION_3 = PipelineSpec(
+    name="stable_diffusion_3",
+    pipelines=("StableDiffusion3Pipeline",),
+    network="transformer",
+    schedule=flow_schedule,
+    decode=decode_vae,
+    one_step=one_flow_step,
+    set_size=square_size,
 )

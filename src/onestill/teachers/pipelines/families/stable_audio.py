@@ -61,16 +61,14 @@ def cut(pipeline: Any, sound: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     return sound if end is None else sound[:, :, : int(end * pipeline.vae.config.sampling_rate)]
 
 
-FAMILIES = (
-    PipelineSpec(
-        name="stable_audio",
-        pipelines=("StableAudioPipeline",),
-        network="transformer",
-        schedule=schedule,
-        decode=decode_vae,
-        one_step=one_ddim_step,
-        result=lambda output: output.audios,
-        output_field="audios",
-        cut=cut,
-    ),
+STABLE_AUDIO = PipelineSpec(
+    name="stable_audio",
+    pipelines=("StableAudioPipeline",),
+    network="transformer",
+    schedule=schedule,
+    decode=decode_vae,
+    one_step=one_ddim_step,
+    result=lambda output: output.audios,
+    output_field="audios",
+    cut=cut,
 )

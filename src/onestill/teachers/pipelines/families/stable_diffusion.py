@@ -62,25 +62,23 @@ def guide_once(network: Any) -> None:
     network.register_to_config(time_cond_proj_dim=SCALE_FEATURES)
 
 
-FAMILIES = (
-    PipelineSpec(
-        name="stable_diffusion",
-        pipelines=("StableDiffusionPipeline",),
-        network="unet",
-        schedule=vp_schedule,
-        decode=decode_vae,
-        one_step=one_ddim_step,
-        adapt=guide_once,
-        set_size=any_size,
-    ),
-    PipelineSpec(
-        name="stable_diffusion_xl",
-        pipelines=("StableDiffusionXLPipeline",),
-        network="unet",
-        schedule=vp_schedule,
-        decode=decode_vae,
-        one_step=one_ddim_step,
-        adapt=guide_once,
-        set_size=square_size,
-    ),
+STABLE_DIFFUSION = PipelineSpec(
+    name="stable_diffusion",
+    pipelines=("StableDiffusionPipeline",),
+    network="unet",
+    schedule=vp_schedule,
+    decode=decode_vae,
+    one_step=one_ddim_step,
+    adapt=guide_once,
+    set_size=any_size,
+)
+STABLE_DIFFUSION_XL = PipelineSpec(
+    name="stable_diffusion_xl",
+    pipelines=("StableDiffusionXLPipeline",),
+    network="unet",
+    schedule=vp_schedule,
+    decode=decode_vae,
+    one_step=one_ddim_step,
+    adapt=guide_once,
+    set_size=square_size,
 )

@@ -33,15 +33,13 @@ def frames(output: Any) -> Tensor:
     return videos.movedim(1, 2) * 2 - 1
 
 
-FAMILIES = (
-    PipelineSpec(
-        name="wan",
-        pipelines=("WanPipeline",),
-        network="transformer",
-        schedule=schedule,
-        decode=decode_vae,
-        one_step=one_flow_step,
-        result=frames,
-        output_field="frames",
-    ),
+WAN = PipelineSpec(
+    name="wan",
+    pipelines=("WanPipeline",),
+    network="transformer",
+    schedule=schedule,
+    decode=decode_vae,
+    one_step=one_flow_step,
+    result=frames,
+    output_field="frames",
 )
