@@ -89,7 +89,7 @@ def distilled_error(exact: Teacher, *, num_test: int = 4000, **settings: Any) ->
         prepared = prepare(config, as_network_teacher(exact), PointNetwork(*exact.spec.sample_shape))
         trained = run(prepared, show_progress=False)
         assert trained.pipeline is not None
-        from onestill.export.export import load_module
+        from onestill.export.module import load_module
 
         generate = load_module(trained.pipeline, PointNetwork(*exact.spec.sample_shape))
         eps = torch.randn(num_test, *exact.spec.sample_shape, generator=torch.Generator().manual_seed(10**6))

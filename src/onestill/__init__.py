@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching
-    from onestill.export.export import export_student, load_module
+    from onestill.export.export import export_student
+    from onestill.export.module import load_module
     from onestill.runs.distill import RunResult, distill
     from onestill.runs.evaluate import evaluate
     from onestill.runs.inspect import inspect_teacher
@@ -37,7 +38,7 @@ _HOMES = {
     "RunResult": "runs.distill",
     "distill": "runs.distill",
     "export_student": "export.export",
-    "load_module": "export.export",
+    "load_module": "export.module",
     "inspect_teacher": "runs.inspect",
     "fixed_noise": "sampling.explore",
     "guidance_sweep": "sampling.explore",

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
-from onestill.export import export
-from onestill.export.export import call_pipeline, export_student, load_module, load_pipeline
+from onestill.export import export, pixel
+from onestill.export.export import export_student
+from onestill.export.module import load_module
+from onestill.export.pixel import PixelFormat, call_pipeline
 from onestill.sampling.generate import student_generator
 from onestill.students.model_card import (
     NO_TABLE,
@@ -36,7 +38,8 @@ from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
-from onestill.teachers.pixel import unet2d_teacher
+from onestill.teachers.pipelines.folder import load_stock
+from onestill.teachers.pixel import PixelTeacher, unet2d_teacher
 from onestill.teachers.teacher_spec import TeacherSpec
 
 Labels = Callable[[Teacher, int], Cond]
@@ -146,7 +149,7 @@ def test_square_sizes_written_as_pairs_are_exported(tiny_unet: Callable[..., UNe
 
 
 def test_one_image_is_one_network_evaluation(uncond_folder: Path) -> None:
-    pipeline = load_pipeline(uncond_folder, "cpu")
+    pipeline = load_stock(DiffusionPipeline, uncond_folder)
     calls: list[int] = []
     pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
     assert call_pipeline(pipeline, range(3), None).shape == (3, 1, 8, 8)
@@ -155,13 +158,15 @@ def test_one_image_is_one_network_evaluation(uncond_folder: Path) -> None:
 
 def test_null_class_that_stands_last_is_dropped(cases: dict[str, Any], tmp_path: Path) -> None:
     export_student(trained(cases["class-null-last"].build()), tmp_path / "out")
-    pipeline = load_pipeline(tmp_path / "out", "cpu")
+    pipeline = load_stock(DiffusionPipeline, tmp_path / "out")
     # So that the stock pipeline's random labels are classes.
     assert pipeline.unet.config.num_class_embeds == 4
     assert pipeline.unet.class_embedding.weight.shape[0] == 4
     assert pipeline(batch_size=5, output_type="pt").images.shape == (5, 1, 8, 8)
     export_student(trained(cases["class-null-first"].build()), tmp_path / "first")
-    assert load_pipeline(tmp_path / "first", "cpu").unet.config.num_class_embeds == 5, "labels keep their numbers"
+    assert load_stock(DiffusionPipeline, tmp_path / "first").unet.config.num_class_embeds == 5, (
+        "labels keep their numbers"
+    )
 
 
 @pytest.fixture
@@ -192,7 +197,7 @@ def test_folder_is_a_stock_pipeline(uncond_folder: Path) -> None:
 
 def test_existing_folder_is_not_overwritten(uncond_folder: Path, cases: dict[str, Any]) -> None:
     before = {path: path.read_bytes() for path in uncond_folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"--output .*out exists; .*--overwrite"):
+    with pytest.raises(ValueError, match=r"output=.*out': exists; .*overwrite"):
         export_student(trained(cases["ddim-v"].build()), uncond_folder)
     assert {path: path.read_bytes() for path in uncond_folder.rglob("*") if path.is_file()} == before
     assert os.listdir(uncond_folder.parent) == ["out"]
@@ -229,7 +234,7 @@ def test_overwriting_that_fails_half_way_keeps_the_old_folder(
 def test_failed_self_check_leaves_nothing(
     cases: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
-    monkeypatch.setattr(export, "_check_pipeline", lambda *_: error)
+    monkeypatch.setattr(PixelFormat, "check", lambda *_: error)
     with pytest.raises(RuntimeError, match=r"export self-check failed: .* differ .*allowed 1e-04"):
         export_student(trained(cases["ddim-v"].build()), tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -239,7 +244,7 @@ def test_failed_self_check_keeps_the_old_folder(
     uncond_folder: Path, cases: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (uncond_folder / "model_index.json").read_bytes()
-    monkeypatch.setattr(export, "_check_pipeline", lambda *_: 1.0)
+    monkeypatch.setattr(PixelFormat, "check", lambda *_: 1.0)
     with pytest.raises(RuntimeError, match="self-check failed"):
         export_student(trained(cases["class-null-last"].build()), uncond_folder, overwrite=True)
     assert (uncond_folder / "model_index.json").read_bytes() == before
@@ -248,8 +253,8 @@ def test_failed_self_check_keeps_the_old_folder(
 
 def test_self_check_sees_a_wrong_head(cases: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # One part in a thousand off in the folded weights, and the export must not get its name.
-    honest = export._scale_output
-    monkeypatch.setattr(export, "_scale_output", lambda network, factor: honest(network, factor * 1.001))
+    honest = pixel._scale_output
+    monkeypatch.setattr(pixel, "_scale_output", lambda network, factor: honest(network, factor * 1.001))
     with pytest.raises(RuntimeError, match="self-check failed"):
         export_student(trained(cases["ddim-v-zero-snr"].build()), tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -339,8 +344,8 @@ def test_wrong_network_is_refused(
 def test_folder_that_is_no_module_is_refused(
     uncond_folder: Path, tmp_path: Path, plain_network: Callable[..., nn.Module]
 ) -> None:
-    for folder in (uncond_folder, tmp_path / "missing"):
-        with pytest.raises(ValueError, match="is no exported module: it has no onestill.json"):
+    for folder, missing in ((uncond_folder, "model.safetensors"), (tmp_path / "missing", "onestill.json")):
+        with pytest.raises(ValueError, match=f"is no exported module: it has no {missing}"):
             load_module(folder, plain_network())
 
 
@@ -397,12 +402,13 @@ def test_code_in_a_modules_card_runs(cases: dict[str, Any], tmp_path: Path) -> N
     assert front_matter(tmp_path / "out")["library_name"] == "onestill"
 
 
-def spec_of(source: str) -> TeacherSpec:
-    return TeacherSpec("unet2d", source, CosineVP(), "v_prediction", (3, 8, 8), 1.0, "given")
+def card_of(source: str, folder: Path) -> None:
+    spec = TeacherSpec("unet2d", source, CosineVP(), "v_prediction", (3, 8, 8), 1.0, "given")
+    write_card(folder, PixelTeacher(nn.Identity(), spec), Facts(), 1e-6, library="diffusers", code="")
 
 
 def test_card_names_the_hub_teacher(tmp_path: Path) -> None:
-    write_card(tmp_path, spec_of("google/ddpm-cat-256"), Facts(), 1e-6)
+    card_of("google/ddpm-cat-256", tmp_path)
     front = front_matter(tmp_path)
     assert (front["base_model"], front["base_model_relation"]) == ("google/ddpm-cat-256", "finetune")
     assert "# One-step student of ddpm-cat-256" in (tmp_path / "README.md").read_text()
@@ -435,7 +441,7 @@ def test_a_hub_teacher_without_a_card_loads(monkeypatch: pytest.MonkeyPatch) -> 
 def test_table_is_put_in_place_of_the_one_before(tmp_path: Path) -> None:
     write_table(tmp_path, "| nowhere |")  # no card: nothing to do
     assert os.listdir(tmp_path) == []
-    write_card(tmp_path, spec_of("digits"), Facts(), 1e-6)
+    card_of("digits", tmp_path)
     before = (tmp_path / "README.md").read_text()
     for table in ("| a | 1 |", r"| b | \1 \g<0> |"):  # the second would be a back reference to a careless writer
         write_table(tmp_path, table)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from onestill.core.tensors import noise
 from onestill.export.export import export_student
-from onestill.export.pipeline import why_no_file
+from onestill.export.lora_file import why_no_file
 from onestill.objectives import boot as objective
+from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.lora import Lora
-from onestill.students.student import Student, TimeEmbeddingInjection
+from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.build import self_check

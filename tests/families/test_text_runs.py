@@ -142,7 +142,7 @@ def test_students_and_teachers_are_not_taken_for_each_other() -> None:
     outcome = call_cli(*sample, "--student", place() / "t")
     assert outcome.code == 2 and "it is a pipeline of many steps, no one-step student" in outcome.words
     outcome = call_cli(*sample, "--teacher", text_run() / "pipeline")
-    assert outcome.code == 2 and "pipeline is a one-step student" in outcome.words
+    assert outcome.code == 2 and "pipeline: is a one-step student" in outcome.words
     assert not (place() / "x.png").exists()
 
 

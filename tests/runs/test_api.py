@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from onestill.export.pixel import call_pipeline
 from runs_helpers import (
     NULL_CLASS,
     copied,
@@ -17,18 +16,11 @@ from runs_helpers import (
 from torch import Tensor
 
 import onestill
+from onestill.export.pixel import call_pipeline
 from onestill.runs.export import export
 from onestill.sampling.pictures import to_pil
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.folder import load_stock
-
-FEW: dict[str, Any] = {
-    "num_samples": 12,
-    "steps": (2, 1),
-    "num_reference_steps": 2,
-    "measure_speed": False,
-    "device": "cpu",
-}
 
 
 def write_images(folder: Path, num: int = 12, size: int = 8) -> Path:

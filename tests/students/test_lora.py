@@ -30,6 +30,7 @@ from onestill.diffusion.process import CosineVP
 from onestill.export.export import export_student
 from onestill.runs.build import fit_teacher, prepare
 from onestill.sampling.generate import generate_images, teacher_generator
+from onestill.students.bake import bake
 from onestill.students.lora import Lora, adapters, attach, merge, target_layers
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
@@ -123,11 +124,11 @@ def test_a_failing_call_leaves_the_teacher_alone(kind: Teacher, labels_for: Labe
 
 def test_a_rank_that_no_layer_has_is_refused(kind: Teacher) -> None:
     with pytest.raises(
-        ValueError, match=r"--lora_rank 1000000000: no adapted layer of \w+ has more than rank (\d+)"
+        ValueError, match=r"lora_rank=1000000000: no adapted layer of \w+ has more than rank (\d+)"
     ) as caught:
         Student(kind, lora=Lora(10**9))
     full = int(str(caught.value).split("more than rank ")[1].split(";")[0])
-    with pytest.raises(ValueError, match=f"--lora_rank {full + 1}: "):
+    with pytest.raises(ValueError, match=f"lora_rank={full + 1}: "):
         Student(kind, lora=Lora(full + 1))
     assert list(adapters(Student(kind, lora=Lora(full)).network)), "the largest that is allowed"
 
@@ -175,7 +176,7 @@ def test_grouped_convolutions_are_left_out() -> None:
     # peft trains them and cannot merge them: the run would fail at its export.
     network = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1))
     assert target_layers(network) == ["1"]
-    with pytest.raises(ValueError, match="--lora_target_modules 0: no Linear or ungrouped Conv"):
+    with pytest.raises(ValueError, match=r"lora_target_modules=\['0'\]: no Linear or ungrouped Conv"):
         target_layers(network, ("0",))
 
 
@@ -188,13 +189,11 @@ def test_named_layers_are_found_by_the_ends_of_their_names(tiny_unet: MakeNetwor
 
 def test_layers_that_are_not_there_are_refused_by_name(tiny_unet: MakeNetwork) -> None:
     with pytest.raises(
-        ValueError, match="--lora_target_modules to_w q: no Linear or ungrouped Conv.*UNet2DModel.*to_q"
+        ValueError, match=r"lora_target_modules=\['to_w', 'q'\]: no Linear or ungrouped Conv.*UNet2DModel.*to_q"
     ) as caught:
         target_layers(tiny_unet(), ("to_w", "to_q", "q"))
     assert "\n" not in str(caught.value)
-    with pytest.raises(
-        ValueError, match="--lora_rank: ReLU has no Linear or ungrouped Conv layer.*without --lora_rank"
-    ):
+    with pytest.raises(ValueError, match="lora_rank: ReLU has no Linear or ungrouped Conv layer.*distil without it"):
         target_layers(nn.ReLU())
 
 
@@ -209,7 +208,7 @@ def test_layers_that_are_not_there_are_refused_by_name(tiny_unet: MakeNetwork) -
         ({"lora_alpha": 4.0}, "--lora_alpha 4 .*give --lora_rank too"),
         (
             {"lora_rank": 2, "lora_target_modules": ("nowhere",)},
-            "--lora_target_modules nowhere: no Linear or ungrouped Conv",
+            r"lora_target_modules=\['nowhere'\]: no Linear or ungrouped Conv",
         ),
     ],
 )
@@ -225,14 +224,15 @@ def test_without_peft_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "peft", None)
     done = call_cli("distill", *as_flags({**FAST, "teacher": teacher_folder(), "output_dir": tmp_path / "r", **LORA}))
     assert (
-        done.code == 2 and "--lora_rank needs peft, which is not installed: pip install 'onestill[lora]'" in done.words
+        done.code == 2
+        and "--lora_rank 2: needs peft, which is not installed; pip install 'onestill[lora]'" in done.words
     )
     assert snapshot(tmp_path) == {}
 
 
 def test_a_network_of_ones_own_or_a_callable_is_refused(timed_network: MakeNetwork) -> None:
     teacher = module_teacher(lambda x, t: x, CosineVP(), "sample", (1, 8, 8))
-    with pytest.raises(ValueError, match="--lora_rank trains beside the teacher's own weights.*`network=`"):
+    with pytest.raises(ValueError, match="lora_rank=2: trains beside the teacher's own weights.*`network=`"):
         Student(teacher, network=timed_network(), lora=Lora(2))
     with pytest.raises(ValueError, match="plain callable without weights"):
         Student(teacher, lora=Lora(2))
@@ -245,7 +245,7 @@ def test_a_network_of_ones_own_or_a_callable_is_refused(timed_network: MakeNetwo
 def test_a_baked_lora_student_is_stock_and_leaves_the_weights_alone(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond, print_before = some_way_in(kind), starts(kind), labels_for(kind, 4), kind.fingerprint()
     before = student(x_a, None, 0.2, cond)
-    baked = student.bake(0.2)
+    baked = bake(student, 0.2)
     assert type(baked) is type(kind.network) and not hasattr(baked, "peft_config")
     assert isinstance(kind.network, nn.Module)
     extra = set(baked.state_dict()) - set(kind.network.state_dict())

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
+from onestill.students.bake import bake
+from onestill.students.injection import BiasInjection, TimeEmbeddingInjection, time_embeddings
 from onestill.students.lora import Lora
-from onestill.students.student import BiasInjection, Student, TimeEmbeddingInjection, time_embeddings
+from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.module import module_teacher
 
@@ -45,7 +47,7 @@ def perturb(student: Student, size: float = 0.1) -> Student:
 @torch.no_grad()
 def raw_output(network: nn.Module, student: Student, x_a: Tensor, t: float, cond: Cond) -> Tensor:
     """Return what the head makes of `network`, which is told the time t."""
-    teacher = student._teacher
+    teacher = student.teacher
     kept = teacher.call
 
     def call(asked: Any, x: Tensor, net_time: Tensor, given: Cond) -> Tensor:
@@ -226,12 +228,12 @@ def test_student_stays_in_evaluation_mode(plain_network: MakeNetwork, tiny_unet:
 @torch.no_grad()
 def test_nothing_is_held_after_a_call_or_a_failure(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = perturb(Student(kind)), starts(kind), labels_for(kind, 4)
-    alone = student._teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond)
+    alone = student.teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond)
     student(x_a, None, 0.3, cond)
-    assert torch.equal(student._teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond), alone)
+    assert torch.equal(student.teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond), alone)
     with pytest.raises((RuntimeError, ValueError)):
         student(torch.zeros(4, 7, 8, 8), None, 0.3, cond)
-    assert torch.equal(student._teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond), alone)
+    assert torch.equal(student.teacher.denoised_by(student.network, x_a, kind.spec.t_max, cond), alone)
 
 
 # Where the target time enters
@@ -257,7 +259,7 @@ def test_time_embedding_with_an_activation_behind_it_takes_the_fallback(timed_ne
     student = perturb(Student(teacher))
     assert isinstance(student.injection, BiasInjection)
     x_a = starts(teacher)
-    found = raw_output(student.bake(0.3), student, x_a, 1.0, {})
+    found = raw_output(bake(student, 0.3), student, x_a, 1.0, {})
     torch.testing.assert_close(found, student(x_a, None, 0.3, {}), rtol=1e-5, atol=1e-5)
 
 
@@ -301,7 +303,7 @@ def test_fallback_on_samples_of_any_shape(network: nn.Module, shape: tuple[int, 
     found = student(x_a, None, rows, {})
     assert found.shape == x_a.shape
     for i, t in enumerate(rows.tolist()):
-        baked = raw_output(student.bake(t), student, x_a[i : i + 1], 1.0, {})
+        baked = raw_output(bake(student, t), student, x_a[i : i + 1], 1.0, {})
         # The bias is added before or after the sum: float32 rounding.
         torch.testing.assert_close(found[i : i + 1], baked, rtol=1e-5, atol=1e-6)
 
@@ -344,7 +346,7 @@ def test_baked_network_is_the_student_at_that_time(teacher: Teacher, labels_for:
     x_a, cond = starts(teacher), labels_for(teacher, 4)
     student = perturb(Student(teacher))
     for t in (0.0, 0.4 * teacher.spec.t_max):
-        baked = student.bake(t)
+        baked = bake(student, t)
         expected = student(x_a, None, t, cond)
         found = raw_output(baked, student, x_a, teacher.spec.t_max, cond)
         # The embedding is rounded once more, to the bias it becomes: 1e-6 of the image, whose size is 20 for epsilon.
@@ -354,7 +356,7 @@ def test_baked_network_is_the_student_at_that_time(teacher: Teacher, labels_for:
 @torch.no_grad()
 def test_baked_network_ignores_the_time_it_is_given(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = perturb(Student(kind)), starts(kind), labels_for(kind, 4)
-    baked = student.bake(0.0)
+    baked = bake(student, 0.0)
     a, b = (raw_output(baked, student, x_a, t, cond) for t in (kind.spec.t_max, 0.1))
     if isinstance(student.injection, TimeEmbeddingInjection):
         assert torch.equal(a, b)
@@ -369,7 +371,7 @@ def test_baked_network_holds_the_guidance_scale(cases: dict[str, Any]) -> None:
     x_a, cond = starts(teacher), {"class_labels": torch.tensor([0, 1, 2, 3])}
     for asked, w in ((3.5, 3.5), (None, 2.5)):
         expected = student(x_a, None, 0.0, {**cond, "guidance_scale": torch.full((4,), w)})
-        found = raw_output(student.bake(0.0, asked), student, x_a, 1.0, cond)
+        found = raw_output(bake(student, 0.0, asked), student, x_a, 1.0, cond)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -377,7 +379,7 @@ def test_baked_network_holds_the_guidance_scale(cases: dict[str, Any]) -> None:
 def test_baking_leaves_the_student_alone(kind: Teacher, labels_for: Labels) -> None:
     student, x_a, cond = perturb(Student(kind)), starts(kind), labels_for(kind, 4)
     before = student(x_a, None, 0.2, cond)
-    baked = student.bake(0.0)
+    baked = bake(student, 0.0)
     for parameter in baked.parameters():
         parameter.zero_()
     assert torch.equal(student(x_a, None, 0.2, cond), before)
@@ -386,7 +388,7 @@ def test_baking_leaves_the_student_alone(kind: Teacher, labels_for: Labels) -> N
 @torch.no_grad()
 def test_baked_network_is_stock(kind: Teacher) -> None:
     student = perturb(Student(kind))
-    baked = student.bake(0.0)
+    baked = bake(student, 0.0)
     assert type(baked) is type(kind.network)
     assert not any(module._forward_hooks for module in baked.modules())
     names, stock = set(baked.state_dict()), set(kind.network.state_dict())  # type: ignore[union-attr]

@@ -30,7 +30,7 @@ def inspect(
     from onestill.runs.build import configured_teacher
     from onestill.runs.checks import check_device, check_start, check_times
     from onestill.runs.inspect import inspect_teacher
-    from onestill.students.student import refuse_student
+    from onestill.students.mark import refuse_student
 
     quiet()
     made = make_config({"output_dir": Path("run"), **settings}, config)

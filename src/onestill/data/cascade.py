@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onestill.core.tensors import Cond, noise, to_device, without_autocast
 from onestill.data.conditions import VALIDATION_SEED, PromptConditions
-from onestill.students.student import ignores_time
+from onestill.students.mark import is_student
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher, read_index
 from onestill.teachers.pipelines import text_encoders as encoders
@@ -243,7 +243,7 @@ def open_first_stage(path: str | Path) -> FirstStage:
         raise ValueError(f"--base_student {path} takes labels, and the teacher takes prompts: both must draw the same")
     if teacher.image_condition is not None:
         raise ValueError(f"--base_student {path} needs a picture itself ({teacher.kind}); give the first stage")
-    if not ignores_time(teacher.network):
+    if not is_student(folder, teacher.network):
         raise ValueError(
             f"--base_student {path} is a {teacher.kind} of many steps, no one-step student: distil it "
             f"first (onestill distill --teacher {path}) and give that run"

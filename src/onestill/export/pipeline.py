@@ -1,4 +1,4 @@
-"""The stock folder of a student whose teacher is a pipeline of a family, its LoRA file, and the self-checks of both.
+"""Students of pipelines: the stock folder with another network and scheduler, its LoRA file, and the checks of both.
 
 A run is at its end here and its device as full as it ever was. So all is loaded and written on the CPU, one pipeline
 after the other, and what a self-check computes on the student's own device is one call of one module at a time: two
@@ -14,101 +14,103 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import nn
 
-from onestill.core.tensors import without_autocast
-from onestill.sampling.generate import student_generator
-from onestill.students import model_card as card
-from onestill.students.lora import LORA_FOLDER, SCHEDULER_FILE, load_with_lora, write_lora
-from onestill.students.student import Student, TimeEmbeddingInjection, last_layer, time_embeddings
-from onestill.teachers.pipelines.folder import has_checker, load_stock
+from onestill.export.base import Format
+from onestill.export.lora_file import LORA_FOLDER, load_with_lora, why_no_file, write_lora
+from onestill.students.bake import constants
+from onestill.students.model_card import Facts, shown_labels, stock_code
+from onestill.students.one_step import OneStep
+from onestill.students.student import Student
+from onestill.teachers.pipelines.folder import INDEX, has_checker, load_stock
 from onestill.teachers.pipelines.spec import PipelineSpec
-from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.teachers.pipelines.teacher import CALL_FILE, PLAIN, PipelineTeacher
+
+FIRST_STAGE = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
+small = base({prompt}, num_inference_steps=1, guidance_scale=1.0).images
+"""
 
 
-def write_family(
-    student: Student, teacher: PipelineTeacher, folder: Path, t: float, guidance_scale: float | None, facts: card.Facts
-) -> tuple[float, card.Facts]:
-    """Write a student into an empty folder, all but its card; return what the self-checks found, and what the card says.
+class PipelineFormat(Format):
+    """The teacher's own pipeline around the student's network: one step, no guidance, everything else stock.
 
-    Args:
-        student: The student.
-        teacher: Its teacher.
-        folder: The folder.
-        t: The target time.
-        guidance_scale: w, for students that take it.
-        facts: What is known of the run.
+    Where a size was asked for and the class takes its default size from the network, that is the student's.
     """
-    plain, embeddings = _write_folder(student, teacher, folder, t, guidance_scale)
-    gc.collect()  # what was written: modules know each other in circles
-    error, net_time = _check_folder(student, teacher, plain, folder, t, guidance_scale)
-    facts = replace(facts, checked=has_checker(folder))
-    if size := _size_words(teacher, is_default=plain is not teacher.pipeline_spec):
-        facts = replace(facts, size=size)
-    if why_no_file(student) is None:
-        gc.collect()  # what was checked
-        write_lora(teacher, student.network, embeddings, net_time, folder / LORA_FOLDER)
-        pipeline = load_with_lora(teacher, folder / LORA_FOLDER)
-        # This pipeline is the teacher's own, whose default size is another.
-        error = max(error, _check(student, teacher, teacher.pipeline_spec, pipeline, t, guidance_scale))
-    return error, facts
+
+    library = "diffusers"
+
+    def __init__(self, student: Student, t: float = 0.0, guidance_scale: float | None = None) -> None:
+        super().__init__(student, t, guidance_scale)
+        self.teacher = cast(PipelineTeacher, student.teacher)
+        self.plain = self.teacher.pipeline_spec
+        """How the folder is called: without the size, if that is its default."""
+
+    def write(self, step: OneStep, folder: Path) -> None:
+        teacher, spec, pipeline_spec, network = self.teacher, self.teacher.spec, self.plain, step.network
+        pipeline_spec.adapt(network)
+        size = (spec.sample_shape[-2], spec.sample_shape[-1])
+        if "height" in pipeline_spec.given and pipeline_spec.set_size(network, size):
+            rest = {name: value for name, value in pipeline_spec.arguments.items() if name not in ("height", "width")}
+            self.plain = replace(pipeline_spec, arguments=rest)
+        scheduler = pipeline_spec.one_step(teacher.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])
+        pipeline = teacher.load_afresh({pipeline_spec.network: network, "scheduler": scheduler}, with_checker=True)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        _keep_facts(teacher.folder / INDEX, folder / INDEX)
+        if kept := {name: value for name, value in pipeline_spec.given.items() if isinstance(value, PLAIN)}:
+            (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        if why_no_file(self.student) is None:
+            net_time = self.plain.one_step_time(pipeline)
+            write_lora(teacher, self.student.network, constants(network), net_time, folder / LORA_FOLDER)
+
+    def check(self, folder: Path) -> float:
+        error = self._difference(self.plain, load_stock(type(self.teacher.pipeline), folder))
+        if why_no_file(self.student) is None:
+            gc.collect()  # what was checked
+            # This pipeline is the teacher's own, whose default size is another.
+            with_lora = load_with_lora(self.teacher, folder / LORA_FOLDER)
+            error = max(error, self._difference(self.teacher.pipeline_spec, with_lora))
+        return error
+
+    def code(self, facts: Facts) -> str:
+        teacher, condition = self.teacher, self.teacher.image_condition
+        prompt = json.dumps(facts.prompt, ensure_ascii=False)  # in the quotation marks of everything around it
+        first = prompt if teacher.spec.text else f"class_labels={shown_labels(teacher.spec, facts)}"
+        given, before = teacher.plain_arguments, ""
+        if condition is not None:
+            first, before = f"{first}, image=small", FIRST_STAGE.format(prompt=prompt)
+            given = {**given, "noise_level": condition.level}
+        arguments = ", ".join([first, *(f"{name}={value!r}" for name, value in given.items())])
+        return stock_code(teacher.output_field, arguments, before)
+
+    def facts(self, folder: Path, facts: Facts) -> Facts:
+        return replace(facts, checked=has_checker(folder), size=self._size() or facts.size)
+
+    def _size(self) -> str:
+        """Return what a card says of the arguments that were asked for; "" if none were."""
+        given = ", ".join(f"{name} {value}" for name, value in self.teacher.arguments.items())
+        is_default = self.plain is not self.teacher.pipeline_spec
+        default = "this folder's default size is that one too" if is_default else "the folder's defaults are others"
+        return f"{given}, as distilled and as in the call above; {default}" if given else ""
+
+    def _difference(self, pipeline_spec: PipelineSpec, pipeline: Any, num: int = 2) -> float:
+        """Return the largest difference of images between the plain call of a pipeline, on the CPU, and the student."""
+        network, decoder = getattr(pipeline, pipeline_spec.network), getattr(pipeline, "vae", None)
+        with computing_on(self.device, (network, "forward"), (decoder, "decode")):
+            images, eps, cond = pipeline_spec.plain_call(pipeline, self.teacher.signature, num)
+        expected = self.teacher.decode(self.expected(eps, cond))
+        return float((images.clamp(-1, 1) - expected.cpu().clamp(-1, 1)).abs().max())
 
 
-def _write_folder(
-    student: Student, teacher: PipelineTeacher, folder: Path, t: float, guidance_scale: float | None
-) -> tuple[PipelineSpec, dict[str, Tensor]]:
-    """Write the stock folder; return the family of its plain call, and what its time embeddings give, by name."""
-    baked = student.bake(t, guidance_scale)
-    plain = teacher.write_student(baked, folder)
-    return plain, {name: last_layer(baked.get_submodule(name)).bias.detach() for name in time_embeddings(baked)}
-
-
-def _check_folder(
-    student: Student,
-    teacher: PipelineTeacher,
-    plain: PipelineSpec,
-    folder: Path,
-    t: float,
-    guidance_scale: float | None,
-) -> tuple[float, float]:
-    """Return (what `_check` finds of the written folder, the time that its one step gives the network)."""
-    pipeline = load_stock(type(teacher.pipeline), folder)
-    return _check(student, teacher, plain, pipeline, t, guidance_scale), plain.one_step_time(pipeline)
-
-
-@torch.no_grad()
-@without_autocast
-def _check(
-    student: Student,
-    teacher: PipelineTeacher,
-    family: PipelineSpec,
-    pipeline: Any,
-    t: float,
-    guidance_scale: float | None,
-    num: int = 2,
-) -> float:
-    """Return the largest difference of images between the plain call of a pipeline, loaded afresh, and the student.
-
-    Args:
-        student: The student.
-        teacher: Its teacher.
-        family: How the pipeline is called.
-        pipeline: The pipeline, on the CPU.
-        t: The target time.
-        guidance_scale: w, for students that take it.
-        num: Images.
-    """
-    device = next(student.parameters()).device
-    network, decoder = getattr(pipeline, family.network), getattr(pipeline, "vae", None)
-    with computing_on(device, (network, "forward"), (decoder, "decode")):
-        images, eps, cond = family.plain_call(pipeline, teacher.signature, num)
-    cond = student.with_scale(cond, guidance_scale, num)
-    expected = teacher.decode(student_generator(student, t=t, device=device)(eps, cond))
-    return float((images.clamp(-1, 1) - expected.cpu().clamp(-1, 1)).abs().max())
+def _keep_facts(old: Path, new: Path) -> None:
+    """Add what a pipeline's index says and its class does not write again, such as DiT's names of classes."""
+    facts, written = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
+    missing = {key: value for key, value in facts.items() if key not in written and not key.startswith("_")}
+    if missing:
+        new.write_text(json.dumps({**written, **missing}, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -140,35 +142,3 @@ def computing_on(device: torch.device, *methods: tuple[Any, str]) -> Iterator[No
     finally:
         for module, name in found:
             delattr(module, name)  # what the class has is left
-
-
-def why_no_file(student: Student) -> str | None:
-    """Return why a student is not written as a LoRA file too, or None if it is."""
-    if student.lora is None:
-        return "it has no LoRA"
-    if not student.teacher.takes_lora_files:
-        return "the teacher's pipeline takes no LoRA files"
-    if not isinstance(student.injection, TimeEmbeddingInjection):
-        return "the target time enters as biases, which a LoRA file does not hold"
-    return None
-
-
-def lora_words(student: Student, folder: Path) -> str:
-    """Return what a card says of a LoRA student."""
-    assert student.lora is not None
-    if (reason := why_no_file(student)) is not None:
-        return f"rank {student.lora.rank}, merged into the weights; there is no LoRA file: {reason}"
-    kind = json.loads((folder / LORA_FOLDER / SCHEDULER_FILE).read_text(encoding="utf-8"))["_class_name"]
-    return (
-        f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's own "
-        f'pipeline: `pipe.load_lora_weights("path/to/this/folder/{LORA_FOLDER}")`, then `pipe.scheduler = '
-        f'diffusers.{kind}.from_pretrained("path/to/this/folder/{LORA_FOLDER}")`, then the call above; '
-        "scheduler and LoRA belong together"
-    )
-
-
-def _size_words(teacher: PipelineTeacher, *, is_default: bool) -> str:
-    """Return what a card says of the arguments that were asked for; "" if none were."""
-    asked = ", ".join(f"{name} {value}" for name, value in teacher.pipeline_spec.given.items())
-    default = "this folder's default size is that one too" if is_default else "the folder's defaults are others"
-    return f"{asked}, as distilled and as in the call above; {default}" if asked else ""

@@ -28,7 +28,8 @@ from onestill.runs.checks import (
 )
 from onestill.runs.resume import made_longer
 from onestill.students.lora import Lora
-from onestill.students.student import Student, refuse_student
+from onestill.students.mark import refuse_student
+from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher

@@ -30,7 +30,7 @@ from onestill.sampling import pictures
 from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import TeacherSampler
 from onestill.students import model_card
-from onestill.students.student import refuse_student
+from onestill.students.mark import refuse_student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher

@@ -16,7 +16,8 @@ from onestill.data.prompt_pool import most_prompts
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.runs.build import fit_teacher, make_student, open_prompts, with_embedded_prompts, with_usual_guidance
 from onestill.runs.checks import resolve_device
-from onestill.students.student import Student, TimeEmbeddingInjection
+from onestill.students.injection import TimeEmbeddingInjection
+from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.training.config import DistillConfig
 

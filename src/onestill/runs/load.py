@@ -14,7 +14,6 @@ import torch
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import make
 from onestill.data.cascade import FirstStage, open_first_stage, with_first_stage
-from onestill.export.export import MODULE_FILE
 from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student
 from onestill.runs.checks import check_device, resolve_device
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, RunFolder
@@ -22,7 +21,8 @@ from onestill.sampling.config import SamplerSettings
 from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import StudentSampler, TeacherSampler
 from onestill.sampling.samplers.pipeline import enlarges, open_pipeline
-from onestill.students.student import Student, refuse_student
+from onestill.students.mark import read_mark, refuse_student
+from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import load_teacher
@@ -171,7 +171,7 @@ def load_student(
             raise SettingError("student", path, why, f"give the run's folder for {' and '.join(wanted)}")
         return _exported(path, path, RunFolder.around(path), device, base_student)
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
-        if (folder / MODULE_FILE).is_file():
+        if (mark := read_mark(folder)) is not None and mark.format == "module":
             todo = f"load it in Python with onestill.load_module({str(folder)!r}, network)"
             raise SettingError("student", path, "is a network of your own", todo)
     run = RunFolder.of(path)

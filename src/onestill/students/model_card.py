@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.repocard import metadata_load
 
+from onestill.teachers.base import Teacher
 from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
@@ -23,19 +24,11 @@ GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOLDING = (
     "onestill_class_labels",
     "onestill_thresholding",
 )
-BASE_CALL = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
-small = base({prompt}, num_inference_steps=1, guidance_scale=1.0).images
-"""
 CHECKED = """- Safety checker: the teacher's, as it was; this folder's own call blackens what it flags. The self-check below and all
   numbers of `onestill evaluate` are without it, for student and teacher alike.
 """
 LICENSE = ("license", "license_name", "license_link")
 NO_TABLE = "Not evaluated yet: `onestill evaluate --student RUN` writes the table here."
-
-
-def is_card(path: Path) -> bool:
-    """Return whether a file is a card of this package, filled in by somebody or not."""
-    return path.is_file() and TABLE_START in path.read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -85,35 +78,20 @@ class Facts:
     checked: bool = False
 
 
-def write_card(
-    folder: Path,
-    spec: TeacherSpec,
-    facts: Facts,
-    self_check: float,
-    arguments: Mapping[str, Any] | None = None,
-    returns: str = "images",
-    *,
-    noise_level: int | None = None,
-) -> Path:
+def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str) -> Path:
     """Write README.md into an exported folder and return its path.
 
     Args:
         folder: The folder.
-        spec: What is known of the teacher.
+        teacher: The student's teacher.
         facts: What is known of the run.
         self_check: Largest difference between the folder and the student.
-        arguments: For a stock pipeline of a family: what its plain one-step call is given besides the condition.
-        returns: Where that call's output has its results: "images", "frames" or "audios".
-        noise_level: For a student that enlarges pictures: how much noise is mixed into them.
+        library: What loads the folder, by the hub's name.
+        code: Python that draws with it.
     """
-    front = _front_matter(spec, facts, arguments is not None, returns)
-    if noise_level is not None:
-        front |= {NOISE_LEVEL: noise_level}
-        arguments = {**(arguments or {}), "noise_level": noise_level}
-    body = _body(spec, facts, self_check, arguments, returns, enlarges=noise_level is not None)
-    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
+    front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
     path = folder / "README.md"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code)}", encoding="utf-8")
     return path
 
 
@@ -165,8 +143,8 @@ def distilled(folder: Path | None) -> Distilled:
     )
 
 
-def _read_threshold(said: object) -> Threshold | None:
-    match said:
+def _read_threshold(written: object) -> Threshold | None:
+    match written:
         case {
             "mode": "none" | "static" | "dynamic" as mode,
             "limit": int() | float() as limit,
@@ -184,80 +162,76 @@ def noise_level(folder: Path) -> int | None:
 
 def _read_front_matter(folder: Path) -> dict[str, Any]:
     """Return the front matter of the card in a folder; {} if there is none that parses."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    match = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        front = yaml.safe_load(match.group(1)) if match else None
-    except yaml.YAMLError:
+        return metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return front if isinstance(front, dict) else {}
 
 
 def _is_hub_id(source: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
 
 
-def _front_matter(spec: TeacherSpec, facts: Facts, is_stock: bool, returns: str) -> dict[str, object]:
+def stock_code(results: str, arguments: str, before: str = "") -> str:
+    """Return the plain call of a stock pipeline's folder, for its card.
+
+    Args:
+        results: Where the call's output has its results: "images", "frames" or "audios".
+        arguments: Arguments of the call.
+        before: Lines between loading and calling.
+    """
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
+        f"{before}{results} = pipe({arguments}).{results}  # one network evaluation"
+    )
+
+
+def shown_labels(spec: TeacherSpec, facts: Facts) -> list[int]:
+    """Return some labels to show the call with; [] where none are known."""
+    return list(facts.distilled.class_labels or spec.labels)[:4]
+
+
+def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, object]:
+    spec, condition = teacher.spec, teacher.image_condition
     front: dict[str, object] = {
-        "library_name": "diffusers" if is_stock or spec.family == "unet2d" else "onestill",
-        "pipeline_tag": TEXT_TO[returns] if spec.text else "unconditional-image-generation",
+        "library_name": library,
+        "pipeline_tag": TEXT_TO[teacher.output_field] if spec.text else "unconditional-image-generation",
         "tags": ["diffusers", "distillation", "one-step", "data-free", "onestill"],
     }
     if _is_hub_id(spec.source):
         front |= {"base_model": spec.source, "base_model_relation": "finetune"}
     front |= facts.license
-    said = facts.distilled
+    distilled = facts.distilled
     written = {
-        GUIDANCE_SCALE: said.guidance_scale,
-        NEGATIVE_PROMPT: said.negative_prompt,
-        NULL_CLASS: spec.null_class if spec.family == "unet2d" else None,  # others' pipelines know their own
-        CLASS_LABELS: list(said.class_labels) or None,
-        THRESHOLDING: None if said.threshold is None else asdict(said.threshold),
+        GUIDANCE_SCALE: distilled.guidance_scale,
+        NEGATIVE_PROMPT: distilled.negative_prompt,
+        NULL_CLASS: spec.null_class if teacher.records_null_class else None,
+        CLASS_LABELS: list(distilled.class_labels) or None,
+        THRESHOLDING: None if distilled.threshold is None else asdict(distilled.threshold),
+        NOISE_LEVEL: None if condition is None else condition.level,
     }
     return front | {key: value for key, value in written.items() if value is not None}
 
 
-def _body(
-    spec: TeacherSpec,
-    facts: Facts,
-    self_check: float,
-    arguments: Mapping[str, Any] | None,
-    returns: str,
-    *,
-    enlarges: bool = False,
-) -> str:
-    shape, labels = " x ".join(map(str, spec.sample_shape)), (facts.distilled.class_labels or tuple(spec.labels))[:4]
-    prompt = json.dumps(facts.prompt, ensure_ascii=False)  # in the quotation marks of everything around it
-    if arguments is not None or spec.family == "unet2d":
-        call = (
-            "from diffusers import DiffusionPipeline\n\n"
-            'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-            f"{BASE_CALL.format(prompt=prompt) if enlarges else ''}"
-            f"{returns} = pipe({_arguments(spec, prompt, labels, arguments, 'image=small' if enlarges else '')}).{returns}  # one network evaluation"
-        )
-    else:
-        call = (
-            "from onestill import load_module\n\n"
-            'generate = load_module("path/to/this/folder", MyNetwork())\n'
-            "images = generate(noise, {})  # one network evaluation"
-        )
-    name = Path(spec.source).name or "a network"
+def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str) -> str:
+    shape, name = " x ".join(map(str, spec.sample_shape)), Path(spec.source).name or "a network"
     given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
+    size = f"- Size: {facts.size}.\n" if facts.size else ""
+    lora = f"- LoRA: {facts.lora}.\n" if facts.lora else ""
     return f"""# One-step student of {name}
 
 Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}) by BOOT
 (Gu et al., arXiv 2306.05544). **No training data was used**: only noise{given}.
 
 ```python
-{call}
+{code}
 ```
 
 - Guidance distilled in: {facts.guidance}. Do not guide again.
 - Training: {facts.training or "not recorded"}.
 - Settings: {facts.settings or "see config.yaml of the run"}.
-{f"- Size: {facts.size}.{chr(10)}" if facts.size else ""}{f"- LoRA: {facts.lora}.{chr(10)}" if facts.lora else ""}{CHECKED if facts.checked else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
+{size}{lora}{CHECKED if facts.checked else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
 
 ## Measured
 
@@ -265,15 +239,3 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 {NO_TABLE}
 {TABLE_END}
 """
-
-
-def _arguments(
-    spec: TeacherSpec, prompt: str, labels: tuple[int, ...], arguments: Mapping[str, Any] | None, picture: str = ""
-) -> str:
-    """Return the arguments of the plain one-step call."""
-    asked = f"class_labels={list(labels)}"
-    if arguments is None:
-        return f"batch_size={len(labels)}, {asked}" if labels else "batch_size=4"
-    first = [prompt if spec.text else asked, *([picture] if picture else [])]
-    given = [*first, *(f"{name}={value!r}" for name, value in arguments.items())]
-    return ", ".join(given)

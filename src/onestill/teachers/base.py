@@ -276,9 +276,16 @@ class Teacher(ABC):
         """Raise SettingError if no exported student could start at this start level."""
         return None
 
+    def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
+        """Call a network: (network, scaled x_t, network time, cond) -> its raw output, of the sample's shape."""
+        raise self._has_no_network()
+
     def denoised_by(self, network: Callable[..., object], x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         """Return `denoised` with another network in this one's place, such as a student's copy."""
-        raise ValueError(
+        raise self._has_no_network()
+
+    def _has_no_network(self) -> ValueError:
+        return ValueError(
             f"this {self.kind} is known in closed form, without a network that another could take the place of"
         )
 
@@ -342,8 +349,7 @@ class NetworkTeacher(Teacher):
             network.eval().requires_grad_(False)
 
     @abstractmethod
-    def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
-        """Call a network: (network, scaled x_t, network time, cond) -> its raw output, of the sample's shape."""
+    def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor: ...
 
     def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         return self.denoised_by(self.network, x_t, t, cond)

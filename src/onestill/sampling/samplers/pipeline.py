@@ -20,7 +20,8 @@ from onestill.data.cascade import FirstStage, check_shape, second_noise
 from onestill.sampling.generate import Rows
 from onestill.sampling.samplers.base import Sampler
 from onestill.students import model_card as card
-from onestill.students.student import ignores_time, time_embeddings
+from onestill.students.injection import time_embeddings
+from onestill.students.mark import is_student
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
 from onestill.teachers.pipelines import token_limits as tokenizing
 from onestill.teachers.pipelines.capture import Signature, record
@@ -88,8 +89,8 @@ def open_pipeline(
 
 
 def _check_steps(network: nn.Module, folder: Path) -> None:
-    # A student that was trained further by somebody may have weights there again, and its card.
-    if time_embeddings(network) and not ignores_time(network) and not card.is_card(folder / "README.md"):
+    # Where the time cannot be seen to enter, the folder may be of a student that somebody else wrote again.
+    if time_embeddings(network) and not is_student(folder, network):
         raise ValueError(f"it is a pipeline of many steps, no one-step student; {named('teacher')} draws with it")
 
 

@@ -20,7 +20,7 @@ from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines import token_limits
 from onestill.teachers.pipelines.capture import Signature
-from onestill.teachers.pipelines.folder import INDEX, load_stock, options
+from onestill.teachers.pipelines.folder import load_stock, options
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.prompt_limits import EXAMPLE, PromptLimit
 from onestill.teachers.teacher_spec import TeacherSpec
@@ -223,40 +223,6 @@ class PipelineTeacher(NetworkTeacher):
         """Return the pipeline as `load_stock` reads it from where it was loaded, with `parts` in place of its own."""
         given = options(self.pipeline_spec.without, self.variant) | dict(parts)
         return load_stock(type(self.pipeline), self.folder, given, with_checker=with_checker)
-
-    def write_student(self, network: nn.Module, folder: Path) -> PipelineSpec:
-        """Write the pipeline with a student in its network's place: one step, no guidance, everything else stock.
-
-        Where a size was asked for and the class takes its default size from the network, that is the student's.
-
-        Args:
-            network: The student's network with the target time baked in.
-            folder: An empty folder.
-
-        Returns:
-            The family of the folder's plain call: without the size, if that is its default.
-        """
-        family, spec = self.pipeline_spec, self.spec
-        family.adapt(network)
-        plain = family
-        if "height" in family.given and family.set_size(network, (spec.sample_shape[-2], spec.sample_shape[-1])):
-            rest = {name: value for name, value in family.arguments.items() if name not in ("height", "width")}
-            plain = replace(family, arguments=rest)
-        alpha = spec.process.level(spec.t_max)[0]
-        parts = {family.network: network, "scheduler": family.one_step(self.pipeline, spec.prediction_type, alpha)}
-        self.load_afresh(parts, with_checker=True).save_pretrained(folder, safe_serialization=True)
-        _keep_facts(self.folder / INDEX, folder / INDEX)
-        if kept := {name: value for name, value in family.given.items() if isinstance(value, PLAIN)}:
-            (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
-        return plain
-
-
-def _keep_facts(old: Path, new: Path) -> None:
-    """Add what a pipeline's index says and its class does not write again, such as DiT's names of classes."""
-    facts, written = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
-    missing = {key: value for key, value in facts.items() if key not in written and not key.startswith("_")}
-    if missing:
-        new.write_text(json.dumps({**written, **missing}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_call(folder: Path) -> dict[str, Any]:

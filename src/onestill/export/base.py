@@ -1,0 +1,73 @@
+"""What a format of exported students is: it writes one student, and tells how far the written folder is off."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onestill.core.tensors import Cond, noise
+from onestill.sampling.generate import student_generator
+from onestill.students.model_card import Facts
+from onestill.students.one_step import OneStep
+from onestill.students.student import Student
+
+
+class Format(ABC):
+    """One way of writing a student as a folder; an instance writes one student.
+
+    `export_student` makes the student's `OneStep` and compares it with the student, has it written, lets go of it, and
+    has the folder checked, before it gets its name; all of it without gradients and autocast. A format may keep between `write` and `check` what it needs, but
+    no network: a run is at its end here, and its device and memory as full as they ever were.
+
+    Args:
+        student: The student.
+        t: The target time.
+        guidance_scale: w, for students that take it; the middle of their range if None.
+    """
+
+    library = "onestill"
+    """What loads such a folder, by the name that the hub knows it by."""
+
+    def __init__(self, student: Student, t: float = 0.0, guidance_scale: float | None = None) -> None:
+        self.student, self.t, self.guidance_scale = student, t, guidance_scale
+
+    @abstractmethod
+    def write(self, step: OneStep, folder: Path) -> None:
+        """Write a student into an empty folder, all but its card and its mark.
+
+        Args:
+            step: Its one step, on the CPU, which may be changed: nobody uses it afterwards.
+            folder: The folder.
+        """
+
+    @abstractmethod
+    def check(self, folder: Path) -> float:
+        """Return the largest difference between what the folder draws, loaded afresh, and what is `expected`."""
+
+    @abstractmethod
+    def code(self, facts: Facts) -> str:
+        """Return Python that draws with the folder, for its card."""
+
+    def facts(self, folder: Path, facts: Facts) -> Facts:
+        """Return what the card says, with what the written folder adds to it."""
+        return facts
+
+    @property
+    def device(self) -> torch.device:
+        """The student's own: two devices differ by more than an export may (TF32 convolutions, for one)."""
+        return next(self.student.parameters()).device
+
+    def expected(self, eps: Tensor, cond: Cond) -> Tensor:
+        """Return the student's own samples of some noise, on its device."""
+        cond = self.student.with_scale(cond, self.guidance_scale, len(eps))
+        return student_generator(self.student, t=self.t, device=self.device)(eps, cond)
+
+    def example(self, num: int) -> tuple[Tensor, Cond]:
+        """Return (the noise of the seeds 0, 1, ..., some conditions, all labels in turn)."""
+        spec, cond = self.student.spec, self.student.teacher.example_rows(num)
+        if spec.num_classes:
+            cond = {"class_labels": torch.tensor([spec.labels[i % len(spec.labels)] for i in range(num)])}
+        return noise(range(num), spec.sample_shape), cond

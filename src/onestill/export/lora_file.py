@@ -1,0 +1,112 @@
+"""A LoRA student as a file that the teacher's own pipeline loads, beside the scheduler of its one step.
+
+A plain LoRA file has no place for the target time, which is a constant added to the time embedding. It needs none:
+in one step the pipeline's time is one number, the last layer of the time embedding sees one fixed vector h, and the
+update u h^T / |h|^2 adds exactly u.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from onestill.students.injection import TimeEmbeddingInjection
+from onestill.students.lora import adapter_tensors
+from onestill.students.student import Student
+from onestill.teachers.pipelines.teacher import PipelineTeacher
+
+LORA_FOLDER, SCHEDULER_FILE = "lora", "scheduler_config.json"
+
+
+def why_no_file(student: Student) -> str | None:
+    """Return why a student is not written as a LoRA file too, or None if it is."""
+    if student.lora is None:
+        return "it has no LoRA"
+    if not student.teacher.takes_lora_files:
+        return "the teacher's pipeline takes no LoRA files"
+    if not isinstance(student.injection, TimeEmbeddingInjection):
+        return "the target time enters as biases, which a LoRA file does not hold"
+    return None
+
+
+def write_lora(
+    teacher: PipelineTeacher, network: nn.Module, embeddings: Mapping[str, Tensor], net_time: float, folder: Path
+) -> None:
+    """Write `pytorch_lora_weights.safetensors` for the teacher's own pipeline, and the scheduler of its one step.
+
+    Args:
+        teacher: The teacher.
+        network: The student's network with its adapters.
+        embeddings: For each time embedding the constant that it is to give, by name; it replaces its adapters.
+        net_time: The time that the one step gives the network.
+        folder: Where to.
+    """
+    spec, pipeline_spec = teacher.spec, teacher.pipeline_spec
+    tensors = adapter_tensors(network, without=tuple(embeddings))
+    tensors |= constant_updates(teacher, net_time, embeddings)
+    save = type(teacher.pipeline).save_lora_weights
+    save(folder, **{f"{pipeline_spec.network}_lora_layers": tensors}, safe_serialization=True)
+    alpha = spec.process.level(spec.t_max)[0]
+    pipeline_spec.one_step(teacher.pipeline, spec.prediction_type, alpha).save_pretrained(folder)
+
+
+def constant_updates(teacher: PipelineTeacher, net_time: float, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the updates of rank 1 that give each time embedding its constant in the one step at `net_time`."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    network: Any = teacher.network
+
+    def see(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = (inputs[0][0].double().cpu(), output[0].double().cpu())
+
+    hooks = [
+        network.get_submodule(f"{name}.linear_2").register_forward_hook(
+            lambda _m, inputs, output, name=name: see(name, inputs, output)
+        )
+        for name in embeddings
+    ]
+    weight = next(network.parameters())
+    probe = torch.zeros(1, *teacher.spec.sample_shape, device=weight.device, dtype=weight.dtype)
+    cond = {name: value.to(weight.device) for name, value in teacher.example_rows(1).items()}
+    try:
+        teacher.call(network, probe, torch.full((1,), net_time, device=weight.device, dtype=weight.dtype), cond)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: dict[str, Tensor] = {}
+    for name, (h, output) in seen.items():
+        u = embeddings[name].double().cpu() - output
+        found[f"{name}.linear_2.lora_A.weight"] = (h / h.norm())[None].float()
+        found[f"{name}.linear_2.lora_B.weight"] = (u / h.norm())[:, None].float()
+    return found
+
+
+def load_with_lora(teacher: PipelineTeacher, folder: Path) -> Any:
+    """Return the teacher's own pipeline, loaded afresh, with a LoRA file and the scheduler beside it."""
+    scheduler = getattr(diffusers, _scheduler_class(folder)).from_pretrained(folder, local_files_only=True)
+    pipeline = teacher.load_afresh({"scheduler": scheduler})
+    pipeline.load_lora_weights(folder, local_files_only=True, use_safetensors=True)
+    return pipeline
+
+
+def lora_words(student: Student, folder: Path) -> str:
+    """Return what a card says of a LoRA student."""
+    assert student.lora is not None
+    if (reason := why_no_file(student)) is not None:
+        return f"rank {student.lora.rank}, merged into the weights; there is no LoRA file: {reason}"
+    kind = _scheduler_class(folder / LORA_FOLDER)
+    return (
+        f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's own "
+        f'pipeline: `pipe.load_lora_weights("path/to/this/folder/{LORA_FOLDER}")`, then `pipe.scheduler = '
+        f'diffusers.{kind}.from_pretrained("path/to/this/folder/{LORA_FOLDER}")`, then the call above; '
+        "scheduler and LoRA belong together"
+    )
+
+
+def _scheduler_class(folder: Path) -> str:
+    return str(json.loads((folder / SCHEDULER_FILE).read_text(encoding="utf-8"))["_class_name"])

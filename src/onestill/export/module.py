@@ -1,0 +1,83 @@
+"""Students of networks of one's own: the weights, and the numbers of eq. (19) in the folder's mark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from onestill.core.files import save_tensors
+from onestill.core.tensors import Cond, to_device
+from onestill.export.base import Format
+from onestill.sampling.generate import Generate
+from onestill.students.bake import bake
+from onestill.students.mark import MARK_FILE, read_mark
+from onestill.students.model_card import Facts
+from onestill.students.one_step import OneStep
+
+MODULE_WEIGHTS = "model.safetensors"
+
+
+class ModuleFormat(Format):
+    """The state of a network that is called as network(x, net_time, **conditions)."""
+
+    def write(self, step: OneStep, folder: Path) -> None:
+        # Copies: tensors that share memory, as tied weights do, are no safetensors.
+        weights = {name: value.detach().contiguous().clone() for name, value in step.network.state_dict().items()}
+        save_tensors(weights, folder / MODULE_WEIGHTS)
+
+    def check(self, folder: Path, num: int = 4) -> float:
+        eps, cond = self.example(num)
+        fresh = bake(self.student, self.t, self.guidance_scale)
+        for parameter in fresh.parameters():
+            parameter.data.zero_()
+        generate = load_module(folder, fresh.to(self.device))
+        found = generate(eps.to(self.device), to_device(cond, self.device))
+        return float((found - self.expected(eps, cond)).abs().max())
+
+    def code(self, facts: Facts) -> str:
+        return (
+            "from onestill import load_module\n\n"
+            'generate = load_module("path/to/this/folder", MyNetwork())\n'
+            "images = generate(noise, {})  # one network evaluation"
+        )
+
+
+def load_module(folder: str | Path, network: nn.Module) -> Generate:
+    """Return one-step generation by a module student that `export_student` wrote.
+
+    Args:
+        folder: The exported folder.
+        network: A fresh instance of the network that the teacher had; it receives the student's weights.
+
+    Raises:
+        ValueError: If the folder is no exported module, or the weights are not of this network.
+    """
+    folder = Path(folder)
+    if (mark := read_mark(folder)) is None or not (folder / MODULE_WEIGHTS).is_file():
+        missing = MARK_FILE if mark is None else MODULE_WEIGHTS
+        raise ValueError(f"{folder} is no exported module: it has no {missing}")
+    _add_missing_biases(network, weights := load_file(folder / MODULE_WEIGHTS))
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder}: the weights are not of this network: {str(error).splitlines()[1].strip()}"
+        ) from error
+    step = OneStep(network.eval(), lambda net, x, net_time, cond: net(x, net_time, **cond), **mark.head)
+
+    @torch.no_grad()
+    def generate(eps: Tensor, cond: Cond) -> Tensor:
+        return step(eps, cond)
+
+    return generate
+
+
+def _add_missing_biases(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give layers without a bias the one that baking wrote for them."""
+    for name, layer in network.named_modules():
+        key = f"{name}.bias"
+        if key in weights and getattr(layer, "bias", key) is None:
+            layer.bias = nn.Parameter(weights[key].clone())

@@ -1,0 +1,83 @@
+"""A student's network with its target time written into the weights, eq. (13): a stock network of its class."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestill.students.injection import TimeEmbeddingInjection, last_layer, time_embeddings
+from onestill.students.lora import merge
+from onestill.students.student import Student
+
+
+@torch.no_grad()
+def bake(student: Student, t: float = 0.0, guidance_scale: float | None = None) -> nn.Module:
+    """Return a stock network with the target time (and the guidance scale) written into its weights, on the CPU.
+
+    For every time embedding fed by the time: weight 0, bias the embedding of start level and target time,
+    so the network ignores the time it is given, eq. (13). Without a reachable time embedding the target time
+    goes into the layers' biases and the network must still be given the start level's time. The device the student
+    is on, which its training has filled, never holds the copy.
+
+    Args:
+        student: The student, which stays as it is.
+        t: Target time.
+        guidance_scale: w, for students that take it; the middle of their range if None.
+    """
+    times = torch.tensor([t], dtype=torch.float64)
+    extra = student.embedding(times, student.with_scale({}, guidance_scale, 1))[0]
+    network = _copy_on_cpu(student.network)
+    merge(network)
+    for module in network.modules():
+        module._forward_hooks.clear()
+    if isinstance(student.injection, TimeEmbeddingInjection):
+        _bake_start_level(student, network)
+    student.injection.bake(network, extra)
+    return network
+
+
+def constants(network: nn.Module) -> dict[str, Tensor]:
+    """Return what each time embedding of a baked network gives whatever the time, by name."""
+    return {name: last_layer(network.get_submodule(name)).bias.detach() for name in time_embeddings(network)}
+
+
+def ignores_time(network: object) -> bool:
+    """Return whether a network has no use for the time it is given, as a baked one: eq. (13)."""
+    if not isinstance(network, nn.Module):
+        return False
+    layers = [last_layer(network.get_submodule(name)) for name in time_embeddings(network)]
+    return bool(layers) and all(not layer.weight.any() for layer in layers)
+
+
+def _bake_start_level(student: Student, network: nn.Module) -> None:
+    """Make every time embedding of `network` constant: what the student's own gives at the start level."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        student.network.get_submodule(name).register_forward_hook(
+            lambda _m, _a, out, name=name: seen.update({name: out})
+        )
+        for name in time_embeddings(network)
+    ]
+    weight = next(student.network.parameters())
+    probe = torch.zeros(1, *student.spec.sample_shape, device=weight.device, dtype=weight.dtype)
+    cond = {name: value.to(weight.device) for name, value in student.teacher.example_rows(1).items()}
+    student.teacher.denoised_by(student.network, probe, student.spec.t_max, cond)
+    for hook in hooks:
+        hook.remove()
+    for name, value in seen.items():
+        layer = last_layer(network.get_submodule(name))
+        layer.weight.zero_()
+        layer.bias.copy_(value[0])
+
+
+def _copy_on_cpu(network: nn.Module) -> nn.Module:
+    """Return a copy of a network, whose weights are copied to the CPU one by one."""
+    copies: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        copied = tensor.detach().to("cpu", copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    return copy.deepcopy(network, copies)

@@ -1,0 +1,170 @@
+"""Where the target time enters a network: an embedding of it, added to the network's own embedding of its time.
+
+Hooks do so, so that a network keeps its stock class and names. Either way in can be written into the weights
+afterwards, for one target time, eq. (13).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+TIME_CHANNELS = 128
+TIME_EMBEDDINGS = ("time_embedding", "timestep_embedder", "time_embedder", "timestep_proj", "time_step_proj")
+
+
+class Embedding(nn.Module):
+    """Fourier features of one number per image, then a two-layer perceptron.
+
+    Args:
+        num_features: Width of the output.
+        scale: Factor on the input before the features.
+        starts_at_zero: Whether the last layer is zero at first. Where more layers follow that are zero (the bias
+            fallback) it must not be: two zero layers in a row have no gradient.
+    """
+
+    def __init__(self, num_features: int, scale: float, *, starts_at_zero: bool = True) -> None:
+        super().__init__()
+        self.scale = scale
+        self.features = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(TIME_CHANNELS, num_features)
+        if starts_at_zero:
+            nn.init.zeros_(self.mlp.linear_2.weight)
+            nn.init.zeros_(self.mlp.linear_2.bias)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return [B, num_features] for values [B]."""
+        weight = self.mlp.linear_1.weight
+        return self.mlp(self.features(values.to(weight.device) * self.scale).to(weight.dtype))
+
+
+class Injection(nn.Module):
+    """Where the new embedding enters a network. Hooks, so that the network keeps its stock class and names."""
+
+    num_features: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._extra: Tensor | None = None
+
+    def hold(self, extra: Tensor | None) -> None:
+        """Set what the next forward pass adds, [B, num_features], or clear it."""
+        self._extra = extra
+
+    def checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a part of the network whose activations the backward pass computes again, when nothing is held any more.
+
+        What gradient checkpointing of diffusers calls in place of its own function.
+        """
+        extra = self._extra
+
+        def again(*inputs: Any) -> Any:
+            held, self._extra = self._extra, extra
+            try:
+                return function(*inputs)
+            finally:
+                self._extra = held
+
+        return checkpoint(again, *args, use_reentrant=False)
+
+    @abstractmethod
+    def bake(self, network: nn.Module, extra: Tensor) -> None:
+        """Write a constant `extra` [num_features] into a copy of the network, eq. (13)."""
+
+
+class TimeEmbeddingInjection(Injection):
+    """Added to the output of the network's own `TimestepEmbedding`s, the exact place where its time enters."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        names = time_embeddings(network)
+        self.num_features = last_layer(network.get_submodule(names[0])).out_features
+        for name in names:
+            network.get_submodule(name).register_forward_hook(lambda _m, _a, out: self._add(out))
+
+    def _add(self, output: Tensor) -> Tensor:
+        return output if self._extra is None else output + self._extra.to(output.dtype)
+
+    def bake(self, network: nn.Module, extra: Tensor) -> None:
+        for name in time_embeddings(network):
+            layer = last_layer(network.get_submodule(name))
+            layer.bias.data.add_(extra.to(layer.bias))
+
+
+class BiasInjection(Injection):
+    """The fallback for networks whose time embedding cannot be reached: a bias on every layer with weights.
+
+    Each `Linear` and `ConvNd` gets its own zero-initialised linear map of the embedding, added to its output
+    channels. That is what a time embedding amounts to inside most networks, and it bakes into the layers' biases.
+
+    Args:
+        network: The network.
+        num_features: Width of the shared embedding.
+
+    Raises:
+        ValueError: If the network has no such layer.
+    """
+
+    def __init__(self, network: nn.Module, num_features: int = 128) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.maps = nn.ModuleDict()
+        for name, layer in _weighted_layers(network):
+            channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            self.maps[name.replace(".", "/")] = zero = nn.Linear(num_features, channels)
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+            layer.register_forward_hook(lambda m, _a, out, zero=zero: self._add(m, out, zero))
+        if not self.maps:
+            raise ValueError(
+                "the teacher's network has no Linear or Conv layer that a target time could enter; "
+                "pass a torch.nn.Module of the student as `network=`"
+            )
+
+    def _add(self, layer: nn.Module, output: Tensor, zero: nn.Linear) -> Tensor:
+        if self._extra is None:
+            return output
+        bias = zero(self._extra.to(zero.weight.dtype)).to(output.dtype)
+        if isinstance(layer, nn.Linear):
+            return output + bias.reshape(len(bias), *([1] * (output.ndim - 2)), -1)
+        return output + bias.reshape(*bias.shape, *([1] * (output.ndim - 2)))
+
+    def bake(self, network: nn.Module, extra: Tensor) -> None:
+        for name, layer in _weighted_layers(network):
+            bias = self.maps[name.replace(".", "/")](extra).detach()
+            old = layer.bias
+            layer.bias = nn.Parameter(bias.to(layer.weight.device) if old is None else old.detach() + bias.to(old))
+
+
+def time_embeddings(network: nn.Module) -> list[str]:
+    """Return the names of the embeddings that are fed by the time, not by classes or guidance.
+
+    They are `TimestepEmbedding`s, or of plain layers; either way with a linear layer at their end. An activation
+    behind it would undo the baking; such a network takes the fallback.
+    """
+    return [
+        name
+        for name, module in network.named_modules()
+        if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS
+        and (
+            (isinstance(module, TimestepEmbedding) and module.post_act is None)
+            or (isinstance(module, nn.Sequential) and isinstance(module[-1], nn.Linear))
+        )
+    ]
+
+
+def last_layer(embedding: nn.Module) -> nn.Linear:
+    """Return the linear layer at the end of a time embedding."""
+    layer = embedding[-1] if isinstance(embedding, nn.Sequential) else embedding.linear_2
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _weighted_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)]

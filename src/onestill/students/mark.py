@@ -1,0 +1,72 @@
+"""That a folder is a one-step student is said in it: `onestill.json`, written at export, beside stock files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from onestill.core.errors import SettingError, named
+from onestill.students.bake import ignores_time
+from onestill.teachers.base import Teacher
+
+MARK_FILE = "onestill.json"
+KIND = "one-step student"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the folder of a student says of it.
+
+    Attributes:
+        format: Name of the format that it is written in, such as "pixel".
+        sample_shape: Shape of the noise of one image.
+        head: a, b, c and net_time of eq. (19).
+        target_time: The target time that is baked in.
+        guidance_scale: The guidance scale that is; None if the student takes none.
+    """
+
+    format: str
+    sample_shape: tuple[int, ...]
+    head: Mapping[str, float]
+    target_time: float = 0.0
+    guidance_scale: float | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the mark into a folder."""
+        (folder / MARK_FILE).write_text(json.dumps({"kind": KIND, **asdict(self)}, indent=1), encoding="utf-8")
+
+
+def read_mark(folder: Path | None) -> Mark | None:
+    """Return what a folder says of the student in it; None if it says nothing, as one of anything else.
+
+    Raises:
+        ValueError: If the file is there and holds something else.
+    """
+    if folder is None or not (path := folder / MARK_FILE).is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("kind") != KIND:
+            raise ValueError(f"it is of no {KIND}")
+        return Mark(**{**found, "sample_shape": tuple(found["sample_shape"])})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} does not say what a student's should: {error}") from error
+
+
+def is_student(folder: Path | None, network: object = None) -> bool:
+    """Return whether a folder holds a one-step student: it says so, or, written by others, its network ignores the time."""
+    return read_mark(folder) is not None or ignores_time(network)
+
+
+def refuse_student(teacher: Teacher) -> None:
+    """Raise SettingError if a teacher is an exported student, which knows one step and no other."""
+    if is_student(teacher.folder, teacher.network):
+        raise SettingError(
+            "teacher",
+            teacher.spec.source,
+            "is a one-step student: its network has no use for the time that it is given",
+            f"name the teacher of many steps that it was distilled from; {named('student')} draws with what is there",
+        )
