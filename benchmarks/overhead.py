@@ -22,7 +22,7 @@ from onestill.runs.load import load_student
 from onestill.sampling.generate import teacher_generator
 from onestill.teachers.load import load_teacher
 from onestill.training.config import make_config
-from onestill.training.trainer import Trainer
+from onestill.training.trainer import Fingerprints, Trainer
 
 
 def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6) -> Trainer:
@@ -30,7 +30,9 @@ def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6) -> Tr
     rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 100}
     settings = {"teacher": "digits", "output_dir": f"{folder}/run", "device": "cpu", "max_train_steps": steps}
     prepared = prepare(make_config({**settings, "train_batch_size": batch, **rare}))
-    return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprint)
+    return Trainer(
+        prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints(prepared.fingerprint)
+    )
 
 
 def training_step(batch: int = 64, repeats: int = 30) -> None:

@@ -197,7 +197,7 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 def same_state(one: Path, two: Path) -> bool:
     """Return whether two checkpoints hold the same bits: tensors, counters and learning rates."""
     a, b = read_checkpoint(one), read_checkpoint(two)
-    assert {"student", "optimizer", "random"} <= set(a.tensors)
+    assert {"student", "student-optimizer", "random"} <= set(a.tensors)
     return (
         set(a.tensors) == set(b.tensors)
         and all(set(a.tensors[group]) == set(b.tensors[group]) for group in a.tensors)
@@ -206,7 +206,7 @@ def same_state(one: Path, two: Path) -> bool:
             for group in a.tensors
             for name, value in a.tensors[group].items()
         )
-        and all(a.values[key] == b.values[key] for key in ("progress", "averages", "learning_rates", "scaler"))
+        and all(a.values[key] == b.values[key] for key in ("progress", "trained", "scaler"))
     )
 
 

@@ -362,23 +362,37 @@ def public_callables() -> Iterator[tuple[str, object]]:
                         yield f"{name}.{key}.{method}", member
 
 
+def parameters_of(value: object) -> list[inspect.Parameter]:
+    return list(inspect.signature(value).parameters.values())  # type: ignore[arg-type]
+
+
+def takes_settings(value: object) -> bool:
+    return callable(value) and any(p.kind is p.VAR_KEYWORD for p in parameters_of(value))
+
+
 def test_only_what_takes_settings_takes_any_keyword() -> None:
     names = dict(public_callables())
     assert len(names) > 100, "signatures must be found for this to be a test"
-    open_ended = [
-        name
-        for name, value in names.items()
-        for parameter in inspect.signature(value).parameters.values()  # type: ignore[arg-type]
-        if parameter.kind is parameter.VAR_KEYWORD
-    ]
-    with_settings = {f"{onestill._HOMES[n]}.{n}" for n in ("distill", "sample", "evaluate", "inspect_teacher")}
-    assert set(open_ended) <= with_settings | {"core.settings.setting"}, "whose limits are pydantic's"
+    open_ended = {(n, p.name) for n, value in names.items() for p in parameters_of(value) if p.kind is p.VAR_KEYWORD}
+    assert {name for name, keyword in open_ended if keyword != "settings"} == {"core.settings.setting"}
+    for name, keyword in open_ended:
+        assert keyword != "settings" or "Fields of `" in str(inspect.getdoc(names[name])), (
+            f"{name} must say whose fields"
+        )
 
 
-def test_what_takes_settings_refuses_unknown_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in onestill.__all__ if takes_settings(getattr(onestill, name))])
+def test_what_takes_settings_refuses_unknown_ones(name: str, tmp_path: Path) -> None:
+    function = getattr(onestill, name)
+    required = [p for p in parameters_of(function) if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    with pytest.raises(ValueError, match="unknown setting 'batch_sizes'"):
+        function(*[tmp_path / "none" for _ in required], batch_sizes=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_setting_is_answered_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_train_step.*did you mean.*max_train_steps"):
         onestill.distill("digits", tmp_path / "run", max_train_step=5)
-    assert not (tmp_path / "run").exists()
 
 
 def test_public_names_have_docstrings() -> None:

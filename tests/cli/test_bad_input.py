@@ -5,6 +5,7 @@ Every case starts in an empty folder with what its `make` puts there; the folder
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,10 +159,10 @@ def cut_weights() -> None:
 
 
 TEACHERS = [
-    Case("no such folder", "no/such/folder", "no such teacher: no/such/folder"),
-    Case("no such hub id", "nobody/nothing", "no such teacher: nobody/nothing"),
-    Case("no such name", "digitz", "no such teacher: digitz"),
-    Case("a file", "teacher", "--teacher teacher is a file", lambda: Path("teacher").write_text("") and None),
+    Case("no such folder", "no/such/folder", "--teacher no/such/folder: no such teacher"),
+    Case("no such hub id", "nobody/nothing", "--teacher nobody/nothing: no such teacher"),
+    Case("no such name", "digitz", "--teacher digitz: no such teacher"),
+    Case("a file", "teacher", "--teacher teacher: is a file", lambda: Path("teacher").write_text("") and None),
     Case("no pipeline", "teacher", "teacher is no diffusers pipeline: it has no model_index.json", no_pipeline),
     Case("an empty folder", "teacher", "it has no model_index.json", lambda: Path("teacher").mkdir()),
     Case("an index that is no JSON", "teacher", "model_index.json does not parse", index_is("{")),
@@ -227,7 +228,7 @@ def test_a_path_never_reaches_the_hub(path: str, tmp_path: Path, monkeypatch: py
         ["sample", "--output", "x.png"],
     ):
         outcome = call_cli(*command, "--teacher", path)
-        assert outcome.code == 2 and f"no such teacher: {path}: no such folder. Give a folder" in outcome.words, (
+        assert outcome.code == 2 and f"--teacher {shlex.quote(path)}: no such folder; give a folder" in outcome.words, (
             outcome.err
         )
     assert list(tmp_path.iterdir()) == []
@@ -275,7 +276,7 @@ SETTINGS = [
     Case("t_min equal to t_max", D + "--teacher PLAIN --t_min 0.5 --t_max 0.5", "--t_min 0.5 must be below --t_max 0.5"),
     Case("t_min beyond the teacher's start", D + "--teacher EPSILON --t_min 0.8 --delta 0.1", "--t_min 0.8 must be below the teacher's start level"),
     Case("t_max beyond noise", D + "--teacher PLAIN --t_max 1.5", "--t_max: input should be less than or equal to 1, got 1.5"),
-    Case("t_max below a step", D + "--teacher PLAIN --t_max 0.0005 --delta 0.0001", "--t_max must be above 0.001"),
+    Case("t_max below a step", D + "--teacher PLAIN --t_max 0.0005 --delta 0.0001", "--t_max 0.0005: must be above 0.001"),
     Case("batch 0", D + "--teacher PLAIN --train_batch_size 0", "--train_batch_size: input should be greater than or equal to 2, got 0"),
     Case("batch 1", D + "--teacher PLAIN --train_batch_size 1", "--train_batch_size"),
     Case("no bootstrap rows", D + "--teacher PLAIN --train_batch_size 4 --boundary_fraction 0.9", "--boundary_fraction 0.9 leaves no bootstrap rows"),
@@ -290,16 +291,16 @@ SETTINGS = [
     Case("guidance NaN", D + "--teacher CLASS --null_class 3 --guidance_scale nan", "--guidance_scale: input should be a finite"),
     Case("guidance fixed and drawn", D + "--teacher CLASS --null_class 3 --guidance_scale 2 --guidance_scale_min 1 --guidance_scale_max 3", "give one or the other"),
     Case("guidance half drawn", D + "--teacher CLASS --null_class 3 --guidance_scale_min 1", "given together"),
-    Case("guidance of no classes", D + "--teacher PLAIN --guidance_scale 2", "--guidance_scale 2 needs a teacher with a null class, and this one has no classes"),
-    Case("guidance without a null class", D + "--teacher CLASS --guidance_scale 2", "--guidance_scale 2 needs a teacher with a null class, and this one has none that is known. Name it with --null_class"),
-    Case("guidance drawn without one", D + "--teacher CLASS --guidance_scale_min 1 --guidance_scale_max 3", "--guidance_scale_min and _max need a teacher with a null class"),
+    Case("guidance of no classes", D + "--teacher PLAIN --guidance_scale 2", "--guidance_scale 2: needs a teacher with a null class, and this one has no classes"),
+    Case("guidance without a null class", D + "--teacher CLASS --guidance_scale 2", "--guidance_scale 2: needs a teacher with a null class, and this one has none that is known; name it with --null_class"),
+    Case("guidance drawn without one", D + "--teacher CLASS --guidance_scale_min 1 --guidance_scale_max 3", "--guidance_scale_min and --guidance_scale_max: need a teacher with a null class"),
     Case("guidance reversed", D + "--teacher CLASS --null_class 3 --guidance_scale_min 3 --guidance_scale_max 1", "--guidance_scale_min 3 must be below --guidance_scale_max 1"),
-    Case("negative prompt of classes", D + "--teacher CLASS --null_class 3 --guidance_scale 2 --negative_prompt ugly", "--negative_prompt 'ugly' was given, but this teacher takes no text"),
+    Case("negative prompt of classes", D + "--teacher CLASS --null_class 3 --guidance_scale 2 --negative_prompt ugly", "--negative_prompt ugly: this teacher takes no text"),
     Case("LoRA of no rank", D + "--teacher PLAIN --lora_rank 0", "--lora_rank: input should be greater than or equal to 1, got 0"),
     Case("LoRA of no layers", D + "--teacher PLAIN --lora_rank 2 --lora_target_modules nowhere", "--lora_target_modules nowhere: no Linear or ungrouped Conv layer of UNet2DModel has a name that ends so"),
-    Case("size of a network with one", D + "--teacher PLAIN --height 16 --width 16", "--height: the call of DDIMPipeline has no such argument"),
-    Case("null class of no classes", D + "--teacher PLAIN --null_class 3", "--null_class 3 was given, but the teacher is unconditional"),
-    Case("null class that is none", D + "--teacher CLASS --null_class 4", "--null_class 4 is not a label of the teacher, which has 4 (0 to 3)"),
+    Case("size of a network with one", D + "--teacher PLAIN --height 16 --width 16", "--height 16: the call of DDIMPipeline has no such argument"),
+    Case("null class of no classes", D + "--teacher PLAIN --null_class 3", "--null_class 3: the teacher is unconditional"),
+    Case("null class that is none", D + "--teacher CLASS --null_class 4", "--null_class 4: is not a label of the teacher, which has 4 (0 to 3)"),
     Case("labels of no classes", D + "--teacher PLAIN --class_labels 0", "--class_labels [0] was given, but the teacher is unconditional"),
     Case("labels that are none", D + "--teacher CLASS --class_labels 1 --class_labels 4 --class_labels 9", "--class_labels [4, 9]: the teacher's classes are 0 to 3"),
     Case("device", "distill --output_dir run --teacher PLAIN --device gpu", "--device gpu: unknown device; use auto, cpu, cuda, cuda:N or mps"),
@@ -511,7 +512,7 @@ OTHERS = [
     Case("scales and a scale", S + "--student RUN_DRAWN --guidance_scales 1,2 --guidance_scale 2", "--guidance_scales 1,2 and --guidance_scale 2: give one or the other"),
     Case("scales of a fixed student", S + "--student RUN --guidance_scales 1,2", "--guidance_scales 1,2: this student was distilled with w = 1 fixed; distil with --guidance_scale_min"),
     Case("scales of an export", S + "--student RUN/pipeline --guidance_scales 1,2", "give the run's folder for --guidance_scales"),
-    Case("scales of no classes", S + "--teacher PLAIN --guidance_scales 1,2", "--guidance_scales 2 needs a teacher with a null class"),
+    Case("scales of no classes", S + "--teacher PLAIN --guidance_scales 1,2", "--guidance_scales 1,2: needs a teacher with a null class"),
     Case("times and a time", S + "--student RUN --target_times 1,0 --target_time 0.5", "--target_times 1,0 and --target_time 0.5: give one or the other"),
     Case("times that are none", S + "--student RUN --target_times 1,,0", "--target_times '1,,0' must be numbers with commas, such as 1,0.5,0"),
     Case("times out of range", S + "--student RUN --target_times 2,0", "--target_times must be between 0"),
@@ -590,7 +591,7 @@ def test_a_run_whose_teacher_is_gone(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(config)
     teacher.rename(tmp_path / "gone")
     outcome = call_cli("sample", "--student", run / "checkpoint-4", "--output", tmp_path / "x.png")
-    assert outcome.code == 2 and f"no such teacher: {teacher}" in outcome.words
+    assert outcome.code == 2 and f"--teacher {teacher}: no such folder" in outcome.words
     # What is exported needs no teacher.
     assert call_cli("sample", "--student", run, "--output", tmp_path / "x.png").code == 0
 

@@ -32,12 +32,13 @@ from safetensors.torch import load_file
 import onestill
 from onestill.cli import distill as distill_command
 from onestill.cli.output import quiet
+from onestill.core.settings import read_yaml
 from onestill.data.prompt_cache import BATCH_SIZE, PromptCache
-from onestill.objectives.anchors import Anchors, roll_out
+from onestill.objectives.anchors import Anchors
 from onestill.runs import demo
 from onestill.runs.distill import RunResult
 from onestill.teachers.load import EMBEDDED
-from onestill.training.config import DistillConfig, read_yaml
+from onestill.training.config import DistillConfig
 
 FEW = ["--num_samples", 12, "--steps", "2,1", "--num_reference_steps", 2, "--device", "cpu"]
 
@@ -208,13 +209,15 @@ def test_ctrl_c_while_encoding_says_what_is_kept(tmp_path: Path, monkeypatch: py
 def test_ctrl_c_while_making_anchors_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
 
-    def one(*args: Any, **kwargs: Any) -> Iterator[Anchors]:
-        for batch in roll_out(*args, **kwargs):
-            yield batch
+    prepare = Anchors.prepare
+
+    def one(anchors: Anchors) -> Iterator[int]:
+        for num in prepare(anchors):
+            yield num
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr("onestill.training.trainer.roll_out", one)
+        patch.setattr(Anchors, "prepare", one)
         outcome = call_cli(
             "distill", "--teacher", teacher_folder(), "--output_dir", run, *as_flags(FAST), "--anchor_fraction", 0.5,
             "--num_anchors", 20,

@@ -25,7 +25,8 @@ from onestill.runs.inspect import Inspection, inspect_teacher
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.module import module_teacher
-from onestill.training.config import CALL_ARGUMENTS, make_config
+from onestill.teachers.settings import CALL_ARGUMENTS
+from onestill.training.config import make_config
 
 FAST: dict[str, Any] = {
     "device": "cpu",

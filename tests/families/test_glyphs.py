@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import onestill
+from onestill.core.settings import read_yaml
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.comparison import NO_KERNEL
@@ -22,7 +23,6 @@ from onestill.evaluation.references import embedded_reference
 from onestill.runs.evaluate import _held_out_prompts, _open_clip
 from onestill.runs.folder import RunFolder
 from onestill.teachers.load import EMBEDDED, load_teacher
-from onestill.training.config import read_yaml
 
 GLYPHS = EMBEDDED["glyphs"]
 

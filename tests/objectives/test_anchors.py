@@ -1,56 +1,91 @@
 """Anchors: what the pool holds, how it is kept, and what a training makes of it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, restored, same_state, teacher_folder
+from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_state, teacher_folder
+from torch import Tensor
 
 import onestill
 from onestill.data.conditions import LabelConditions
 from onestill.diffusion.process import CosineVP
-from onestill.objectives.anchors import Anchors, joined, read_anchors, roll_out, write_anchors
+from onestill.objectives.anchors import Anchors, Pool, read_pool, write_pool
+from onestill.objectives.base import Context
 from onestill.runs.build import prepare
-from onestill.runs.resume import pool_settings
 from onestill.sampling.generate import teacher_generator
+from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher
 from onestill.teachers.guidance import Guided
 from onestill.teachers.load import load_teacher
-from onestill.training.config import make_config
-from onestill.training.trainer import Trainer
+from onestill.training.config import make_config, pool_settings
+from onestill.training.loss import squared_residuals
+from onestill.training.trainer import Fingerprints, Trainer
 
 POOL: dict[str, Any] = {"anchor_fraction": 0.5, "num_anchors": 10, "num_anchor_steps": 3}
 
 
-def pool(num: int = 10, **settings: Any) -> Anchors:
-    teacher = Guided(load_teacher(teacher_folder("class"), null_class=NULL_CLASS), 2.0)
-    values: dict[str, Any] = {"num_steps": 4, "solver": "midpoint", "t_min": 0.0, "batch_size": 4, **settings}
-    generator = torch.Generator().manual_seed(0)
-    return joined(list(roll_out(teacher, LabelConditions((0, 1, 2)), num, generator=generator, **values)))
+def anchors_of(teacher: Teacher, conditions: LabelConditions, folder: Path = Path(), **settings: Any) -> Anchors:
+    """Return the objective, with nothing of a run that it does not need."""
+    given = {"teacher": "x", "output_dir": folder, "anchor_fraction": 0.5, **settings}
+    return Anchors(
+        Context(
+            config=make_config(given),
+            teacher=teacher,
+            student=torch.nn.Identity(),
+            target_student=torch.nn.Identity(),
+            conditions=conditions,
+            generator=torch.Generator().manual_seed(1),
+            device=torch.device("cpu"),
+            autocast=nullcontext,
+            progress=lambda: 0.0,
+            batch_size=4,
+            seed=0,
+            folder=folder,
+            process_index=0,
+            num_processes=1,
+            identity={},
+        )
+    )
 
 
-def test_an_anchor_is_the_end_of_the_teachers_own_sampling() -> None:
-    anchors = pool()
+def pool_of(objective: Anchors) -> Pool:
+    assert sum(objective.prepare()) == objective.settings.num_anchors and objective.pool is not None
+    return objective.pool
+
+
+def guided_teacher() -> Teacher:
+    return Guided(load_teacher(teacher_folder("class"), null_class=NULL_CLASS), 2.0)
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Pool:
+    settings = {"num_anchors": 10, "num_anchor_steps": 4}
+    return pool_of(anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **settings))
+
+
+def test_an_anchor_is_the_end_of_the_teachers_own_sampling(pool: Pool) -> None:
+    anchors = pool
     assert anchors.eps.shape == anchors.signal.shape == (10, 1, 8, 8)
-    teacher = Guided(load_teacher(teacher_folder("class"), null_class=NULL_CLASS), 2.0)
+    teacher = guided_teacher()
     expected = teacher_generator(teacher, num_steps=4, solver="midpoint")(anchors.eps, anchors.chosen)
     # The same sums in batches of another size.
     torch.testing.assert_close(anchors.signal, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_anchors_of_a_closed_form_reach_the_exact_map() -> None:
+def test_anchors_of_a_closed_form_reach_the_exact_map(tmp_path: Path) -> None:
     teacher = GaussianTeacher(torch.tensor([0.5, -0.3]), 0.6, CosineVP())
-    generator = torch.Generator().manual_seed(0)
-    settings: dict[str, Any] = {"num_steps": 64, "solver": "midpoint", "t_min": 0.0, "generator": generator}
-    anchors = joined(list(roll_out(teacher, LabelConditions(), 100, **settings)))
+    objective = anchors_of(teacher, LabelConditions(), tmp_path, num_anchors=100, num_anchor_steps=64)
+    anchors = pool_of(objective)
     # From pure noise to data: eq. (17) at s = 0.
     exact = torch.tensor([0.5, -0.3]) + 0.6 * anchors.eps
     assert (anchors.signal - exact).abs().max() < 4e-3
 
 
-def test_draws_are_rows_of_the_pool_and_belong_together() -> None:
-    anchors = pool()
+def test_draws_are_rows_of_the_pool_and_belong_together(pool: Pool) -> None:
+    anchors = pool
     drawn = anchors.draw(50, torch.Generator().manual_seed(1))
     rows = [int((anchors.eps == eps).flatten(1).all(1).nonzero()) for eps in drawn.eps]
     assert torch.equal(drawn.signal, anchors.signal[rows])
@@ -58,36 +93,45 @@ def test_draws_are_rows_of_the_pool_and_belong_together() -> None:
     assert len(set(rows)) > 5
 
 
-def test_a_file_is_read_only_for_what_it_was_made_with(tmp_path: Path) -> None:
+def test_a_file_is_read_only_for_what_it_was_made_with(tmp_path: Path, pool: Pool) -> None:
+    (tmp_path / "anchors-0.safetensors").unlink()
     path, generator = tmp_path / "anchors.safetensors", torch.Generator().manual_seed(3)
-    assert read_anchors(path, {"seed": 0}, generator) is None
-    write_anchors(anchors := pool(), torch.Generator().manual_seed(5), path, {"seed": 0, "teacher": "a"})
+    assert read_pool(path, {"seed": 0}, generator) is None
+    write_pool(anchors := pool, torch.Generator().manual_seed(5), path, {"seed": 0, "teacher": "a"})
     assert [p.name for p in tmp_path.iterdir()] == ["anchors.safetensors"]
-    assert read_anchors(path, {"teacher": "b", "seed": 0}, generator) is None
+    assert read_pool(path, {"teacher": "b", "seed": 0}, generator) is None
     assert generator.initial_seed() == 3 and torch.equal(
         generator.get_state(), torch.Generator().manual_seed(3).get_state()
     )
-    found = read_anchors(path, {"teacher": "a", "seed": 0}, generator)
+    found = read_pool(path, {"teacher": "a", "seed": 0}, generator)
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(5).get_state())
     assert found is not None and torch.equal(found.signal, anchors.signal) and torch.equal(found.eps, anchors.eps)
     assert torch.equal(found.chosen["class_labels"], anchors.chosen["class_labels"])
 
 
 def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
-    # With the teacher's own signal in the place of the student's, only bootstrap rows are left in the loss.
+    # With the student's own prediction in the place of the teacher's signal, its rows have no residual at all.
     values = {"teacher": str(teacher_folder()), "output_dir": tmp_path / "run", **FAST, **POOL, "boundary_weight": 0}
     prepared = prepare(make_config(values))
-    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, "x")
+    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints("x"))
     (tmp_path / "run").mkdir()
-    assert sum(trainer.make_anchors()) == 10
-    assert trainer.anchors is not None
+    assert sum(num for _, num in trainer.prepare()) == 10
+    boot, anchors = trainer.objectives
+    assert isinstance(anchors, Anchors) and anchors.pool is not None
     with torch.no_grad():
-        before = trainer._loss()
-        images = trainer.student(trainer.anchors.eps, None, 0.0, {})
-        trainer.anchors = Anchors(trainer.anchors.eps, images, {})
+        exact = trainer.student(anchors.pool.eps, None, 0.0, {})
+        anchors.pool = Pool(anchors.pool.eps, exact, {})
+        rows = anchors.batch(trainer.objectives[anchors])
+        assert isinstance(rows.target, Tensor)
+        y = trainer.student(rows.x, rows.r, rows.s, rows.cond)
+        assert squared_residuals(y, rows.target).max() < 1e-10
+        # So that the loss of a batch is the bootstrap's alone, a mean over the rows of both.
         trainer.generator.manual_seed(0)
-        after = trainer._loss()
-    assert after < before
+        both = float(trainer._losses()[0])
+        trainer.generator.manual_seed(0)
+        alone = boot.batch(trainer.objectives[boot])
+        residuals = squared_residuals(trainer.student(alone.x, None, alone.s, alone.cond), alone.target)
+    assert both == pytest.approx(float((residuals * alone.weights).sum()) / prepared.config.train_batch_size, rel=1e-5)
 
 
 def test_a_resumed_run_with_anchors_is_uninterrupted_bit_by_bit(tmp_path: Path) -> None:
@@ -108,26 +152,30 @@ def test_a_pool_that_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: py
         (tmp_path / name / "config.yaml").touch()
         own |= {"output_dir": tmp_path / name, "resume_from_checkpoint": "latest"}
         prepared = prepare(make_config({**own, **FAST, **POOL}))
-        return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, "x")
+        return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints("x"))
 
     whole = trainer("whole")
-    assert list(whole.make_anchors()) == [4, 4, 2]
-    for num in (stopped := trainer("run")).make_anchors():
+    made = lambda trainer: [num for _, num in trainer.prepare()]  # noqa: E731 - short
+    assert made(whole) == [4, 4, 2]
+    for _, num in (stopped := trainer("run")).prepare():
         assert num == 4
         stopped.stop_requested = True
-    assert stopped.anchors is None
-    monkeypatch.setattr("onestill.training.trainer.ANCHOR_SECONDS", 0.0)
-    killed = trainer("run").make_anchors()
-    assert [next(killed) for _ in range(3)] == [4, 4, 2], (
+    assert pool_in(stopped) is None
+    monkeypatch.setattr("onestill.objectives.anchors.WRITE_SECONDS", 0.0)
+    killed = trainer("run").prepare()
+    assert [next(killed)[1] for _ in range(3)] == [4, 4, 2], (
         "what is there comes first; the second batch is written by now"
     )
     for left, expected in ((trainer("run"), [8, 2]), (trainer("run"), [10])):
-        assert list(left.make_anchors()) == expected
-        assert left.anchors is not None and whole.anchors is not None
-        assert torch.equal(left.anchors.eps, whole.anchors.eps) and torch.equal(
-            left.anchors.signal, whole.anchors.signal
-        )
-        assert torch.equal(left.anchors.chosen["class_labels"], whole.anchors.chosen["class_labels"])
+        assert made(left) == expected
+        found, wanted = pool_in(left), pool_in(whole)
+        assert found is not None and wanted is not None
+        assert torch.equal(found.eps, wanted.eps) and torch.equal(found.signal, wanted.signal)
+        assert torch.equal(found.chosen["class_labels"], wanted.chosen["class_labels"])
+
+
+def pool_in(trainer: Trainer) -> Pool | None:
+    return next(objective.pool for objective in trainer.objectives if isinstance(objective, Anchors))
 
 
 def test_a_file_that_is_broken_is_made_again(tmp_path: Path) -> None:
@@ -139,7 +187,7 @@ def test_a_file_that_is_broken_is_made_again(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for broken in (b"", whole[: len(whole) // 2]):
         path.write_bytes(broken)
-        assert read_anchors(path, {}, torch.Generator()) is None
+        assert read_pool(path, {}, torch.Generator()) is None
     onestill.distill(teacher_folder(), tmp_path / "two", resume_from_checkpoint="latest", **settings)
     assert same_state(tmp_path / "one" / "checkpoint-4", tmp_path / "two" / "checkpoint-4")
     assert path.stat().st_size == len(whole)
@@ -174,7 +222,9 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
     for fraction in (0.0, 0.5):
         run = tmp_path / f"run-{fraction}"
         onestill.distill(teacher_folder(), run, anchor_fraction=fraction, num_anchors=100, **settings)
-        student = restored(run)
+        from onestill.runs.restore import read_run_config, restore_student
+
+        student = restore_student(run, read_run_config(run), torch.device("cpu"))
         with torch.no_grad():
             errors.append(float((student(eps, None, 0.0, {}) - target.clamp(-10, 10)).square().mean()))
     assert errors[1] < errors[0]
@@ -185,11 +235,11 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
     [
         (
             {"anchor_fraction": 0.9, "train_batch_size": 4},
-            "--boundary_fraction 0.125 and --anchor_fraction 0.9 leave no",
+            "boundary_fraction=0.125 and anchor_fraction=0.9: no bootstrap rows are left",
         ),
-        ({"anchor_fraction": 1.0}, "--anchor_fraction: input should be less than 1, got 1.0"),
-        ({"num_anchors": 0}, "--num_anchors: input should be greater than or equal to 1"),
-        ({"num_anchor_steps": 0}, "--num_anchor_steps: input should be greater than or equal to 1"),
+        ({"anchor_fraction": 1.0}, "anchor_fraction=1: input should be less than 1"),
+        ({"num_anchors": 0}, "num_anchors=0: input should be greater than or equal to 1"),
+        ({"num_anchor_steps": 0}, "num_anchor_steps=0: input should be greater than or equal to 1"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:

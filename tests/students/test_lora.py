@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import onestill
 import onestill.runs.export
 from onestill.core.tensors import Cond, noise
+from onestill.data.conditions import VALIDATION_SEED
 from onestill.diffusion.process import CosineVP
 from onestill.export.export import export_student
 from onestill.runs.build import fit_teacher, prepare
@@ -39,7 +40,7 @@ from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import unet2d_teacher
 from onestill.training.checkpoint import read_checkpoint
 from onestill.training.config import make_config
-from onestill.training.trainer import VALIDATION_SEED, Trainer
+from onestill.training.trainer import Fingerprints, Trainer
 
 Labels = Callable[[Teacher, int], Cond]
 MakeNetwork = Callable[..., nn.Module]
@@ -320,15 +321,17 @@ def test_checkpoint_run_and_pipeline_sample_alike(tmp_path: Path) -> None:
 def test_validation_draws_the_teacher_without_the_lora(tmp_path: Path) -> None:
     settings = {**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run", **LORA, "learning_rate": 1e-2}
     prepared = prepare(make_config(settings))
-    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprint)
+    trainer = Trainer(
+        prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints(prepared.fingerprint)
+    )
     for _ in range(3):
         trainer.update()
     _, rms = trainer.validate()
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + 2)
     fresh = fit_teacher(load_teacher(teacher_folder()), prepared.config)
     generate = teacher_generator(fresh, num_steps=2)
-    assert trainer._teacher_images is not None and rms > 0
-    assert torch.equal(trainer._teacher_images, generate_images(generate, seeds, (1, 8, 8), {}))
+    assert trainer.watch.teacher_images is not None and rms > 0
+    assert torch.equal(trainer.watch.teacher_images, generate_images(generate, seeds, (1, 8, 8), {}))
 
 
 def test_inspect_counts_no_second_copy() -> None:

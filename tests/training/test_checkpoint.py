@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from onestill.training import checkpoint as room
 from onestill.training.checkpoint import (
     STATE_FILE,
     Checkpoint,
-    flatten_optimizer,
     list_checkpoints,
     read_checkpoint,
     read_latest,
-    restore_optimizer,
     rotate,
     step_of,
     write_checkpoint,
@@ -184,42 +181,3 @@ def test_rotation_never_shows_half_a_checkpoint(tmp_path: Path, monkeypatch: pyt
     )
     rotate(tmp_path, 1, newest=2)
     assert ".checkpoint-1.removed" in seen and not any(name.startswith("checkpoint") for name in seen)
-
-
-def make_optimizer(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
-    for _ in range(num_steps):
-        model(torch.ones(5, 3)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def test_optimizer_state_goes_to_disk_and_back_bit_by_bit(tmp_path: Path) -> None:
-    model, optimizer = make_optimizer()
-    train(model, optimizer, 3)
-    optimizer.param_groups[0]["lr"] = 5e-3
-    flat = flatten_optimizer(optimizer)
-    assert set(flat) == {f"{i}.{name}" for i in range(4) for name in ("exp_avg", "exp_avg_sq", "step")}
-    folder = write_checkpoint(tmp_path, 3, Checkpoint({"optimizer": flat}, {}))
-
-    other, restored = make_optimizer(seed=1)
-    other.load_state_dict(model.state_dict())
-    restore_optimizer(restored, read_checkpoint(folder).tensors["optimizer"], [5e-3])
-    assert restored.param_groups[0]["lr"] == 5e-3
-    for name, value in flatten_optimizer(restored).items():
-        assert torch.equal(value, flat[name]) and value.dtype == flat[name].dtype
-    train(model, optimizer, 3)
-    train(other, restored, 3)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-
-
-def test_optimizer_before_its_first_step_is_empty_and_restores() -> None:
-    model, optimizer = make_optimizer()
-    assert flatten_optimizer(optimizer) == {}
-    restore_optimizer(optimizer, {}, [1e-2])
-    train(model, optimizer, 1)

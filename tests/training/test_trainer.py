@@ -35,13 +35,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import onestill
-from onestill.objectives import boot as objective
+from onestill.core.settings import read_yaml
 from onestill.runs.build import Prepared, prepare
 from onestill.runs.distill import RunResult
 from onestill.runs.load import load_student
 from onestill.training.checkpoint import list_checkpoints, read_checkpoint, step_of, write_checkpoint
-from onestill.training.config import make_config, read_yaml
-from onestill.training.trainer import NonFiniteLossError, StepLog, Trainer
+from onestill.training.config import make_config
+from onestill.training.loss import regression
+from onestill.training.trainer import Fingerprints, NonFiniteLossError, Trainer
+from onestill.training.watch import StepLog, residual_by_time
 
 GUIDANCE = {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale_max": 3.0}
 
@@ -49,7 +51,9 @@ GUIDANCE = {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale
 def make_trainer(tmp_path: Path, kind: str = "plain", **settings: Any) -> tuple[Trainer, Prepared]:
     values = {**FAST, "teacher": str(teacher_folder(kind)), "output_dir": tmp_path / "run", **settings}
     prepared = prepare(make_config(values))
-    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprint)
+    trainer = Trainer(
+        prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints(prepared.fingerprint)
+    )
     return trainer, prepared
 
 
@@ -93,6 +97,8 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def test_every_choice_trains(tmp_path: Path, choice: dict[str, Any]) -> None:
     trainer, _ = make_trainer(tmp_path, max_train_steps=2, **choice)
     before = parameters(trainer)
+    trainer.config.output_dir.mkdir()
+    assert sum(num for _, num in trainer.prepare()) == choice.get("num_anchors", 0)
     logs = list(trainer.steps())
     assert [log.step for log in logs] == [1, 2]
     assert all(math.isfinite(log.loss) and log.grad_norm > 0 for log in logs)
@@ -104,9 +110,9 @@ def test_averages_are_kept_only_where_asked(tmp_path: Path) -> None:
         trainer, _ = make_trainer(tmp_path / str(settings), max_train_steps=2, **settings)
         return set(read_checkpoint(list(trainer.steps())[-1].checkpoint or Path()).tensors)
 
-    assert groups(ema_decay=0) == {"student", "optimizer", "random"}
-    assert groups(ema_decay=0, ema_target_decay=0.5) == {"student", "optimizer", "random", "target_ema"}
-    assert groups(ema_decay=0.9) == {"student", "optimizer", "random", "ema"}
+    assert groups(ema_decay=0) == {"student", "student-optimizer", "random"}
+    assert groups(ema_decay=0, ema_target_decay=0.5) == {"student", "student-optimizer", "random", "student-target_ema"}
+    assert groups(ema_decay=0.9) == {"student", "student-optimizer", "random", "student-ema"}
 
 
 def test_the_averages_follow_the_weights(tmp_path: Path) -> None:
@@ -118,23 +124,30 @@ def test_the_averages_follow_the_weights(tmp_path: Path) -> None:
             n = log.step - 1
             old = expected.get(name, value)
             expected[name] = old + (1 - 0.5) * (value - old) if n else value
-    assert trainer.target_ema is not None and trainer.ema is not None
-    found = dict(zip(expected, trainer.target_ema.shadow_params, strict=True))
+    kept = trainer.trained[0].averages
+    found = dict(zip(expected, kept["target_ema"].shadow_params, strict=True))
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
-    assert trainer.ema.optimization_step == 6
+    assert kept["ema"].optimization_step == 6
     with trainer.averaged():
-        assert equal(parameters(trainer), dict(zip(expected, trainer.ema.shadow_params, strict=True)))
-    assert not equal(parameters(trainer), dict(zip(expected, trainer.ema.shadow_params, strict=True)))
+        assert equal(parameters(trainer), dict(zip(expected, kept["ema"].shadow_params, strict=True)))
+    assert not equal(parameters(trainer), dict(zip(expected, kept["ema"].shadow_params, strict=True)))
 
 
 def test_the_average_is_what_the_target_uses(tmp_path: Path) -> None:
     trainer, _ = make_trainer(tmp_path, ema_target_decay=0.5)
-    assert trainer.target_ema is not None
+    (boot,) = trainer.objectives
+    follower = boot.context.target_student
     x, t = torch.randn(3, 1, 8, 8), torch.full((3,), 0.5, dtype=torch.float64)
-    assert torch.equal(trainer._student_at(x, t, {}), trainer.student(x, None, t, {}))
-    for value in trainer.target_ema.shadow_params:
+    assert follower is not trainer.student
+    assert torch.equal(follower(x, None, t, {}), trainer.student(x, None, t, {}))
+    for value in trainer.trained[0].averages["target_ema"].shadow_params:
         value.mul_(1.1)
-    assert not torch.equal(trainer._student_at(x, t, {}), trainer.student(x, None, t, {}))
+    assert not torch.equal(follower(x, None, t, {}), trainer.student(x, None, t, {}))
+    target = boot.batch(4).target
+    for value in trainer.trained[0].averages["target_ema"].shadow_params:
+        value.mul_(1.1)
+    trainer.generator.manual_seed(trainer.config.seed)
+    assert not torch.equal(boot.batch(4).target, target)
 
 
 def test_the_teacher_is_never_touched(tmp_path: Path) -> None:
@@ -175,7 +188,7 @@ def test_the_schedule_of_the_learning_rate_ends_where_it_says(tmp_path: Path) ->
     )
     rates = [log.learning_rate / 1e-4 for log in trainer.steps()]
     assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    assert trainer.trained[0].learning_rate == pytest.approx(0)
 
 
 def test_accumulated_gradients_are_the_mean_over_the_forward_passes(
@@ -185,13 +198,13 @@ def test_accumulated_gradients_are_the_mean_over_the_forward_passes(
 
     def run(num: int) -> dict[str, Tensor]:
         trainer, _ = make_trainer(tmp_path / str(num), gradient_accumulation_steps=num, max_train_steps=2)
-        draw = trainer._loss
+        draw = trainer._losses
 
-        def again() -> Tensor:
+        def again() -> Any:
             trainer.generator.manual_seed(trainer.progress.step)
             return draw()
 
-        monkeypatch.setattr(trainer, "_loss", again)
+        monkeypatch.setattr(trainer, "_losses", again)
         list(trainer.steps())
         return parameters(trainer)
 
@@ -369,7 +382,7 @@ def test_corrupt_newest_checkpoint_falls_back_and_says_so(tmp_path: Path, capsys
     settings = {**FAST, "checkpointing_steps": 1}
     with pytest.raises(Interruption):
         distil(tmp_path / "run", on_step=interrupt_at(3), **settings)
-    path = tmp_path / "run" / "checkpoint-3" / "optimizer.safetensors"
+    path = tmp_path / "run" / "checkpoint-3" / "student-optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     onestill.distill(teacher_folder(), tmp_path / "run", resume_from_checkpoint="latest", **settings)
     said = capsys.readouterr().err
@@ -456,14 +469,14 @@ def test_handlers_of_signals_are_put_back(tmp_path: Path) -> None:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, calls: set[int] | range) -> None:
     """Make the loss of these forward passes, counted from 1, NaN."""
-    real, count = objective.loss, 0
+    real, count = regression, 0
 
-    def loss(*args: Any) -> Tensor:
+    def spoiled(*args: Any) -> Tensor:
         nonlocal count
         count += 1
         return real(*args) * (math.nan if count in calls else 1)
 
-    monkeypatch.setattr(objective, "loss", loss)
+    monkeypatch.setattr("onestill.training.trainer.regression", spoiled)
 
 
 def test_a_nonfinite_loss_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,16 +488,16 @@ def test_a_nonfinite_loss_is_skipped_and_counted(tmp_path: Path, monkeypatch: py
     weights, averages, state = [parameters(trainer)], [], []
     for log in trainer.steps():
         weights.append(parameters(trainer))
-        assert trainer.ema is not None and trainer.target_ema is not None
-        averages.append(trainer.ema.optimization_step)
-        state.append(trainer.target_ema.optimization_step)
+        kept = trainer.trained[0].averages
+        averages.append(kept["ema"].optimization_step)
+        state.append(kept["target_ema"].optimization_step)
         assert log.nonfinite_steps == [0, 1, 2, 2, 2, 3, 3, 3][log.step - 1]
     # Step 1 is at learning rate 0, the first of the warm-up.
     unchanged = [equal(a, b) for a, b in pairwise(weights)]
     assert unchanged == [True, True, True, False, False, True, False, False]
     assert averages == state == [1, 1, 1, 2, 3, 3, 4, 5]
     assert all(value.isfinite().all() for value in weights[-1].values())
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    assert trainer.trained[0].learning_rate == pytest.approx(0)
     # Every line is JSON, which has no NaN.
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/logs/metrics.jsonl").open()]
     assert [row["nonfinite_steps"] for row in rows] == [0, 1, 2, 2, 2, 3, 3, 3]
@@ -567,13 +580,13 @@ def test_metrics_tell_of_the_run(tmp_path: Path) -> None:
 def test_residuals_are_those_of_the_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bin's number is the mean over all bootstrap rows since the last line, in units of f."""
     seen: list[tuple[Tensor, Tensor]] = []
-    count = objective.residual_by_time
+    count = residual_by_time
 
     def keep(residuals: Tensor, rho: Tensor, s: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         seen.append((residuals.detach().double() / rho**2, s))
         return count(residuals, rho, s, *rest)
 
-    monkeypatch.setattr(objective, "residual_by_time", keep)
+    monkeypatch.setattr("onestill.training.watch.residual_by_time", keep)
     trainer, _ = make_trainer(tmp_path, max_train_steps=3, logging_steps=3, num_time_bins=2, train_batch_size=16)
     (log,) = [log for log in trainer.steps() if log.residual_by_time]
     assert len(seen) == 3 and all(len(values) == 16 - 2 for values, _ in seen)

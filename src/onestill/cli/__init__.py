@@ -14,7 +14,7 @@ from onestill import __version__
 from onestill.cli import demo, distill, evaluate, export, inspect, sample
 from onestill.cli.help import Command
 from onestill.cli.output import note, say
-from onestill.core.errors import SettingError, SettingErrors
+from onestill.core.errors import shown_as_flags
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which typer has under no public name
 # Flags have underscores, as in diffusers' scripts; dashes mean the same.
@@ -62,8 +62,7 @@ def main() -> None:
             note(("error:", "red"), f" {said}")
         sys.exit(2)
     except ValueError as error:
-        words = error.as_flags() if isinstance(error, (SettingError, SettingErrors)) else str(error)
-        for line in words.splitlines():
+        for line in shown_as_flags(error).splitlines():
             note(("error:", "red"), f" {line}")
         sys.exit(2)
     except KeyboardInterrupt:  # before a command has begun

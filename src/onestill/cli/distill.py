@@ -12,6 +12,7 @@ import typer
 
 from onestill.cli.fields import from_config
 from onestill.cli.output import note, quiet, say
+from onestill.core.errors import shown_as_flags
 from onestill.training.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
@@ -89,13 +90,13 @@ def _run(prepared: Prepared) -> RunResult:
     try:
         return distillation.run(prepared)
     except PromptCacheError as error:
-        note(("error:", "red"), f" {error}")
+        note(("error:", "red"), f" {shown_as_flags(error)}")
         raise typer.Exit(2) from None
     except NonFiniteLossError as error:
-        note(("stopped:", "red"), f" {error}")
+        note(("stopped:", "red"), f" {shown_as_flags(error)}")
         raise typer.Exit(1) from None
     except (ValueError, OSError, SafetensorError, ExportError, torch.OutOfMemoryError) as error:
-        note(("stopped:", "red"), f" {error}")
+        note(("stopped:", "red"), f" {shown_as_flags(error)}")
         if is_run(folder):
             note(f"what was saved is kept. Go on with: {go_on(folder)}")
         raise typer.Exit(1) from None

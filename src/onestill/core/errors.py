@@ -117,6 +117,27 @@ class SettingErrors(ValueError):
         return "\n".join(error.as_flags() for error in self.errors)
 
 
+class RunError(RuntimeError):
+    """Something that has begun cannot go on.
+
+    Args:
+        text: Why, and what to do; may mention settings by `named`.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        super().__init__(as_arguments(text))
+
+    def as_flags(self) -> str:
+        """Return the message as the command line shows it."""
+        return as_flags(self.text)
+
+
+def shown_as_flags(error: BaseException) -> str:
+    """Return any error's message as the command line shows it."""
+    return error.as_flags() if isinstance(error, (SettingError, SettingErrors, RunError)) else str(error)
+
+
 def found_in(where: str, error: ValueError) -> ValueError:
     """Return an error that says first what it was found in; one of a setting stays one."""
     if isinstance(error, SettingError):

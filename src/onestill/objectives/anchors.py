@@ -1,33 +1,150 @@
-"""Anchors: the ends of a few teacher trajectories, kept as exact regression targets beside the bootstrap.
+"""Anchors: the ends of a few teacher trajectories, kept as exact regression targets beside the bootstrap, eq. (20).
 
 A bootstrap target is only as good as the student's own signal at the time before it. An anchor is the teacher's
-signal at t_min itself, from noise to end in some steps of the same solver: eq. (20), a row of eq. (10) whose one
-step is the whole trajectory, so rho = 1. A pool of them is made once, from noise and conditions alone, and drawn from
-all along the training.
+signal at t_min itself, from noise to end in some steps of the same solver: a row of eq. (10) whose one step is the whole
+trajectory, so rho = 1. A pool of them is made once, from noise and conditions alone, and drawn from all along the
+training.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from onestill.core.settings import Settings, setting
+from onestill.objectives.base import Batch, Context, Cost, Objective
+from onestill.objectives.boot import BOOTSTRAP, OBJECTIVE, BootSettings, row_weights
 
-from onestill.core.files import save_tensors
-from onestill.core.tensors import Cond, to_device
-from onestill.data.conditions import Conditions
-from onestill.diffusion.trajectory import STEPS, solve, uniform_times
-from onestill.teachers.base import Teacher
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from onestill.core.tensors import Cond
+
+POOL_SEED = 2**31
+WRITE_SECONDS = 300.0
+
+
+class AnchorSettings(Settings):
+    """How many anchors, and how they are made."""
+
+    anchor_fraction: float = setting(
+        0.0,
+        OBJECTIVE,
+        "Share of the batch that is regressed on whole teacher trajectories; 0 is BOOT alone.",
+        ge=0,
+        lt=1,
+    )
+    num_anchors: int = setting(10_000, OBJECTIVE, "Teacher trajectories made for that before the first step.", ge=1)
+    num_anchor_steps: int = setting(12, OBJECTIVE, "Solver steps of each.", ge=1, le=1000)
+
+
+class _Both(AnchorSettings, BootSettings):
+    """What anchors read: they are made by the solver of the bootstrap, and weighted as its rows."""
+
+
+class Anchors(Objective[_Both]):
+    """Rows from x_a to t_min whose target is the teacher's own signal there, eq. (20); in the mean of the bootstrap."""
+
+    name = "anchors"
+    unit = "anchor"
+    Settings = AnchorSettings
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.pool: Pool | None = None
+
+    @classmethod
+    def num_rows(cls, settings: Any, batch_size: int) -> int:
+        return max(1, round(settings.anchor_fraction * batch_size)) if settings.anchor_fraction > 0 else 0
+
+    @classmethod
+    def cost(cls, settings: Any, batch_size: int) -> Cost:
+        from onestill.diffusion.trajectory import CALLS_PER_STEP
+
+        calls = settings.num_anchor_steps * CALLS_PER_STEP[settings.solver]
+        return Cost(pool=settings.num_anchors, teacher_per_item=calls)
+
+    def prepare(self) -> Iterator[int]:
+        """Make the pool, going on with what an earlier part of this run made; yield how many came each time.
+
+        A pool of its own for every process, from a generator of its own, so that a resumed run has the same one. It is
+        written when it is whole, when the iterator is closed, and every few minutes.
+        """
+        import torch
+
+        context, rank = self.context, self.context.process_index
+        path = context.folder / f"anchors-{rank}.safetensors"
+        generator = torch.Generator().manual_seed(context.seed + POOL_SEED + rank)
+        num = -(-self.settings.num_anchors // context.num_processes)
+        found = read_pool(path, context.identity, generator)
+        batches = [] if found is None else [found]
+        made = written = 0 if found is None else len(found.eps)
+        at, pause = time.monotonic(), WRITE_SECONDS
+        try:
+            if made:
+                yield made
+            for batch in self._roll_out(made, num, generator):
+                batches.append(batch)
+                made += len(batch.eps)
+                if (started := time.monotonic()) - at > pause:
+                    batches = [joined(batches)]
+                    write_pool(batches[0], generator, path, context.identity)
+                    written, at = made, time.monotonic()
+                    pause = max(pause, 20 * (at - started))  # a large pool is written less often
+                yield len(batch.eps)
+        finally:
+            if written < made:
+                batches = [joined(batches)]
+                write_pool(batches[0], generator, path, context.identity)
+        self.pool = joined(batches)
+
+    def _roll_out(self, first: int, num: int, generator: torch.Generator) -> Iterator[Pool]:
+        """Yield `num` anchors less the `first` ones, which are whole batches and have left the generator as it is."""
+        import torch
+
+        from onestill.core.tensors import to_device
+        from onestill.diffusion.trajectory import STEPS, solve, uniform_times
+
+        context, settings = self.context, self.settings
+        spec = context.teacher.spec
+        times = uniform_times(spec.t_max, settings.num_anchor_steps, settings.t_min)
+        for start in range(first, num, context.batch_size):
+            rows = min(context.batch_size, num - start)
+            eps = torch.randn(rows, *spec.sample_shape, generator=generator)
+            chosen = context.conditions.choose(rows, generator)
+            with torch.no_grad(), context.autocast():
+                denoised = context.teacher.denoiser(to_device(context.conditions.rows(chosen), context.device))
+                x_a = spec.trajectory.start(eps.to(context.device))
+                signal = solve(spec.trajectory, denoised, x_a, times, STEPS[settings.solver])
+            yield Pool(eps, signal.cpu(), chosen)
+
+    def batch(self, num: int) -> Batch:
+        import torch
+
+        from onestill.core.tensors import to_device
+
+        assert self.pool is not None, "prepare has run to its end"
+        context, settings = self.context, self.settings
+        drawn = self.pool.draw(num, context.generator)
+        trajectory = context.teacher.spec.trajectory
+        t = torch.full((num,), trajectory.t_max, dtype=torch.float64)
+        s = torch.full((num,), settings.t_min, dtype=torch.float64)
+        weights = row_weights(settings.bootstrap_weight, trajectory, t, s).float()
+        cond = to_device(context.conditions.rows(drawn.chosen), context.device)
+        x_a = trajectory.start(drawn.eps.to(context.device))
+        return Batch(x_a, s, cond, drawn.signal.to(context.device), weights, torch.full((num,), BOOTSTRAP))
 
 
 @dataclass(frozen=True)
-class Anchors:
-    """A pool of teacher trajectories' two ends.
+class Pool:
+    """Teacher trajectories' two ends.
 
     Attributes:
         eps: Noise, [N, *sample_shape].
@@ -40,96 +157,65 @@ class Anchors:
     signal: Tensor
     chosen: Cond
 
-    def draw(self, num: int, generator: torch.Generator) -> Anchors:
+    def draw(self, num: int, generator: torch.Generator) -> Pool:
         """Return `num` anchors of the pool, with replacement."""
+        import torch
+
         rows = torch.randint(len(self.eps), (num,), generator=generator)
-        return Anchors(self.eps[rows], self.signal[rows], {name: value[rows] for name, value in self.chosen.items()})
+        return Pool(self.eps[rows], self.signal[rows], {name: value[rows] for name, value in self.chosen.items()})
 
 
-@torch.no_grad()
-def roll_out(
-    teacher: Teacher,
-    conditions: Conditions,
-    num: int,
-    *,
-    first: int = 0,
-    num_steps: int,
-    solver: str,
-    t_min: float,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    batch_size: int = 64,
-) -> Iterator[Anchors]:
-    """Yield `num` anchors less the `first` ones in batches, made by `num_steps` steps of the guided and thresholded teacher.
-
-    Args:
-        teacher: The teacher as the bootstrap uses it.
-        conditions: Where the conditions come from.
-        num: How many in all.
-        first: How many of them there are already, whole batches, after which `generator` is as they left it.
-        num_steps: Solver steps from t_max to t_min, uniform in t.
-        solver: One of `onestill.diffusion.trajectory.STEPS`.
-        t_min: Cleanest target time.
-        generator: Of the noise and the conditions.
-        device: Where the teacher is.
-        batch_size: Rows in one network call.
-    """
-    spec = teacher.spec
-    times = uniform_times(spec.t_max, num_steps, t_min)
-    for start in range(first, num, batch_size):
-        rows = min(batch_size, num - start)
-        eps = torch.randn(rows, *spec.sample_shape, generator=generator)
-        chosen = conditions.choose(rows, generator)
-        denoised = teacher.denoiser(to_device(conditions.rows(chosen), device))
-        x_a = spec.trajectory.start(eps.to(device))
-        yield Anchors(eps, solve(spec.trajectory, denoised, x_a, times, STEPS[solver]).cpu(), chosen)
-
-
-def joined(batches: list[Anchors]) -> Anchors:
+def joined(batches: list[Pool]) -> Pool:
     """Return batches of anchors as one pool."""
+    import torch
+
     names = batches[0].chosen
-    return Anchors(
+    return Pool(
         torch.cat([batch.eps for batch in batches]),
         torch.cat([batch.signal for batch in batches]),
         {name: torch.cat([batch.chosen[name] for batch in batches]) for name in names},
     )
 
 
-def write_anchors(anchors: Anchors, generator: torch.Generator, path: Path, made_with: dict[str, object]) -> None:
+def write_pool(pool: Pool, generator: torch.Generator, path: Path, identity: Mapping[str, object]) -> None:
     """Write a pool, whole or its first batches, with what made it, in one rename.
 
     Args:
-        anchors: The pool.
+        pool: The pool.
         generator: As the last batch left it.
         path: The file.
-        made_with: Everything that decides what a pool is.
+        identity: Everything that decides what a pool is.
     """
-    tensors = {"eps": anchors.eps, "signal": anchors.signal, "generator": generator.get_state()}
-    tensors |= {f"chosen.{name}": value.contiguous() for name, value in anchors.chosen.items()}
+    from onestill.core.files import save_tensors
+
+    tensors = {"eps": pool.eps, "signal": pool.signal, "generator": generator.get_state()}
+    tensors |= {f"chosen.{name}": value.contiguous() for name, value in pool.chosen.items()}
     partial = path.with_suffix(".partial")
-    save_tensors(tensors, partial, metadata={"made_with": json.dumps(made_with, sort_keys=True)})
+    save_tensors(tensors, partial, metadata={"made_with": json.dumps(identity, sort_keys=True)})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def read_anchors(path: Path, made_with: dict[str, object], generator: torch.Generator) -> Anchors | None:
+def read_pool(path: Path, identity: Mapping[str, object], generator: torch.Generator) -> Pool | None:
     """Return the pool in a file, or None if there is none that was made with the same settings.
 
     Args:
         path: The file.
-        made_with: Everything that decides what a pool is.
+        identity: Everything that decides what a pool is.
         generator: Is left as the pool's last batch left the one that made it.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("made_with") != json.dumps(made_with, sort_keys=True):
+            if (file.metadata() or {}).get("made_with") != json.dumps(identity, sort_keys=True):
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except SafetensorError:  # not what was written: it is made again
         return None
     generator.set_state(tensors["generator"])
     chosen = {name.removeprefix("chosen."): value for name, value in tensors.items() if name.startswith("chosen.")}
-    return Anchors(tensors["eps"], tensors["signal"], chosen)
+    return Pool(tensors["eps"], tensors["signal"], chosen)

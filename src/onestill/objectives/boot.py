@@ -1,20 +1,113 @@
-"""The losses of BOOT (Gu et al., arXiv 2306.05544) as pure functions of tensors; no random number is drawn here.
+"""The losses of BOOT (Gu et al., arXiv 2306.05544): bootstrap rows, eq. (10), and boundary rows, eq. (11).
 
-One training batch has two kinds of rows, which differ in their times only: bootstrap rows with s < t, eq. (10),
-and boundary rows with s = t = t_max, eq. (11), for which a step of any order gives f(x_a, t_max).
+The two kinds of rows differ in their times only. Bootstrap rows step from t to s < t: y_s is regressed on
+sg[y_t + rho (mean of f - y_t)], the student's own signal at t moved on by one step of the teacher's ODE. Boundary rows
+have s = t = t_max, for which a step of any order gives f(x_a, t_max).
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from onestill.core.tensors import broadcast
-from onestill.diffusion.trajectory import Denoiser, Step, Trajectory
+from onestill.core.settings import Settings, setting
+from onestill.objectives.base import Batch, Cost, Objective
 
-TIME_SAMPLINGS = ("uniform", "s_first", "progressive")
-WEIGHTS = ("inverse_rho", "velocity", "none")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from onestill.diffusion.trajectory import Denoiser, Step, Trajectory
+
+OBJECTIVE = "Objective"
+TimeSampling = Literal["uniform", "s_first", "progressive"]
+Weight = Literal["inverse_rho", "velocity", "none"]
+TIME_SAMPLINGS, WEIGHTS = get_args(TimeSampling), get_args(Weight)
 SIGMA_FLOOR = 0.05
+BOOTSTRAP, BOUNDARY = 0, 1
+"""The two means."""
+
+
+class BootSettings(Settings):
+    """Times, steps and weights of the bootstrap, and the boundary."""
+
+    time_sampling: TimeSampling = setting("s_first", OBJECTIVE, "How step times are drawn.")
+    delta: float = setting(1 / 25, OBJECTIVE, "Step size in t.", gt=0, lt=1)
+    t_min: float = setting(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
+    solver: Literal["ddim", "heun", "midpoint"] = setting(
+        "midpoint", OBJECTIVE, "Step that makes the bootstrap target."
+    )
+    bootstrap_weight: Weight = setting("velocity", OBJECTIVE, "Weight of the residuals.")
+    boundary_weight: float = setting(1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0)
+    boundary_fraction: float = setting(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)
+    ema_target_decay: float = setting(
+        0.0, OBJECTIVE, "Decay of an EMA student used in the target; 0 is the student itself.", ge=0, lt=1
+    )
+
+    def num_boundary_rows(self, batch_size: int) -> int:
+        """Return how many rows of a batch go to the boundary loss."""
+        return max(1, round(self.boundary_fraction * batch_size)) if self.boundary_weight > 0 else 0
+
+
+class Boot(Objective[BootSettings]):
+    """L_BS + beta L_BC, eqs. (10) and (11), in one batch: the boundary rows come first."""
+
+    name = "boot"
+    Settings = BootSettings
+
+    @classmethod
+    def num_rows(cls, settings: Any, batch_size: int) -> int | None:
+        return None
+
+    @classmethod
+    def cost(cls, settings: Any, batch_size: int) -> Cost:
+        from onestill.diffusion.trajectory import CALLS_PER_STEP
+
+        return Cost(student=1, teacher=CALLS_PER_STEP[settings.solver])
+
+    def batch(self, num: int) -> Batch:
+        import torch
+
+        from onestill.core.tensors import to_device
+        from onestill.diffusion.trajectory import STEPS
+
+        context, settings = self.context, self.settings
+        generator, spec = context.generator, context.teacher.spec
+        eps = torch.randn(num, *spec.sample_shape, generator=generator)
+        u = torch.rand(num, generator=generator, dtype=torch.float64)
+        chosen = context.conditions.choose(num, generator)
+        cond = to_device(context.conditions.rows(chosen), context.device)
+        t, s = draw_times(u, settings.time_sampling, settings.delta, settings.t_min, spec.t_max, context.progress())
+        is_boundary = torch.arange(num) < settings.num_boundary_rows(context.batch_size)
+        t[is_boundary] = s[is_boundary] = spec.t_max
+
+        x_a = spec.trajectory.start(eps.to(context.device))
+        with torch.no_grad(), context.autocast():
+            y_t = context.target_student(x_a, None, t, cond)
+            denoised = context.teacher.denoiser(cond)
+            target = bootstrap_target(STEPS[settings.solver], spec.trajectory, denoised, x_a, y_t, t, s)
+        weights = row_weights(settings.bootstrap_weight, spec.trajectory, t, s).float()
+        weights = weights * torch.where(is_boundary, settings.boundary_weight, 1.0)
+        mean = torch.where(is_boundary, BOUNDARY, BOOTSTRAP)
+        return Batch(x_a, s, cond, target, weights, mean, t=t, is_profiled=~is_boundary)
+
+
+def bootstrap_target(
+    step: Step, trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
+    """Return sg[y_t + rho (mean of f - y_t)], the right side of eq. (10), [B, ...].
+
+    Args:
+        step: One of `onestill.diffusion.trajectory.STEPS`.
+        trajectory: The teacher's ODE.
+        denoised: The teacher, guided and thresholded as its sampler would.
+        x_a: Start state, [B, ...].
+        y_t: The student's signal at t, [B, ...].
+        t: Times, [B] float64.
+        s: Cleaner times, [B] float64; s = t = t_max on boundary rows.
+    """
+    import torch
+
+    with torch.no_grad():
+        return step(trajectory, denoised, x_a, y_t, t, s)
 
 
 def draw_times(
@@ -35,37 +128,19 @@ def draw_times(
         progress: Share of the training done, in [0, 1].
 
     Raises:
-        ValueError: If the strategy is not one of `TIME_SAMPLINGS`.
+        ValueError: If the strategy is not one of these.
     """
+    if strategy not in TIME_SAMPLINGS:
+        raise ValueError(f"unknown time sampling {strategy!r}; known: {', '.join(TIME_SAMPLINGS)}")
     if strategy == "uniform":
         t = t_min + delta + u * (t_max - t_min - delta)
         return t, t - delta
-    if strategy not in TIME_SAMPLINGS:
-        raise ValueError(f"unknown time sampling {strategy!r}; known: {', '.join(TIME_SAMPLINGS)}")
     low = t_min
     if strategy == "progressive":
         # The window reaches t_min at three quarters of the run; the last quarter covers everything.
         low = t_max - (t_max - t_min) * min(1.0, max(progress / 0.75, delta))
     s = low + u * (t_max - low)
     return (s + delta).clamp(max=t_max), s
-
-
-@torch.no_grad()
-def bootstrap_target(
-    step: Step, trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor
-) -> Tensor:
-    """Return sg[y_t + rho (mean of f - y_t)], the right side of eq. (10), [B, ...].
-
-    Args:
-        step: One of `onestill.diffusion.trajectory.STEPS`.
-        trajectory: The teacher's ODE.
-        denoised: The teacher, guided and thresholded as its sampler would.
-        x_a: Start state, [B, ...].
-        y_t: The student's signal at t, [B, ...].
-        t: Times, [B] float64.
-        s: Cleaner times, [B] float64; s = t = t_max on boundary rows.
-    """
-    return step(trajectory, denoised, x_a, y_t, t, s)
 
 
 def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Tensor:
@@ -76,46 +151,14 @@ def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Te
     forms. none: 1. On boundary rows rho is 1.
 
     Raises:
-        ValueError: If the name is not one of `WEIGHTS`.
+        ValueError: If the name is not one of these.
     """
+    if weight not in WEIGHTS:
+        raise ValueError(f"unknown weight {weight!r}; known: {', '.join(WEIGHTS)}")
     rho = trajectory.rho(t, s)
-    match weight:
-        case "none":
-            return torch.ones_like(rho)
-        case "inverse_rho":
-            return rho**-2
-        case "velocity":
-            sigma = trajectory.process.alpha_sigma(s)[1]
-            return (rho * sigma.clamp(min=SIGMA_FLOOR, max=1.0)) ** -2
-    raise ValueError(f"unknown weight {weight!r}; known: {', '.join(WEIGHTS)}")
-
-
-def squared_residuals(y_s: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared difference of each row, [B]."""
-    return (y_s - target).square().flatten(1).mean(1)
-
-
-def loss(residuals: Tensor, weights: Tensor, is_boundary: Tensor, boundary_weight: float) -> Tensor:
-    """Return L = L_BS + beta L_BC, eqs. (10) and (11): means over the rows of each kind.
-
-    Args:
-        residuals: `squared_residuals`, [B].
-        weights: `row_weights`, [B].
-        is_boundary: Which rows are boundary rows, [B] bool.
-        boundary_weight: beta.
-    """
-    weights = weights.to(residuals) * torch.where(is_boundary, boundary_weight, 1.0).to(residuals)
-    counts = torch.where(is_boundary, is_boundary.sum(), (~is_boundary).sum()).to(residuals)
-    return (broadcast(weights, residuals) * residuals / counts).sum()
-
-
-def residual_by_time(residuals: Tensor, rho: Tensor, s: Tensor, num_bins: int, t_max: float) -> tuple[Tensor, Tensor]:
-    """Return (sums, counts) of residual / rho^2 over equal bins of the target time s, [num_bins] each.
-
-    In these units the residual is an error of f: a profile that grows towards the clean end says that errors
-    accumulate along the trajectory.
-    """
-    bins = (s / t_max * num_bins).long().clamp(0, num_bins - 1)
-    sums = torch.zeros(num_bins, dtype=torch.float64)
-    sums.index_add_(0, bins, residuals.detach().double().cpu() / rho**2)
-    return sums, torch.bincount(bins, minlength=num_bins).double()
+    if weight == "none":
+        return rho.new_ones(rho.shape)
+    if weight == "inverse_rho":
+        return rho**-2
+    sigma = trajectory.process.alpha_sigma(s)[1]
+    return (rho * sigma.clamp(min=SIGMA_FLOOR, max=1.0)) ** -2

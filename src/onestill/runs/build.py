@@ -33,9 +33,10 @@ from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.teachers.teacher_spec import Threshold
 from onestill.training.checkpoint import Checkpoint
-from onestill.training.config import CALL_ARGUMENTS, DistillConfig, make_config
+from onestill.training.config import DistillConfig, make_config
 
 PYTHON_OBJECT = "python object"
 

@@ -161,12 +161,12 @@ def find_resume(
             f"--resume_from_checkpoint {source}: {folder} was trained with other settings: {'; '.join(changes)}. Give those, "
             "or a new --output_dir; only a run with a constant --lr_scheduler and no progressive times can be made longer"
         )
-    if values["teacher_fingerprint"] != fingerprint:
+    if values["fingerprints"]["teacher"] != fingerprint:
         raise ValueError(
             f"--resume_from_checkpoint {source}: {folder} was trained on a teacher with other weights "
             f"({values['config']['teacher']}) than --teacher {config.teacher}"
         )
-    old_prompts, old_base = split_fingerprint(values.get("prompts_fingerprint", ""))
+    old_prompts, old_base = split_fingerprint(values["fingerprints"]["prompts"])
     prompts, base = split_fingerprint(prompts_fingerprint)
     if old_base != base:
         raise ValueError(

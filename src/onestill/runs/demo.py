@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onestill.core.errors import SettingError, named
+from onestill.core.settings import read_yaml
 from onestill.evaluation.report import Report
 from onestill.runs.checks import check_device, check_output_dir
 from onestill.runs.distill import distill
@@ -17,7 +18,7 @@ from onestill.runs.evaluate import evaluate
 from onestill.runs.folder import CONFIG_FILE
 from onestill.runs.sample import sample
 from onestill.sampling import pictures
-from onestill.training.config import make_config, read_yaml
+from onestill.training.config import make_config
 
 PROJECT_NAME = "onestill-demo"
 """Marks the folder of a run as a demo, which may be removed when overwriting is allowed."""

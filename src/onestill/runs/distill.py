@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import chain, count, groupby
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from onestill.core.settings import write_yaml
 from onestill.data.prompts import PromptFile
 from onestill.export.export import export_student
 from onestill.runs.build import Prepared, chosen_threshold, configure, prepare
@@ -28,8 +30,9 @@ from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE
 from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
-from onestill.training.config import DistillConfig, write_yaml
-from onestill.training.trainer import StepLog, Trainer
+from onestill.training.config import DistillConfig
+from onestill.training.trainer import Fingerprints, Trainer
+from onestill.training.watch import StepLog
 
 
 @dataclass(frozen=True)
@@ -118,15 +121,12 @@ def run(
         if trainer.accelerator.is_main_process:
             _put_aside(config, prepared.resume[1].values["config"]["max_train_steps"])
     else:
-        trainer.cut_log()
+        trainer.watch.forget_after(0)
     first, started = trainer.progress.step, time.monotonic()
     if first == config.max_train_steps and (config.output_dir / PIPELINE_FOLDER).is_dir():
         return RunResult(config.output_dir, first, config.output_dir / PIPELINE_FOLDER, checkpoint)
     with _stopping(trainer) as signals:
-        if config.num_anchor_rows:
-            with _bar(trainer, show_progress, "making anchors", config.num_anchors, unit="anchor") as bar:
-                for num in trainer.make_anchors():
-                    bar.update(num)
+        _make_pools(trainer, show_progress)
         going_on = show_progress and not trainer.stop_requested
         with _bar(trainer, going_on, "distilling", config.max_train_steps, first) as bar:
             for log in trainer.steps():
@@ -164,6 +164,15 @@ def _put_aside(config: DistillConfig, begun_with: int) -> None:
         folder.rename(next(name for name in chain([kept], again) if not name.exists()))
 
 
+def _make_pools(trainer: Trainer, show_progress: bool) -> None:
+    """Make what the objectives need before the first step, a bar for each."""
+    for objective, items in groupby(trainer.prepare(), key=itemgetter(0)):
+        total = objective.cost(trainer.config, trainer.config.train_batch_size).pool
+        with _bar(trainer, show_progress, f"making {objective.name}", total, unit=objective.unit) as bar:
+            for _, num in items:
+                bar.update(num)
+
+
 def make_trainer(prepared: Prepared, *, show_progress: bool = False) -> Trainer:
     """Return the trainer of a prepared run; its prompts are encoded then, and their encoders are gone.
 
@@ -175,9 +184,9 @@ def make_trainer(prepared: Prepared, *, show_progress: bool = False) -> Trainer:
         prepared.teacher,
         prepared.student,
         prepared.conditions,
-        prepared.fingerprint,
-        prompts_fingerprint=prepared.prompts.fingerprint if prepared.prompts else "",
-        drawn_fingerprint=prepared.prompts.drawn_fingerprint if prepared.prompts else "",
+        Fingerprints(prepared.fingerprint)
+        if prepared.prompts is None
+        else Fingerprints(prepared.fingerprint, prepared.prompts.fingerprint, prepared.prompts.drawn_fingerprint),
     )
     prepared.base.to(trainer.device)
     if prepared.base_student is not None:

@@ -14,6 +14,7 @@ from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompt_pool import most_prompts
 from onestill.diffusion.trajectory import CALLS_PER_STEP
+from onestill.objectives.registry import rows_of
 from onestill.runs.build import fit_teacher, make_student, open_prompts, with_embedded_prompts, with_usual_guidance
 from onestill.runs.checks import resolve_device
 from onestill.students.injection import TimeEmbeddingInjection
@@ -106,7 +107,9 @@ def inspect_teacher(teacher: Teacher, config: DistillConfig, base: FirstStage | 
         estimated_seconds_per_step=cost.step_seconds,
         max_train_steps=config.max_train_steps,
         estimated_seconds_per_anchor=cost.anchor_seconds,
-        num_anchors=config.num_anchors if config.num_anchor_rows else 0,
+        num_anchors=sum(
+            kind.cost(config, config.train_batch_size).pool for kind in rows_of(config, config.train_batch_size)
+        ),
         estimate_device=str(device),
         enlarges=_enlarges(teacher, base),
     )
@@ -238,11 +241,15 @@ def estimate(
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     weights = 4 * (copies * trained + _num_weights(teacher) + (_num_weights(base.teacher) if base else 0))
-    # An anchor's target is there before the first step.
-    bootstrapped = 1 - config.num_anchor_rows / config.train_batch_size
-    seconds = learning + of_base + bootstrapped * (of_student + of_teacher)
-    an_anchor = (config.num_anchor_steps * of_teacher + of_base) / num
-    return Cost(weights + kept * scale, seconds * scale * config.gradient_accumulation_steps, an_anchor)
+    rows = rows_of(config, config.train_batch_size)
+    costs = {kind: kind.cost(config, config.train_batch_size) for kind in rows}
+    seconds, in_teacher = learning + of_base, of_teacher / CALLS_PER_STEP[config.solver]
+    for kind, cost in costs.items():
+        share = rows[kind] / config.train_batch_size
+        seconds += share * (cost.student * of_student + cost.teacher * in_teacher + cost.learned * learning)
+    pool = max(costs.values(), key=lambda cost: cost.pool)
+    an_item = (pool.teacher_per_item * in_teacher + of_base) / num
+    return Cost(weights + kept * scale, seconds * scale * config.gradient_accumulation_steps, an_item)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

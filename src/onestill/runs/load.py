@@ -28,7 +28,7 @@ from onestill.teachers.guidance import guided
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.folder import INDEX
 from onestill.training.config import DistillConfig
-from onestill.training.trainer import load_student as put_weights
+from onestill.training.trained import load_parameters
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def restore_student(run: RunFolder, teacher: Teacher, path: Path | None = None) 
     """
     checkpoint = run.checkpoint(None if path in (None, run.path) else path)
     student = make_student(teacher, run.config)
-    put_weights(student, checkpoint.tensors.get("ema", checkpoint.tensors["student"]))
+    load_parameters(student, checkpoint.student)
     return student
 
 

@@ -5,49 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onestill.training.config import OPTIMISATION, DistillConfig, panel_of, usual_warmup
-
-RESUMABLE_CHANGES = frozenset(
-    {
-        "base_student",
-        "cache_dir",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "device",
-        "local_files_only",
-        "logging_steps",
-        "max_nonfinite_steps",
-        "num_teacher_steps",
-        "num_time_bins",
-        "num_validation_images",
-        "output_dir",
-        "prompt_cache_dir",
-        "prompt_field",
-        "prompt_file",
-        "report_to",
-        "resume_from_checkpoint",
-        "revision",
-        "teacher",
-        "tracker_project_name",
-        "validation_prompt",
-        "validation_steps",
-        "variant",
-    }
-)
-"""Settings that may differ on resume. The paths of the teacher and the base student may, since their weights are compared
-themselves, and so may the prompts' file, since the prompts are."""
-
-
-def deciding_settings(config: DistillConfig) -> dict[str, Any]:
-    """Return the settings that decide what a run ends in: those that must not differ on resume."""
-    return {name: v for name, v in config.model_dump(mode="json").items() if name not in RESUMABLE_CHANGES}
-
-
-def pool_settings(config: DistillConfig) -> dict[str, Any]:
-    """Return the settings that a run's pool of anchors is made with: the deciding ones but those of the optimiser."""
-    fields, of_forwards = DistillConfig.model_fields, {"train_batch_size", "mixed_precision", "allow_tf32"}
-    optimiser = {name for name, field in fields.items() if panel_of(field) == OPTIMISATION} - of_forwards
-    return {name: value for name, value in deciding_settings(config).items() if name not in optimiser}
+from onestill.training.config import DistillConfig, deciding_settings, usual_warmup
 
 
 def made_longer(config: DistillConfig, old: Mapping[str, Any]) -> DistillConfig:

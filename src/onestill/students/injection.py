@@ -6,6 +6,7 @@ afterwards, for one target time, eq. (13).
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -85,9 +86,10 @@ class TimeEmbeddingInjection(Injection):
         names = time_embeddings(network)
         self.num_features = last_layer(network.get_submodule(names[0])).out_features
         for name in names:
-            network.get_submodule(name).register_forward_hook(lambda _m, _a, out: self._add(out))
+            # A method and no closure: a copy of the student has hooks of its own.
+            network.get_submodule(name).register_forward_hook(self._add_to)
 
-    def _add(self, output: Tensor) -> Tensor:
+    def _add_to(self, _embedding: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output if self._extra is None else output + self._extra.to(output.dtype)
 
     def bake(self, network: nn.Module, extra: Tensor) -> None:
@@ -119,14 +121,14 @@ class BiasInjection(Injection):
             self.maps[name.replace(".", "/")] = zero = nn.Linear(num_features, channels)
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
-            layer.register_forward_hook(lambda m, _a, out, zero=zero: self._add(m, out, zero))
+            layer.register_forward_hook(functools.partial(self._add_to, zero=zero))
         if not self.maps:
             raise ValueError(
                 "the teacher's network has no Linear or Conv layer that a target time could enter; "
                 "pass a torch.nn.Module of the student as `network=`"
             )
 
-    def _add(self, layer: nn.Module, output: Tensor, zero: nn.Linear) -> Tensor:
+    def _add_to(self, layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, zero: nn.Linear) -> Tensor:
         if self._extra is None:
             return output
         bias = zero(self._extra.to(zero.weight.dtype)).to(output.dtype)

@@ -7,6 +7,9 @@ before training y(x_a, t) = f(x_a, t_max) for every t, exactly, eq. (12); f with
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +93,12 @@ class Student(nn.Module):
             return self.teacher.denoised_by(self.network, x_r, self.spec.t_max if r is None else r, cond)
         finally:
             self.injection.hold(None)
+
+    def twin(self) -> Student:
+        """Return a student with trained parameters of its own, equal to these now, around the same frozen weights."""
+        frozen = (t for t in (*self.parameters(), *self.buffers()) if not t.requires_grad)
+        shared: dict[int, Any] = {id(self._teacher): self._teacher, **{id(t): t for t in frozen}}
+        return copy.deepcopy(self, shared)
 
     def train(self, mode: bool = True) -> Student:
         """Stay in evaluation mode, whatever `mode` says."""

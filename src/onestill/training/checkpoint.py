@@ -7,12 +7,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +26,11 @@ class Checkpoint:
 
     tensors: dict[str, Tensors]
     values: dict[str, Any]
+
+    @property
+    def student(self) -> Tensors:
+        """The student's weights: their average where the run keeps one."""
+        return self.tensors.get("student-ema", self.tensors["student"])
 
 
 def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Path:
@@ -118,33 +121,6 @@ def rotate(output_dir: Path, limit: int, newest: int) -> None:
         _remove(folder)
     for left in [*output_dir.glob(".checkpoint-*.partial"), *output_dir.glob(".checkpoint-*.removed")]:
         shutil.rmtree(left, ignore_errors=True)
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
-    """Return the optimiser's state as "{parameter index}.{name}" tensors."""
-    return {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, entries in optimizer.state_dict()["state"].items()
-        for name, value in entries.items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], learning_rates: list[float]
-) -> None:
-    """Put a flattened state back; hyper-parameters stay the optimiser's own but for the learning rate."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        # The fused optimiser walks moments and weights in memory order: they must have the same strides.
-        fits = value.shape == parameter.shape and parameter.ndim > 0
-        state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(value) if fits else value
-    groups = optimizer.state_dict()["param_groups"]
-    for group, rate in zip(groups, learning_rates, strict=True):
-        group["lr"] = rate
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _remove(folder: Path) -> None:

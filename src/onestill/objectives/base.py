@@ -1,0 +1,179 @@
+"""What an objective is: rows for the student's one forward pass, what they are regressed on, and networks of its own.
+
+In each forward pass of training every objective gives some rows of one batch, and the loss is
+
+    L = sum over means m of  1 / |m|  sum over rows i of m  w_i |y_i - target_i|^2 / D      (+ losses of own networks),
+
+y_i being the student's prediction for row i and D the size of a sample; a row's mean is named by a number. An objective
+owns its settings, which are part of the run's flat configuration, and may own a pool that is made before the first step
+and networks that are trained beside the student.
+
+Modules of this room load torch inside functions only: their settings are read by every command line.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from onestill.core.settings import Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from onestill.core.tensors import Cond
+    from onestill.data.conditions import Conditions
+    from onestill.teachers.base import Teacher
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forward pass of the student.
+
+    Attributes:
+        x: Start states, [B, *sample_shape].
+        s: Target times, [B] float64.
+        cond: Conditions, B rows each.
+        target: What the predictions are regressed on, [B, *sample_shape]; or, from the predictions without their
+            gradient to that: a target y - g gives y the gradient 2 w g.
+        weights: Weight of each row's mean squared residual, [B].
+        mean: Which mean a row enters, [B] integers.
+        r: Start levels, [B] float64; None where all rows start at t_max.
+        t: Times that the steps to s start from, [B] float64; None where they are t_max.
+        is_profiled: Which rows the residual profile counts, [B] bool; none if None. Their residual over rho(t, s)^2 is
+            an error of f.
+    """
+
+    x: Tensor
+    s: Tensor
+    cond: Cond
+    target: Tensor | Callable[[Tensor], Tensor]
+    weights: Tensor
+    mean: Tensor
+    r: Tensor | None = None
+    t: Tensor | None = None
+    is_profiled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an objective costs besides the student's forward and backward for each of its rows, in evaluations.
+
+    Attributes:
+        student: Evaluations of the student without gradient, per row.
+        teacher: Calls of the guided teacher, per row.
+        learned: Forward and backward passes of a network of the student's size, per row.
+        pool: How many items are made before the first step.
+        teacher_per_item: Calls of the guided teacher for each of them.
+    """
+
+    student: float = 0.0
+    teacher: float = 0.0
+    learned: float = 0.0
+    pool: int = 0
+    teacher_per_item: float = 0.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What objectives are made of.
+
+    Attributes:
+        config: The run's configuration, which holds the settings of every objective.
+        teacher: The teacher, guided and thresholded.
+        student: The student: (x_r, r, s, cond) -> y_s.
+        target_student: What a target's own signal is asked of: the student, or its average.
+        conditions: Where conditions are drawn from.
+        generator: The run's own generator: what is drawn from it is the same after a resume.
+        device: Where the networks are.
+        autocast: The context in which networks are called.
+        progress: The share of the training that is done, in [0, 1].
+        batch_size: Rows in one forward pass.
+        seed: Of pools, which have generators of their own.
+        folder: The run's folder.
+        process_index: Number of this process.
+        num_processes: How many there are.
+        identity: Everything that decides what a pool holds.
+    """
+
+    config: Settings
+    teacher: Teacher
+    student: nn.Module
+    target_student: nn.Module
+    conditions: Conditions
+    generator: torch.Generator
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+    progress: Callable[[], float]
+    batch_size: int
+    seed: int
+    folder: Path
+    process_index: int
+    num_processes: int
+    identity: Mapping[str, object]
+
+
+class Objective(ABC, Generic[S]):
+    """A part of the loss. One file; registered by one line of `onestill.objectives.registry`.
+
+    Attributes:
+        name: Short name.
+        Settings: Its settings: a model that the run's configuration inherits from.
+        unit: What its pool is counted in, for progress bars.
+        networks: Networks that are trained with it, by name. Each gets an optimiser, clipping and an average as the
+            student's, and is in every checkpoint. After the objective is made, these are the ones to call.
+
+    Args:
+        context: What objectives are made of.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[Settings]]
+    unit: ClassVar[str] = "item"
+    networks: dict[str, nn.Module]
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.networks = context, {}
+
+    @property
+    def settings(self) -> S:
+        """Its settings, as the run has them."""
+        return self.context.config  # type: ignore[return-value]  # the configuration inherits from every `Settings`
+
+    @classmethod
+    @abstractmethod
+    def num_rows(cls, settings: Any, batch_size: int) -> int | None:
+        """Return how many rows of a batch it takes: 0 leaves it out, None is all that the others leave."""
+
+    @classmethod
+    def cost(cls, settings: Any, batch_size: int) -> Cost:
+        """Return what it costs besides the student's own training."""
+        return Cost()
+
+    @classmethod
+    def learning_rate(cls, settings: Any, network: str) -> float | None:
+        """Return the peak learning rate of one of its networks; None for the student's."""
+        return None
+
+    def prepare(self) -> Iterator[int]:
+        """Make its pool before the first step; yield how many items came each time.
+
+        Whoever iterates may close the iterator between two items, when the run is to stop: what is made is kept then.
+        """
+        return iter(())
+
+    @abstractmethod
+    def batch(self, num: int) -> Batch:
+        """Return `num` rows; every random number is drawn from the context's generator."""
+
+    def own_loss(self, batch: Batch, y: Tensor) -> Tensor | None:
+        """Return a loss of its networks, given the student's predictions for its rows, without gradient."""
+        return None

@@ -1,0 +1,34 @@
+"""Which objectives there are, and how a batch is divided between them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import create_model
+
+from onestill.objectives.anchors import Anchors, AnchorSettings
+from onestill.objectives.base import Objective
+from onestill.objectives.boot import Boot, BootSettings
+
+OBJECTIVES: tuple[type[Objective[Any]], ...] = (
+    Boot,
+    Anchors,
+)
+"""Every objective, in the order in which they draw and in which their rows stand in a batch."""
+
+if TYPE_CHECKING:
+
+    class ObjectiveSettings(AnchorSettings, BootSettings):
+        """The settings of every objective."""
+
+else:
+    # The settings of whatever is registered; the help shows those of the last base first.
+    _OWN = tuple(objective.Settings for objective in reversed(OBJECTIVES))
+    ObjectiveSettings = create_model("ObjectiveSettings", __base__=_OWN, __doc__="The settings of every objective.")
+
+
+def rows_of(settings: Any, batch_size: int) -> dict[type[Objective[Any]], int]:
+    """Return the rows of a batch for each objective that takes some; what the others leave may be too few, or none."""
+    wanted = {objective: objective.num_rows(settings, batch_size) for objective in OBJECTIVES}
+    left = batch_size - sum(num for num in wanted.values() if num is not None)
+    return {objective: left if num is None else num for objective, num in wanted.items() if num != 0}

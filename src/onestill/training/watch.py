@@ -1,0 +1,167 @@
+"""What a run shows of itself: lines of numbers, pictures of student beside teacher, and trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from onestill.data.conditions import VALIDATION_SEED, Conditions
+from onestill.sampling import pictures
+from onestill.sampling.generate import generate_images
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from onestill.core.tensors import Cond
+    from onestill.objectives.base import Batch
+    from onestill.teachers.teacher_spec import TeacherSpec
+    from onestill.training.config import DistillConfig
+
+Generate = Callable[[Tensor, "Cond"], Tensor]
+
+
+@dataclass
+class StepLog:
+    """What is known after an optimiser step; written to logs/metrics.jsonl every `logging_steps`.
+
+    `residual_by_time` is the mean squared residual in units of f over equal bins of target time, cleanest first,
+    since the last line; None for a bin without a draw. `own_losses` are those of the objectives' networks.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds_per_step: float
+    images_per_second: float
+    nonfinite_steps: int
+    residual_by_time: list[float | None] = field(default_factory=list)
+    own_losses: dict[str, float] | None = None
+    validation_rms: float | None = None
+    picture: Path | None = None
+    checkpoint: Path | None = None
+
+
+class Watch:
+    """Logs, paints and tracks a run.
+
+    Args:
+        config: The run.
+        accelerator: The engine, with its trackers.
+        spec: What is known of the teacher.
+        conditions: Where the conditions of the pictures come from.
+    """
+
+    def __init__(
+        self, config: DistillConfig, accelerator: Accelerator, spec: TeacherSpec, conditions: Conditions
+    ) -> None:
+        self.config, self.accelerator, self.spec, self.conditions = config, accelerator, spec, conditions
+        self.teacher_images: Tensor | None = None
+        self._bins = torch.zeros(2, config.num_time_bins, dtype=torch.float64)
+
+    @property
+    def _path(self) -> Path:
+        return self.config.output_dir / "logs" / "metrics.jsonl"
+
+    def count(self, batches: Sequence[Batch], residuals: Tensor) -> None:
+        """Add the rows of one forward pass to the residual profile.
+
+        Args:
+            batches: The rows.
+            residuals: Their mean squared residuals, one after the other, [B].
+        """
+        s = torch.cat([batch.s for batch in batches])
+        t = torch.cat([torch.full_like(batch.s, self.spec.t_max) if batch.t is None else batch.t for batch in batches])
+        rows = torch.cat(
+            [torch.zeros_like(b.s, dtype=torch.bool) if b.is_profiled is None else b.is_profiled for b in batches]
+        )
+        rho, kept = self.spec.trajectory.rho(t, s)[rows], residuals[rows.to(residuals.device)]
+        self._bins += torch.stack(residual_by_time(kept, rho, s[rows], self.config.num_time_bins, self.spec.t_max))
+
+    def validate(self, step: int, teacher: Generate, student: Generate, decode: Generate) -> tuple[Path | None, float]:
+        """Draw student beside teacher from the same noise; return (picture, RMS difference of the two).
+
+        There is no picture of what cannot be shown in one, such as a video or a sound.
+
+        Args:
+            step: The step that the picture is named after.
+            teacher: The teacher's generation in `num_teacher_steps` steps, asked once in a run.
+            student: The student's, with averaged weights.
+            decode: From (samples, nothing) to images.
+        """
+        config = self.config
+        seeds = range(VALIDATION_SEED, VALIDATION_SEED + config.num_validation_images)
+        cond = self.conditions.grid(len(seeds))
+        if self.teacher_images is None:
+            self.teacher_images = generate_images(teacher, seeds, self.spec.sample_shape, cond)
+        images = generate_images(student, seeds, self.spec.sample_shape, cond)
+        rms = float((images - self.teacher_images).square().mean().sqrt())
+        if not self.accelerator.is_main_process:
+            return None, rms
+        drawn = {f"teacher, {config.num_teacher_steps} steps": self.teacher_images, "student, 1 step": images}
+        # One by one: a decoder needs far more memory than the network.
+        rows = {words: torch.cat([decode(row[None], {}).cpu() for row in made]) for words, made in drawn.items()}
+        if not pictures.can_be_shown(next(iter(rows.values())).shape[1:]):
+            return None, rms
+        path = config.output_dir / "samples" / f"step-{step:06d}.png"
+        pictures.save_rows(rows, path, title=f"step {step}", columns=self.conditions.captions)
+        for tracker in self.accelerator.trackers if config.report_to else ():
+            if hasattr(tracker, "log_images"):
+                # Of accelerate's trackers only this one expects the channels first unless told.
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pictures.read_pixels(path)[None]}, step=step, **layout)
+        return path, rms
+
+    def write(self, log: StepLog) -> None:
+        """Write a line; the residual profile begins anew."""
+        sums, counts = self._bins
+        log.residual_by_time = [float(a / n) if n else None for a, n in zip(sums, counts, strict=True)]
+        self._bins.zero_()
+        if not self.accelerator.is_main_process:
+            return
+        record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(log).items() if v is not None}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record)) + "\n")
+        if self.config.report_to:
+            scalars = {k: v for k, v in record.items() if isinstance(v, float)} | (log.own_losses or {})
+            bins = {f"residual/{i}": v for i, v in enumerate(log.residual_by_time) if v is not None}
+            self.accelerator.log({**scalars, **bins}, step=log.step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines that an interrupted run wrote after `step`: those steps come again."""
+        if not self.accelerator.is_main_process or not self._path.is_file():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self._path)
+
+
+def residual_by_time(residuals: Tensor, rho: Tensor, s: Tensor, num_bins: int, t_max: float) -> tuple[Tensor, Tensor]:
+    """Return (sums, counts) of residual / rho^2 over equal bins of the target time s, [num_bins] each.
+
+    In these units the residual is an error of f: a profile that grows towards the clean end says that errors
+    accumulate along the trajectory.
+    """
+    bins = (s / t_max * num_bins).long().clamp(0, num_bins - 1)
+    sums = torch.zeros(num_bins, dtype=torch.float64)
+    sums.index_add_(0, bins, residuals.detach().double().cpu() / rho**2)
+    return sums, torch.bincount(bins, minlength=num_bins).double()
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with non-finite floats as strings, since JSON has none."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
