@@ -339,7 +339,7 @@ def test_a_chain_at_another_size(tmp_path: Path) -> None:
     ]
     assert both[0].shape == (1, 3, 32, 32)
     torch.testing.assert_close(*both, atol=1e-4, rtol=0)
-    few: dict[str, Any] = {"num_samples": 10, "steps": (1,), "num_reference_steps": 1, "measure_speed": False}
+    few: dict[str, Any] = {"num_samples": 10, "steps": (1,), "num_reference_steps": 1, "speed": False}
     assert len(onestill.evaluate(tmp_path / "two", device="cpu", **few).rows) == 2
 
 
