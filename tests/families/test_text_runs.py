@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import onestill
 from onestill.data.prompt_pool import choose
-from onestill.evaluation.run import NO_KERNEL
+from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import export_student
 from onestill.runs.build import prepare
 from onestill.runs.distill import make_trainer
@@ -125,7 +125,7 @@ def test_an_exported_folder_says_its_guidance_and_is_evaluated_with_it(tmp_path:
     said = (folder / "README.md").read_text(encoding="utf-8")
     assert "w = 2 in u + w (c - u), away from the negative prompt 'blue'" in said and "onestill_null_class" not in said
     assert card.distilled(folder) == card.Distilled(2.0, "blue")
-    few: dict[str, Any] = {"num_samples": 10, "steps": [2], "num_reference_steps": 2, "measure_speed": False}
+    few: dict[str, Any] = {"num_samples": 10, "steps": [2], "num_reference_steps": 2, "speed": False}
     few |= {"prompts": PROMPTS[:2], "device": "cpu"}
     inside = onestill.evaluate(text_run(), **few)
     for student, teacher in ((folder, place() / "t"), (text_run() / "pipeline", None)):
@@ -393,7 +393,7 @@ def test_sample_warns_of_prompts_that_are_cut(kind: str, tmp_path: Path) -> None
 
 
 def test_evaluate_warns_of_prompts_that_are_cut(tmp_path: Path) -> None:
-    few: dict[str, Any] = {"num_samples": 10, "steps": [1], "num_reference_steps": 1, "measure_speed": False}
+    few: dict[str, Any] = {"num_samples": 10, "steps": [1], "num_reference_steps": 1, "speed": False}
     said: list[str] = []
     onestill.evaluate(text_run(), prompts=["red", *LONG], device="cpu", say=said.append, **few)
     assert said[0].startswith("warning: 3 prompts are longer than the 8 tokens") and LONG[0] in said[0]
@@ -552,7 +552,7 @@ BAD = [
     ("times of an exported text student", "sample --output x.png --student TRUN/pipeline --prompt a --target_times 1,0", "give the run's folder"),
     ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student ALONE --teacher TEXT", "takes text: say what to draw"),
     ("evaluate of prompts of no text teacher", "evaluate --num_samples 10 --output out --student RUN --prompt a", "run-plain/pipeline takes no text; leave it out"),
-    ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", "--teacher makes samples of shape (1, 8, 8)"),
+    ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", ": makes samples of shape (1, 8, 8), --student of (4, 8, 8)"),
     ("evaluate latents with a folder", "evaluate --num_samples 10 --output out --student TRUN --reference none", "--reference none: no such folder"),
 ]  # fmt: skip
 
