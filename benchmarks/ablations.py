@@ -91,7 +91,7 @@ def digits(num_steps: int, names: list[str], seed: int) -> None:
             settings = {**BASE_DIGITS, **rare, **DIGITS[name], "max_train_steps": num_steps, "seed": seed}
             onestill.distill("digits", run, device="cpu", show_progress=False, **settings)
             minutes = (time.process_time() - started) / 60
-            report = onestill.evaluate(run, num_samples=5000, steps=[1], measure_speed=False, device="cpu")
+            report = onestill.evaluate(run, num_samples=5000, steps=[1], speed=False, device="cpu")
             last = json.loads((run / "logs" / "metrics.jsonl").read_text().splitlines()[-1])
         row = report.rows[-1]
         cells = [f"{v:.3f}" for v in (row.frechet_distance, row.precision, row.recall, row.label_accuracy)]  # type: ignore[str-format]

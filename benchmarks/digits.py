@@ -56,7 +56,7 @@ def main() -> None:
         num_samples=args.num_samples,
         output=run / "evaluation",
         overwrite=True,
-        measure_speed=False,
+        speed=False,
         device=args.device,
     )
     print_report(report, Console(width=100))

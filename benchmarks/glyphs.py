@@ -63,7 +63,7 @@ def main() -> None:
         steps=(50, 8, 4, 1),
         output=run / "evaluation",
         overwrite=True,
-        measure_speed=False,
+        speed=False,
         device=args.device,
     )
     print_report(report, Console(width=100))

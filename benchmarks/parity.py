@@ -14,7 +14,8 @@ from torch import Tensor
 from toys import gaussian
 
 from onestill.core.tensors import as_times, broadcast, noise
-from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process, head
+from onestill.diffusion.prediction import preconditioning
+from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process
 from onestill.diffusion.trajectory import STEPS, Trajectory, ddim_step, solve, uniform_times
 from onestill.teachers.pixel import unet2d_teacher
 
@@ -39,7 +40,7 @@ def signal_against_state(process: Process, prediction: str, t_max: float, num_st
     eps = torch.randn(4, 6, generator=generator, dtype=torch.float64)
 
     def denoised(x: Tensor, t: Tensor) -> Tensor:
-        c_in, c_skip, c_out = (broadcast(c, x) for c in head(prediction, *process.alpha_sigma(t)))
+        c_in, c_skip, c_out = (broadcast(c, x) for c in preconditioning(prediction, *process.alpha_sigma(t)))
         return c_skip * x + c_out * torch.tanh(c_in * x @ weight)
 
     trajectory = Trajectory(process, t_max)

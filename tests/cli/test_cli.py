@@ -432,7 +432,8 @@ SMALL = {"train_batch_size": 8, "num_teacher_steps": 2, "num_validation_images":
 
 def make_small(monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:
     usual = demo.DEMOS[teacher]
-    small = replace(usual, settings={**usual.settings, **SMALL}, num_samples=40, teacher_steps=(4, 1))
+    evaluation = {**usual.evaluation, "num_samples": 40, "steps": (4, 1)}
+    small = replace(usual, distillation={**usual.distillation, **SMALL}, evaluation=evaluation)
     monkeypatch.setitem(demo.DEMOS, teacher, small)
 
 

@@ -17,19 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onestill.diffusion.process import (
-    EPSILON_MIN_ALPHA,
-    PREDICTION_TYPES,
-    VE,
-    CosineVP,
-    DiscreteVP,
-    FlowMatching,
-    Process,
-    choose_t_max,
-    convert,
-    head,
-    output_coefficients,
-)
+from onestill.diffusion.prediction import PREDICTION_TYPES, output_coefficients, preconditioning
+from onestill.diffusion.process import EPSILON_MIN_ALPHA, VE, CosineVP, DiscreteVP, FlowMatching, Process
 
 SCHEDULERS = {
     "linear": DDPMScheduler(),
@@ -202,7 +191,7 @@ def states(process: Process, t: float, num: int = 50) -> tuple[Tensor, Tensor, T
 def test_head_gives_x_0_from_the_true_output(process: Process, prediction: str) -> None:
     x_0, eps, x_t, alpha, sigma = states(process, 0.6)
     output = {"sample": x_0, "epsilon": eps, "v_prediction": alpha * eps - sigma * x_0, "velocity": eps - x_0}
-    c_in, c_skip, c_out = head(prediction, alpha, sigma)
+    c_in, c_skip, c_out = preconditioning(prediction, alpha, sigma)
     assert bool((c_in == 1).all())
     # sigma reaches 9 for "ve" at this time: its rounding is that much larger.
     torch.testing.assert_close(c_skip * x_t + c_out * output[prediction], x_0, rtol=0, atol=1e-12)
@@ -221,7 +210,7 @@ def test_head_gives_x_0_from_the_true_output(process: Process, prediction: str) 
     ],
 )
 def test_heads_are_the_known_formulas(prediction: str, alpha: float, sigma: float, c_skip: float, c_out: float) -> None:
-    found = head(prediction, *(torch.tensor([level], dtype=torch.float64) for level in (alpha, sigma)))
+    found = preconditioning(prediction, *(torch.tensor([level], dtype=torch.float64) for level in (alpha, sigma)))
     assert [float(c) for c in found] == pytest.approx([1.0, c_skip, c_out], rel=1e-12)
 
 
@@ -230,7 +219,7 @@ def test_edm_preconditioning_is_diffusers_own() -> None:
     for sigma in (0.002, 0.5, 7.0, 80.0):
         level = torch.tensor([sigma], dtype=torch.float64)
         x, output = normal(1, 4), normal(1, 4, seed=1)
-        c_in, c_skip, c_out = head("edm", torch.ones_like(level), level, sigma_data=0.7)
+        c_in, c_skip, c_out = preconditioning("edm", torch.ones_like(level), level, sigma_data=0.7)
         torch.testing.assert_close(c_in * x, scheduler.precondition_inputs(x, level), rtol=1e-12, atol=0)
         theirs = scheduler.precondition_outputs(x, output, level)
         torch.testing.assert_close(c_skip * x + c_out * output, theirs, rtol=1e-12, atol=1e-15)
@@ -239,42 +228,26 @@ def test_edm_preconditioning_is_diffusers_own() -> None:
 def test_edm_preconditioning_keeps_unit_variance() -> None:
     # Karras et al., appendix B.6: input and training target of the network have variance 1 for any sigma.
     sigma = torch.logspace(-3, 2, 30, dtype=torch.float64)
-    c_in, c_skip, c_out = head("edm", torch.ones_like(sigma), sigma, sigma_data=0.5)
+    c_in, c_skip, c_out = preconditioning("edm", torch.ones_like(sigma), sigma, sigma_data=0.5)
     torch.testing.assert_close(c_in**2 * (sigma**2 + 0.25), torch.ones_like(sigma))
     target_variance = ((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2
     torch.testing.assert_close(target_variance, torch.ones_like(sigma))
 
 
-@given(
-    alpha=st.floats(0.02, 1),
-    sigma=st.floats(0.02, 10),
-    source=st.sampled_from(CONVERTIBLE),
-    target=st.sampled_from(CONVERTIBLE),
-)
-def test_conversions_round_trip(alpha: float, sigma: float, source: str, target: str) -> None:
-    level = [torch.tensor([[value]], dtype=torch.float64) for value in (alpha, sigma)]
-    output, x_t = normal(4, 3), normal(4, 3, seed=1)
-    there = convert(output, x_t, *level, source, target)
-    back = convert(there, x_t, *level, target, source)
-    # Two divisions by numbers down to 0.02, squared for epsilon -> v -> epsilon.
-    torch.testing.assert_close(back, output, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("target", CONVERTIBLE)
-@pytest.mark.parametrize("source", CONVERTIBLE)
-def test_conversions_of_the_true_outputs(source: str, target: str) -> None:
-    x_0, eps, x_t, alpha, sigma = states(CosineVP(), 0.4)
+@pytest.mark.parametrize("prediction", CONVERTIBLE)
+def test_outputs_are_what_their_coefficients_say(prediction: str) -> None:
+    x_0, eps, _, alpha, sigma = states(CosineVP(), 0.4)
     output = {"sample": x_0, "epsilon": eps, "v_prediction": alpha * eps - sigma * x_0, "velocity": eps - x_0}
-    found = convert(output[source], x_t, alpha, sigma, source, target)
-    torch.testing.assert_close(found, output[target], rtol=0, atol=1e-13)
+    a, b = output_coefficients(prediction, alpha, sigma)
+    torch.testing.assert_close(a * x_0 + b * eps, output[prediction], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction", "velocity"])
 def test_heads_at_pure_noise_are_finite(prediction: str) -> None:
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    assert all(bool(c.isfinite().all()) for c in head(prediction, zero, one))
+    assert all(bool(c.isfinite().all()) for c in preconditioning(prediction, zero, one))
     # And at the clean end, where x_0 is x_t itself.
-    _, c_skip, c_out = head(prediction, one, zero)
+    _, c_skip, c_out = preconditioning(prediction, one, zero)
     assert (float(c_skip), float(c_out)) in ((1.0, 0.0), (0.0, 1.0))
 
 
@@ -284,7 +257,7 @@ def test_heads_at_pure_noise_are_finite(prediction: str) -> None:
 @every_process
 @pytest.mark.parametrize("prediction", [p for p in PREDICTION_TYPES if p != "epsilon"])
 def test_bounded_heads_start_at_pure_noise(process: Process, prediction: str) -> None:
-    t_max, reason = choose_t_max(process, prediction)
+    t_max, reason = process.start_level(prediction)
     assert t_max == 1.0
     assert prediction in reason and "bounded" in reason
 
@@ -292,7 +265,7 @@ def test_bounded_heads_start_at_pure_noise(process: Process, prediction: str) ->
 @pytest.mark.parametrize("name", ["vp, linear", "vp, cosine", "cosine", "flow", "flow, shift 3", "vp, euler"])
 def test_epsilon_starts_where_the_signal_is_large_enough(name: str) -> None:
     process = PROCESSES[name]
-    t_max, reason = choose_t_max(process, "epsilon")
+    t_max, reason = process.start_level("epsilon")
     assert process.level(1.0)[0] < EPSILON_MIN_ALPHA, "the case must need an earlier start"
     assert 0 < t_max < 1
     assert process.level(t_max)[0] == pytest.approx(EPSILON_MIN_ALPHA, rel=1e-9)
@@ -301,19 +274,19 @@ def test_epsilon_starts_where_the_signal_is_large_enough(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vp, scaled linear", "vp, 100 steps"])
 def test_epsilon_starts_at_the_end_where_it_can(name: str) -> None:
-    t_max, reason = choose_t_max(PROCESSES[name], "epsilon")
+    t_max, reason = PROCESSES[name].start_level("epsilon")
     assert t_max == 1.0
     assert f"alpha = {PROCESSES[name].level(1.0)[0]:.3f}" in reason and "large enough" in reason
 
 
 def test_epsilon_on_a_variance_exploding_process_is_refused() -> None:
     with pytest.raises(ValueError, match=r"multiplies every error by sigma.*prediction_type 'edm', or 'sample'"):
-        choose_t_max(PROCESSES["ve"], "epsilon")
+        PROCESSES["ve"].start_level("epsilon")
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused() -> None:
     with pytest.raises(ValueError, match=r"zero terminal SNR.*v_prediction or sample.*rescale_betas_zero_snr"):
-        choose_t_max(PROCESSES["vp, zero SNR"], "epsilon")
+        PROCESSES["vp, zero SNR"].start_level("epsilon")
 
 
 # Bad inputs
@@ -359,4 +332,4 @@ def test_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown prediction type 'noise'; known: .*epsilon"):
         output_coefficients("noise", one, one)
     with pytest.raises(ValueError, match="unknown prediction type"):
-        head("noise", one, one)
+        preconditioning("noise", one, one)

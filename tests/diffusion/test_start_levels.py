@@ -35,12 +35,12 @@ def test_it_is_said_and_a_given_one_is_kept(
     assert found["t_max"] == pytest.approx(t_max, abs=1e-3) and reason in found["t_max_reason"]
     assert found["sigma_at_t_max"] == pytest.approx(sigma, rel=1e-3)
     given = json.loads(call_cli(*flags, "--json", "--t_max", 0.7).out)
-    assert (given["t_max"], given["t_max_reason"]) == (0.7, "given with --t_max")
+    assert (given["t_max"], given["t_max_reason"]) == (0.7, "given")
     assert given["sigma_at_t_max"] < found["sigma_at_t_max"]
     run = tmp_path / "run"
     own = {**FAST, "max_train_steps": 1, "checkpointing_steps": 1, "lr_warmup_steps": 0, "t_max": 0.7}
     outcome = call_cli("distill", "--teacher", folder, "--output_dir", run, *as_flags(own))
-    assert outcome.code == 0 and "start level t = 0.7 (given with --t_max)" in outcome.words, outcome.err
+    assert outcome.code == 0 and "start level t = 0.7 (given)" in outcome.words, outcome.err
     assert yaml.safe_load((run / "config.yaml").read_text())["t_max"] == 0.7
     images = [onestill.sample(source, num_images=2, device="cpu") for source in (run, run / "checkpoint-1")]
     assert (images[0] - images[1]).abs().max() <= 1e-4

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onestill.core.tensors import as_times, broadcast
-from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process, head
+from onestill.diffusion.prediction import preconditioning
+from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process
 from onestill.diffusion.trajectory import (
     CALLS_PER_STEP,
     STEPS,
@@ -51,7 +52,7 @@ def network_denoiser(process: Process, prediction: str) -> Callable[[Tensor, Ten
     weight = normal(6, 6) / 6**0.5
 
     def denoised(x: Tensor, t: Tensor) -> Tensor:
-        c_in, c_skip, c_out = (broadcast(c, x) for c in head(prediction, *process.alpha_sigma(t)))
+        c_in, c_skip, c_out = (broadcast(c, x) for c in preconditioning(prediction, *process.alpha_sigma(t)))
         return c_skip * x + c_out * torch.tanh(c_in * x @ weight)
 
     return denoised

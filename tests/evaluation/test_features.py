@@ -76,7 +76,7 @@ def test_extract_does_not_depend_on_the_batch_size() -> None:
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "floats in"),
         (torch.full((2, 1, 8, 8), float("nan")), "2 of 2 images hold NaN"),
         (torch.full((2, 1, 8, 8), 1.5), r"must lie in \[-1, 1\], got \[1.5, 1.5\]"),
-        (torch.zeros(2, 3, 8, 8), r"images of 1 channel.*was given \[2, 3, 8, 8\].*--features"),
+        (torch.zeros(2, 3, 8, 8), r"images of 1 channel.*was given \[2, 3, 8, 8\]; choose what fits"),
     ],
 )
 def test_extract_says_what_is_wrong_with_images(images: Tensor, message: str) -> None:
@@ -169,11 +169,11 @@ def test_load_features_refuses_files_that_are_something_else(tmp_path: Path) -> 
         {"onestill": json.dumps({"kind": "onestill.ConvFeatures", "config": {}})},
     )
     for path, message in (
-        (other, "--features: .*other.safetensors was not written by ConvFeatures.save .*kind=None"),
-        (text, "text.safetensors is not a readable safetensors file"),
-        (damaged, "damaged.safetensors is damaged or of another version"),
-        (tmp_path / "absent.safetensors", "--features: no such file: .*absent.safetensors"),
-        (tmp_path / "no" / "such" / "folder", "--features: no such file or folder: "),
+        (other, "features=.*other.safetensors': was not written by ConvFeatures.save .*kind=None"),
+        (text, "text.safetensors': is not a readable safetensors file"),
+        (damaged, "damaged.safetensors': is damaged or of another version"),
+        (tmp_path / "absent.safetensors", "features=.*absent.safetensors': no such file"),
+        (tmp_path / "no" / "such" / "folder", "features=.*folder': no such file or folder"),
     ):
         with pytest.raises(ValueError, match=message):
             load_features(str(path))
@@ -181,7 +181,7 @@ def test_load_features_refuses_files_that_are_something_else(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".pkl"])
 def test_load_features_refuses_pickles_by_name(suffix: str) -> None:
-    with pytest.raises(ValueError, match=rf"--features: model\{suffix} is a pickle .* can run code"):
+    with pytest.raises(ValueError, match=rf"features='model\{suffix}': is a pickle .* can run code"):
         load_features(f"model{suffix}")
 
 
@@ -310,15 +310,15 @@ def test_text_models_are_refused(tmp_path: Path) -> None:
 
     config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"--features: .*\(BertModel\) does not take images"):
+    with pytest.raises(ValueError, match=r"features=.*: a BertModel does not take images"):
         load_features(str(tmp_path))
 
 
 def test_missing_processor_and_missing_model_are_explained(vit_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--features: cannot load .* with safetensors weights"):
+    with pytest.raises(ValueError, match="features=.*: cannot be loaded .* with safetensors weights"):
         load_features(str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"cannot load 'nobody/nothing' .*\(local files only: nothing was downloaded\)"
+        ValueError, match=r"features='nobody/nothing': cannot be loaded .*\(local files only: nothing was downloaded\)"
     ) as refusal:
         load_features("nobody/nothing", local_files_only=True)
     assert "\n" not in str(refusal.value)

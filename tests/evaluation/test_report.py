@@ -79,7 +79,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_silently(tmp_path: Path) -> None:
     make_report().save(tmp_path)
     other = make_report(student_name="another")
-    with pytest.raises(ValueError, match=r"already holds report.json and report.md: .*--output"):
+    with pytest.raises(ValueError, match=r"output=.*: already holds report.json and report.md; name another"):
         other.save(tmp_path)
     assert read_report(tmp_path) == make_report()
     other.save(tmp_path, overwrite=True)

@@ -233,17 +233,17 @@ def test_more_tokens_are_cut_later(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("no such argument", "sd-epsilon", "--num_frames 3", "--num_frames: the call of StableDiffusionPipeline has no such argument; it has --height, --width"),
-    ("no tokens", "sd-epsilon", "--max_sequence_length 77", "--max_sequence_length: the call of StableDiffusionPipeline has no such argument"),
-    ("no sound", "wan", "--audio_end_in_s 2", "--audio_end_in_s: the call of WanPipeline has no such argument"),
-    ("no size", "dit", "--height 16 --width 16", "--height: the call of DiTPipeline has no such argument"),
-    ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames: the call of AuraFlowPipeline has no such argument"),
+    ("no such argument", "sd-epsilon", "--num_frames 3", "--num_frames 3: the call of StableDiffusionPipeline has no such argument; it has --height, --width"),
+    ("no tokens", "sd-epsilon", "--max_sequence_length 77", "--max_sequence_length 77: the call of StableDiffusionPipeline has no such argument"),
+    ("no sound", "wan", "--audio_end_in_s 2", "--audio_end_in_s 2: the call of WanPipeline has no such argument"),
+    ("no size", "dit", "--height 16 --width 16", "--height 16: the call of DiTPipeline has no such argument"),
+    ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames 3: the call of AuraFlowPipeline has no such argument"),
     ("height alone", "sd-epsilon", "--height 16", "--height and --width are given together or not at all"),
-    ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 --width 16: `height` and `width` have to be divisible by 8"),
+    ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 and --width 16: `height` and `width` have to be divisible by 8"),
     ("rounded without a word", "flux", "--height 19 --width 16 --max_sequence_length 16", "--height 19: a FluxPipeline cannot make that and rounds it; ask for --height 16"),
     ("frames rounded", "wan", "--height 32 --width 32 --num_frames 6", "--num_frames 6: a WanPipeline cannot make that and rounds it; ask for --num_frames 5"),
     ("more than the network takes", "sd3", "--height 320 --width 16", "--height 320: Height (80) cannot be greater than"),
-    ("too long a sound", "stable-audio", "--audio_end_in_s 50", "--audio_end_in_s 50.0: The total audio length requested"),
+    ("too long a sound", "stable-audio", "--audio_end_in_s 50", "--audio_end_in_s 50: The total audio length requested"),
     ("zero", "sd-epsilon", "--height 0 --width 16", "--height"),
 ]  # fmt: skip
 
@@ -313,7 +313,7 @@ def test_inspect_says_the_start_level_and_takes_another(name: str, t_max: float,
         assert outcome.code == 2 and "a flow-matching student starts from pure noise" in outcome.words
         return
     given = json.loads(outcome.out)
-    assert (given["t_max"], given["t_max_reason"]) == (0.9, "given with --t_max")
+    assert (given["t_max"], given["t_max_reason"]) == (0.9, "given")
     assert given["alpha_at_t_max"] > found["alpha_at_t_max"]
 
 
@@ -334,7 +334,7 @@ def test_a_flow_student_that_could_not_be_exported_is_not_trained(tmp_path: Path
         "distill", "--teacher", teacher("sd3"), "--t_max", 0.9, "--output_dir", tmp_path / "run", "--device", "cpu",
         "--prompt_file", place() / "p.txt", "--prompt_cache_dir", tmp_path / "cache",
     )  # fmt: skip
-    assert outcome.code == 2 and "a flow-matching student starts from pure noise; leave --t_max at 1" in outcome.words
+    assert outcome.code == 2 and "a flow-matching student starts from pure noise; leave it at 1" in outcome.words
     assert list(tmp_path.iterdir()) == []
 
 

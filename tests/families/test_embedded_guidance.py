@@ -116,7 +116,7 @@ def test_a_run_keeps_its_scale() -> None:
         num_samples=10,
         steps=(1,),
         num_reference_steps=1,
-        measure_speed=False,
+        speed=False,
         device="cpu",
         output=folder / "e",
     )

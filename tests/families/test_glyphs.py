@@ -17,9 +17,9 @@ import onestill
 from onestill.core.settings import read_yaml
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.clip import ClipScore
+from onestill.evaluation.comparison import NO_KERNEL
 from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 from onestill.evaluation.references import embedded_reference
-from onestill.evaluation.run import NO_KERNEL
 from onestill.runs.evaluate import _held_out_prompts, _open_clip
 from onestill.runs.folder import RunFolder
 from onestill.teachers.load import EMBEDDED, load_teacher
@@ -86,7 +86,7 @@ def test_a_run_takes_its_own_prompts(run: Path) -> None:
     assert image.shape == (1, 3, 32, 32) and torch.isfinite(image).all()
 
 
-FEW: dict[str, Any] = {"num_samples": 20, "steps": (4,), "num_reference_steps": 2, "measure_speed": False}
+FEW: dict[str, Any] = {"num_samples": 20, "steps": (4,), "num_reference_steps": 2, "speed": False}
 
 
 def test_an_evaluation_judges_held_out_prompts(run: Path, tmp_path: Path) -> None:
@@ -149,9 +149,9 @@ def test_held_out_prompts_take_the_place_of_the_teachers_own_only(run: Path) -> 
     [
         (
             {"features": "teacher", "reference": "glyphs"},
-            "--reference glyphs holds images, and --features teacher looks",
+            "reference='glyphs': holds images, and features teacher looks",
         ),
-        ({"clip": "no where"}, "--clip: no such folder: 'no where'"),
+        ({"clip": "no where"}, "clip='no where': no such folder"),
         ({"clip": GLYPHS.folder / "text_encoder"}, "of type 'clip_text_model', and the CLIP score needs a whole CLIP"),
     ],
 )
@@ -164,5 +164,6 @@ def test_clip_refuses_what_is_no_picture_before_it_loads_anything() -> None:
     sound = SimpleNamespace(
         spec=SimpleNamespace(text=True, sample_shape=(4, 8)), decode=lambda latents: torch.zeros(len(latents), 2, 2048)
     )
-    with pytest.raises(ValueError, match=r"--clip: CLIP sees pictures, .* this teacher makes \[2, 2048\]"):
-        _open_clip("some/clip", sound, torch.device("cpu"), offline=True)  # type: ignore[arg-type]
+    pair: Any = SimpleNamespace(teacher=sound, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"clip: CLIP sees pictures, .* this teacher makes \[2, 2048\]"):
+        _open_clip("some/clip", pair, offline=True)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import onestill
 from onestill.data.prompt_pool import choose
-from onestill.evaluation.run import NO_KERNEL
+from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import export_student
 from onestill.runs.build import prepare
 from onestill.runs.distill import make_trainer
@@ -125,7 +125,7 @@ def test_an_exported_folder_says_its_guidance_and_is_evaluated_with_it(tmp_path:
     said = (folder / "README.md").read_text(encoding="utf-8")
     assert "w = 2 in u + w (c - u), away from the negative prompt 'blue'" in said and "onestill_null_class" not in said
     assert card.distilled(folder) == card.Distilled(2.0, "blue")
-    few: dict[str, Any] = {"num_samples": 10, "steps": [2], "num_reference_steps": 2, "measure_speed": False}
+    few: dict[str, Any] = {"num_samples": 10, "steps": [2], "num_reference_steps": 2, "speed": False}
     few |= {"prompts": PROMPTS[:2], "device": "cpu"}
     inside = onestill.evaluate(text_run(), **few)
     for student, teacher in ((folder, place() / "t"), (text_run() / "pipeline", None)):
@@ -393,7 +393,7 @@ def test_sample_warns_of_prompts_that_are_cut(kind: str, tmp_path: Path) -> None
 
 
 def test_evaluate_warns_of_prompts_that_are_cut(tmp_path: Path) -> None:
-    few: dict[str, Any] = {"num_samples": 10, "steps": [1], "num_reference_steps": 1, "measure_speed": False}
+    few: dict[str, Any] = {"num_samples": 10, "steps": [1], "num_reference_steps": 1, "speed": False}
     said: list[str] = []
     onestill.evaluate(text_run(), prompts=["red", *LONG], device="cpu", say=said.append, **few)
     assert said[0].startswith("warning: 3 prompts are longer than the 8 tokens") and LONG[0] in said[0]
@@ -420,7 +420,7 @@ def test_a_disk_that_fills_up_while_encoding(tmp_path: Path, monkeypatch: pytest
     flags = ["distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *as_flags(settings(tmp_path / "cache"))]  # fmt: skip
     outcome = call_cli(*flags)
     assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert f"error: --prompt_cache_dir {tmp_path / 'cache'} cannot be written: " in outcome.words
+    assert f"error: --prompt_cache_dir {tmp_path / 'cache'}: cannot be written: " in outcome.words
     assert "No space left on device" in outcome.words and "Name a folder on another disk" in outcome.words
     assert not (tmp_path / "run").exists() and not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     monkeypatch.undo()
@@ -511,8 +511,8 @@ BAD = [
     ("no file, before a teacher is looked for", D + "--teacher no/where --prompt_file no.txt", "--prompt_file no.txt: no such file"),
     ("no base, before a teacher is looked for", D + "--teacher no/where --base_student no", "--base_student no: no such folder"),
     ("kind", D + "--teacher TEXT --prompt_file p.xml", "--prompt_file p.xml: give a .txt"),
-    ("empty", D + "--teacher TEXT --prompt_file empty.txt", "--prompt_file empty.txt holds no prompt"),
-    ("binary", D + "--teacher TEXT --prompt_file binary.txt", "--prompt_file binary.txt, line 2 is not UTF-8"),
+    ("empty", D + "--teacher TEXT --prompt_file empty.txt", "--prompt_file empty.txt: holds no prompt"),
+    ("binary", D + "--teacher TEXT --prompt_file binary.txt", "--prompt_file binary.txt: line 2: it is not UTF-8"),
     ("field", D + "--teacher TEXT --prompt_file p.jsonl --prompt_field text", "line 1: no field 'text', it has prompt"),
     ("prompts of no text teacher", D + "--teacher PLAIN --prompt_file p.txt", "--prompt_file p.txt was given, but this teacher takes no text"),
     ("negative of no text teacher", D + "--teacher PLAIN --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
@@ -522,7 +522,7 @@ BAD = [
     ("labels", D + "--teacher TEXT --prompt_file p.txt --class_labels 1", "takes prompts, not labels"),
     ("range reversed", D + "--teacher TEXT --prompt_file p.txt --guidance_scale_min 4 --guidance_scale_max 2", "--guidance_scale_min 4 must be below"),
     ("cache is a file", D.replace("cache ", "p.txt ") + "--teacher TEXT --prompt_file p.txt", "--prompt_cache_dir p.txt is a file"),
-    ("zero byte", D + "--teacher TEXT --prompt_file zero.txt", "--prompt_file zero.txt, line 2 holds a zero byte: this is a binary file, or not UTF-8"),
+    ("zero byte", D + "--teacher TEXT --prompt_file zero.txt", "--prompt_file zero.txt: line 2: it holds a zero byte: this is a binary file, or not UTF-8"),
     ("negative of classes", D + "--teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
     ("sample with a negative of classes", "sample --output x.png --teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
     ("guidance without a null condition", D + "--teacher FLUX --prompt_file p.txt --guidance_scale 3", "--guidance_scale 3 needs a null condition, and a flux pipeline has none"),
@@ -534,12 +534,12 @@ BAD = [
     ("no encoder", D + "--teacher MUTE --prompt_file p.txt", "the StableDiffusionPipeline does not run without text_encoder, which encode its prompts: use a folder that holds the whole pipeline"),
     ("stage II alone", D + "--teacher LARGE --prompt_file p.txt", "enlarges the picture of an earlier model"),
     ("too many to show", D + "--teacher TEXT --prompt_file p.txt --num_validation_images 1 --validation_prompt a --validation_prompt b", "--validation_prompt was given 2 times"),
-    ("sample of no prompt", "sample --output x.png --student TRUN", "takes text: say what to draw with --prompt or --prompt_file"),
-    ("sample of a teacher and no prompt", "sample --output x.png --teacher TEXT", "takes text: say what to draw with --prompt or --prompt_file"),
-    ("sample of both", "sample --output x.png --student TRUN --prompt a --prompt_file p.txt", "give --prompt or --prompt_file, not both"),
-    ("sample of a field", "sample --output x.png --student TRUN --prompt a --prompt_field b", "--prompt_field b is for a --prompt_file"),
-    ("sample of a bad file", "sample --output x.png --student TRUN --prompt_file binary.txt", "binary.txt, line 2 is not UTF-8"),
-    ("sample of a student with a negative", "sample --output x.png --student TRUN --prompt a --negative_prompt b", "--negative_prompt 'b' is the teacher's"),
+    ("sample of no prompt", "sample --output x.png --student TRUN", "takes text; say what to draw with it, or with --prompt_file"),
+    ("sample of a teacher and no prompt", "sample --output x.png --teacher TEXT", "takes text; say what to draw with it, or with --prompt_file"),
+    ("sample of both", "sample --output x.png --student TRUN --prompt a --prompt_file p.txt", "--prompts and --prompt_file: give one or the other, not both"),
+    ("sample of a field", "sample --output x.png --student TRUN --prompt a --prompt_field b", "--prompt_field b: is for a --prompt_file"),
+    ("sample of a bad file", "sample --output x.png --student TRUN --prompt_file binary.txt", "binary.txt: line 2: it is not UTF-8"),
+    ("sample of a student with a negative", "sample --output x.png --student TRUN --prompt a --negative_prompt b", "--negative_prompt b: is for a teacher"),
     ("sample with a negative that does nothing", "sample --output x.png --teacher TEXT --prompt a --negative_prompt b", "acts through guidance only"),
     ("sample with labels", "sample --output x.png --student TRUN --prompt a --class_labels 1", "takes prompts"),
     ("sample with guidance that is fixed", "sample --output x.png --student TRUN --prompt a --guidance_scale 3", "distilled with w = 2 fixed"),
@@ -552,7 +552,7 @@ BAD = [
     ("times of an exported text student", "sample --output x.png --student TRUN/pipeline --prompt a --target_times 1,0", "give the run's folder"),
     ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student ALONE --teacher TEXT", "takes text: say what to draw"),
     ("evaluate of prompts of no text teacher", "evaluate --num_samples 10 --output out --student RUN --prompt a", "run-plain/pipeline takes no text; leave it out"),
-    ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", "--teacher makes samples of shape (1, 8, 8)"),
+    ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", ": makes samples of shape (1, 8, 8), --student of (4, 8, 8)"),
     ("evaluate latents with a folder", "evaluate --num_samples 10 --output out --student TRUN --reference none", "--reference none: no such folder"),
 ]  # fmt: skip
 

@@ -311,7 +311,7 @@ def test_a_given_start_level_is_checked_and_leaves_the_object_alone(
     tmp_path: Path, plain_network: Callable[..., nn.Module]
 ) -> None:
     teacher = module_teacher(plain_network(), CosineVP(), "epsilon", (1, 8, 8))
-    with pytest.raises(ValueError, match="--t_max 1 is pure noise"):
+    with pytest.raises(ValueError, match="t_max=1: is pure noise"):
         distil(tmp_path / "run", teacher=teacher, t_max=1.0)
     before = teacher.spec
     prepare(make_config({"teacher": "python object", "output_dir": tmp_path / "run", "t_max": 0.5}), teacher)

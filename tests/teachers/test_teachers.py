@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onestill.core.tensors import as_times, noise
-from onestill.diffusion.process import PREDICTION_TYPES, VE, CosineVP, DiscreteVP, FlowMatching, Process, choose_t_max
+from onestill.diffusion.prediction import PREDICTION_TYPES
+from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process
 from onestill.diffusion.trajectory import Trajectory, ddim_step, solve, uniform_times
 from onestill.export.export import export_student
 from onestill.students.student import Student
@@ -68,7 +69,7 @@ def test_suite_covers_every_kind(cases: dict[str, Any]) -> None:
 def test_spec_says_what_there_is(teacher: Teacher) -> None:
     spec = teacher.spec
     assert 0 < spec.t_max <= 1 and spec.t_max_reason
-    assert (spec.t_max, spec.t_max_reason) == choose_t_max(spec.process, spec.prediction_type)
+    assert (spec.t_max, spec.t_max_reason) == spec.process.start_level(spec.prediction_type)
     assert len(spec.sample_shape) == 3
     assert spec.conditioning == ("none" if spec.num_classes is None else "class")
     assert len(spec.labels) == (spec.num_classes or 0) and spec.null_class not in spec.labels
@@ -170,7 +171,7 @@ def test_fingerprint_is_of_what_the_weights_mean(cases: dict[str, Any]) -> None:
         teacher.spec = replace(spec, **change)
         assert teacher.fingerprint() != before
     # Where it lies is not what it is.
-    teacher.spec = replace(spec, source="elsewhere", t_max_reason="given with --t_max")
+    teacher.spec = replace(spec, source="elsewhere", t_max_reason="given")
     assert teacher.fingerprint() == before
 
 
@@ -321,7 +322,7 @@ def test_class_conditional_folder_loads(class_teacher_folder: Path) -> None:
 
 def test_given_start_level_is_kept(uncond_teacher_folder: Path) -> None:
     spec = load_teacher(uncond_teacher_folder, t_max=0.75).spec
-    assert (spec.t_max, spec.t_max_reason) == (0.75, "given with --t_max")
+    assert (spec.t_max, spec.t_max_reason) == (0.75, "given")
 
 
 def test_an_old_folder_with_its_network_beside_the_index_loads(uncond_teacher_folder: Path) -> None:
@@ -577,25 +578,25 @@ def test_scheduler_that_needs_another_package_is_refused(
 @pytest.mark.parametrize("null_class", [5, -1])
 def test_null_class_must_be_a_label(class_teacher_folder: Path, null_class: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"--null_class {null_class} is not a label of the teacher, which has 5 \(0 to 4\)"
+        ValueError, match=rf"null_class={null_class}: is not a label of the teacher, which has 5 \(0 to 4\)"
     ):
         load_teacher(class_teacher_folder, null_class=null_class)
 
 
 def test_null_class_of_an_unconditional_teacher_is_refused(uncond_teacher_folder: Path) -> None:
-    with pytest.raises(ValueError, match="--null_class 0 was given, but the teacher is unconditional"):
+    with pytest.raises(ValueError, match="null_class=0: the teacher is unconditional"):
         load_teacher(uncond_teacher_folder, null_class=0)
 
 
 @pytest.mark.parametrize("t_max", [0.0, -0.5, 1.5, 0.0005, float("nan")])
 def test_impossible_start_levels_are_refused(uncond_teacher_folder: Path, t_max: float) -> None:
-    with pytest.raises(ValueError, match="--t_max must be above 0.001 and at most 1"):
+    with pytest.raises(ValueError, match="must be above 0.001 and at most 1"):
         load_teacher(uncond_teacher_folder, t_max=t_max)
 
 
 @pytest.mark.parametrize("source", ["nope", "no/such/folder", "/no/such/folder", "a" * 5000, "with\0zero"])
 def test_what_is_not_there_is_refused(source: str) -> None:
-    with pytest.raises(ValueError, match=r"(?s)no such teacher: .*embedded teacher \(digits, glyphs\)"):
+    with pytest.raises(ValueError, match=r"(?s)no such (teacher|folder); .*embedded teacher \(digits, glyphs\)"):
         load_teacher(source)
 
 
@@ -608,8 +609,8 @@ def test_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_hub_id_without_a_network_is_refused(tmp_path: Path, local_files_only: bool) -> None:
     # conftest.py sets HF_HUB_OFFLINE.
-    said = "--local_files_only" if local_files_only else "HF_HUB_OFFLINE"
-    words = f"no such teacher: owner/name is no folder here, and the hub gave no pipeline of that name: {said} forbids"
+    said = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
+    words = f"owner/name.*: no such teacher: it is no folder here, and the hub gave no pipeline of that name: {said} forbids"
     with pytest.raises(ValueError, match=words):
         load_teacher("owner/name", local_files_only=local_files_only, cache_dir=tmp_path)
 
@@ -627,7 +628,7 @@ UNREACHED = "the hub cannot be reached"
     [
         (refusal(errors.GatedRepoError), "it is gated: accept its terms"),
         (refusal(errors.RepositoryNotFoundError), "there is none, or it is private: log in"),
-        (refusal(errors.RevisionNotFoundError), "it has no such --revision"),
+        (refusal(errors.RevisionNotFoundError), "it has no such revision"),
         (socket.gaierror(-2, "Name or service not known"), UNREACHED),
         (ConnectionRefusedError(), UNREACHED),
         (TimeoutError("timed out"), UNREACHED),
@@ -670,7 +671,7 @@ def test_hub_error_without_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         raise LookupError
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", fail)
-    with pytest.raises(ValueError, match=r"no such teacher: owner/name.*LookupError"):
+    with pytest.raises(ValueError, match=r"owner/name.*no such teacher.*LookupError"):
         load_teacher("owner/name")
 
 

@@ -1,21 +1,21 @@
-"""Noise processes x_t = alpha_t x_0 + sigma_t eps, and what a network may predict on them.
+"""Noise processes x_t = alpha_t x_0 + sigma_t eps.
 
-t = 0 is clean and t = 1 is noise. A process gives alpha, sigma, the log-SNR and its inverse, and the number
-the network is handed for a time. A prediction type gives the linear map between the network's output and x_0,
-in one form for all: denoised = c_skip x_t + c_out network(c_in x_t). Everything here is float64.
+t = 0 is clean and t = 1 is noise. A process gives alpha, sigma, the log-SNR and its inverse, the number the network
+is handed for a time, and the level that a student of it starts from. Everything here is float64.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from onestill.core.errors import SettingError
+
 EPSILON_MIN_ALPHA = 0.05
-"""Smallest signal level at which an epsilon head may start: it divides by alpha."""
+"""Smallest signal level at which a student of an epsilon network may start: x_0 is divided by it."""
 
 
 class Process(ABC):
@@ -50,6 +50,41 @@ class Process(ABC):
         """Return (alpha_t, sigma_t) of one time as plain numbers."""
         alpha, sigma = self.alpha_sigma(torch.tensor([t], dtype=torch.float64))
         return float(alpha), float(sigma)
+
+    def start_level(self, prediction_type: str) -> tuple[float, str]:
+        """Return the start level t_max of a student, and the reason in a few words.
+
+        x_0, v, velocity and EDM networks stay bounded at pure noise and start at t = 1. What an epsilon network says
+        of x_0 is divided by alpha, so it starts at the noisiest time with alpha >= 0.05.
+
+        Raises:
+            ValueError: If an epsilon network cannot be distilled on this process.
+        """
+        if prediction_type != "epsilon":
+            return 1.0, f"{prediction_type} stays bounded at pure noise"
+        alpha_end, _ = self.level(1.0)
+        self._check_epsilon(alpha_end)
+        if alpha_end >= EPSILON_MIN_ALPHA:
+            return 1.0, f"alpha = {alpha_end:.3f} at t = 1 is large enough for an epsilon head"
+        alpha = torch.tensor([EPSILON_MIN_ALPHA], dtype=torch.float64)
+        t_max = float(self.time_at_log_snr(2 * (alpha / self._sigma_at(alpha)).log()))
+        return t_max, f"the epsilon head divides by alpha: {alpha_end:.2g} at t = 1, {EPSILON_MIN_ALPHA} here"
+
+    def check_start_level(self, prediction_type: str, t_max: float) -> None:
+        """Raise SettingError if a start level is not in (t_min, 1], or is pure noise for an epsilon network."""
+        if not self.t_min < t_max <= 1:
+            raise SettingError("t_max", t_max, f"must be above {self.t_min:g} and at most 1")
+        if prediction_type == "epsilon" and self.level(t_max)[0] == 0:
+            why = "is pure noise, where an epsilon network says nothing of x_0"
+            raise SettingError("t_max", t_max, why, "choose a smaller one")
+
+    def _check_epsilon(self, alpha_end: float) -> None:
+        """Raise ValueError if no student can be made of an epsilon network, where `alpha_end` is alpha at t = 1."""
+        return None
+
+    def _sigma_at(self, alpha: Tensor) -> Tensor:
+        """Return the noise level where the signal level is `alpha`."""
+        return (1 - alpha**2).sqrt()
 
 
 class DiscreteVP(Process):
@@ -111,6 +146,13 @@ class DiscreteVP(Process):
 
     def net_time(self, t: Tensor) -> Tensor:
         return (t * self.num_train_timesteps - 1).clamp(min=0)
+
+    def _check_epsilon(self, alpha_end: float) -> None:
+        if alpha_end == 0:  # the output at the last step carries no image; continuous processes start earlier instead
+            raise ValueError(
+                "an epsilon-prediction teacher with zero terminal SNR cannot be distilled: at pure noise x_0 = (x - eps) / 0. "
+                "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
+            )
 
 
 class CosineVP(Process):
@@ -184,6 +226,12 @@ class VE(Process):
         sigma = self.alpha_sigma(t)[1].clamp(min=self.sigma_min)
         return sigma if self.time_input == "sigma" else sigma.log() / 4
 
+    def _check_epsilon(self, alpha_end: float) -> None:
+        raise ValueError(
+            "an epsilon-prediction network on a variance-exploding process cannot be distilled: its head multiplies "
+            "every error by sigma, 80 and more at the start. Use prediction_type 'edm', or 'sample' for a wrapped network"
+        )
+
 
 class FlowMatching(Process):
     """The linear path alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t).
@@ -214,121 +262,5 @@ class FlowMatching(Process):
     def net_time(self, t: Tensor) -> Tensor:
         return self.net_offset + self.net_scale * self.alpha_sigma(t)[1]
 
-
-class Head(NamedTuple):
-    """denoised = c_skip x_t + c_out network(c_in x_t), eq. (3); one number per image each."""
-
-    c_in: Tensor
-    c_skip: Tensor
-    c_out: Tensor
-
-
-def output_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (a, b) with network output = a x_0 + b eps, eq. (2).
-
-    sample (1, 0) · epsilon (0, 1) · v_prediction (-sigma, alpha) · velocity (-1, 1).
-
-    Raises:
-        ValueError: If the prediction type is not one of these.
-    """
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    match prediction_type:
-        case "sample":
-            return one, zero
-        case "epsilon":
-            return zero, one
-        case "v_prediction":
-            return -sigma, alpha
-        case "velocity":
-            return -one, one
-    raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-
-
-PREDICTION_TYPES = ("sample", "epsilon", "v_prediction", "velocity", "edm")
-
-
-def head(prediction_type: str, alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Head:
-    """Return the linear head that turns a network's output into x_0, eq. (3).
-
-    With output = a x_0 + b eps and x_t = alpha x_0 + sigma eps: x_0 = (b x_t - sigma output) / (alpha b - sigma a).
-    "edm" is the preconditioning of Karras et al. (2206.00364, table 1) for a network that is not yet wrapped:
-    c_in = 1 / sqrt(sigma^2 + sigma_data^2), c_skip = sigma_data^2 c_in^2, c_out = sigma sigma_data c_in.
-
-    Args:
-        prediction_type: One of `PREDICTION_TYPES`.
-        alpha: Signal level, [B].
-        sigma: Noise level, [B].
-        sigma_data: Standard deviation of the data, "edm" only.
-    """
-    one = torch.ones_like(alpha)
-    if prediction_type == "sample":
-        return Head(one, torch.zeros_like(alpha), one)
-    if prediction_type == "edm":
-        c_in = (sigma**2 + sigma_data**2).rsqrt()
-        return Head(c_in, (sigma_data * c_in) ** 2, sigma * sigma_data * c_in)
-    a, b = output_coefficients(prediction_type, alpha, sigma)
-    determinant = alpha * b - sigma * a
-    return Head(one, b / determinant, -sigma / determinant)
-
-
-def convert(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: str, target: str) -> Tensor:
-    """Return the network output `output` of type `source` as the type `target`, for the same x_t.
-
-    Args:
-        output: Network output of type `source`; [B, ...].
-        x_t: The state it was predicted from; [B, ...].
-        alpha: Signal level, broadcastable to x_t.
-        sigma: Noise level, broadcastable to x_t; positive unless the target is "sample".
-        source: One of sample, epsilon, v_prediction, velocity.
-        target: Likewise.
-    """
-    _, c_skip, c_out = head(source, alpha, sigma)
-    x_0 = c_skip * x_t + c_out * output
-    a, b = output_coefficients(target, alpha, sigma)
-    return x_0 if target == "sample" else a * x_0 + b * (x_t - alpha * x_0) / sigma
-
-
-def check_t_max(process: Process, prediction_type: str, t_max: float) -> float:
-    """Return a start level that was given, if it can be one.
-
-    Raises:
-        ValueError: If it is not in (t_min, 1], or is pure noise for an epsilon network.
-    """
-    if not process.t_min < t_max <= 1:
-        raise ValueError(f"--t_max must be above {process.t_min:g} and at most 1, got {t_max:g}")
-    if prediction_type == "epsilon" and process.level(t_max)[0] == 0:
-        raise ValueError(
-            f"--t_max {t_max:g} is pure noise, where an epsilon network says nothing of x_0; choose a smaller one"
-        )
-    return t_max
-
-
-def choose_t_max(process: Process, prediction_type: str) -> tuple[float, str]:
-    """Return the start level for a teacher, and the reason in a few words.
-
-    x_0, v, velocity and EDM heads stay bounded at pure noise and start at t = 1. The head of an epsilon network
-    divides by alpha, so it starts at the noisiest time with alpha >= 0.05.
-
-    Raises:
-        ValueError: If an epsilon network was trained on a discrete schedule with zero terminal SNR: its output
-            at the last step carries no image. Continuous processes start earlier instead.
-    """
-    alpha_end, _ = process.level(1.0)
-    if prediction_type != "epsilon":
-        return 1.0, f"{prediction_type} stays bounded at pure noise"
-    if alpha_end == 0 and process.name == "vp":
-        raise ValueError(
-            "an epsilon-prediction teacher with zero terminal SNR cannot be distilled: at pure noise x_0 = (x - eps) / 0. "
-            "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
-        )
-    if process.name == "ve":
-        raise ValueError(
-            "an epsilon-prediction network on a variance-exploding process cannot be distilled: its head multiplies "
-            "every error by sigma, 80 and more at the start. Use prediction_type 'edm', or 'sample' for a wrapped network"
-        )
-    if alpha_end >= EPSILON_MIN_ALPHA:
-        return 1.0, f"alpha = {alpha_end:.3f} at t = 1 is large enough for an epsilon head"
-    ratio = torch.tensor([EPSILON_MIN_ALPHA], dtype=torch.float64)
-    sigma = 1 - ratio if process.name == "flow" else (1 - ratio**2).sqrt()
-    t_max = float(process.time_at_log_snr(2 * (ratio / sigma).log()))
-    return t_max, f"the epsilon head divides by alpha: {alpha_end:.2g} at t = 1, {EPSILON_MIN_ALPHA} here"
+    def _sigma_at(self, alpha: Tensor) -> Tensor:
+        return 1 - alpha

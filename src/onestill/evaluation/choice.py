@@ -1,4 +1,4 @@
-"""Which extractor an evaluation looks through: what `--features` names, and what it is if nothing is named."""
+"""Which extractor an evaluation looks through: what the setting `features` names, and what it is if it names none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from onestill.core.errors import SettingError
 from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
@@ -16,10 +17,11 @@ from onestill.teachers.load import EMBEDDED
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 MIDDLE_LOG_SNR = 2.0
+_GIVE = "a .safetensors file written by ConvFeatures.save, or a transformers vision model"
 
 
 def choose_features(spec: str, teacher: Teacher, *, local_files_only: bool, device: torch.device) -> FeatureExtractor:
-    """Return the extractor for `--features`: teacher, an embedded teacher's name, a file, a folder or an id."""
+    """Return the extractor that `features` names: teacher, an embedded teacher's name, a file, a folder or an id."""
     if spec == "teacher":
         return teacher_features(teacher, device)
     if spec in EMBEDDED:
@@ -33,7 +35,7 @@ def default_features(teacher_source: str) -> str:
 
 
 def load_features(spec: str, *, local_files_only: bool = False, device: str | torch.device = "cpu") -> FeatureExtractor:
-    """Return the extractor that `--features` names.
+    """Return the extractor that is named by a file, a folder or an id.
 
     Args:
         spec: A `.safetensors` file written by `ConvFeatures.save`, or the folder or hub id of a transformers
@@ -42,22 +44,20 @@ def load_features(spec: str, *, local_files_only: bool = False, device: str | to
         device: Where the extractor runs.
 
     Raises:
-        ValueError: If there is no such file or folder, it is a pickle, or it is of another kind.
+        SettingError: If there is no such file or folder, it is a pickle, or it is of another kind.
     """
     path = Path(spec)
     suffix = path.suffix.lower()
     if suffix in PICKLES and not path.is_dir():
-        raise ValueError(
-            f"--features: {spec} is a pickle ({suffix}), which can run code when it is opened; give a "
-            ".safetensors file written by ConvFeatures.save, or a transformers model with safetensors weights"
-        )
+        why = f"is a pickle ({suffix}), which can run code when it is opened"
+        raise SettingError("features", spec, why, f"give {_GIVE} with safetensors weights")
     if suffix == ".safetensors" or path.is_file():
-        return ClassifierFeatures(ConvFeatures.load(path, device=device))
+        try:
+            return ClassifierFeatures(ConvFeatures.load(path, device=device))
+        except SettingError as error:
+            raise error.about("features", spec) from None
     if not path.is_dir() and not HUB_ID.fullmatch(spec):
-        raise ValueError(
-            f"--features: no such file or folder: {spec!r}; give a .safetensors file written by "
-            "ConvFeatures.save, or the folder or id of a transformers vision model"
-        )
+        raise SettingError("features", spec, "no such file or folder", f"give {_GIVE}, by folder or id")
     return TransformersFeatures(spec, local_files_only=local_files_only, device=device)
 
 
@@ -67,13 +67,13 @@ def teacher_features(teacher: Teacher, device: torch.device) -> FeatureExtractor
     The noise is fixed (one seed) and its level is log-SNR 2, where networks see structure more than noise.
 
     Raises:
-        ValueError: If the teacher has no network with a middle.
+        SettingError: If the teacher has no network with a middle.
     """
+    teacher = teacher.unguided
     network = teacher.network
     if not isinstance(network, nn.Module):
-        raise ValueError(
-            "--features teacher: this teacher is a plain callable without middle features; name a network file"
-        )
+        why = "this teacher is a plain callable without middle features"
+        raise SettingError("features", "teacher", why, "name a network file")
     process = teacher.spec.process
     t = float(process.time_at_log_snr(torch.tensor([MIDDLE_LOG_SNR], dtype=torch.float64)))
     fixed = noise([0], teacher.spec.sample_shape)
@@ -89,9 +89,9 @@ def teacher_features(teacher: Teacher, device: torch.device) -> FeatureExtractor
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
     middle = _middle_of(network)
-    decodes = teacher.has_decoder
-    name = f"the teacher's own {middle}{' of latents' if decodes else ''} at log-SNR {MIDDLE_LOG_SNR:g}"
-    return MiddleFeatures(network, look, submodule=middle, name=name, of_latents=decodes)
+    of_what = " of latents" if teacher.has_decoder else ""
+    name = f"the teacher's own {middle}{of_what} at log-SNR {MIDDLE_LOG_SNR:g}"
+    return MiddleFeatures(network, look, submodule=middle, name=name, of_latents=teacher.has_decoder)
 
 
 def _middle_of(network: nn.Module) -> str:
@@ -100,6 +100,5 @@ def _middle_of(network: nn.Module) -> str:
         return "mid_block"
     if (blocks := getattr(network, "down_blocks", ())) and hasattr(network, "mid_block"):
         return f"down_blocks.{len(blocks) - 1}"
-    raise ValueError(
-        f"--features teacher: {type(network).__name__} has no mid_block; name a network file or a transformers model"
-    )
+    why = f"{type(network).__name__} has no mid_block"
+    raise SettingError("features", "teacher", why, "name a network file or a transformers model")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from onestill.core.errors import SettingError
 from onestill.core.files import save_tensors
 from onestill.evaluation.heads import heads_of, pattern_of
 
@@ -109,13 +110,13 @@ class ConvFeatures(nn.Module):
         """Return the penultimate features [N, feature_dim] of images [N, in_channels, H, W] in [-1, 1].
 
         Raises:
-            ValueError: If the images are not [N, in_channels, H, W].
+            SettingError: If the images are not [N, in_channels, H, W].
         """
         channels = self.config["in_channels"]
         if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(
-                f"this classifier sees images of {channels} channel(s), [N, {channels}, H, W], and was given "
-                f"{list(images.shape)}: choose --features that fit the teacher's images"
+            why = f"this classifier sees images of {channels} channel(s), [N, {channels}, H, W], and was given "
+            raise SettingError(
+                "features", why=f"{why}{list(images.shape)}", todo="choose what fits the teacher's images"
             )
         pooled: Tensor = self.blocks(self.stem(images.to(self.stem.weight))).mean(dim=(2, 3))
         return functional.silu(self.embed(pooled))
@@ -142,22 +143,22 @@ class ConvFeatures(nn.Module):
         """Return the classifier of a file written by `save`, in evaluation mode.
 
         Raises:
-            ValueError: If there is no such file, or it is not a `ConvFeatures` file.
+            SettingError: If there is no such file, or it is not a `ConvFeatures` file.
         """
         source = _existing_file(path)
         about = _read_about(source)
         if about.get("kind") != KIND:
-            raise ValueError(
-                f"--features: {source} was not written by ConvFeatures.save (its metadata says kind="
-                f"{about.get('kind')!r}, wanted {KIND!r}); for a transformers model give its folder or id"
+            why = (
+                f"was not written by ConvFeatures.save (its metadata says kind={about.get('kind')!r}, wanted {KIND!r})"
             )
+            raise SettingError("path", source, why, "for a transformers model give its folder or id")
         try:
             model = cls(**about["config"])
             model.load_state_dict(load_file(source))
             model.record = dict(about.get("record", {}))
             _ = model.prompt_pattern  # and with it the heads: said now, not after the first row
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--features: {source} is damaged or of another version: {error}") from error
+            raise SettingError("path", source, f"is damaged or of another version: {error}") from error
         model.name = _classifier_name(model, source)
         return model.to(device).eval().requires_grad_(False)
 
@@ -183,7 +184,7 @@ class _Block(nn.Module):
 def _existing_file(path: str | os.PathLike[str]) -> Path:
     source = Path(path)
     if not source.is_file():
-        raise ValueError(f"--features: no such file: {source}")
+        raise SettingError("path", source, "no such file")
     return source
 
 
@@ -194,7 +195,7 @@ def _read_about(source: Path) -> dict[str, Any]:
             about = json.loads((file.metadata() or {}).get("onestill", "{}"))
             return about if isinstance(about, dict) else {}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"--features: {source} is not a readable safetensors file ({error})") from error
+        raise SettingError("path", source, f"is not a readable safetensors file ({error})") from error
 
 
 def _classifier_name(model: ConvFeatures, source: Path) -> str:

@@ -9,10 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from onestill.core.errors import SettingError
 from onestill.evaluation.features import check_range
 from onestill.evaluation.pretrained import HUB_ID, in_one_line, load_transformers, name_with_commit
-
-FLAG = "--clip"
 
 
 class ClipScore:
@@ -51,9 +50,8 @@ class ClipScore:
         source = os.fspath(model)
         is_folder = os.path.isdir(source)  # unlike Path.is_dir, also of names too long for a path
         if not is_folder and (os.path.exists(source) or not HUB_ID.fullmatch(source)):
-            raise ValueError(
-                f"{FLAG}: no such folder: {source!r}; give the folder or hub id of a transformers CLIP model"
-            )
+            todo = "give the folder or hub id of a transformers CLIP model"
+            raise SettingError("clip", source, "no such folder", todo)
         self._model, self._processor = _load(source, revision, local_files_only or is_folder)
         self._model.to(device).eval().requires_grad_(False)
         self._device = torch.device(device)
@@ -74,7 +72,7 @@ class ClipScore:
         """
         check_pictures(images.shape[1:])
         if len(images) != len(prompts) or not len(images):
-            raise ValueError(f"{FLAG}: {len(images)} pictures and {len(prompts)} prompts; one of each is needed")
+            raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts; a CLIP score needs one of each")
         check_range(images)
         scores = []
         for first in range(0, len(images), batch_size):
@@ -112,7 +110,8 @@ class ClipScore:
 def check_pictures(shape: Sequence[int]) -> None:
     """Raise ValueError if what a teacher makes, of this shape without the batch, are no pictures."""
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"{FLAG}: CLIP sees pictures, [1 or 3, height, width], and this teacher makes {list(shape)}")
+        why = f"CLIP sees pictures, [1 or 3, height, width], and this teacher makes {list(shape)}"
+        raise SettingError("clip", why=why, todo="leave it out")
 
 
 def _load(source: str, revision: str | None, offline: bool) -> tuple[Any, Any]:
@@ -124,19 +123,16 @@ def _load(source: str, revision: str | None, offline: bool) -> tuple[Any, Any]:
     try:
         kind = AutoConfig.from_pretrained(source, **arguments).model_type
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{FLAG}: cannot load {source!r} as a transformers model{nothing}: {in_one_line(error)}"
-        ) from error
+        why = f"cannot be loaded as a transformers model{nothing}: {in_one_line(error)}"
+        raise SettingError("clip", source, why) from error
     if kind != "clip":
-        raise ValueError(
-            f"{FLAG}: {source!r} is a transformers model of type {kind!r}, and the CLIP score needs a whole CLIP "
-            "('clip': pictures and texts)"
-        )
-    model, _ = load_transformers(source, revision, offline, flag=FLAG, dtype=torch.float32)
+        why = f"is a transformers model of type {kind!r}, and the CLIP score needs a whole CLIP"
+        raise SettingError("clip", source, f"{why} ('clip': pictures and texts)")
+    model, _ = load_transformers(source, revision, offline, setting="clip", dtype=torch.float32)
     try:
         processor = CLIPProcessor.from_pretrained(source, **arguments)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{FLAG}: {source!r} has no usable CLIP processor{nothing}: {in_one_line(error)}") from error
+        raise SettingError("clip", source, f"has no usable CLIP processor{nothing}: {in_one_line(error)}") from error
     return model, processor
 
 

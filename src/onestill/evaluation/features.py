@@ -27,6 +27,11 @@ class FeatureExtractor(Protocol):
         ...
 
 
+def sees_latents(extractor: FeatureExtractor) -> bool:
+    """Return whether an extractor looks at latents, and not at the images that a decoder makes of them."""
+    return bool(getattr(extractor, "of_latents", False))
+
+
 def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 256) -> Tensor:
     """Return the features of all images, computed batch by batch without gradients.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from onestill.core.errors import SettingError
 from onestill.evaluation.features import as_parameters, check_range, pooled
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -84,7 +85,7 @@ def load_transformers(
     revision: str | None,
     local_files_only: bool,
     *,
-    flag: str,
+    setting: str,
     dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> tuple[nn.Module, set[str]]:
     """Return the transformers model of a folder or hub id, and the names of the weights that its file lacks.
@@ -95,7 +96,7 @@ def load_transformers(
         source: The folder or hub id.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Never ask the network.
-        flag: What errors speak of.
+        setting: What errors are about.
         dtype: Precision of the weights; "auto" is that of the file.
 
     Raises:
@@ -117,15 +118,14 @@ def load_transformers(
         )
     except (OSError, ValueError) as error:
         offline = " (local files only: nothing was downloaded)" if local_files_only else ""
-        raise ValueError(
-            f"{flag}: cannot load {source!r} as a transformers model with safetensors weights{offline}: {in_one_line(error)}"
-        ) from error
+        why = f"cannot be loaded as a transformers model with safetensors weights{offline}: {in_one_line(error)}"
+        raise SettingError(setting, source, why) from error
     # transformers fills what a file lacks with random numbers; nothing measured must depend on those.
     missing = set(info["missing_keys"])
     without_pooler = {key for key in missing if "pooler" not in key}
     if without_pooler:
         shown = ", ".join(sorted(without_pooler)[:3])
-        raise ValueError(f"{flag}: the weights of {source!r} are incomplete; missing: {shown}, ...")
+        raise SettingError(setting, source, f"its weights are incomplete; missing: {shown}, ...")
     return model, missing
 
 
@@ -136,10 +136,10 @@ def in_one_line(error: Exception) -> str:
 
 def _load_vision(source: str, revision: str | None, local_files_only: bool) -> tuple[nn.Module, bool]:
     """Return the vision model and whether its pooled output has trained weights."""
-    model, missing = load_transformers(source, revision, local_files_only, flag="--features")
+    model, missing = load_transformers(source, revision, local_files_only, setting="features")
     vision = getattr(model, "vision_model", model)
     if getattr(vision, "main_input_name", None) != "pixel_values":
-        raise ValueError(f"--features: {source!r} ({type(model).__name__}) does not take images")
+        raise SettingError("features", source, f"a {type(model).__name__} does not take images")
     return vision, not missing
 
 
@@ -167,7 +167,7 @@ def _load_processor(source: str, revision: str | None, local_files_only: bool) -
             source, revision=revision, trust_remote_code=False, local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"--features: {source!r} has no usable image processor: {in_one_line(error)}") from error
+        raise SettingError("features", source, f"has no usable image processor: {in_one_line(error)}") from error
     return processor
 
 
@@ -177,5 +177,5 @@ def _input_size(processor: _Processor, source: str) -> tuple[int, int]:
     size = getattr(processor, "crop_size" if crops else "size", None)
     height, width, edge = (getattr(size, key, None) for key in ("height", "width", "shortest_edge"))
     if not (height or edge):
-        raise ValueError(f"--features: the image processor of {source!r} names no input size: {size}")
+        raise SettingError("features", source, f"its image processor names no input size: {size}")
     return int(height or edge or 0), int(width or edge or 0)

@@ -12,8 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestill.evaluation.candidates import Settings, samples
+from onestill.core.errors import SettingError
+from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.features import FeatureExtractor
+from onestill.evaluation.samples import Draw, Subjects
 from onestill.sampling.samplers.base import Sampler
 from onestill.teachers.load import EMBEDDED
 
@@ -35,14 +37,21 @@ class Reference:
     prompts: Sequence[str] = ()
 
 
-def teacher_reference(source: Sampler, extractor: FeatureExtractor, settings: Settings) -> Reference:
+def teacher_reference(
+    sampler: Sampler,
+    extractor: FeatureExtractor,
+    subjects: Subjects,
+    config: EvaluateConfig,
+    *,
+    show_progress: bool = False,
+) -> Reference:
     """Return the teacher's own many-step samples (or their latents), from seeds that no row uses."""
-    num = settings.num_samples
-    first = REFERENCE_SEED if settings.seed + num <= REFERENCE_SEED else settings.seed + num
-    cond = source.conditions(num, settings.class_labels, settings.prompts, seed=first)
-    images = samples(source, extractor, range(first, first + num), cond, settings)
-    name = f"the teacher's own {source.num_steps}-step samples, seeds {first}.."
-    return Reference(images, name, settings.prompts)
+    num = config.num_samples
+    first = REFERENCE_SEED if config.seed + num <= REFERENCE_SEED else config.seed + num
+    rows = subjects.rows(sampler, num, seed=first)
+    draw = Draw(sampler, range(first, first + num), rows, config.batch_size, show_progress)
+    name = f"the teacher's own {sampler.num_steps}-step samples, seeds {first}.."
+    return Reference(draw.seen_by(extractor), name, subjects.prompts)
 
 
 def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
@@ -52,22 +61,19 @@ def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
         ValueError: If there is no folder, fewer than two images, or an image of another size.
     """
     if not folder.is_dir():
-        raise ValueError(
-            f"--reference {folder}: no such folder; give 'teacher', an embedded teacher's name, or a folder of images"
-        )
+        todo = "give 'teacher', an embedded teacher's name, or a folder of images"
+        raise SettingError("reference", str(folder), "no such folder", todo)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
     if len(paths) < 2:
-        raise ValueError(
-            f"--reference {folder} holds {len(paths)} image{'s' if len(paths) != 1 else ''}; at least 2 are needed"
-        )
+        why = f"holds {len(paths)} image{'s' if len(paths) != 1 else ''}; at least 2 are needed"
+        raise SettingError("reference", str(folder), why)
     channels, height, width = image_shape
     images = []
     for path in paths:
         with Image.open(path) as picture:
             if picture.size != (width, height):
-                raise ValueError(
-                    f"--reference: {path} is {picture.width}x{picture.height}, the teacher makes {width}x{height}; resize it first"
-                )
+                why = f"{path} is {picture.width}x{picture.height}, the teacher makes {width}x{height}"
+                raise SettingError("reference", str(folder), why, "resize it first")
             images.append(_pixels(picture, channels).reshape(height, width, channels).permute(2, 0, 1) / 127.5 - 1)
     return Reference(torch.stack(images), f"the images in {folder.name}/")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from onestill.core.errors import SettingError, named
 from onestill.evaluation.heads import ALL
 
 if TYPE_CHECKING:
@@ -164,16 +165,14 @@ class Report(_Record):
             overwrite: Replace a report that is there already.
 
         Raises:
-            ValueError: If there is a report already and `overwrite` is not set.
+            SettingError: If there is a report already and `overwrite` is not set.
         """
         target = Path(folder)
         paths = (target / JSON_NAME, target / MARKDOWN_NAME)
         existing = [path.name for path in paths if path.exists()]
         if existing and not overwrite:
-            raise ValueError(
-                f"{target} already holds {' and '.join(existing)}: choose another --output, or allow "
-                "overwriting (overwrite=True)"
-            )
+            todo = f"name another folder, or give {named('overwrite')}"
+            raise SettingError("output", target, f"already holds {' and '.join(existing)}", todo)
         target.mkdir(parents=True, exist_ok=True)
         texts = (self.model_dump_json(indent=2) + "\n", self.to_markdown())
         for path, text in zip(paths, texts, strict=True):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onestill.core.errors import SettingError, named
 from onestill.core.settings import read_yaml
 from onestill.evaluation.report import Report
 from onestill.runs.checks import check_device, check_output_dir
@@ -20,7 +21,7 @@ from onestill.sampling import pictures
 from onestill.training.config import make_config
 
 PROJECT_NAME = "onestill-demo"
-"""Marks the folder of a run as a demo, which --overwrite may remove."""
+"""Marks the folder of a run as a demo, which may be removed when overwriting is allowed."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,17 @@ class Demo:
     """What is done to one embedded teacher.
 
     Attributes:
-        settings: Settings of the distillation.
-        num_samples: Images per row of the table.
-        batch_size: Images in one network call, and the large batch of the table's speeds.
-        teacher_steps: Steps of the teacher's rows, in the table and in the picture.
-        shown: Arguments of `sample` that say what the picture shows.
+        distillation: Settings of `distill`.
+        evaluation: Settings of `evaluate`; the teacher's rows are those of the picture too.
+        shown: Settings of `sample` that say what the picture shows.
         columns: Words above the picture's columns.
         size: Side of one image in the picture, in pixels.
     """
 
-    settings: Mapping[str, Any]
-    num_samples: int
-    batch_size: int
-    teacher_steps: tuple[int, ...]
+    distillation: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
     shown: Mapping[str, Any]
-    columns: tuple[str, ...] = field(default=())
+    columns: tuple[str, ...] = ()
     size: int = 72
 
 
@@ -59,7 +56,7 @@ PROMPTS = (
 )
 DEMOS = {
     "glyphs": Demo(
-        settings={
+        distillation={
             "guidance_scale": 3.0,
             "max_train_steps": 420,
             "train_batch_size": 32,
@@ -74,14 +71,12 @@ DEMOS = {
             "validation_steps": 400,
             "num_validation_images": 8,
         },
-        num_samples=480,
-        batch_size=16,
-        teacher_steps=(50, 8, 4, 1),
+        evaluation={"num_samples": 480, "batch_size": 16, "steps": (50, 8, 4, 1)},
         shown={"prompts": PROMPTS, "num_images": len(PROMPTS), "seed": 0},
         columns=PROMPTS,
     ),
     "digits": Demo(
-        settings={
+        distillation={
             "max_train_steps": 1600,
             "anchor_fraction": 0.75,
             "num_anchors": 6_400,
@@ -90,9 +85,7 @@ DEMOS = {
             "checkpointing_steps": 400,
             "validation_steps": 400,
         },
-        num_samples=1800,
-        batch_size=64,
-        teacher_steps=(50, 10, 4, 1),
+        evaluation={"num_samples": 1800, "batch_size": 64, "steps": (50, 10, 4, 1)},
         # A multiple of ten, so that the columns are the classes in order.
         shown={"num_images": 10, "seed": 70},
     ),
@@ -125,46 +118,38 @@ def run_demo(
             `overwrite`.
     """
     if teacher not in DEMOS:
-        raise ValueError(f"no demo of {teacher!r}: choose one of {', '.join(DEMOS)}")
+        raise SettingError("teacher", teacher, "there is no demo of it", f"choose one of {', '.join(DEMOS)}")
     demo = DEMOS[teacher]
-    settings = {**demo.settings, "tracker_project_name": PROJECT_NAME}
+    settings = {**demo.distillation, "tracker_project_name": PROJECT_NAME, "seed": seed, "device": device}
     if max_train_steps is not None:
         # As many anchors for each step as in the full demo.
         anchors = settings["num_anchors"] * max_train_steps // settings["max_train_steps"]
         settings |= {"max_train_steps": max_train_steps, "num_anchors": max(1, anchors)}
-    make_config({"teacher": teacher, "output_dir": output_dir, "seed": seed, "device": device, **settings})
+    make_config({"teacher": teacher, "output_dir": output_dir, **settings})
     check_device(device)
     _make_room(output_dir, overwrite)
     check_output_dir(output_dir, resuming=False)
     say(f"distilling the embedded {teacher} teacher: {settings['max_train_steps']} steps, no image is read")
-    stopped_by = distill(teacher, output_dir, seed=seed, device=device, **settings).stopped_by
+    stopped_by = distill(teacher, output_dir, **settings).stopped_by
     # A signal that the training has caught ends the whole demo, also where a shell in the background ignores Ctrl-C.
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped_by is not None:
         signal.raise_signal(stopped_by)
-    report = evaluate(
-        output_dir,
-        num_samples=demo.num_samples,
-        batch_size=demo.batch_size,
-        steps=demo.teacher_steps,
-        output=output_dir / "evaluation",
-        device=device,
-        show_progress=True,
-        say=say,
-    )
+    place: dict[str, Any] = {"output": output_dir / "evaluation", "device": device}
+    report = evaluate(output_dir, show_progress=True, say=say, **place, **demo.evaluation)
     return report, draw(output_dir, teacher, device)
 
 
 def draw(run: Path, teacher: str, device: str = "cpu") -> Path:
     """Write the picture: the teacher at several steps above the student at one, same noise in each column."""
     demo = DEMOS[teacher]
-    scale = demo.settings.get("guidance_scale")
+    scale = demo.distillation.get("guidance_scale")
     rows = {
         f"teacher, {n} step{'s' if n > 1 else ''}": sample(
             teacher=teacher, num_inference_steps=n, guidance_scale=scale, device=device, **demo.shown
         )
-        for n in demo.teacher_steps
+        for n in demo.evaluation["steps"]
     }
     rows["student, 1 step"] = sample(run, device=device, **demo.shown)
     what = "same prompt" if demo.columns else "same class order"
@@ -178,5 +163,6 @@ def _make_room(output_dir: Path, overwrite: bool) -> None:
     if not config.is_file() or read_yaml(config).get("tracker_project_name") != PROJECT_NAME:
         return
     if not overwrite:
-        raise ValueError(f"--output_dir {output_dir} holds a demo; name another folder, or give --overwrite")
+        todo = f"name another folder, or give {named('overwrite')}"
+        raise SettingError("output_dir", output_dir, "holds a demo", todo)
     shutil.rmtree(output_dir)

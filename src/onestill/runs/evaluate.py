@@ -1,29 +1,35 @@
-"""A student beside its teacher: both opened, found to belong together, and compared."""
+"""`evaluate`: a student and its teacher, found to belong together, and compared."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from onestill.core.errors import SettingError, named
+from onestill.core.settings import make
 from onestill.data.prompts import read_prompts
-from onestill.evaluation.candidates import Settings, check_features
 from onestill.evaluation.choice import choose_features, default_features
 from onestill.evaluation.clip import ClipScore, check_pictures
-from onestill.evaluation.features import FeatureExtractor
+from onestill.evaluation.comparison import Comparison, Entry
+from onestill.evaluation.config import EvaluateConfig
+from onestill.evaluation.features import FeatureExtractor, sees_latents
 from onestill.evaluation.references import Reference, embedded_reference, folder_reference, teacher_reference
 from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
-from onestill.evaluation.run import compare_sources
+from onestill.evaluation.samples import Subjects, check_features
 from onestill.runs.build import fit_teacher
-from onestill.runs.checks import check_device, check_guidance, check_seeds, check_writable, resolve_device
+from onestill.runs.checks import check_device, check_writable, resolve_device
 from onestill.runs.folder import PIPELINE_FOLDER, is_run
 from onestill.runs.load import LoadedStudent, check_folder, load_student, run_teacher
 from onestill.sampling import pictures
 from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import TeacherSampler
-from onestill.students import model_card as card
+from onestill.students import model_card
 from onestill.students.mark import refuse_student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
@@ -37,139 +43,262 @@ def evaluate(
     student: str | Path,
     *,
     teacher: str | Path | Teacher | None = None,
-    num_samples: int = 2000,
-    steps: Sequence[int] = (50, 10, 4, 1),
-    reference: str | Path = "auto",
-    num_reference_steps: int = 100,
-    features: str | FeatureExtractor = "auto",
-    clip: str | Path | None = None,
-    guidance_scale: float | None = None,
-    null_class: int | None = None,
-    class_labels: Sequence[int] = (),
-    prompts: Sequence[str] = (),
-    prompt_file: str | Path | None = None,
-    prompt_field: str | None = None,
-    negative_prompt: str | None = None,
-    base_student: str | Path | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    measure_speed: bool = True,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    device: str = "auto",
-    local_files_only: bool = False,
+    features: str | Path | FeatureExtractor | None = None,
+    config_file: str | Path | None = None,
     show_progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    **settings: Any,
 ) -> Report:
     """Compare a student's one step with its teacher's many; return the report, and write it if `output` is given.
 
     Args:
         student: A run's folder or an exported pipeline.
-        teacher: The teacher; that of the run if None.
-        num_samples: Images per row of the table.
-        steps: DDIM steps of the teacher's rows.
-        reference: "teacher" (its own many-step samples: no data needed), an embedded teacher's name (its real
-            images), a folder of images, or "auto": the embedded images where the teacher is embedded and
-            the features see images, else "teacher".
-        num_reference_steps: DDIM steps of the teacher as reference.
-        features: "teacher" (its own middle features, of latents where it works on latents), an embedded teacher's
-            name (its classifier, which also judges prompts or labels), a .safetensors file of `ConvFeatures`, a
-            transformers vision model by folder or id, an extractor, or "auto".
-        clip: A transformers CLIP model by folder or id, for the CLIP score of images and prompts.
-        guidance_scale: w of the teacher's rows; what was distilled if None, as the student's card or its run says.
-        null_class: The label of `teacher` that means "no class"; that of the run if None.
-        class_labels: Labels to go round; all that the student knows if empty.
-        prompts: Prompts to go round, for text students: every row has the same.
-        prompt_file: A file of them instead. If neither is given: the held-out prompts of an embedded teacher that has
-            some, where its images are the reference or its own prompts were those of the run; else those of the run.
-        prompt_field: Field of the prompt in a .jsonl or .csv.
-        negative_prompt: Takes the place of "no prompt" in the teacher's guidance; that of the run if None.
-        base_student: For super-resolution: the student that draws what every row enlarges; that of the run if None.
-        seed: Seed of the first image.
-        batch_size: Images per network call, and the large batch of the speeds.
-        measure_speed: Whether to time the rows.
-        output: Folder for report.json, report.md and samples.png.
-        overwrite: Replace a report that is there.
-        device: auto, cpu, cuda, cuda:N or mps.
-        local_files_only: Never use the network.
+        teacher: The teacher, by name or as an object; that of the run if None.
+        features: What the images are compared by, by name or as an extractor; "auto" if None.
+        config_file: A YAML file of settings; those given here win.
         show_progress: Show a bar on a terminal while a row's images are made.
         say: Called with a line before each slow part.
+        settings: The fields of `EvaluateConfig`.
 
     Raises:
         ValueError: If any input is unusable; nothing has been written then.
     """
-    check_device(device)
-    place = resolve_device(device)
-    check_folder(student)  # before the output, whose default it names
-    _check_evaluation(num_samples, steps, batch_size, num_reference_steps, output, overwrite)
-    check_seeds(seed, num_samples)
-    check_guidance(guidance_scale)
-    loaded = _open_at_scale(student, place, guidance_scale, local_files_only, base_student)
-    one_step = loaded.sampler
-    base, fitted = _teacher_of(loaded, teacher, guidance_scale, null_class, negative_prompt, place, local_files_only)
-    name = base.spec.source
-    extractor = features
-    if isinstance(extractor, str):
-        chosen = default_features(name) if extractor == "auto" else extractor
-        extractor = choose_features(chosen, base, local_files_only=local_files_only, device=place)
-    if reference == "auto":
-        sees_images = not getattr(extractor, "of_latents", False)
-        reference = name if name in EMBEDDED and sees_images else "teacher"
-    held_out = _held_out_prompts(str(reference), name, loaded.config)
-    asked, asked_from = _prompts_of(loaded, prompts, prompt_file, prompt_field, held_out)
-    one_step.conditions(1, tuple(class_labels), asked)
-    for warning in one_step.warnings(asked[:num_samples]):
+    config = _configured({**settings, "student": student, "teacher": teacher, "features": features}, config_file)
+    check_device(config.device)
+    check_folder(config.student)  # before the output, whose default it names
+    _check_output(config)
+    pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
+    extractor = _named_features(config, pair) if features is None or isinstance(features, (str, Path)) else features
+    check_features(extractor, pair.one_step)
+    source = _reference_source(config, pair, extractor)
+    subjects, notes = _subjects(config, pair, source)
+    for warning in pair.one_step.warnings(subjects.prompts[: config.num_samples]):
         say(warning)
-    judge = None if clip is None else _open_clip(clip, base, place, local_files_only)
-    settings = Settings(
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        class_labels=tuple(class_labels) or one_step.labels,
-        prompts=asked,
-        prompts_from=asked_from,
-        base_student=one_step.first_stage.name if one_step.first_stage is not None else "",
-        measure_speed=measure_speed,
-        guidance_scale=_guidance_of(loaded, guidance_scale, base),
-        device=str(place),
-        show_progress=show_progress,
+    clip = None if config.clip is None else _open_clip(config.clip, pair, offline=config.local_files_only)
+    resolved = {"guidance_scale": _guidance_of(config, pair.student, pair.teacher), "device": str(pair.device)}
+    config = config.model_copy(update=resolved)
+    reference = _reference(source, config, pair, extractor, subjects, show_progress, say)
+    comparison = Comparison(
+        reference, extractor, subjects, config, pair.name, clip, notes, show_progress=show_progress, say=say
     )
-    check_features(extractor, [one_step])
-    sampler = TeacherSampler(fitted, num_steps=num_reference_steps, device=place, first_stage=one_step.first_stage)
-    images = _reference(str(reference), base, sampler, extractor, settings, say)
-    rows: list[tuple[str, Sampler, bool]] = [
-        (f"DDIM-{n}", TeacherSampler(fitted, num_steps=n, device=place, first_stage=one_step.first_stage), False)
-        for n in steps
-    ]
-    report, shown = compare_sources(
-        [*rows, ("student", one_step, True)], images, extractor, settings, teacher=name, clip=judge, say=say
-    )
-    if output is not None:
-        report.save(output, overwrite=overwrite)
-        if pictures.can_be_shown(next(iter(shown.values())).shape[1:]):
-            pictures.save_rows(
-                {k: v[:16] for k, v in shown.items()},
-                Path(output) / PICTURE_NAME,
-                title="same noise in every column",
-                columns=asked[:16],
-            )
-        if loaded.pipeline is not None:
-            card.write_table(loaded.pipeline, report.to_markdown())
+    rows = [Entry(f"DDIM-{n}", pair.many_steps(n)) for n in config.steps]
+    report, shown = comparison.run([*rows, Entry("student", pair.one_step, is_student=True)])
+    if config.output is not None:
+        _write(report, shown, config.output, subjects.prompts, pair.student.pipeline, overwrite=config.overwrite)
     return report
 
 
-def _open_at_scale(
-    student: str | Path, device: torch.device, scale: float | None, offline: bool, base: str | Path | None
-) -> LoadedStudent:
-    """Return the student to evaluate, at the guidance scale asked for if it takes one."""
-    found = load_student(student, device=device, local_files_only=offline, base_student=base)
-    takes_it = found.config is not None and found.config.guidance_range is not None and found.pipeline != Path(student)
-    if scale is None or not takes_it:
-        return found
-    return LoadedStudent(found.sampler.at(guidance_scale=scale), None, found.run)
+def _configured(values: Mapping[str, Any], config_file: str | Path | None) -> EvaluateConfig:
+    """Return the settings; paths are given as text, as names are, and objects come beside them."""
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    for name in ("student", "teacher", "features"):
+        if not isinstance(given[name], str):
+            del given[name]
+    return make(EvaluateConfig, given, config_file)
 
 
-def _held_out_prompts(reference: str, teacher: str, config: DistillConfig | None) -> Path | None:
+def _check_output(config: EvaluateConfig) -> None:
+    """Raise SettingError if a report cannot be written, or would overwrite something."""
+    path = config.output
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise SettingError("output", path, "is a file", "give a folder")
+    check_writable(path, "output")
+    if any((path / name).exists() for name in (JSON_NAME, MARKDOWN_NAME, PICTURE_NAME)) and not config.overwrite:
+        raise SettingError("output", path, "holds a report", f"name another folder, or give {named('overwrite')}")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A student and its teacher, opened.
+
+    Attributes:
+        student: The student, and what is known of where it comes from.
+        teacher: The teacher, guided and thresholded as its rows are.
+        device: Where both are.
+    """
+
+    student: LoadedStudent
+    teacher: Teacher
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The teacher's name or path."""
+        return self.teacher.spec.source
+
+    @property
+    def one_step(self) -> Sampler:
+        """The student's one step."""
+        return self.student.sampler
+
+    def many_steps(self, num: int) -> Sampler:
+        """Return the teacher's DDIM sampler."""
+        return TeacherSampler(self.teacher, num_steps=num, device=self.device, first_stage=self.one_step.first_stage)
+
+
+def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
+    """Return the student and the teacher to evaluate.
+
+    Args:
+        config: Which; w of both is as asked for.
+        teacher: The teacher, where it is an object.
+
+    Raises:
+        ValueError: If one does not load, they cannot be compared, or the guidance is not known.
+    """
+    device = resolve_device(config.device)
+    student = _at_scale(
+        load_student(
+            config.student, device=device, local_files_only=config.local_files_only, base_student=config.base_student
+        ),
+        config,
+    )
+    teacher = _load_teacher(config, student, device) if teacher is None else teacher
+    refuse_student(teacher)
+    one_step = student.sampler
+    _check_pair(one_step, teacher)
+    if one_step.first_stage is not None and one_step.noise_level is not None:
+        teacher = teacher.with_image_condition(one_step.noise_level, one_step.first_stage.examples)
+    return _Pair(student, _guided(config, student, teacher), device)
+
+
+def _at_scale(student: LoadedStudent, config: EvaluateConfig) -> LoadedStudent:
+    """Return the student at the guidance scale asked for, if it takes one: what is exported has it baked in."""
+    takes_it = student.config is not None and student.config.guidance_range is not None
+    if config.guidance_scale is None or not takes_it or student.pipeline == config.student:
+        return student
+    return LoadedStudent(student.sampler.at(guidance_scale=config.guidance_scale), None, student.run)
+
+
+def _load_teacher(config: EvaluateConfig, student: LoadedStudent, device: torch.device) -> Teacher:
+    """Return the teacher that is named, else that of the student's run."""
+    run = student.config
+    if config.teacher is None:
+        if student.run is None or run is None:
+            why = "is an exported folder that does not know its teacher"
+            raise SettingError("student", config.student, why, f"name it with {named('teacher')}")
+        return run_teacher(student.run, device, local_files_only=config.local_files_only)
+    load = functools.partial(
+        load_teacher,
+        config.teacher,
+        local_files_only=config.local_files_only,
+        device=str(device),
+        arguments=student.sampler.arguments,
+        t_max=None if run is None else run.t_max,
+        variant=None if run is None else run.variant,
+    )
+    known = _recorded(student).null_class
+    try:
+        return load(null_class=known if config.null_class is None else config.null_class)
+    except ValueError:
+        if config.null_class is None and known is not None:
+            _check_pair(student.sampler, load())  # another teacher has no such label, which nobody has named
+        raise
+
+
+def _guided(config: EvaluateConfig, student: LoadedStudent, teacher: Teacher) -> Teacher:
+    """Return the teacher as it was distilled: at w, with the negative prompt and the thresholding of then."""
+    scale = _guidance_of(config, student, teacher)
+    if scale is None and teacher.can_guide:
+        why = f"{student.sampler.name} does not say what was distilled into it, and its teacher can guide"
+        raise SettingError("guidance_scale", why=why, todo="say which w the teacher is to have (1 for none)")
+    negative = config.negative_prompt
+    if negative is None and teacher.spec.text:
+        negative = _recorded(student).negative_prompt
+    acts = config.negative_prompt is None or scale not in (None, 1)
+    teacher = teacher.with_negative_prompt(negative, acts=acts)
+    if student.config is not None:
+        return fit_teacher(teacher, student.config, scale)
+    threshold = model_card.distilled(student.pipeline).threshold
+    return guided(teacher, teacher.usual_guidance if scale is None else scale, threshold=threshold)
+
+
+def _check_pair(student: Sampler, teacher: Teacher) -> None:
+    """Raise SettingError if a student and a teacher cannot be compared."""
+    spec, other = teacher.spec, "not the same teacher"
+    if spec.sample_shape != student.sample_shape:
+        why = f"makes samples of shape {spec.sample_shape}, {named('student')} of {student.sample_shape}"
+        raise SettingError("teacher", spec.source, why)
+    if bool(student.labels) != bool(spec.labels) or not set(student.labels) <= set(spec.labels):
+        why = f"has {spec.num_classes or 0} classes and {named('student')} {len(student.labels)}"
+        raise SettingError("teacher", spec.source, why, other)
+    if (teacher.image_condition is None) != (student.first_stage is None):
+        why = f"enlarges a picture and {named('student')} does not, or the other way round"
+        raise SettingError("teacher", spec.source, why, other)
+    if student.takes_text != spec.text:
+        takes = "takes text" if student.takes_text else "takes no text"
+        raise SettingError("teacher", spec.source, f"is another teacher: {named('student')} {takes}")
+
+
+def _recorded(student: LoadedStudent) -> DistillConfig | model_card.Distilled:
+    """Return what is known of the distillation: by the student's run, else by its card."""
+    return model_card.distilled(student.pipeline) if student.config is None else student.config
+
+
+def _guidance_of(config: EvaluateConfig, student: LoadedStudent, teacher: Teacher) -> float | None:
+    """Return w of the teacher's rows: what is given, what the student's folder has baked in, or what its run says."""
+    if config.guidance_scale is not None or teacher.spec.conditioning == "none":
+        return config.guidance_scale
+    baked, run = model_card.distilled(student.pipeline).guidance_scale, student.config
+    if baked is not None or run is None:
+        return baked
+    return run.guidance_scale if run.guidance_range is None else sum(run.guidance_range) / 2
+
+
+def _named_features(config: EvaluateConfig, pair: _Pair) -> FeatureExtractor:
+    chosen = default_features(pair.name) if config.features == "auto" else config.features
+    return choose_features(chosen, pair.teacher, local_files_only=config.local_files_only, device=pair.device)
+
+
+def _reference_source(config: EvaluateConfig, pair: _Pair, extractor: FeatureExtractor) -> str:
+    """Return what the rows are compared with: "teacher", an embedded teacher's name, or a folder."""
+    if config.reference != "auto":
+        return config.reference
+    return pair.name if pair.name in EMBEDDED and not sees_latents(extractor) else "teacher"
+
+
+def _reference(
+    source: str,
+    config: EvaluateConfig,
+    pair: _Pair,
+    extractor: FeatureExtractor,
+    subjects: Subjects,
+    show_progress: bool,
+    say: Callable[[str], None],
+) -> Reference:
+    """Return the images, or the latents, to compare with."""
+    if source == "teacher":
+        sampler = pair.many_steps(config.num_reference_steps)
+        say(f"reference: {config.num_samples:,} samples of the teacher at {sampler.num_steps} steps")
+        return teacher_reference(sampler, extractor, subjects, config, show_progress=show_progress)
+    embedded = source in EMBEDDED
+    found = embedded_reference(source) if embedded else folder_reference(Path(source), _decoded_shape(pair))
+    if sees_latents(extractor):
+        why = f"holds images, and {named('features')} teacher looks at latents"
+        raise SettingError("reference", source, why, "name a transformers model for the features")
+    return found
+
+
+def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subjects, tuple[str, ...]]:
+    """Return what the images of every row show, and lines about it for the protocol.
+
+    Raises:
+        ValueError: If the student cannot draw it.
+    """
+    student = pair.one_step
+    held_out = _held_out_prompts(source, pair.name, pair.student.config)
+    prompts, origin = _prompts_of(pair.student, config, held_out)
+    student.conditions(1, config.class_labels, prompts)
+    notes = [f"prompts: {origin}"] if origin else []
+    if student.first_stage is not None:
+        drawn = f"every row enlarges what {student.first_stage.name} draws in one step"
+        notes.append(f"{drawn}, which its evaluations and its time include")
+    return Subjects(config.class_labels or student.labels, prompts), tuple(notes)
+
+
+def _held_out_prompts(reference: str, teacher: str, run: DistillConfig | None) -> Path | None:
     """Return the prompts of an embedded teacher that an evaluation goes by if none are named; None if there are none.
 
     They are those of the images it is compared with, or take the place of the teacher's own prompts in the run's.
@@ -177,179 +306,61 @@ def _held_out_prompts(reference: str, teacher: str, config: DistillConfig | None
     if reference in EMBEDDED:
         return EMBEDDED[reference].heldout
     own = EMBEDDED.get(teacher)
-    if own is None or (config is not None and config.prompt_file != own.prompts):
+    if own is None or (run is not None and run.prompt_file != own.prompts):
         return None
     return own.heldout
 
 
-def _prompts_of(
-    student: LoadedStudent,
-    prompts: Sequence[str],
-    prompt_file: str | Path | None,
-    prompt_field: str | None,
-    held_out: Path | None,
-) -> tuple[Sequence[str], str]:
+def _prompts_of(student: LoadedStudent, config: EvaluateConfig, held_out: Path | None) -> tuple[Sequence[str], str]:
     """Return (the prompts to evaluate on, where they come from): given ones, held-out ones, or those of the run."""
-    config, kind = student.config, ""
-    if student.sampler.takes_text and not prompts and prompt_file is None:
+    file, field, kind = config.prompt_file, config.prompt_field, ""
+    if student.sampler.takes_text and not config.prompts and file is None:
         if held_out is not None:
-            prompt_file, kind = held_out, ", held-out ones"
-        elif config is not None:
-            prompt_file = config.prompt_file
-            prompt_field = config.prompt_field if prompt_field is None else prompt_field
-    found = read_prompts(prompts, prompt_file, prompt_field)
-    where = "given ones" if prompt_file is None else Path(prompt_file).name
+            file, kind = held_out, ", held-out ones"
+        elif student.config is not None:
+            file = student.config.prompt_file
+            field = student.config.prompt_field if field is None else field
+    found = read_prompts(config.prompts, file, field)
+    where = "given ones" if file is None else file.name
     return found, f"{len(found):,} of {where}{kind}, in turn" if found else ""
 
 
-def _open_clip(clip: str | Path, teacher: Teacher, device: torch.device, offline: bool) -> ClipScore:
+def _open_clip(clip: str, pair: _Pair, *, offline: bool) -> ClipScore:
     """Return what measures how well images fit their prompts.
 
     Raises:
-        ValueError: If there are no prompts or no pictures, or this is no CLIP model.
+        SettingError: If there are no prompts or no pictures, or this is no CLIP model.
     """
-    if not teacher.spec.text:
-        raise ValueError(f"--clip {clip} compares pictures with their prompts, and this teacher takes no text")
-    with torch.no_grad():
-        made = teacher.decode(torch.zeros(1, *teacher.spec.sample_shape, device=device))
-    check_pictures(made.shape[1:])
-    return ClipScore(clip, local_files_only=offline, device=device)
+    if not pair.teacher.spec.text:
+        raise SettingError("clip", clip, "compares pictures with their prompts, and this teacher takes no text")
+    check_pictures(_decoded_shape(pair))
+    return ClipScore(clip, local_files_only=offline, device=pair.device)
 
 
-def _check_evaluation(
-    num_samples: int,
-    steps: Sequence[int],
-    batch_size: int,
-    num_reference_steps: int,
-    output: str | Path | None,
+@torch.no_grad()
+def _decoded_shape(pair: _Pair) -> torch.Size:
+    """Return the shape of what the teacher makes, decoded, without the batch."""
+    spec = pair.teacher.spec
+    return pair.teacher.decode(torch.zeros(1, *spec.sample_shape, device=pair.device)).shape[1:]
+
+
+def _write(
+    report: Report,
+    shown: Mapping[str, Tensor],
+    output: Path,
+    prompts: Sequence[str],
+    exported: Path | None,
+    *,
     overwrite: bool,
 ) -> None:
-    if num_samples < 10:
-        raise ValueError(
-            f"--num_samples must be at least 10 (hundreds for numbers that mean something), got {num_samples}"
-        )
-    if batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
-    if not steps or min(steps) < 1 or len(set(steps)) != len(steps):
-        raise ValueError(f"--steps must be different numbers of at least 1, got {list(steps)}")
-    if num_reference_steps < 1:
-        raise ValueError(f"--num_reference_steps must be at least 1, got {num_reference_steps}")
-    if output is None:
-        return
-    path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--output {path} is a file; give a folder")
-    check_writable(path, "output")
-    if any((path / name).exists() for name in (JSON_NAME, MARKDOWN_NAME, PICTURE_NAME)) and not overwrite:
-        raise ValueError(f"--output {path} holds a report; name another folder, or give --overwrite")
-
-
-def _teacher_of(
-    student: LoadedStudent,
-    teacher: str | Path | Teacher | None,
-    guidance_scale: float | None,
-    null_class: int | None,
-    negative_prompt: str | None,
-    device: torch.device,
-    offline: bool,
-) -> tuple[Teacher, Teacher]:
-    config, said = student.config, card.distilled(student.pipeline)
-    if teacher is None and config is None:
-        raise ValueError("--student is an exported folder that does not know its teacher; name it with --teacher")
-    if isinstance(teacher, Teacher):
-        base = teacher
-    elif teacher is not None:
-        known = said.null_class if config is None else config.null_class
-        load = functools.partial(
-            load_teacher,
-            teacher,
-            local_files_only=offline,
-            device=str(device),
-            arguments=student.sampler.arguments,
-            t_max=None if config is None else config.t_max,
-            variant=None if config is None else config.variant,
-        )
-        try:
-            base = load(null_class=known if null_class is None else null_class)
-        except ValueError:
-            if null_class is None and known is not None:
-                _check_pair(student.sampler, load())  # another teacher has no such label, which nobody has named
-            raise
-    else:
-        assert student.run is not None
-        assert config is not None
-        base = run_teacher(student.run, device, local_files_only=offline)
-    refuse_student(base)
-    _check_pair(student.sampler, base)
-    first_stage, level = student.sampler.first_stage, student.sampler.noise_level
-    if base.image_condition is not None and first_stage is not None and level is not None:
-        base = base.with_image_condition(level, first_stage.examples)
-    scale = _guidance_of(student, guidance_scale, base)
-    if scale is None and base.can_guide:
-        raise ValueError(
-            f"{student.sampler.name} does not say what guidance was distilled into it, and its teacher can guide: say which w the "
-            "teacher is to have with --guidance_scale (1 for none)"
-        )
-    negative = negative_prompt
-    if negative is None and base.spec.text:
-        negative = said.negative_prompt if config is None else config.negative_prompt
-    base = base.with_negative_prompt(negative, acts=negative_prompt is None or scale not in (None, 1))
-    if config is not None:
-        return base, fit_teacher(base, config, scale)
-    return base, guided(base, base.usual_guidance if scale is None else scale, threshold=said.threshold)
-
-
-def _check_pair(student: Sampler, teacher: Teacher) -> None:
-    """Raise ValueError if a student and a teacher cannot be compared."""
-    spec = teacher.spec
-    if spec.sample_shape != student.sample_shape:
-        raise ValueError(f"--teacher makes samples of shape {spec.sample_shape}, --student of {student.sample_shape}")
-    if bool(student.labels) != bool(spec.labels) or not set(student.labels) <= set(spec.labels):
-        raise ValueError(
-            f"--student has {len(student.labels)} classes and --teacher {spec.num_classes or 0}: not the same teacher"
-        )
-    if (teacher.image_condition is None) != (student.first_stage is None):
-        raise ValueError(
-            "one of --student and --teacher enlarges a picture and the other does not: not the same teacher"
-        )
-    if student.takes_text != spec.text:
-        raise ValueError(
-            f"--student {'takes' if student.takes_text else 'takes no'} text, and --teacher is another teacher"
-        )
-
-
-def _guidance_of(student: LoadedStudent, guidance_scale: float | None, teacher: Teacher) -> float | None:
-    """Return w of the teacher's rows: what is given, what the student's folder has baked in, or what its run says."""
-    config = student.config
-    if guidance_scale is not None or teacher.spec.conditioning == "none":
-        return guidance_scale
-    baked = card.distilled(student.pipeline).guidance_scale
-    if baked is not None or config is None:
-        return baked
-    return config.guidance_scale if config.guidance_range is None else sum(config.guidance_range) / 2
-
-
-def _reference(
-    reference: str,
-    base: Teacher,
-    sampler: Sampler,
-    extractor: FeatureExtractor,
-    settings: Settings,
-    say: Callable[[str], None],
-) -> Reference:
-    if reference == "teacher":
-        say(f"reference: {settings.num_samples:,} samples of the teacher at {sampler.num_steps} steps")
-        return teacher_reference(sampler, extractor, settings)
-    if reference in EMBEDDED:
-        found = embedded_reference(reference)
-    else:
-        image_shape = base.decode(torch.zeros(1, *base.spec.sample_shape, device=settings.device)).shape[1:]
-        found = folder_reference(Path(reference), image_shape)
-    if getattr(extractor, "of_latents", False):
-        raise ValueError(
-            f"--reference {reference} holds images, and --features teacher looks at latents; name a transformers model"
-        )
-    return found
+    """Write the report, a picture of the first images of each row, and the table into the card of the student."""
+    report.save(output, overwrite=overwrite)
+    if pictures.can_be_shown(next(iter(shown.values())).shape[1:]):
+        first = {name: images[:16] for name, images in shown.items()}
+        title = "same noise in every column"
+        pictures.save_rows(first, output / PICTURE_NAME, title=title, columns=prompts[:16])
+    if exported is not None:
+        model_card.write_table(exported, report.to_markdown())
 
 
 def default_report_folder(student: str | Path) -> Path:

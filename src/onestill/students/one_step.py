@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.tensors import Cond, float32_or_more
-from onestill.diffusion.process import head
+from onestill.diffusion.prediction import preconditioning
 from onestill.students.bake import bake
 from onestill.students.student import Student
 
@@ -59,7 +59,7 @@ def one_step_of(student: Student, t: float = 0.0, guidance_scale: float | None =
     spec = student.spec
     start = torch.tensor([spec.t_max], dtype=torch.float64)
     alpha, sigma = spec.process.alpha_sigma(start)
-    c_in, c_skip, c_out = head(spec.prediction_type, alpha, sigma, spec.sigma_data)
+    c_in, c_skip, c_out = preconditioning(spec.prediction_type, alpha, sigma, spec.sigma_data)
     k = torch.hypot(alpha, sigma)
     return OneStep(
         bake(student, t, guidance_scale),

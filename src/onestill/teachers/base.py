@@ -19,8 +19,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from onestill.core.errors import SettingError, named
 from onestill.core.tensors import Cond, as_times, broadcast, float32_or_more
-from onestill.diffusion.process import check_t_max, head
+from onestill.diffusion.prediction import preconditioning
 from onestill.diffusion.trajectory import Denoiser
 from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.prompt_limits import PromptLimit, exceeded
@@ -127,8 +128,8 @@ class Teacher(ABC):
             SettingError: If it cannot start there.
         """
         spec = self.spec
-        checked = check_t_max(spec.process, spec.prediction_type, t_max)
-        return self._changed(spec=replace(spec, t_max=checked, t_max_reason="given with --t_max"))
+        spec.process.check_start_level(spec.prediction_type, t_max)
+        return self._changed(spec=replace(spec, t_max=t_max, t_max_reason="given"))
 
     def with_negative_prompt(self, prompt: str | None, *, acts: bool = True) -> Self:
         """Return the teacher with a negative prompt in the place of its null condition; itself where None is given.
@@ -144,13 +145,12 @@ class Teacher(ABC):
         if prompt is None:
             return self
         if not self.spec.text:
-            raise ValueError(f"--negative_prompt {prompt!r} was given, but this teacher takes no text")
+            raise SettingError("negative_prompt", prompt, "this teacher takes no text")
         if not self.can_guide:
-            raise ValueError(f"--negative_prompt {prompt!r}: a {self.kind} has no null condition that it could replace")
+            raise SettingError("negative_prompt", prompt, f"a {self.kind} has no null condition that it could replace")
         if not acts:
-            raise ValueError(
-                f"--negative_prompt {prompt!r} acts through guidance only: give a --guidance_scale other than 1"
-            )
+            todo = f"give a {named('guidance_scale')} other than 1"
+            raise SettingError("negative_prompt", prompt, "acts through guidance only", todo)
         return self._changed(null_cond=self.encode_negative(prompt))
 
     def with_image_condition(self, level: int, pictures: Tensor | None = None) -> Self:
@@ -356,7 +356,7 @@ class NetworkTeacher(Teacher):
 
     def denoised_by(self, network: Callable[..., object], x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         times = as_times(t, len(x_t))
-        c_in, c_skip, c_out = head(
+        c_in, c_skip, c_out = preconditioning(
             self.spec.prediction_type, *self.spec.process.alpha_sigma(times), self.spec.sigma_data
         )
         net_time = self.spec.process.net_time(times).to(device=x_t.device, dtype=x_t.dtype)

@@ -8,9 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from onestill.core.errors import NOT_GIVEN, SettingError, named
 from onestill.core.tensors import Cond, broadcast
 from onestill.teachers.base import Teacher
-from onestill.teachers.teacher_spec import Threshold
+from onestill.teachers.teacher_spec import TeacherSpec, Threshold
+
+RANGE = ("guidance_scale_min", "guidance_scale_max")
 
 
 class Wrapped(Teacher):
@@ -69,24 +72,12 @@ class Guided(Wrapped):
         guidance_scale: w, as in diffusers.
 
     Raises:
-        ValueError: If guidance is asked of a teacher without a null class.
+        SettingError: If guidance is asked of a teacher without a null class.
     """
 
     def __init__(self, teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False) -> None:
-        asked = "--guidance_scale_min and _max" if drawn else f"--guidance_scale {guidance_scale:g}"
-        needs = "need" if drawn else "needs"
-        instead = "Leave them out" if drawn else "Leave --guidance_scale at 1"
-        if (drawn or guidance_scale != 1) and not teacher.can_guide and teacher.spec.text:
-            raise ValueError(
-                f"{asked} {needs} a null condition, and a {teacher.spec.family} pipeline has "
-                f"none: guidance is in its weights already. {instead}"
-            )
         if (drawn or guidance_scale != 1) and not teacher.can_guide:
-            raise ValueError(
-                f"{asked} {needs} a teacher with a null class, and this one has "
-                f"{'no classes' if teacher.spec.num_classes is None else 'none that is known'}. "
-                f"Name it with --null_class if one of the labels means 'no class'. {instead} otherwise"
-            )
+            raise _cannot_guide(teacher.spec, guidance_scale, drawn=drawn)
         super().__init__(teacher.unguided)
         self.guidance_scale, self.drawn = guidance_scale, drawn
 
@@ -118,15 +109,16 @@ class EmbeddedGuidance(Wrapped):
         guidance_scale: As the pipeline's own argument.
 
     Raises:
-        ValueError: If a range is asked for.
+        SettingError: If a range is asked for.
     """
 
     def __init__(self, teacher: Teacher, guidance_scale: float, *, drawn: bool = False) -> None:
         if drawn:
-            raise ValueError(
-                f"--guidance_scale_min and _max: the network of a {teacher.spec.family} pipeline takes the guidance scale "
-                "as an input, and its student is distilled at one of them. Give that with --guidance_scale"
+            why = (
+                f"the network of a {teacher.spec.family} pipeline takes the guidance scale as an input, and its student is "
+                "distilled at one of them"
             )
+            raise SettingError(RANGE, why=why, todo=f"give that with {named('guidance_scale')}")
         super().__init__(teacher.unguided)
         self.guidance_scale = guidance_scale
 
@@ -134,6 +126,22 @@ class EmbeddedGuidance(Wrapped):
         name = self.teacher.guidance_input
         assert name is not None
         return self.teacher.denoised(x_t, t, {**cond, name: torch.full_like(cond[name], self.guidance_scale)})
+
+
+def _cannot_guide(spec: TeacherSpec, guidance_scale: float, *, drawn: bool) -> SettingError:
+    """Return the error of a teacher without a null condition that is to be guided, at one scale or at drawn ones."""
+    setting, needs, instead = (
+        (RANGE, "need", "leave them out") if drawn else ("guidance_scale", "needs", "leave it at 1")
+    )
+    given = NOT_GIVEN if drawn else guidance_scale
+    if spec.text:
+        why = f"{needs} a null condition, and a {spec.family} pipeline has none: guidance is in its weights already"
+        return SettingError(setting, given, why, instead)
+    lacks = "no classes" if spec.num_classes is None else "none that is known"
+    name = f"name it with {named('null_class')} if one of the labels means 'no class'"
+    return SettingError(
+        setting, given, f"{needs} a teacher with a null class, and this one has {lacks}", f"{name}, {instead} otherwise"
+    )
 
 
 class Thresholded(Wrapped):

@@ -15,6 +15,7 @@ from typing import Any
 
 import diffusers
 
+from onestill.core.errors import SettingError, named
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.build import load_family
 from onestill.teachers.pipelines.families import FAMILIES
@@ -31,7 +32,7 @@ Loader = Callable[..., Teacher]
 
 def _knows_its_null(index: dict[str, Any], null_class: int | None) -> None:
     if null_class is not None:
-        raise ValueError(f"--null_class {null_class} was given, but a {index['_class_name']} knows its own")
+        raise SettingError("null_class", null_class, f"a {index['_class_name']} knows its own", "leave it out")
 
 
 def _loader(family: PipelineSpec) -> Loader:
@@ -166,9 +167,9 @@ def _check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
     taken = () if class_name in UNET2D_PIPELINES else inspect.signature(cls.__call__).parameters
     for name in arguments:
         if name not in taken:
-            known = [f"--{known}" for known in CALL_ARGUMENTS if known in taken]
-            has = f"it has {', '.join(known)}" if known else f"it has none of --{', --'.join(CALL_ARGUMENTS)}"
-            raise ValueError(f"--{name}: the call of {class_name} has no such argument; {has}")
+            known = [named(known) for known in CALL_ARGUMENTS if known in taken]
+            has = f"it has {'' if known else 'none of '}{', '.join(known or map(named, CALL_ARGUMENTS))}"
+            raise SettingError(name, arguments[name], f"the call of {class_name} has no such argument", has)
 
 
 def _find_folder(
@@ -178,15 +179,13 @@ def _find_folder(
     if is_there and path.is_dir():
         return path
     if is_there:
-        raise ValueError(
-            f"--teacher {source} is a file; give the folder of a diffusers pipeline (the one with model_index.json)"
-        )
+        todo = "give the folder of a diffusers pipeline (the one with model_index.json)"
+        raise SettingError("teacher", source, "is a file", todo)
     is_path = source.startswith((".", "/", "~"))
     if is_path or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise ValueError(
-            f"no such teacher: {source}{': no such folder' if is_path else ''}. Give a folder of a diffusers pipeline, a hub id 'owner/name', "
-            f"or an embedded teacher ({', '.join(EMBEDDED)})"
-        )
+        todo = "give a folder of a diffusers pipeline, a hub id 'owner/name', or an embedded teacher"
+        why = f"no such {'folder' if is_path else 'teacher'}"
+        raise SettingError("teacher", source, why, f"{todo} ({', '.join(EMBEDDED)})")
     return _download(source, revision, variant, cache_dir, offline)
 
 
@@ -218,10 +217,8 @@ def _download(
             )
         )
     except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
-        raise ValueError(
-            f"no such teacher: {source} is no folder here, and the hub gave no pipeline of that name: "
-            f"{_why_not(error, offline)}"
-        ) from error
+        why = f"no such teacher: it is no folder here, and the hub gave no pipeline of that name: {_why_not(error, offline)}"
+        raise SettingError("teacher", source, why) from error
     # Its card, which names its license, is in no pipeline's download; there may be none.
     with suppress(Exception):
         hf_hub_download(source, "README.md", revision=revision, cache_dir=cache_dir, local_files_only=offline)
@@ -239,7 +236,7 @@ def _why_not(error: BaseException, offline: bool) -> str:
         cause = cause.__cause__ or cause.__context__
     for kinds, words in (
         (errors.GatedRepoError, "it is gated: accept its terms on its page, and log in with `hf auth login`"),
-        (errors.RevisionNotFoundError, "it has no such --revision"),
+        (errors.RevisionNotFoundError, f"it has no such {named('revision')}"),
         (errors.RepositoryNotFoundError, "there is none, or it is private: log in with `hf auth login`"),
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids the network, and it was not downloaded before"),
     ):
@@ -248,7 +245,7 @@ def _why_not(error: BaseException, offline: bool) -> str:
     if any(map(_is_of_the_network, causes)):
         return "the hub cannot be reached, and it was not downloaded before"
     if offline and any(isinstance(each, errors.LocalEntryNotFoundError) for each in causes):
-        return "--local_files_only forbids the network, and it was not downloaded before"
+        return f"{named('local_files_only')} forbids the network, and it was not downloaded before"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 

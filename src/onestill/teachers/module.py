@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from onestill.core.tensors import Cond
-from onestill.diffusion.process import PREDICTION_TYPES, Process, check_t_max, choose_t_max
+from onestill.diffusion.prediction import PREDICTION_TYPES
+from onestill.diffusion.process import Process
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.teacher_spec import NO_THRESHOLD, TeacherSpec, Threshold
 
@@ -46,7 +47,7 @@ def module_teacher(
     Args:
         network: A module, or any callable.
         process: The noise process it was trained on.
-        prediction_type: One of `onestill.diffusion.process.PREDICTION_TYPES`.
+        prediction_type: One of `onestill.diffusion.prediction.PREDICTION_TYPES`.
         sample_shape: Shape of one sample without the batch axis.
         num_classes: Number of classes besides the null class; None if unconditional.
         null_class: The label of "no class", if there is one.
@@ -60,9 +61,10 @@ def module_teacher(
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
     if t_max is None:
-        chosen, reason = choose_t_max(process, prediction_type)
+        chosen, reason = process.start_level(prediction_type)
     else:
-        chosen, reason = check_t_max(process, prediction_type, t_max), "given"
+        process.check_start_level(prediction_type, t_max)
+        chosen, reason = t_max, "given"
     spec = TeacherSpec(
         family="module",
         source="",

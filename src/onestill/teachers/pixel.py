@@ -11,8 +11,9 @@ import torch
 from diffusers import EDMEulerScheduler, UNet2DModel
 from torch import Tensor
 
+from onestill.core.errors import SettingError, found_in
 from onestill.core.tensors import Cond, refuse_non_finite, without_autocast
-from onestill.diffusion.process import VE, choose_t_max
+from onestill.diffusion.process import VE
 from onestill.diffusion.trajectory import Trajectory
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.pipelines.schedulers import plain_ddim, scheduler_process, scheduler_threshold, times_of
@@ -50,7 +51,7 @@ def load_unet2d(
     try:
         teacher = unet2d_teacher(network, scheduler, source=source, null_class=null_class)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise found_in(source, error) from error
     teacher.folder = folder
     return teacher
 
@@ -69,7 +70,7 @@ def unet2d_teacher(
     process, prediction, sigma_data = scheduler_process(scheduler)
     _refuse_unknown_parts(config)
     num_classes = _count_classes(config, null_class)
-    t_max, reason = choose_t_max(process, prediction)
+    t_max, reason = process.start_level(prediction)
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     spec = TeacherSpec(
@@ -170,9 +171,10 @@ def _count_classes(config: Any, null_class: int | None) -> int | None:
     if null_class is None:
         return int(num) if num else None
     if not num:
-        raise ValueError(f"--null_class {null_class} was given, but the teacher is unconditional")
+        raise SettingError("null_class", null_class, "the teacher is unconditional", "leave it out")
     if not 0 <= null_class < num:
-        raise ValueError(f"--null_class {null_class} is not a label of the teacher, which has {num} (0 to {num - 1})")
+        why = f"is not a label of the teacher, which has {num} (0 to {num - 1})"
+        raise SettingError("null_class", null_class, why)
     return int(num) - 1
 
 

@@ -52,7 +52,7 @@ class TeacherSpec:
         family: Short name of the adapter, such as "unet2d".
         source: Path or id it was loaded from; "" for objects made in Python.
         process: The noise process.
-        prediction_type: One of `onestill.diffusion.process.PREDICTION_TYPES`, or "denoised" for closed forms.
+        prediction_type: One of `onestill.diffusion.prediction.PREDICTION_TYPES`, or "denoised" for closed forms.
         sample_shape: Shape of one sample without the batch axis, such as (C, H, W).
         t_max: The start level.
         t_max_reason: Why this one.

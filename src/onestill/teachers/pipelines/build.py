@@ -11,8 +11,9 @@ import diffusers
 import torch
 from torch import nn
 
+from onestill.core.errors import SettingError, found_in, named
 from onestill.core.tensors import as_times, refuse_non_finite
-from onestill.diffusion.process import FlowMatching, Process, choose_t_max
+from onestill.diffusion.process import FlowMatching, Process
 from onestill.diffusion.trajectory import Trajectory
 from onestill.teachers.pipelines.capture import asked_shift, watch
 from onestill.teachers.pipelines.folder import load_pipeline
@@ -37,7 +38,7 @@ def load_family(
     try:
         return pipeline_teacher(family, pipeline, folder, source, variant)
     except ValueError as error:
-        raise ValueError(f"{source}: {_naming_flags(str(error), family.given)}") from error
+        raise found_in(source, _about_arguments(error, family.given)) from error
     except (RuntimeError, AttributeError, TypeError, LookupError) as error:
         absent = [n for n, part in pipeline.components.items() if part is None and n.startswith(("text", "token"))]
         why = f": {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -48,11 +49,13 @@ def load_family(
         raise ValueError(f"{source}: the {cls.__name__} does not run{why}") from error
 
 
-def _naming_flags(message: str, asked: Mapping[str, Any]) -> str:
-    """Return a pipeline's message behind the flags of the arguments it speaks of."""
-    flags = [f"--{name} {value}" for name, value in asked.items() if name in message.lower()]
-    said = " ".join(message.split())
-    return f"{' '.join(flags)}: {said}" if flags and not said.startswith("--") else said
+def _about_arguments(error: ValueError, given: Mapping[str, Any]) -> ValueError:
+    """Return a pipeline's own error as one of the arguments that it speaks of, where it speaks of some."""
+    message = " ".join(str(error).split())
+    names = [name for name in given if name in message.lower()]
+    if isinstance(error, SettingError) or not names:
+        return error
+    return SettingError(names, [given[name] for name in names], message)
 
 
 def pipeline_teacher(
@@ -66,7 +69,7 @@ def pipeline_teacher(
     """
     network = getattr(pipeline, family.network)
     schedule = family.schedule(pipeline)
-    t_max, reason = choose_t_max(schedule.process, schedule.prediction_type)
+    t_max, reason = schedule.process.start_level(schedule.prediction_type)
     _check_channels(family, network.config)
     signature, one = family.signature(pipeline)
     process = _with_shift(schedule.process, family, pipeline)
@@ -118,9 +121,9 @@ def _check_size(family: PipelineSpec, pipeline: Any, sample_shape: tuple[int, ..
         made["num_frames"] = (sample_shape[-3] - 1) * temporal + 1
     rounded = [name for name in made if name in asked and asked[name] != made[name]]
     if rounded:
-        flags = " ".join(f"--{name} {asked[name]}" for name in rounded)
-        nearest = " ".join(f"--{name} {made[name]}" for name in rounded)
-        raise ValueError(f"{flags}: a {type(pipeline).__name__} cannot make that and rounds it; ask for {nearest}")
+        nearest = " ".join(f"{named(name)} {made[name]}" for name in rounded)
+        why = f"a {type(pipeline).__name__} cannot make that and rounds it"
+        raise SettingError(rounded, [asked[name] for name in rounded], why, f"ask for {nearest}")
 
 
 def _with_shift(process: Process, family: PipelineSpec, pipeline: Any) -> Process:

@@ -10,6 +10,8 @@ from typing import Any
 
 import diffusers
 
+from onestill.core.errors import SettingError
+
 INDEX = "model_index.json"
 CHECKER = "safety_checker"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -90,4 +92,4 @@ def check_components(folder: Path, index: dict[str, Any], source: str, variant: 
         elif variant and not any(f".{variant}." in f for f in files if f.endswith(".safetensors")):
             weights = [f for f in files if f.endswith(".safetensors")]
             if weights and name in ("unet", "transformer"):
-                raise ValueError(f"{source}: --variant {variant}: {name}/ holds {', '.join(weights)}")
+                raise SettingError("variant", variant, f"{name}/ holds {', '.join(weights)}", where=source)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from onestill.core.errors import SettingError
 from onestill.diffusion.process import VE, DiscreteVP, FlowMatching, Process
 from onestill.teachers.teacher_spec import Threshold
 
@@ -129,8 +130,8 @@ def one_euler_step(alpha: float) -> FlowMatchEulerDiscreteScheduler:
     """Return the scheduler whose one step from pure noise is eps - output.
 
     Raises:
-        ValueError: If the start is not pure noise.
+        SettingError: If the start is not pure noise.
     """
     if alpha != 0:
-        raise ValueError("a flow-matching student starts from pure noise; leave --t_max at 1")
+        raise SettingError("t_max", why="a flow-matching student starts from pure noise", todo="leave it at 1")
     return FlowMatchEulerDiscreteScheduler(shift=1.0)

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from onestill.core.errors import SettingError
 from onestill.core.tensors import Cond
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.image_condition import ImageCondition
@@ -186,7 +187,7 @@ class PipelineTeacher(NetworkTeacher):
             raise self._takes_no_picture()
         num_levels = self.image_condition.num_levels(self.pipeline)
         if not 0 <= level < num_levels:
-            raise ValueError(f"--noise_level {level}: this {self.kind} knows the levels 0 to {num_levels - 1}")
+            raise SettingError("noise_level", level, f"this {self.kind} knows the levels 0 to {num_levels - 1}")
         condition = replace(self.image_condition, level=level)
         if pictures is not None:
             examples = lambda _, num: pictures[[i % len(pictures) for i in range(num)]]  # noqa: E731 - passed on at once

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from PIL import Image
 from runs_helpers import NULL_CLASS, teacher_folder, tiny_network, write_teacher
 from torch import Tensor, nn
 
-from onestill.core.tensors import Cond, noise
+from onestill.core.tensors import noise
 from onestill.diffusion.process import CosineVP
-from onestill.evaluation import candidates, choice, references, run
-from onestill.evaluation.candidates import Settings
 from onestill.evaluation.choice import choose_features, default_features, teacher_features
-from onestill.evaluation.features import ClassifierFeatures
+from onestill.evaluation.comparison import Comparison, Entry
+from onestill.evaluation.config import EvaluateConfig
+from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor
 from onestill.evaluation.references import (
     REFERENCE_SEED,
     Reference,
@@ -26,42 +25,42 @@ from onestill.evaluation.references import (
     folder_reference,
     teacher_reference,
 )
-from onestill.evaluation.run import compare_sources
+from onestill.evaluation.report import Report
+from onestill.evaluation.samples import Subjects
 from onestill.sampling.generate import Rows
+from onestill.sampling.samplers.base import Sampler
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.module import module_teacher
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Fake:
-    """A source whose images are a function of their noise and their labels."""
+class Fake(Sampler):
+    """A sampler whose images are a function of their noise and their labels."""
 
-    name: str
-    make: Callable[[Tensor], Tensor]
-    num_classes: int = 0
-    sample_shape: tuple[int, ...] = (1, 4, 4)
-    num_steps: int = 7
-    calls: int = 14
-    asked: list[int] = field(default_factory=list)
-    latents: Callable[[Tensor, Cond], Tensor] | None = None
-    decodes: bool = False
-    decode: Callable[[Tensor], Tensor] | None = None
-    text: bool = False
+    def __init__(
+        self, name: str, make: Callable[[Tensor], Tensor], num_classes: int = 0, *, text: bool = False
+    ) -> None:
+        self.name, self.make, self.labels, self.takes_text = name, make, tuple(range(num_classes)), text
+        self.sample_shape, self.num_steps, self.evaluations = (1, 4, 4), 7, 14
+        self.batches: list[int] = []
 
-    def generate(self, eps: Tensor, cond: Cond) -> Tensor:
-        self.asked.append(len(eps))
+    def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
+        self.batches.append(len(eps))
         images = self.make(eps)
-        return images + cond["class_labels"].reshape(-1, 1, 1, 1) if "class_labels" in cond else images
+        return images + rows["class_labels"].reshape(-1, 1, 1, 1) if "class_labels" in rows else images
 
-    def conditions(self, num: int, chosen: tuple[int, ...] = (), prompts: Sequence[str] = (), *, seed: int = 0) -> Rows:
-        if self.text:
-            return {"prompt": [prompts[i % len(prompts)] for i in range(num)]}
-        labels = chosen or tuple(range(self.num_classes))
-        return (
-            {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(seed, seed + num)])} if labels else {}
-        )
+
+class FakeOnLatents(Fake):
+    """The same around a decoder: its noise is its latents."""
+
+    has_decoder = gives_latents = True
+
+    def latents(self, eps: Tensor, rows: Rows) -> Tensor:
+        return eps
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.make(latents)
 
 
 class Pixels:
@@ -81,7 +80,26 @@ def far(eps: Tensor) -> Tensor:
     return eps * 0.2 + 0.5
 
 
-SETTINGS = Settings(num_samples=40, batch_size=16, measure_speed=False)
+FEW: dict[str, Any] = {"num_samples": 40, "batch_size": 16, "speed": False}
+Made = tuple[Report, dict[str, Tensor]]
+
+
+def config_of(**settings: Any) -> EvaluateConfig:
+    return EvaluateConfig(student=Path("x"), **{**FEW, "device": "cpu", **settings})
+
+
+def compare(
+    *rows: tuple[str, Fake, bool],
+    extractor: FeatureExtractor | None = None,
+    prompts: Sequence[str] = (),
+    clip: Any = None,
+    notes: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda _: None,
+    **settings: Any,
+) -> Made:
+    """Return the report over (name, sampler, is it a student) and the first images of each row."""
+    shared: Any = (reference(), extractor or Pixels(), Subjects(prompts=prompts), config_of(**settings), "t")
+    return Comparison(*shared, clip, notes, say=say).run([Entry(*row) for row in rows])
 
 
 def reference(num: int = 60) -> Reference:
@@ -89,8 +107,7 @@ def reference(num: int = 60) -> Reference:
 
 
 def test_the_nearer_source_has_the_better_numbers() -> None:
-    sources = [("near", Fake("near", small), False), ("far", Fake("the student in x", far), True)]
-    report, shown = compare_sources(sources, reference(), Pixels(), SETTINGS, teacher="t")
+    report, shown = compare(("near", Fake("near", small), False), ("far", Fake("the student in x", far), True))
     near, away = report.rows
     assert near.frechet_distance < away.frechet_distance  # type: ignore[operator]
     # The means are 0.5 apart in each of 16 features, so the distance holds at least 16 / 4.
@@ -103,14 +120,13 @@ def test_the_nearer_source_has_the_better_numbers() -> None:
 
 
 def test_the_protocol_says_everything() -> None:
-    settings = Settings(num_samples=40, batch_size=16, seed=5, measure_speed=False, guidance_scale=3, neighbours=4)
-    sources = [("DDIM", Fake("DDIM", small), False), ("student", Fake("the student in run/x", far), True)]
+    rows = ("DDIM", Fake("DDIM", small), False), ("student", Fake("the student in run/x", far), True)
     said: list[str] = []
-    report, _ = compare_sources(sources, reference(), Pixels(), settings, teacher="t", say=said.append)
+    report, _ = compare(*rows, seed=5, guidance_scale=3, say=said.append)
     protocol = report.protocol
     assert (protocol.teacher, protocol.student, protocol.extractor) == ("t", "run/x", "pixels")
     assert (protocol.feature_dim, protocol.num_images, protocol.num_reference_images) == (16, 40, 60)
-    assert (protocol.seeds, protocol.guidance_scale, protocol.neighbours) == ("5..44", 3, 4)
+    assert (protocol.seeds, protocol.guidance_scale, protocol.neighbours) == ("5..44", 3, 3)
     assert protocol.kernel_subset_size == 40 and protocol.reference == "small noise"
     assert {"torch", "diffusers", "onestill"} <= set(protocol.versions) and protocol.device == "cpu, 1 thread"
     assert [line.split(":")[0] for line in said] == ["features of 60 reference images", "DDIM", "student"]
@@ -118,34 +134,29 @@ def test_the_protocol_says_everything() -> None:
 
 def test_slow_speeds_are_announced() -> None:
     said: list[str] = []
-    compare_sources(
-        [("a", Fake("a", small), True)], reference(), Pixels(), replace(SETTINGS, measure_speed=True), teacher="t", say=said.append
-    )  # fmt: skip
+    compare(("a", Fake("a", small), True), speed=True, say=said.append)
     assert said[1] == "speed: all rows in turns, in batches of 1 and 16"
 
 
 def test_too_few_images_are_warned_of() -> None:
     def warnings(num: int) -> tuple[str, ...]:
-        settings = Settings(num_samples=num, measure_speed=False)
-        return compare_sources([("a", Fake("a", small), True)], reference(), Pixels(), settings, teacher="t")[
-            0
-        ].warnings
+        return compare(("a", Fake("a", small), True), num_samples=num)[0].warnings
 
     assert warnings(40) == () and "12" in warnings(12)[0]
 
 
 def test_rows_share_seeds_and_are_made_in_batches() -> None:
     one, two = Fake("one", small), Fake("two", small)
-    report, shown = compare_sources([("a", one, False), ("b", two, True)], reference(), Pixels(), SETTINGS, teacher="t")
+    report, shown = compare(("a", one, False), ("b", two, True))
     assert torch.equal(shown["a"], shown["b"])
     assert torch.equal(shown["a"], small(noise(range(40), (1, 4, 4))).clamp(-1, 1))
     assert report.rows[0].frechet_distance == report.rows[1].frechet_distance
-    assert one.asked == [16, 16, 8]
+    assert one.batches == [16, 16, 8]
 
 
 def test_images_are_clipped_before_they_are_looked_at() -> None:
     source = Fake("loud", lambda eps: eps * 10)
-    _, shown = compare_sources([("a", source, True)], reference(), Pixels(), SETTINGS, teacher="t")
+    _, shown = compare(("a", source, True))
     assert shown["a"].abs().max() == 1
 
 
@@ -155,9 +166,8 @@ def test_speeds_are_relative_to_the_first_row() -> None:
             eps = eps * 1.0
         return eps * 0.2
 
-    settings = Settings(num_samples=10, batch_size=8)
-    sources = [("slow", Fake("slow", slow), False), ("fast", Fake("fast", small), True)]
-    report, _ = compare_sources(sources, reference(), Pixels(), settings, teacher="t")
+    rows = ("slow", Fake("slow", slow), False), ("fast", Fake("fast", small), True)
+    report, _ = compare(*rows, num_samples=10, batch_size=8, speed=True)
     first, second = report.rows
     assert first.speedup == 1 and second.speedup is not None and second.speedup > 3
     for row in report.rows:
@@ -182,12 +192,12 @@ def test_label_accuracy_needs_a_classifier_and_labels() -> None:
             return torch.stack([-images.mean((1, 2, 3)), images.mean((1, 2, 3)) - 1e-3], 1)
 
     classifier = ClassifierFeatures(ByMean())  # type: ignore[arg-type]
-    sources = [
+    rows = (
         ("right", Fake("right", lambda eps: eps * 0.01 - 0.5, num_classes=2), False),
         ("blind", Fake("blind", lambda eps: eps * 0 + 0.9, num_classes=2), False),
         ("none", Fake("none", small), True),
-    ]
-    report, _ = compare_sources(sources, reference(), classifier, SETTINGS, teacher="t")
+    )
+    report, _ = compare(*rows, extractor=classifier)
     assert [row.label_accuracy for row in report.rows] == [1, 0.5, None]
 
 
@@ -217,7 +227,7 @@ def judge(record: dict[str, Any] | None = None) -> ClassifierFeatures:
     return ClassifierFeatures(DarkOrLight(record))  # type: ignore[arg-type]
 
 
-PROMPTED = replace(SETTINGS, prompts=("light, first light", "dark, first light", "a cat", "light, first dark"))
+PROMPTS = ("light, first light", "dark, first light", "a cat", "light, first dark")
 
 
 def falling(eps: Tensor) -> Tensor:
@@ -227,11 +237,11 @@ def falling(eps: Tensor) -> Tensor:
 
 def test_prompts_are_judged_head_by_head_and_others_counted_out() -> None:
     record = {"held_out_accuracy_per_head": {"light": 1.0, "first": 0.9}}
-    sources = [
+    rows = (
         ("a", Fake("a", falling, text=True), False),
         ("b", Fake("b", lambda eps: -falling(eps), text=True), True),
-    ]
-    report, _ = compare_sources(sources, reference(), judge(record), PROMPTED, teacher="t")
+    )
+    report, _ = compare(*rows, extractor=judge(record), prompts=PROMPTS)
     light, dark = report.rows
     # Judged are 30 of 40: of three kinds of prompts "light" fits two, "first light" two, both one.
     assert light.prompt_accuracy == pytest.approx({"all": 1 / 3, "light": 2 / 3, "first": 2 / 3})
@@ -245,24 +255,24 @@ def test_prompts_are_judged_head_by_head_and_others_counted_out() -> None:
 
 def test_without_a_prompt_that_can_be_read_the_protocol_says_why() -> None:
     source = ("a", Fake("a", falling, text=True), True)
-    settings = replace(SETTINGS, prompts=("a cat", "a dog"), prompts_from="2 given ones")
-    report, _ = compare_sources([source], reference(), judge(), settings, teacher="t")
+    shared: dict[str, Any] = {"prompts": ("a cat", "a dog"), "notes": ("prompts: 2 given ones",)}
+    report, _ = compare(source, extractor=judge(), **shared)
     assert report.rows[0].prompt_accuracy is None
     assert report.protocol.notes[0] == "prompts: 2 given ones"
     assert "no prompt is of the classifier's kind, such as 'a cat'" in report.protocol.notes[1]
 
     silent = judge()
     silent.classifier.prompt_pattern = None  # type: ignore[misc]
-    report, _ = compare_sources([source], reference(), silent, settings, teacher="t")
+    report, _ = compare(source, extractor=silent, **shared)
     assert report.rows[0].prompt_accuracy is None and "does not say how prompts are read" in report.protocol.notes[1]
     # Features that are no classifier have nothing to say about prompts.
-    report, _ = compare_sources([source], reference(), Pixels(), settings, teacher="t")
+    report, _ = compare(source, **shared)
     assert report.protocol.notes == ("prompts: 2 given ones",)
 
 
 def test_labels_are_not_read_off_several_heads() -> None:
     source = ("a", Fake("a", small, num_classes=2), True)
-    assert compare_sources([source], reference(), judge(), SETTINGS, teacher="t")[0].rows[0].label_accuracy is None
+    assert compare(source, extractor=judge())[0].rows[0].label_accuracy is None
 
 
 class Brightness:
@@ -292,17 +302,14 @@ def test_clip_sees_pictures_and_their_prompts(way: str) -> None:
     def picture(eps: Tensor) -> Tensor:
         return falling(eps) * 10  # clipped at 1
 
-    source = Fake("a", picture, text=True)
-    extractor: Pixels = Pixels()
-    if way != "pictures":
-        extractor = Latents()
-        decode = picture if way == "decode" else None
-        source = replace(source, latents=lambda eps, _: eps, decodes=True, decode=decode)
+    kind, extractor = (Fake, Pixels()) if way == "pictures" else (FakeOnLatents, Latents())
+    source = kind("a", picture, text=True)
+    source.can_decode = way == "decode"
     clip = Brightness()
-    report, _ = compare_sources([("a", source, True)], reference(), extractor, PROMPTED, teacher="t", clip=clip)  # type: ignore[arg-type]
+    report, _ = compare(("a", source, True), extractor=extractor, prompts=PROMPTS, clip=clip)
     expected = picture(noise(range(40), (1, 4, 4))).clamp(-1, 1).double().mean() * 100
     assert report.rows[0].clip_score == pytest.approx(float(expected), abs=1e-4)
-    assert clip.seen == list(PROMPTED.prompts) * 10
+    assert clip.seen == list(PROMPTS) * 10
     assert report.protocol.clip_model == "brightness"
     assert report.protocol.notes[-1] == "CLIP score: 3 different prompts have more than 7 tokens, and were cut there"
     assert any("CLIP score with brightness" in line for line in report.protocol.lines())
@@ -313,8 +320,8 @@ def test_clip_sees_pictures_and_their_prompts(way: str) -> None:
 
 def test_reference_of_the_teacher_has_seeds_of_its_own() -> None:
     source = Fake("teacher", lambda eps: eps * 2)
-    found = teacher_reference(source, Pixels(), replace(SETTINGS, num_samples=5))
-    assert torch.equal(found.images, (noise(range(REFERENCE_SEED, REFERENCE_SEED + 5), (1, 4, 4)) * 2).clamp(-1, 1))
+    found = teacher_reference(source, Pixels(), Subjects(), config_of(num_samples=10))  # type: ignore[arg-type]
+    assert torch.equal(found.images, (noise(range(REFERENCE_SEED, REFERENCE_SEED + 10), (1, 4, 4)) * 2).clamp(-1, 1))
     assert "7-step" in found.name and str(REFERENCE_SEED) in found.name
 
 
@@ -416,7 +423,3 @@ def test_features_of_a_teacher_without_a_middle_are_refused() -> None:
     module = module_teacher(nn.Identity(), CosineVP(), "sample", (1, 8, 8))
     with pytest.raises(ValueError, match="Identity has no mid_block"):
         teacher_features(module, CPU)
-
-
-def test_the_room_never_reaches_for_a_run() -> None:
-    assert not [room for room in (candidates, choice, references, run) if "Source" in vars(room)]

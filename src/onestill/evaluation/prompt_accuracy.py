@@ -1,0 +1,59 @@
+"""Prompt accuracy: whether a classifier of several heads sees in the images what their prompts say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor
+from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
+
+
+@dataclass(frozen=True)
+class PromptTargets:
+    """What the classifier has to see.
+
+    Attributes:
+        judge: The classifier, as an extractor.
+        rows: [M], the images whose prompt it can read.
+        labels: [M, num_heads], what they have to show.
+    """
+
+    judge: ClassifierFeatures
+    rows: Tensor
+    labels: Tensor
+
+    def accuracies(self, images: Tensor) -> dict[str, float]:
+        """Return the share of the judged images [N, C, H, W] on which every head is right, and that of each head."""
+        heads = self.judge.classifier.heads
+        return head_accuracies(head_hits(self.judge.logits(images[self.rows]), self.labels, heads), heads)
+
+
+def read_prompts(extractor: FeatureExtractor, prompts: Sequence[str]) -> tuple[PromptTargets | None, tuple[str, ...]]:
+    """Return what has to be seen in the images of the prompts, and lines about it for the protocol.
+
+    Args:
+        extractor: The features; without a classifier of several heads there is nothing to see, and None.
+        prompts: One for each image.
+    """
+    if not isinstance(extractor, ClassifierFeatures):
+        return None, ()
+    heads, pattern = extractor.classifier.heads, extractor.classifier.prompt_pattern
+    if pattern is None:
+        return None, ("no prompt accuracy: the classifier of the features does not say how prompts are read",)
+    read = {prompt: read_prompt(prompt, heads, pattern) for prompt in dict.fromkeys(prompts)}
+    rows = [i for i, prompt in enumerate(prompts) if read[prompt] is not None]
+    if not rows:
+        return None, (f"no prompt accuracy: no prompt is of the classifier's kind, such as {prompts[0]!r}",)
+    without = len(prompts) - len(rows)
+    have = "has a prompt that is" if without == 1 else "have prompts that are"
+    others = f" ({without:,} {have} not of its kind)" if without else ""
+    lines = [f"prompt accuracy: what the classifier sees in {len(rows):,} of {len(prompts):,} images a row{others}"]
+    own = extractor.classifier.record.get("held_out_accuracy_per_head")
+    if isinstance(own, dict) and set(own) == set(heads):
+        lines.append("the classifier itself, on real images: " + ", ".join(f"{head} {own[head]:.3f}" for head in heads))
+    labels = torch.tensor([read[prompts[i]] for i in rows])
+    return PromptTargets(extractor, torch.tensor(rows), labels), tuple(lines)

@@ -1,0 +1,324 @@
+"""`evaluate` of whole runs: what is compared with what, where the report goes, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from runs_helpers import (
+    FAST,
+    NULL_CLASS,
+    copied,
+    finished_run,
+    read_report,
+    snapshot,
+    teacher_folder,
+    tiny_network,
+    write_teacher,
+)
+from torch import Tensor
+
+import onestill
+from onestill.runs.evaluate import default_report_folder
+from onestill.runs.export import export
+from onestill.runs.load import load_student
+from onestill.sampling.pictures import to_pil
+from onestill.students.model_card import NO_TABLE
+
+FEW: dict[str, Any] = {
+    "num_samples": 12,
+    "steps": (2, 1),
+    "num_reference_steps": 2,
+    "speed": False,
+    "device": "cpu",
+}
+
+
+def write_images(folder: Path, num: int = 12, size: int = 8) -> Path:
+    folder.mkdir(parents=True)
+    for i, picture in enumerate(to_pil(torch.rand(num, 1, size, size) * 2 - 1)):
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("scale", [float("nan"), -3.0, float("inf")])
+def test_guidance_that_is_no_scale_is_refused_before_any_work(scale: float) -> None:
+    with pytest.raises(
+        ValueError, match="guidance_scale=.*: input should be (a finite number|greater than or equal to 0)"
+    ):
+        onestill.evaluate(finished_run("class"), guidance_scale=scale, **FEW)
+
+
+def test_settings_come_from_a_file_and_arguments_win(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("num-samples: 12\nsteps: 2,1\nnum_reference_steps: 2\nspeed: false\nseed: 3\n")
+    (tmp_path / "other.yaml").write_text("num_sample: 12")
+    run = finished_run()
+    report = onestill.evaluate(run, config_file=tmp_path / "e.yaml", seed=0, device="cpu")
+    assert report == onestill.evaluate(run, **FEW)
+    assert report.protocol.seeds == "0..11"
+    with pytest.raises(ValueError, match="unknown setting 'num_sample'; did you mean 'num_samples'?"):
+        onestill.evaluate(run, config_file=tmp_path / "other.yaml")
+    with pytest.raises(ValueError, match="unknown setting 'sead'; did you mean 'seed'?"):
+        onestill.evaluate(run, sead=1)
+
+
+def test_a_drawn_student_is_evaluated_at_the_scale_asked_for() -> None:
+    run = finished_run("drawn")
+    low, high = (onestill.evaluate(run, guidance_scale=w, **FEW).rows[-1].frechet_distance for w in (1.0, 3.0))
+    assert low is not None and high is not None and abs(low - high) > 1e-6
+
+
+def test_reference_seeds_are_never_those_of_a_row() -> None:
+    report = onestill.evaluate(finished_run(), seed=10_000_000, reference="teacher", **FEW)
+    teacher = report.rows[0].frechet_distance
+    assert teacher is not None and teacher > 1e-6
+    assert report.protocol.reference.endswith("seeds 10000012..")
+
+
+def test_a_report_never_overwrites_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "samples.png").write_text("mine")
+    with pytest.raises(ValueError, match="holds a report"):
+        onestill.evaluate(finished_run(), output=tmp_path, **FEW)
+    assert (tmp_path / "samples.png").read_text() == "mine"
+
+
+def test_report_folders() -> None:
+    run = finished_run()
+    assert default_report_folder(run) == default_report_folder(run / "pipeline") == run / "evaluation"
+    assert default_report_folder(run / "checkpoint-4") == run / "checkpoint-4" / "evaluation"
+
+
+def test_evaluate_against_the_teacher_with_its_own_features(tmp_path: Path) -> None:
+    run = copied(finished_run(), tmp_path / "run")
+    said: list[str] = []
+    report = onestill.evaluate(run, output=run / "evaluation", say=said.append, **{**FEW, "speed": True})
+    assert [(row.name, row.num_steps, row.network_evaluations) for row in report.rows] == [
+        ("DDIM-2", 2, 2),
+        ("DDIM-1", 1, 1),
+        ("student", 1, 1),
+    ]
+    for row in report.rows:
+        assert row.frechet_distance is not None and row.frechet_distance >= 0
+        assert row.precision is not None and 0 <= row.precision <= 1
+        assert row.images_per_second is not None and row.images_per_second > 0
+        assert row.kernel_distance is not None and row.label_accuracy is None
+    assert report.rows[0].speedup == 1
+
+    protocol = report.protocol
+    assert protocol.teacher == str(teacher_folder()) and protocol.student == "run/pipeline"
+    assert protocol.num_images == protocol.num_reference_images == 12 and protocol.seeds == "0..11"
+    assert "the teacher's own 2-step samples" in protocol.reference and "mid_block" in protocol.extractor
+    assert report.warnings and "12" in report.warnings[0]  # far too few images for a number that means something
+    assert any("reference" in line for line in said)
+
+    assert read_report(run / "evaluation") == report
+    assert (run / "evaluation" / "report.md").read_text(encoding="utf-8") == report.to_markdown()
+    with Image.open(run / "evaluation" / "samples.png") as picture:
+        picture.load()
+    card = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert report.to_markdown() in card and NO_TABLE not in card
+
+
+def test_evaluate_again_replaces_the_table_and_nothing_silently(tmp_path: Path) -> None:
+    run = copied(finished_run(), tmp_path / "run")
+    onestill.evaluate(run, output=run / "evaluation", **FEW)
+    before = snapshot(run)
+    with pytest.raises(
+        ValueError, match="output=.*evaluation': holds a report; name another folder, or give overwrite"
+    ):
+        onestill.evaluate(run, output=run / "evaluation", seed=5, **FEW)
+    assert snapshot(run) == before
+    report = onestill.evaluate(run, output=run / "evaluation", seed=5, overwrite=True, **FEW)
+    card = (run / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert card.count("onestill evaluate: start") == 1 and report.to_markdown() in card
+
+
+def test_evaluate_without_output_writes_nothing() -> None:
+    run = finished_run()
+    before = snapshot(run)
+    onestill.evaluate(run, **FEW)
+    assert snapshot(run) == before
+
+
+def test_evaluate_against_a_folder_of_images(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "real")
+    report = onestill.evaluate(finished_run(), reference=folder, **FEW)
+    assert report.protocol.reference == "the images in real/" and report.protocol.num_reference_images == 12
+
+
+def test_evaluate_is_the_same_twice_and_depends_on_the_seed() -> None:
+    rows = [onestill.evaluate(finished_run(), seed=seed, **FEW).rows for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_evaluate_of_a_guided_student_guides_the_teacher_as_much() -> None:
+    report = onestill.evaluate(finished_run("class"), **FEW)
+    assert [row.network_evaluations for row in report.rows] == [4, 2, 1]
+    assert report.protocol.guidance_scale == 2
+    unguided = onestill.evaluate(finished_run("class"), guidance_scale=1, **FEW)
+    assert [row.network_evaluations for row in unguided.rows] == [2, 1, 1]
+
+
+def test_evaluate_of_a_student_with_drawn_guidance_takes_the_middle() -> None:
+    assert onestill.evaluate(finished_run("drawn"), **FEW).protocol.guidance_scale == 2
+
+
+def test_evaluate_of_an_exported_folder_needs_its_teacher(tmp_path: Path) -> None:
+    folder = copied(finished_run("class") / "pipeline", tmp_path / "pipeline")
+    with pytest.raises(ValueError, match="name it with teacher"):
+        onestill.evaluate(folder, **FEW)
+    report = onestill.evaluate(
+        folder, teacher=teacher_folder("class"), null_class=NULL_CLASS, guidance_scale=2, output=tmp_path / "out", **FEW
+    )
+    assert [row.network_evaluations for row in report.rows] == [4, 2, 1]
+    assert report.to_markdown() in (folder / "README.md").read_text(encoding="utf-8")
+    inside = onestill.evaluate(finished_run("class"), **FEW)
+    found = [row.frechet_distance for row in report.rows]
+    assert found == pytest.approx([row.frechet_distance for row in inside.rows], rel=1e-3)
+
+
+def test_evaluate_of_a_runs_own_pipeline_is_that_of_the_run(tmp_path: Path) -> None:
+    for kind in ("class", "drawn"):
+        run = copied(finished_run(kind), tmp_path / kind)
+        inside, pipeline = (onestill.evaluate(path, **FEW) for path in (run, run / "pipeline"))
+        assert pipeline == inside and pipeline.protocol.guidance_scale == 2
+    # The teacher is guided as asked; what is baked in stays.
+    asked = onestill.evaluate(run / "pipeline", guidance_scale=3, **FEW)
+    assert asked.protocol.guidance_scale == 3
+    assert load_student(finished_run("null_first") / "pipeline").sampler.labels == (1, 2, 3)
+
+
+def test_evaluate_of_an_exported_folder_guides_the_teacher_as_its_card_says(tmp_path: Path) -> None:
+    teacher = teacher_folder("class")
+    for kind, scale in (("class", 2), ("null_first", 1)):
+        folder = copied(finished_run(kind) / "pipeline", tmp_path / kind)
+        report = onestill.evaluate(folder, teacher=teacher, **FEW)
+        inside = onestill.evaluate(finished_run(kind), **FEW)
+        assert report.protocol.guidance_scale == inside.protocol.guidance_scale == scale
+        found, expected = ([row.frechet_distance for row in made.rows] for made in (report, inside))
+        assert found == pytest.approx(expected, rel=1e-3)
+    # What is baked in, not the middle of the range, also where a run's own pipeline was written again.
+    run = copied(finished_run("drawn"), tmp_path / "run")
+    export(run, run / "pipeline", guidance_scale=1.5, overwrite=True)
+    assert onestill.evaluate(run, **FEW).protocol.guidance_scale == 1.5
+    # A foreign config.yaml beside an exported folder makes no run of it.
+    (tmp_path / "config.yaml").write_text("model: mine")
+    moved = copied(run / "pipeline", tmp_path / "pipeline")
+    assert onestill.evaluate(moved, teacher=teacher, **FEW).protocol.guidance_scale == 1.5
+
+
+def test_evaluate_of_a_folder_that_does_not_say_its_guidance_asks_for_it(tmp_path: Path) -> None:
+    folder = copied(finished_run("class") / "pipeline", tmp_path / "out")
+    card = folder / "README.md"
+    card.write_text(re.sub("onestill_guidance_scale: .*\n", "", card.read_text(encoding="utf-8")), encoding="utf-8")
+    where: dict[str, Any] = {"teacher": teacher_folder("class"), "null_class": NULL_CLASS, **FEW}
+    with pytest.raises(ValueError, match="guidance_scale: .* does not say what was distilled into it.*say which w"):
+        onestill.evaluate(folder, **where)
+    assert onestill.evaluate(folder, guidance_scale=1, **where).protocol.guidance_scale == 1
+
+
+def test_a_moved_folder_keeps_its_labels_and_its_thresholding(tmp_path: Path) -> None:
+    teacher, settings = teacher_folder("class"), {**FAST, "learning_rate": 3e-3, "class_labels": [2, 0]}
+    onestill.distill(
+        teacher, tmp_path / "run", null_class=NULL_CLASS, thresholding="static", threshold_limit=0.2,
+        show_progress=False, **settings,
+    )  # fmt: skip
+    folder = copied(tmp_path / "run" / "pipeline", tmp_path / "moved")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "pipe(batch_size=2, class_labels=[2, 0])" in card, "the card calls it with what it can draw"
+    assert load_student(folder).sampler.labels == (2, 0)
+    inside, moved = onestill.evaluate(tmp_path / "run", **FEW), onestill.evaluate(folder, teacher=teacher, **FEW)
+    expected = [row.frechet_distance for row in inside.rows]
+    assert [row.frechet_distance for row in moved.rows] == pytest.approx(expected, rel=1e-3)
+    # Without its lines it is another one: what is above compares something. What is broken counts as absent.
+    for text in (
+        re.sub("(?m)^  mode: static$", "  mode: of my own", card),
+        re.sub("(?m)^  limit: .*$", "  limit: much", card),
+    ):
+        assert text != card
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        other = onestill.evaluate(folder, teacher=teacher, **FEW)
+        assert [row.frechet_distance for row in other.rows] != pytest.approx(expected, rel=1e-3)
+    (folder / "README.md").write_text(re.sub("(?m)^- 2$", "- two", card), encoding="utf-8")
+    assert load_student(folder).sampler.labels == (0, 1, 2)
+
+
+def test_evaluate_where_the_null_class_stands_first() -> None:
+    report = onestill.evaluate(finished_run("null_first"), **FEW)
+    assert len(report.rows) == 3
+
+
+def test_evaluate_takes_any_extractor() -> None:
+    class Flat:
+        name = "pixels"
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return images.flatten(1)
+
+    report = onestill.evaluate(finished_run(), features=Flat(), **FEW)
+    assert report.protocol.extractor == "pixels" and report.protocol.feature_dim == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 9}, "num_samples=9: must be at least 10"),
+        ({"batch_size": 0}, "batch_size=0: input should be greater than or equal to 1"),
+        ({"steps": ()}, r"steps=\(\): must be different numbers"),
+        ({"steps": (4, 4)}, r"steps=\(4, 4\): must be different numbers"),
+        ({"steps": "4,0"}, r"steps=\(4, 0\): must be different numbers"),
+        ({"seed": -1}, "seed=-1: must be between 0 and"),
+        ({"num_reference_steps": 0}, "num_reference_steps=0: input should be greater than or equal to 1"),
+        ({"device": "gpu"}, "--device gpu"),
+        ({"reference": "no/where"}, "reference='no/where': no such folder"),
+        ({"features": "no where"}, "features='no where': no such file or folder"),
+        ({"features": "network.pt"}, "is a pickle"),
+        (
+            {"clip": "some/clip"},
+            "clip='some/clip': compares pictures with their prompts, and this teacher takes no text",
+        ),
+        ({"teacher": "no where"}, "no such teacher"),
+        ({"guidance_scale": 2}, "needs a teacher with a null class"),
+        ({"class_labels": [1]}, "is unconditional"),
+        ({"output": __file__}, "output=.*: is a file"),
+        ({"output": __file__ + "/out"}, "--output .* is not writable"),
+        ({"teacher": "digits"}, "teacher='digits': has 10 classes and student 0; not the same teacher"),
+    ],
+)
+def test_evaluate_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        onestill.evaluate(finished_run(), **{**FEW, **arguments})
+
+
+def test_evaluate_refuses_a_teacher_with_other_classes() -> None:
+    folder = finished_run("class") / "pipeline"
+    with pytest.raises(ValueError, match="teacher=.*: has 0 classes and student 3; not the same teacher"):
+        onestill.evaluate(folder, teacher=teacher_folder(), **FEW)
+
+
+def test_evaluate_refuses_a_teacher_of_another_size(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", tiny_network(channels=3))
+    with pytest.raises(ValueError, match=r"teacher=.*: makes samples of shape \(3, 8, 8\), student of \(1, 8, 8\)"):
+        onestill.evaluate(finished_run(), teacher=teacher, **FEW)
+
+
+def test_where_a_report_goes_if_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished_run()
+    assert default_report_folder(run) == default_report_folder(run / "pipeline") == run / "evaluation"
+    assert default_report_folder(tmp_path / "elsewhere") == tmp_path / "elsewhere-evaluation"
+    assert default_report_folder("exports/cat") == Path("exports/cat-evaluation")
+    # From inside the folder too.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert default_report_folder(".") == tmp_path / "elsewhere-evaluation"
+    monkeypatch.chdir(run / "pipeline")
+    assert default_report_folder(".") == run.resolve() / "evaluation"
+
+
+def test_report_json_is_plain_json(tmp_path: Path) -> None:
+    onestill.evaluate(finished_run(), output=tmp_path / "report", **FEW)
+    content = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert content["kind"] == "onestill.Report" and len(content["rows"]) == 3
