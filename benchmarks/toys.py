@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from onestill.diffusion.process import CosineVP
 from onestill.diffusion.trajectory import midpoint_step, solve, uniform_times
-from onestill.runs.build import prepare
+from onestill.runs.build import build
 from onestill.runs.distill import run
 from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
@@ -86,7 +86,7 @@ def distilled_error(exact: Teacher, *, num_test: int = 4000, **settings: Any) ->
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         config = make_config({"teacher": "exact", "output_dir": f"{folder}/run", **defaults, **settings})
-        prepared = prepare(config, as_network_teacher(exact), PointNetwork(*exact.spec.sample_shape))
+        prepared = build(config, as_network_teacher(exact), PointNetwork(*exact.spec.sample_shape))
         trained = run(prepared, show_progress=False)
         assert trained.pipeline is not None
         from onestill.export.module import load_module

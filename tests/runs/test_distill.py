@@ -27,12 +27,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import onestill
+from onestill.core.devices import resolve_device
+from onestill.core.files import check_writable
 from onestill.core.settings import read_yaml
 from onestill.diffusion.process import CosineVP
-from onestill.runs.build import fit_teacher, prepare, with_embedded_prompts
-from onestill.runs.checks import check_device, check_output_dir, check_tracker, check_writable, resolve_device
+from onestill.runs.build import build, check_tracker, guided_as, with_embedded_prompts
 from onestill.runs.distill import RunResult, distilled_facts
-from onestill.runs.folder import is_run
+from onestill.runs.folder import check_output_dir, is_run
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
@@ -196,7 +197,7 @@ def test_the_teacher_is_guided_and_thresholded_as_asked(
     settings: dict[str, Any], guided: float, mode: str | None
 ) -> None:
     config = make_config({**FAST, "teacher": "x", "output_dir": "y", **settings})
-    teacher = fit_teacher(load_teacher(teacher_folder("class"), null_class=config.null_class), config)
+    teacher = guided_as(load_teacher(teacher_folder("class"), null_class=config.null_class), config)
     if mode is None:
         assert isinstance(teacher, Guided)
         return
@@ -234,25 +235,25 @@ def test_a_run_in_a_thread_needs_no_signals(tmp_path: Path) -> None:
 
 
 def test_prepare_writes_nothing_and_says_what_it_will_do(tmp_path: Path) -> None:
-    prepared = prepare(make_config({**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run"}))
+    prepared = build(make_config({**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run"}))
     assert prepared.resume is None and prepared.messages == () and list(tmp_path.iterdir()) == []
     config = make_config(
         {**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
     )
-    assert "holds no checkpoint yet" in prepare(config).messages[0] and list(tmp_path.iterdir()) == []
+    assert "holds no checkpoint yet" in build(config).messages[0] and list(tmp_path.iterdir()) == []
 
 
 # Checks of the machine
 
 
 def test_devices() -> None:
-    check_device("auto")
-    check_device("cpu")
+    resolve_device("auto")
+    resolve_device("cpu")
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("gpu", "cuda:99", "meta", ""):
         with pytest.raises(ValueError, match=f"--device {name}"):
-            check_device(name)
+            resolve_device(name)
 
 
 def test_trackers() -> None:
@@ -314,7 +315,7 @@ def test_a_given_start_level_is_checked_and_leaves_the_object_alone(
     with pytest.raises(ValueError, match="t_max=1: is pure noise"):
         distil(tmp_path / "run", teacher=teacher, t_max=1.0)
     before = teacher.spec
-    prepare(make_config({"teacher": "python object", "output_dir": tmp_path / "run", "t_max": 0.5}), teacher)
+    build(make_config({"teacher": "python object", "output_dir": tmp_path / "run", "t_max": 0.5}), teacher)
     assert teacher.spec is before
 
 
