@@ -35,7 +35,7 @@ from onestill.core.tensors import noise
 from onestill.data.cascade import FIRST_STAGE_SEED, CascadeConditions, FirstStage, open_first_stage, second_noise
 from onestill.data.conditions import VALIDATION_SEED
 from onestill.export.export import export_student
-from onestill.runs.build import build
+from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.runs.export import export
 from onestill.runs.load import load_student
@@ -106,7 +106,7 @@ def second_run() -> Path:
 
 def prepared_chain(tmp_path: Path, **own: Any) -> Any:
     values = {"teacher": str(folder_of(SR)), "output_dir": tmp_path / "run", **settings(tmp_path / "cache", **own)}
-    return build(make_config(values))
+    return build_run(make_config(values))
 
 
 def some_rows(trainer: Any, num: int, *, seed: int) -> dict[str, Tensor]:

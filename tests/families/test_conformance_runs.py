@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from onestill.diffusion.process import VE
 from onestill.export.export import export_student
-from onestill.runs.build import Run, build, configure
-from onestill.runs.distill import RunResult, run
+from onestill.runs.build import Run, build_run, configure
+from onestill.runs.distill import RunResult, carry_out
 from onestill.runs.inspect import Inspection, inspect_teacher
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
@@ -92,14 +92,14 @@ def prepared_run(name: str, folder: Path, **own: Any) -> Run:
         settings |= {"prompt_file": place() / "p.txt", "prompt_cache_dir": folder.parent / "cache"}
     if name == "if-super-resolution":
         settings["base_student"] = place() / "stage-1"
-    return build(make_config({**settings, **own}))
+    return build_run(make_config({**settings, **own}))
 
 
 def trained(prepared: Run) -> RunResult:
     """Run to the end; assert that the student and nothing else was trained, and that its export exists."""
     before = [parameter.detach().clone() for parameter in prepared.student.parameters()]
     first, losses = prepared.resume[1].values["progress"]["step"] if prepared.resume else 0, []
-    result = run(prepared, show_progress=False, on_step=lambda log: losses.append(log.loss))
+    result = carry_out(prepared, show_progress=False, on_step=lambda log: losses.append(log.loss))
     assert len(losses) == prepared.config.max_train_steps - first and all(map(math.isfinite, losses)), losses
     after = list(prepared.student.parameters())
     assert all(parameter.isfinite().all() for parameter in after)
@@ -225,7 +225,7 @@ OTHERS = [
 def prepared_object(teacher: Teacher, folder: Path, network: nn.Module | None = None, **own: Any) -> Run:
     """Return a run of a teacher object, guided where it can be."""
     settings = {**FAST, "output_dir": folder, "guidance_scale": 2.0 if teacher.can_guide else 1.0, **own}
-    return build(configure(teacher, settings), teacher, network)
+    return build_run(configure(teacher, settings), teacher, network)
 
 
 @pytest.mark.parametrize("other", OTHERS)

@@ -14,7 +14,7 @@ from onestill.data.conditions import LabelConditions
 from onestill.diffusion.process import CosineVP
 from onestill.objectives.anchors import Anchors, Pool, read_pool, write_pool
 from onestill.objectives.base import Context
-from onestill.runs.build import build
+from onestill.runs.build import build_run
 from onestill.sampling.generate import teacher_generator
 from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher
@@ -112,7 +112,7 @@ def test_a_file_is_read_only_for_what_it_was_made_with(tmp_path: Path, pool: Poo
 def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
     # With the student's own prediction in the place of the teacher's signal, its rows have no residual at all.
     values = {"teacher": str(teacher_folder()), "output_dir": tmp_path / "run", **FAST, **POOL, "boundary_weight": 0}
-    prepared = build(make_config(values))
+    prepared = build_run(make_config(values))
     trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints("x"))
     (tmp_path / "run").mkdir()
     assert sum(num for _, num in trainer.prepare()) == 10
@@ -151,7 +151,7 @@ def test_a_pool_that_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: py
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "config.yaml").touch()
         own |= {"output_dir": tmp_path / name, "resume_from_checkpoint": "latest"}
-        prepared = build(make_config({**own, **FAST, **POOL}))
+        prepared = build_run(make_config({**own, **FAST, **POOL}))
         return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints("x"))
 
     whole = trainer("whole")

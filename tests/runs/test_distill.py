@@ -31,7 +31,7 @@ from onestill.core.devices import resolve_device
 from onestill.core.files import check_writable
 from onestill.core.settings import read_yaml
 from onestill.diffusion.process import CosineVP
-from onestill.runs.build import build, check_tracker, guided_as, with_embedded_prompts
+from onestill.runs.build import build_run, check_tracker, guided_as, with_embedded_prompts
 from onestill.runs.distill import RunResult, distilled_facts
 from onestill.runs.folder import check_output_dir, is_run
 from onestill.teachers.guidance import Guided, Thresholded
@@ -235,12 +235,12 @@ def test_a_run_in_a_thread_needs_no_signals(tmp_path: Path) -> None:
 
 
 def test_prepare_writes_nothing_and_says_what_it_will_do(tmp_path: Path) -> None:
-    prepared = build(make_config({**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run"}))
+    prepared = build_run(make_config({**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run"}))
     assert prepared.resume is None and prepared.messages == () and list(tmp_path.iterdir()) == []
     config = make_config(
         {**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
     )
-    assert "holds no checkpoint yet" in build(config).messages[0] and list(tmp_path.iterdir()) == []
+    assert "holds no checkpoint yet" in build_run(config).messages[0] and list(tmp_path.iterdir()) == []
 
 
 # Checks of the machine
@@ -315,7 +315,7 @@ def test_a_given_start_level_is_checked_and_leaves_the_object_alone(
     with pytest.raises(ValueError, match="t_max=1: is pure noise"):
         distil(tmp_path / "run", teacher=teacher, t_max=1.0)
     before = teacher.spec
-    build(make_config({"teacher": "python object", "output_dir": tmp_path / "run", "t_max": 0.5}), teacher)
+    build_run(make_config({"teacher": "python object", "output_dir": tmp_path / "run", "t_max": 0.5}), teacher)
     assert teacher.spec is before
 
 

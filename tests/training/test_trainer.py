@@ -36,7 +36,7 @@ from torch import Tensor
 
 import onestill
 from onestill.core.settings import read_yaml
-from onestill.runs.build import Run, build
+from onestill.runs.build import Run, build_run
 from onestill.runs.distill import RunResult
 from onestill.runs.load import load_student
 from onestill.training.checkpoint import list_checkpoints, read_checkpoint, step_of, write_checkpoint
@@ -50,7 +50,7 @@ GUIDANCE = {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale
 
 def make_trainer(tmp_path: Path, kind: str = "plain", **settings: Any) -> tuple[Trainer, Run]:
     values = {**FAST, "teacher": str(teacher_folder(kind)), "output_dir": tmp_path / "run", **settings}
-    prepared = build(make_config(values))
+    prepared = build_run(make_config(values))
     trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprints)
     return trainer, prepared
 

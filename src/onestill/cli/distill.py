@@ -57,10 +57,10 @@ def distill(
 
 def _prepare(config: DistillConfig) -> Run:
     """Load and check everything, and say what was found."""
-    from onestill.runs import build
+    from onestill.runs.build import build_run
 
     quiet()
-    run = build.build(config)
+    run = build_run(config)
     spec = run.teacher.spec
     for message in run.messages:
         note(message)

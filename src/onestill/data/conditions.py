@@ -142,11 +142,12 @@ def check_labels(labels: Sequence[int], spec: TeacherSpec) -> tuple[int, ...]:
         return tuple(spec.labels)
     if spec.num_classes is None:
         takes = "takes prompts, not labels" if spec.text else "is unconditional"
-        raise SettingError("class_labels", tuple(labels), f"was given, but the teacher {takes}")
+        raise SettingError("class_labels", list(labels), f"the teacher {takes}", "leave it out")
     if spec.null_class in labels:
         raise SettingError(
             "class_labels", spec.null_class, "is the null class, which means 'no class' and draws nothing"
         )
-    if unknown := sorted(set(labels) - set(spec.labels)):
+    unknown = sorted(set(labels) - set(spec.labels))
+    if unknown:
         raise SettingError("class_labels", unknown, f"the teacher's classes are {spec.labels[0]} to {spec.labels[-1]}")
     return tuple(labels)

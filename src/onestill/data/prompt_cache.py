@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from onestill.core.errors import RunError, SettingError, named
+from onestill.core.errors import SettingError, named
 from onestill.core.files import PROBE, save_tensors
 from onestill.core.tensors import Cond, row_bytes
 from onestill.data.prompts import Ints, text_key
@@ -37,7 +37,7 @@ STALE_SECONDS = 24 * 3600
 _KEYS, _CUT = "onestill.keys", "onestill.cut"
 
 
-class PromptCacheError(RunError):
+class PromptCacheError(SettingError):
     """The encoded prompts could not be written: most often, the disk is full."""
 
 
@@ -199,10 +199,9 @@ class PromptCache:
             self._publish(partial, final)
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-            raise PromptCacheError(
-                f"{named('prompt_cache_dir')} {self.root} cannot be written: {' '.join(str(error).split())} ({in_words(free)} "
-                "free). Name a folder on another disk; what was encoded before is kept"
-            ) from error
+            why = f"cannot be written: {' '.join(str(error).split())} ({in_words(free)} free)"
+            todo = "name a folder on another disk; what was encoded before is kept"
+            raise PromptCacheError("prompt_cache_dir", self.root, why, todo) from error
         finally:
             partial.unlink(missing_ok=True)
 

@@ -32,8 +32,9 @@ def text_key(text: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-class PromptFileError(SettingError):
-    """A line that is no text; says which."""
+def _in_line(path: Path, number: int, why: str, todo: str = "") -> SettingError:
+    """Return an error that says in which line of a file something is wrong."""
+    return SettingError("prompt_file", path, f"line {number}: {why}", todo)
 
 
 class PromptFile(Sequence[str]):
@@ -109,7 +110,7 @@ class PromptFile(Sequence[str]):
                 text = self._parse(lines)
             except StopIteration:
                 return
-            except PromptFileError:
+            except SettingError:
                 raise
             except ValueError as error:
                 raise _in_line(self.path, start, str(error)) from None
@@ -123,9 +124,7 @@ class PromptFile(Sequence[str]):
             if not any(cell.strip() for cell in row):
                 return ""
             if len(row) <= self._column:
-                raise ValueError(
-                    f"it has {len(row)} columns, {named('prompt_field')} {self._field} is column {self._column + 1}"
-                )
+                raise ValueError(f"it has {len(row)} columns, and {self._field!r} is column {self._column + 1}")
             return row[self._column].strip()
         line = next(lines).strip()
         return line if self._kind == ".txt" or not line else _json_field(line, self._field)
@@ -147,20 +146,16 @@ class _Lines:
 
     def _text(self, raw: bytes) -> str:
         if b"\0" in raw:
-            why = "holds a zero byte: this is a binary file, or not UTF-8"
+            why = "it holds a zero byte: this is a binary file, or not UTF-8"
             raise _in_line(self.path, self.number, why, "give text in UTF-8")
         if len(raw) > LONGEST_LINE:
-            why = f"is longer than {LONGEST_LINE:,} bytes"
+            why = f"it is longer than {LONGEST_LINE:,} bytes"
             raise _in_line(self.path, self.number, why, "give one prompt per line")
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            why = f"is not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1})"
+            why = f"it is not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1})"
             raise _in_line(self.path, self.number, why, "convert the file to UTF-8") from None
-
-
-def _in_line(path: Path, number: int, why: str, todo: str = "") -> PromptFileError:
-    return PromptFileError("prompt_file", path, f"line {number}: {why}", todo)
 
 
 def _kind_of(path: Path, field: str | None) -> str:
@@ -168,7 +163,7 @@ def _kind_of(path: Path, field: str | None) -> str:
     if kind not in KINDS:
         raise SettingError("prompt_file", path, "give a .txt (one prompt per line), a .jsonl or a .csv")
     if kind == ".txt" and field is not None:
-        raise SettingError("prompt_field", field, f"was given, but {path} is a .txt, which has one prompt per line")
+        raise SettingError("prompt_field", field, f"{path} is a .txt, which has one prompt per line", "leave it out")
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "no such file"
         raise SettingError("prompt_file", path, reason)
@@ -198,13 +193,13 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
 def _column_of(path: Path, lines: Iterator[str], field: str) -> int:
     try:
         header = [name.strip() for name in next(_csv_rows(lines), [])]
-    except PromptFileError:
+    except SettingError:
         raise
     except ValueError as error:
         raise _in_line(path, 1, str(error)) from None
     if field not in header:
         has = ", ".join(header) if header else "nothing"
-        raise _in_line(path, 1, f"has no column {field!r}, it has {has}", f"name one with {named('prompt_field')}")
+        raise _in_line(path, 1, f"no column {field!r}, it has {has}", f"name one with {named('prompt_field')}")
     return header.index(field)
 
 
@@ -216,8 +211,9 @@ def _json_field(line: str, field: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f'it holds no object such as {{"{field}": "..."}}')
     if field not in record:
-        has = ", ".join(record) or "nothing"
-        raise ValueError(f"no field {field!r}, it has {has}; name one with {named('prompt_field')}")
+        raise ValueError(
+            f"no field {field!r}, it has {', '.join(record) or 'nothing'}; name one with {named('prompt_field')}"
+        )
     if not isinstance(record[field], str):
         raise ValueError(f"field {field!r} is no text but {record[field]!r}"[:200])
     text = str(record[field]).strip()
@@ -237,11 +233,11 @@ def read_prompts(
         ValueError: If both are given, or the file is unusable.
     """
     if isinstance(prompts, str):
-        raise ValueError(f"prompts must be a list of prompts, got the one string {prompts!r}")
+        raise SettingError("prompts", prompts, "must be a list of prompts, not one string")
     if prompt_file is None:
         if prompt_field is not None:
             raise SettingError("prompt_field", prompt_field, f"is for a {named('prompt_file')}, and none was given")
         return tuple(prompts)
     if prompts:
-        raise SettingError(("prompt", "prompt_file"), why="give one or the other, not both")
+        raise SettingError(("prompts", "prompt_file"), why="give one or the other, not both")
     return PromptFile(Path(prompt_file).expanduser(), prompt_field)

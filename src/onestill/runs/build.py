@@ -63,7 +63,7 @@ class Run:
     first_stage: FirstStage | None = None
 
 
-def build(config: DistillConfig, teacher: Teacher | None = None, network: nn.Module | None = None) -> Run:
+def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn.Module | None = None) -> Run:
     """Check every setting against the machine, the teacher and the output folder; write nothing.
 
     Args:

@@ -25,7 +25,7 @@ from onestill.core.errors import as_arguments
 from onestill.core.settings import write_yaml
 from onestill.data.prompts import PromptFile
 from onestill.export.export import export_student
-from onestill.runs.build import Run, build, chosen_threshold, configure
+from onestill.runs.build import Run, build_run, chosen_threshold, configure
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_output_dir
 from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
@@ -89,7 +89,7 @@ def distill(
         NonFiniteLossError: If the loss stays non-finite; names the last good checkpoint.
     """
     config = configure(teacher, {**settings, "output_dir": Path(output_dir)}, config_file)
-    run = build(config, teacher if isinstance(teacher, Teacher) else None, network)
+    run = build_run(config, teacher if isinstance(teacher, Teacher) else None, network)
     if show_progress:
         for message in run.messages:
             print(as_arguments(message), file=sys.stderr)
