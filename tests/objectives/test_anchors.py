@@ -15,6 +15,8 @@ from onestill.diffusion.process import CosineVP
 from onestill.objectives.anchors import Anchors, Pool, read_pool, write_pool
 from onestill.objectives.base import Context
 from onestill.runs.build import build_run
+from onestill.runs.folder import RunFolder
+from onestill.runs.load import restore_student
 from onestill.sampling.generate import teacher_generator
 from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher
@@ -222,9 +224,7 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
     for fraction in (0.0, 0.5):
         run = tmp_path / f"run-{fraction}"
         onestill.distill(teacher_folder(), run, anchor_fraction=fraction, num_anchors=100, **settings)
-        from onestill.runs.restore import read_run_config, restore_student
-
-        student = restore_student(run, read_run_config(run), torch.device("cpu"))
+        student = restore_student(RunFolder(run), teacher)
         with torch.no_grad():
             errors.append(float((student(eps, None, 0.0, {}) - target.clamp(-10, 10)).square().mean()))
     assert errors[1] < errors[0]
