@@ -24,7 +24,6 @@ from onestill.runs.build import prepare
 from onestill.teachers.guidance import guided
 from onestill.teachers.pipelines.capture import watch
 from onestill.teachers.pipelines.schedulers import times_of
-from onestill.teachers.pipelines.spec import examples
 from onestill.training.config import make_config
 
 SETTINGS: dict[str, Any] = {
@@ -69,7 +68,7 @@ def last_state(scale: float | None) -> tuple[Tensor, Tensor, list[float]]:
     pipeline.scheduler = stock
     try:
         found = watch(
-            lambda: family.call(pipeline, examples(family, 2), given, seeds=(0, 1)), teacher.network, stock, 4  # type: ignore[arg-type]
+            lambda: teacher.calls(teacher.calls.examples(2), given, seeds=(0, 1)), teacher.network, stock, 4  # type: ignore[arg-type]
         )  # fmt: skip
     finally:
         pipeline.scheduler = usual

@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Ends of the names of files that can run code when they are loaded."""
 PROBE = ".probe"
 """Ends the name of an empty file that shows the mode of new files and is gone at once; no other file ends so."""
 

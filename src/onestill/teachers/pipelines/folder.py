@@ -11,10 +11,10 @@ from typing import Any
 import diffusers
 
 from onestill.core.errors import SettingError
+from onestill.core.files import PICKLES
 
 INDEX = "model_index.json"
 CHECKER = "safety_checker"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_stock(
