@@ -398,13 +398,13 @@ def test_inspect_says_what_is_enlarged() -> None:
 D = "distill --output_dir run --device cpu --prompt_cache_dir cache --prompt_file p.txt "
 BAD = [
     ("no base", D + "--teacher SR", "IFSuperResolutionPipeline enlarges the picture of an earlier model"),
-    ("base for a first stage", D + "--teacher IF --base_student BASE", "was given, but this teacher takes no picture"),
-    ("level for a first stage", D + "--teacher IF --noise_level 5", "--noise_level 5 was given, but this teacher takes no"),
+    ("base for a first stage", D + "--teacher IF --base_student BASE", "this teacher takes no picture; leave it out"),
+    ("level for a first stage", D + "--teacher IF --noise_level 5", "--noise_level 5: this teacher takes no"),
     ("level below", D + "--teacher SR --base_student BASE --noise_level -1", "--noise_level: input should be greater than"),
     ("level above", D + "--teacher SR --base_student BASE --noise_level 1000", "--noise_level 1000: this IFSuperResolutionPipeline knows the levels 0 to 999"),
     ("no folder", D + "--teacher SR --base_student nowhere", "--base_student nowhere: no such folder"),
-    ("empty folder", D + "--teacher SR --base_student empty", "--base_student empty holds no exported pipeline"),
-    ("unfinished run", D + "--teacher SR --base_student RUN1/checkpoint-2", "checkpoint-2 holds no exported pipeline"),
+    ("empty folder", D + "--teacher SR --base_student empty", "--base_student empty: holds no exported pipeline"),
+    ("unfinished run", D + "--teacher SR --base_student RUN1/checkpoint-2", "checkpoint-2: holds no exported pipeline"),
     ("a teacher", D + "--teacher SR --base_student IF", "IFPipeline of many steps, no one-step student"),
     ("a second stage", D + "--teacher SR --base_student RUN2", "needs a picture itself"),
     ("labels", D + "--teacher SR --base_student LABELS", "takes no text, and the teacher takes prompts"),
@@ -413,7 +413,7 @@ BAD = [
     ("sample of a folder alone", "sample --output x.png --prompt it --student ALONE", "name the student that draws them with --base_student"),
     ("sample of a first stage", "sample --output x.png --prompt it --student RUN1 --base_student BASE", "enlarges no picture; leave it out"),
     ("sample of a student with a level", "sample --output x.png --prompt it --student RUN2 --noise_level 3", "--noise_level 3: is for a teacher"),
-    ("sample of a teacher alone", "sample --output x.png --prompt it --teacher SR", "give that run with --base_student RUN"),
+    ("sample of a teacher alone", "sample --output x.png --prompt it --teacher SR", "distil the earlier model first, and give that run"),
     ("evaluate with the other stage", "evaluate --num_samples 10 --output out --student RUN2 --teacher IF", "--teacher makes samples of shape (3, 8, 8)"),
 ]  # fmt: skip
 

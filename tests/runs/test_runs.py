@@ -58,7 +58,7 @@ def test_without_a_pipeline_the_newest_checkpoint_is_used(tmp_path: Path) -> Non
 def test_a_corrupt_newest_checkpoint_is_passed_over_and_said(tmp_path: Path) -> None:
     run = copied(finished_run(), tmp_path / "run")
     expected = images(opened(run / "checkpoint-2"))
-    (run / "checkpoint-4" / "ema.safetensors").write_bytes(b"")
+    (run / "checkpoint-4" / "student-ema.safetensors").write_bytes(b"")
     (run / "pipeline" / "model_index.json").unlink()
     with pytest.warns(UserWarning, match="checkpoint-4 is corrupt.*falling back"):
         source = opened(run)
@@ -69,7 +69,7 @@ def test_the_average_is_what_is_restored() -> None:
     run = finished_run()
     student = restored(run)
     tensors = read_checkpoint(run / "checkpoint-4").tensors
-    assert all(torch.equal(p, tensors["ema"][name]) for name, p in student.named_parameters())
+    assert all(torch.equal(p, tensors["student-ema"][name]) for name, p in student.named_parameters())
 
 
 @pytest.mark.parametrize("kind", ["plain", "class"])

@@ -86,7 +86,7 @@ def test_non_finite_images_are_drawn() -> None:
 @pytest.mark.parametrize("shape", [(2,), (2, 8, 8), (4, 8, 8), (8, 8), (1, 2, 8, 8)])
 def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
     assert not is_picture(shape)
-    with pytest.raises(ValueError, match=r"no pictures; --output can hold them as .safetensors"):
+    with pytest.raises(ValueError, match=r"no pictures; a .safetensors can hold them"):
         to_pil(torch.zeros(3, *shape))
 
 
@@ -240,7 +240,7 @@ def test_a_grid_says_what_its_images_are_of(
 
 @pytest.mark.parametrize("shape", [(3, 5, 8, 8), (4, 8, 8), (2, 8)])
 def test_rows_of_what_is_no_picture_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"no pictures; --output can hold them as .safetensors"):
+    with pytest.raises(ValueError, match=r"no pictures; a .safetensors can hold them"):
         save_rows({"a": torch.zeros(2, *shape)}, tmp_path / "new" / "x.png")
     sheet = Sheet(torch.zeros(1, 2, *shape), ("a",), ("", ""))
     with pytest.raises(ValueError, match="no pictures"):
@@ -303,7 +303,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "000000.png").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=rf"--output .*{name} exists; .*--overwrite"):
+    with pytest.raises(ValueError, match=rf"output=.*{name}': exists; .*overwrite"):
         check_output(tmp_path / name, overwrite=False)
     check_output(tmp_path / "empty", overwrite=False)
     check_output(tmp_path / name, overwrite=True)
@@ -317,13 +317,13 @@ def test_other_formats_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_folder_with_the_name_of_a_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ValueError, match="folder.png is a folder"):
+    with pytest.raises(ValueError, match="folder.png': is a folder"):
         check_output(tmp_path / "folder.png", overwrite=True)
 
 
 def test_file_in_the_way_of_a_folder_is_never_overwritten(tmp_path: Path) -> None:
-    # --overwrite on a file without a suffix would have to remove the file to make the folder.
+    # Overwriting a file without a suffix would have to remove the file to make the folder.
     (tmp_path / "file").touch()
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"--output .*file exists"):
+        with pytest.raises(ValueError, match="output=.*file exists"):
             check_output(tmp_path / "file", overwrite=overwrite)

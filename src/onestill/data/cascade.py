@@ -1,4 +1,4 @@
-"""Chains of students: one draws a small picture in one step, the next enlarges it in one step, and no data is needed.
+"""Cascades of students: one draws a small picture in one step, the next enlarges it in one step, and no data is needed.
 
 A super-resolution teacher predicts f(x_t, t, prompt, picture). The picture comes from the distilled student of the
 earlier stage, y_I(eps_I, prompt), in training and in sampling alike, from the same prompt and noise of its own.
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onestill.core.errors import SettingError, named
 from onestill.core.tensors import Cond, noise, to_device, without_autocast
 from onestill.data.conditions import VALIDATION_SEED, PromptConditions
 from onestill.students.mark import is_student
@@ -27,8 +28,8 @@ from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
 
 FIRST_STAGE_SEED = 2**31
 """Added to an image's seed for its small picture. With the same seed the two noises would begin with equal numbers."""
-PREFIX = "base."
-"""Begins the names of the base student's conditions, where they lie beside those of the teacher."""
+PREFIX = "first_stage."
+"""Begins the names of the first stage's conditions, where they lie beside those of the teacher."""
 # Empty, with capitals, longer than any encoder takes: two pipelines that agree on these prepare prompts alike.
 PROBES = ("", "A Photo, of (it)!", "a long photo of it " * 60)
 
@@ -97,17 +98,17 @@ class FirstStage:
 
 @dataclass(frozen=True)
 class CascadeConditions:
-    """Encoded prompts, and for each row the picture that the base student draws from the same prompt.
+    """Encoded prompts, and for each row the picture that the first stage draws from the same prompt.
 
     Attributes:
-        prompts: The prompts' conditions, with those of the base student under `PREFIX`.
+        prompts: The prompts' conditions, with those of the first stage under `PREFIX`.
         teacher: The teacher that enlarges the pictures.
-        base: The student that draws them.
+        first_stage: The student that draws them.
     """
 
     prompts: PromptConditions
     teacher: Teacher
-    base: FirstStage
+    first_stage: FirstStage
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ class CascadeConditions:
     def choose(self, num: int, generator: torch.Generator) -> Cond:
         """Return keys of `num` random prompts, and the noise of their pictures; every draw is from `generator`."""
         chosen = self.prompts.choose(num, generator)
-        eps = torch.randn(num, *self.base.shape, generator=generator)
+        eps = torch.randn(num, *self.first_stage.shape, generator=generator)
         blur = torch.randn(num, *self.teacher.spec.sample_shape, generator=generator)
         return {**chosen, "eps": eps, "blur": blur}
 
@@ -128,12 +129,12 @@ class CascadeConditions:
     def grid(self, num: int) -> Cond:
         """Return `num` fixed conditions: the shown prompts, with the pictures of the validation seeds."""
         seeds = range(VALIDATION_SEED, VALIDATION_SEED + num)
-        eps, blur = self.base.noise(seeds), second_noise(seeds, self.teacher.spec.sample_shape)
+        eps, blur = self.first_stage.noise(seeds), second_noise(seeds, self.teacher.spec.sample_shape)
         return self._with_pictures(self.prompts.grid(num), eps, blur)
 
     def _with_pictures(self, cond: Cond, eps: Tensor, blur: Tensor) -> Cond:
         own = {name.removeprefix(PREFIX): value for name, value in cond.items() if name.startswith(PREFIX)}
-        rows = self.teacher.picture_rows(self.base.pictures(eps, own), blur)
+        rows = self.teacher.picture_rows(self.first_stage.pictures(eps, own), blur)
         return {name: v for name, v in cond.items() if not name.startswith(PREFIX)} | to_device(rows, "cpu")
 
 
@@ -147,26 +148,26 @@ def second_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.cat(rows) if rows else torch.empty(0, *shape)
 
 
-def seeded_rows(teacher: Teacher, base: FirstStage, seeds: Sequence[int], prompts: Sequence[str]) -> Cond:
+def seeded_rows(teacher: Teacher, first_stage: FirstStage, seeds: Sequence[int], prompts: Sequence[str]) -> Cond:
     """Return the conditions of `teacher` that belong to images of these seeds and prompts, the picture's included."""
     blur = second_noise(seeds, teacher.spec.sample_shape)
-    return teacher.encode(prompts) | teacher.picture_rows(base.seeded(seeds, prompts), blur)
+    return teacher.encode(prompts) | teacher.picture_rows(first_stage.seeded(seeds, prompts), blur)
 
 
 def with_prefix(cond: Cond) -> Cond:
-    """Return conditions of the base student under the names that they have beside the teacher's."""
+    """Return conditions of the first stage under the names that they have beside the teacher's."""
     return {f"{PREFIX}{name}": value for name, value in cond.items()}
 
 
-def joined_rows(own: Cond, base: Callable[[], Cond] | None, names: Sequence[str]) -> Cond:
-    """Return the teacher's rows and the base student's.
+def joined_rows(own: Cond, first_stage: Callable[[], Cond] | None, names: Sequence[str]) -> Cond:
+    """Return the teacher's rows and the first stage's.
 
     Args:
         own: The teacher's.
-        base: Gives the base student's; None where the teacher's hold them.
-        names: Names of the base student's conditions.
+        first_stage: Gives the first stage's; None where the teacher's hold them.
+        names: Names of the first stage's conditions.
     """
-    found = {name: own[name].clone() for name in names} if base is None else base()
+    found = {name: own[name].clone() for name in names} if first_stage is None else first_stage()
     return {**own, **with_prefix(found)}
 
 
@@ -191,38 +192,33 @@ def with_first_stage(
         ValueError: If one is needed and not given or the other way round, or the student does not fit the teacher.
     """
     if teacher.image_condition is None:
-        for flag, value in (("base_student", path), ("noise_level", noise_level)):
+        for name, value in (("base_student", path), ("noise_level", noise_level)):
             if value is not None:
-                raise ValueError(f"--{flag} {value} was given, but this teacher takes no picture; leave it out")
+                raise SettingError(name, value, "this teacher takes no picture", "leave it out")
         return teacher, None
     if path is None:
-        raise ValueError(
-            f"{teacher.kind} enlarges the picture of an earlier model, which without data has to come from a distilled student of "
-            "that: distil the earlier model first, and give that run with --base_student RUN"
-        )
+        why = f"{teacher.kind} enlarges the picture of an earlier model, which without data has to come from a distilled student"
+        raise SettingError("base_student", why=why, todo="distil the earlier model first, and give that run")
     level = teacher.image_condition.level if noise_level is None else noise_level
     teacher.with_image_condition(level)  # which is refused before anything else is loaded
-    base = open_first_stage(path)
-    check_shape(base, teacher.spec.sample_shape)
-    base.teacher.to(device)
-    return teacher.with_image_condition(level, base.examples), base
+    first_stage = open_first_stage(path)
+    check_shape(first_stage, teacher.spec.sample_shape)
+    return teacher.with_image_condition(level, first_stage.to(device).examples), first_stage
 
 
 def find_first_stage(path: str | Path) -> Path:
     """Return the folder of the exported pipeline in a run's folder, or that folder itself.
 
     Raises:
-        ValueError: If there is none.
+        SettingError: If there is none.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise ValueError(f"--base_student {path}: no such folder; give a run of the earlier stage, or its pipeline/")
+        raise SettingError("base_student", path, "no such folder", "give a run of the earlier stage, or its pipeline/")
     folder = path / "pipeline" if (path / "config.yaml").is_file() else path
     if not (folder / INDEX).is_file():
-        raise ValueError(
-            f"--base_student {path} holds no exported pipeline ({INDEX}): give a finished run of the earlier stage, or "
-            "export a checkpoint of it with onestill export"
-        )
+        todo = "give a finished run of the earlier stage, or export a checkpoint of it with onestill export"
+        raise SettingError("base_student", path, f"holds no exported pipeline ({INDEX})", todo)
     return folder
 
 
@@ -230,52 +226,51 @@ def open_first_stage(path: str | Path) -> FirstStage:
     """Return the one-step student in a run's folder or an exported pipeline.
 
     Raises:
-        ValueError: If there is none that draws pictures from prompts in one step.
+        SettingError: If there is none that draws pictures from prompts in one step.
     """
     path, folder = Path(path).expanduser(), find_first_stage(path)
-    if read_index(folder, f"--base_student {path}")["_class_name"] in UNET2D_PIPELINES:
-        raise ValueError(f"--base_student {path} takes no text, and the teacher takes prompts: both must draw the same")
     try:
-        teacher = load_teacher(folder, local_files_only=True, arguments=read_call(folder))
+        takes_labels = read_index(folder, str(folder))["_class_name"] in UNET2D_PIPELINES
+        teacher = None if takes_labels else load_teacher(folder, local_files_only=True, arguments=read_call(folder))
     except ValueError as error:
-        raise ValueError(f"--base_student {path}: {str(error).removeprefix(f'{folder}: ')}") from error
-    if not teacher.spec.text:
-        raise ValueError(f"--base_student {path} takes labels, and the teacher takes prompts: both must draw the same")
-    if teacher.image_condition is not None:
-        raise ValueError(f"--base_student {path} needs a picture itself ({teacher.kind}); give the first stage")
-    if not is_student(folder, teacher.network):
-        raise ValueError(
-            f"--base_student {path} is a {teacher.kind} of many steps, no one-step student: distil it "
-            f"first (onestill distill --teacher {path}) and give that run"
+        why = str(error).removeprefix(f"{folder}: ")
+        raise SettingError("base_student", path, why) from error
+    if teacher is None or not teacher.spec.text:
+        raise SettingError(
+            "base_student", path, "takes no text, and the teacher takes prompts: both must draw the same"
         )
+    if teacher.image_condition is not None:
+        raise SettingError("base_student", path, f"needs a picture itself ({teacher.kind})", "give the first stage")
+    if not is_student(folder, teacher.network):
+        why = f"is a {teacher.kind} of many steps, no one-step student"
+        todo = f"distil it first (onestill distill, with it as {named('teacher')}) and give that run"
+        raise SettingError("base_student", path, why, todo)
     return FirstStage(teacher, folder.resolve())
 
 
-def check_shape(base: FirstStage, wanted: tuple[int, ...]) -> None:
-    """Raise ValueError if a student's pictures cannot become samples of a shape by a whole factor."""
-    path, found = base.folder, tuple(base.examples.shape[1:])
-    words = "x".join(map(str, found))
+def check_shape(first_stage: FirstStage, wanted: tuple[int, ...]) -> None:
+    """Raise SettingError if a student's pictures cannot become samples of a shape by a whole factor."""
+    found = tuple(first_stage.examples.shape[1:])
     if len(found) != len(wanted):
-        raise ValueError(f"--base_student {path} draws no pictures but samples of shape {words}")
+        why = f"draws no pictures but samples of shape {'x'.join(map(str, found))}"
+        raise SettingError("base_student", first_stage.folder, why)
     if found[0] != wanted[0]:
-        raise ValueError(
-            f"--base_student {path} draws pictures of {found[0]} channels, and the teacher takes {wanted[0]}"
-        )
+        why = f"draws pictures of {found[0]} channels, and the teacher takes {wanted[0]}"
+        raise SettingError("base_student", first_stage.folder, why)
     factors = {large / small for small, large in zip(found[1:], wanted[1:], strict=True)}
     if len(factors) > 1 or not (factor := factors.pop()).is_integer() or factor < 2:
         sides = " or ".join(f"{wanted[1] // n}x{wanted[2] // n}" for n in (4, 2) if min(wanted[1:]) >= n)
-        raise ValueError(
-            f"--base_student {path} draws pictures of {found[1]}x{found[2]}, and the teacher makes {wanted[1]}x{wanted[2]} of "
-            f"smaller ones, such as {sides}"
-        )
+        small, large = f"{found[1]}x{found[2]}", f"{wanted[1]}x{wanted[2]}"
+        why = f"draws pictures of {small}, and the teacher makes {large} of smaller ones, such as {sides}"
+        raise SettingError("base_student", first_stage.folder, why)
 
 
-def messages(base: FirstStage, teacher: Teacher) -> tuple[str, ...]:
-    """Return what should be said of a chain before it is trained."""
+def messages(first_stage: FirstStage, teacher: Teacher) -> tuple[str, ...]:
+    """Return what should be said of a cascade before it is trained."""
     condition = teacher.image_condition
     assert condition is not None, "with_first_stage has been called"
-    small, large = base.examples.shape[-1], teacher.spec.sample_shape[-1]
-    sizes = f"{small}x{small} pictures of {base.name} to {large}x{large}, noise level {condition.level}"
+    small, large = first_stage.examples.shape[-1], teacher.spec.sample_shape[-1]
+    sizes = f"{small}x{small} pictures of {first_stage.name} to {large}x{large}, noise level {condition.level}"
     found = [f"enlarging the {sizes}"]
     if large // small != condition.usual_factor:
         found.append(

@@ -163,12 +163,11 @@ def load_student(
     """
     path, device = Path(path), torch.device(device)
     check_folder(path)
-    baked = {"target_time": target_time != 0, "guidance_scale": guidance_scale is not None}
-    wanted = [named(name) for name, is_given in baked.items() if is_given]
+    is_usual = target_time == 0 and guidance_scale is None
     if (path / INDEX).is_file():
-        if wanted:
+        if not is_usual:
             why = "is an exported pipeline, whose target time and guidance are baked in"
-            raise SettingError("student", path, why, f"give the run's folder for {' and '.join(wanted)}")
+            raise SettingError("student", path, why, "give the run's folder for others")
         return _exported(path, path, RunFolder.around(path), device, base_student)
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
         if (mark := read_mark(folder)) is not None and mark.format == "module":
@@ -179,7 +178,7 @@ def load_student(
         why = f"is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no {INDEX})"
         raise SettingError("student", path, why)
     trained = functools.partial(_trained, run, path, device, local_files_only, base_student)
-    if not wanted and run.path == path and (run.pipeline / INDEX).is_file():
+    if is_usual and run.path == path and (run.pipeline / INDEX).is_file():
         return _exported(path, run.pipeline, run, device, base_student, trained)
     return LoadedStudent(trained(target_time, guidance_scale), None, run)
 

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from onestill.core.errors import SettingError, named
+
 _INK, _PAPER, _GAP, _GUTTER = (40, 40, 40), (255, 255, 255), 4, 8
 # Words above a column: the least width, the most lines, the height of one.
 WORDS_WIDTH, _WORDS_LINES, _LINE_HEIGHT = 112, 3, 14
@@ -45,7 +47,7 @@ def can_be_shown(shape: torch.Size | tuple[int, ...]) -> bool:
 
 
 def _no_pictures(samples: Tensor) -> str:
-    return f"samples of shape {list(samples.shape[1:])} are no pictures; --output can hold them as .safetensors"
+    return f"samples of shape {list(samples.shape[1:])} are no pictures; a .safetensors can hold them"
 
 
 def save_rows(
@@ -227,7 +229,7 @@ def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
 
 
 def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
-    """Raise ValueError if samples cannot be written to `path`, or would overwrite something.
+    """Raise SettingError if samples cannot be written to `path`, or would overwrite something.
 
     Args:
         path: A .png, a .safetensors, or a folder.
@@ -237,15 +239,15 @@ def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
     if path.suffix not in (".png", ".safetensors", "", *([".gif"] if moves else [])):
         known = f"give a .png, {'a .gif, ' if moves else ''}a .safetensors, or a folder"
         if path.suffix == ".gif":
-            known = f"a .gif needs frames, such as those of --interpolate 9; else {known}"
-        raise ValueError(f"--output {path}: {known}")
+            known = f"a .gif needs frames, such as those of {named('interpolate')} 9; else {known}"
+        raise SettingError("output", path, known)
     if path.suffix and path.is_dir():
-        raise ValueError(f"--output {path} is a folder")
+        raise SettingError("output", path, "is a folder")
     if not path.suffix and path.is_file():
-        raise ValueError(f"--output {path}: a file exists under the name of the folder; name another")
+        raise SettingError("output", path, "a file exists under the name of the folder", "name another")
     taken = path.exists() if path.suffix else path.is_file() or (path.is_dir() and any(path.iterdir()))
     if taken and not overwrite:
-        raise ValueError(f"--output {path} exists; name another, or give --overwrite")
+        raise SettingError("output", path, "exists", f"name another, or give {named('overwrite')}")
 
 
 def save_samples(images: Tensor, path: Path, seed: int, words: Sequence[str] = ()) -> Path:
