@@ -59,7 +59,7 @@ def evaluate(
         config_file: A YAML file of settings; those given here win.
         show_progress: Show a bar on a terminal while a row's images are made.
         say: Called with a line before each slow part.
-        settings: The fields of `EvaluateConfig`.
+        **settings: Fields of `onestill.EvaluateConfig`; an unknown name is refused.
 
     Raises:
         ValueError: If any input is unusable; nothing has been written then.
