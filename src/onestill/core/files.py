@@ -1,4 +1,4 @@
-"""Files of tensors, which other users of a machine may read as they may read any other file."""
+"""Files of tensors: none is a pickle, and other users of a machine may read them as they may read any other file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from onestill.core.errors import SettingError
 
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Ends the names of files that are pickles, which can run code when they are opened: none is ever opened."""
 PROBE = ".probe"
 """Ends the name of an empty file that shows the mode of new files and is gone at once; no other file ends so."""
 
