@@ -21,8 +21,8 @@ SECTIONS = {section.splitlines()[0]: section for section in TEXT.split("\n## ")[
 # What stands before an example's run, and what must hold after it.
 PRELUDE = {
     "An objective": """
-from runs_helpers import tiny_network
-teacher = onestill.module_teacher(tiny_network(), onestill.CosineVP(net_scale=1000), "v_prediction", (1, 8, 8))
+from runs_helpers import teacher_folder
+teacher = teacher_folder("plain")
 """,
     "A family of pipelines": """
 from unnamed_pipelines import aura_flow
@@ -37,7 +37,7 @@ CHECKS = {
 from onestill.training.checkpoint import read_latest
 assert result.step == 2
 held = read_latest(Path("run"))[1].tensors
-assert any("psi" in name for name in held), sorted(held)
+assert {"correction.psi", "correction.psi-optimizer"} <= set(held), sorted(held)
 """,
     "A family of pipelines": """
 assert teacher.spec.family == "aura_flow"

@@ -36,15 +36,13 @@ from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from onestill.runs.checks import check_device, resolve_device
+from onestill.core.devices import resolve_device
 from onestill.runs.load import load_sampler
 from onestill.sampling.pictures import save_grid
 from onestill.training.checkpoint import (
     Checkpoint,
-    flatten_optimizer,
     list_checkpoints,
     read_latest,
-    restore_optimizer,
     rotate,
     write_checkpoint,
 )
@@ -171,7 +169,11 @@ class Training:
         tensors = {
             "network": dict(self.network.named_parameters()),
             "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
-            "optimizer": flatten_optimizer(self.optimizer),
+            "optimizer": {
+                f"{index}.{name}": torch.as_tensor(value)
+                for index, state in self.optimizer.state_dict()["state"].items()
+                for name, value in state.items()
+            },
             "random": {self.device.type: self.generator.get_state()},
         }
         values = {
@@ -211,10 +213,15 @@ class Training:
         # the parameter's own strides (channels last), which files do not keep.
         self.ema.shadow_params = [_like(tensors["ema"][name], parameters[name]) for name in parameters]
         self.ema.optimization_step = values["ema_step"]
-        restore_optimizer(self.optimizer, tensors["optimizer"], [self.learning_rate()])
-        for parameter, state in self.optimizer.state.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for parameter, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = _like(state[name], parameter)
+                moments[name] = _like(moments[name], parameter)
         self.generator.set_state(tensors["random"][self.device.type])
         self.step = values["step"]
 
@@ -313,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train one piece."""
     started = time.monotonic()
     args = parse(argv)
-    check_device(args.device)
+    resolve_device(args.device)
     resuming = bool(list_checkpoints(args.output_dir))
     if resuming and args.resume_from_checkpoint is None:
         raise ValueError(

@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(
     else:
         monkeypatch.setattr(os, "link", full)
         monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(PromptCacheError, match=r"--prompt_cache_dir .* cannot be written: .*No space left on device"):
+    with pytest.raises(PromptCacheError, match=r"prompt_cache_dir=.*: cannot be written: .*No space left on device"):
         fill(PromptCache(tmp_path, "one", LIKE), TEXTS)
     assert list((tmp_path / "one").iterdir()) == []
 
@@ -141,7 +141,7 @@ def test_room_is_asked_for_before(tmp_path: Path) -> None:
     cache = PromptCache(tmp_path / "new", "one", LIKE)
     assert cache.row_bytes == 3 * 2 * 4 + 2 * 2
     cache.check_space(10)
-    with pytest.raises(ValueError, match=r"--prompt_cache_dir .*need 28,000,000.0 GB and .* are free; .*--num_prompts"):
+    with pytest.raises(ValueError, match=r"prompt_cache_dir=.*need 28,000,000.0 GB and .* are free; .*num_prompts"):
         cache.check_space(10**15)
 
 

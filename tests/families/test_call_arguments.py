@@ -17,7 +17,7 @@ from runs_helpers import as_flags, call_cli, copied, snapshot
 from safetensors.torch import load_file, save_file
 
 import onestill
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.teacher import CALL_FILE
 from onestill.teachers.settings import CALL_ARGUMENTS
@@ -225,7 +225,7 @@ def test_more_tokens_are_cut_later(tmp_path: Path) -> None:
     }
     for longest, num_cut in ((4, 2), (8, 1), (16, 0)):
         own = {"max_sequence_length": longest, "prompt_cache_dir": tmp_path / "cache"}
-        prepared = prepare(make_config({**FAST, **values, **own}))
+        prepared = build_run(make_config({**FAST, **values, **own}))
         said = [message for message in prepared.messages if "longer than" in message]
         are, them = ("prompt is", "it") if num_cut == 1 else ("prompts are", "them")
         words = f"warning: {num_cut} {are} longer than the {longest} tokens the text encoder takes; it cuts {them}"
@@ -238,7 +238,7 @@ REFUSED = [
     ("no sound", "wan", "--audio_end_in_s 2", "--audio_end_in_s 2: the call of WanPipeline has no such argument"),
     ("no size", "dit", "--height 16 --width 16", "--height 16: the call of DiTPipeline has no such argument"),
     ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames 3: the call of AuraFlowPipeline has no such argument"),
-    ("height alone", "sd-epsilon", "--height 16", "--height and --width are given together or not at all"),
+    ("height alone", "sd-epsilon", "--height 16", "--height and --width: are given together or not at all"),
     ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 and --width 16: `height` and `width` have to be divisible by 8"),
     ("rounded without a word", "flux", "--height 19 --width 16 --max_sequence_length 16", "--height 19: a FluxPipeline cannot make that and rounds it; ask for --height 16"),
     ("frames rounded", "wan", "--height 32 --width 32 --num_frames 6", "--num_frames 6: a WanPipeline cannot make that and rounds it; ask for --num_frames 5"),
@@ -271,7 +271,7 @@ def test_a_student_has_one_size(tmp_path: Path) -> None:
     outcome = call_cli(
         "sample", "--student", folder, "--prompt", "red", "--height", 8, "--width", 8, "--output", tmp_path / "x.png"
     )
-    assert outcome.code == 2 and "--height 8 is for a teacher; a student has it distilled in" in outcome.words
+    assert outcome.code == 2 and "--height 8: is for a teacher; a student has it distilled in" in outcome.words
 
 
 def test_a_call_file_that_somebody_broke(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from runs_helpers import call_cli, teacher_folder
 from test_conformance import perturbed, teacher_of
 
 from onestill import cli
+from onestill.core.settings import make, read_yaml
 from onestill.data.prompt_pool import refuse_prompts
 from onestill.export.export import export_student
 from onestill.teachers.load import EMBEDDED, FAMILY_OF_PIPELINE, LOADERS
-from onestill.training.config import DistillConfig, make_config, read_yaml
+from onestill.training.config import DistillConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES_FOLDER = ROOT / "src" / "onestill" / "recipes"
@@ -76,7 +77,7 @@ def test_there_are_recipes_and_a_table_of_them() -> None:
 
 @each
 def test_a_recipe_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None:
-    config = make_config({"output_dir": "run"}, path)
+    config = make(DistillConfig, {"output_dir": "run"}, path)
     assert config.teacher in EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.teacher)
     # Folders and files are the user's, and so is where it runs.
     for name in ("output_dir", "prompt_file", "cache_dir", "prompt_cache_dir", "device", "resume_from_checkpoint"):
@@ -99,7 +100,7 @@ def test_its_commands_are_commands(path: Path) -> None:
         given = parsed(words)
         assert str(given["config"]) == path.stem
         settings = {name: value for name, value in given.items() if name in DistillConfig.model_fields}
-        config = make_config(settings, given["config"])
+        config = make(DistillConfig, settings, given["config"])
         assert config.output_dir.parts[0] == "runs"
         family = FAMILY_OF_PIPELINE.get(pipeline_of(path))
         if family is None or family.prompt != "prompt":
@@ -110,7 +111,7 @@ def test_its_commands_are_commands(path: Path) -> None:
 
 @each
 def test_a_recipe_says_what_its_prompts_take_on_disk(path: Path) -> None:
-    config = make_config({"output_dir": "run"}, path)
+    config = make(DistillConfig, {"output_dir": "run"}, path)
     family = FAMILY_OF_PIPELINE.get(pipeline_of(path))
     if path.stem in EMBEDDED or family is None or family.prompt != "prompt":
         assert "Prompt cache" not in header(path) and config.num_prompts is None

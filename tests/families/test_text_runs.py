@@ -32,7 +32,7 @@ import onestill
 from onestill.data.prompt_pool import choose
 from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import export_student
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.students import model_card as card
 from onestill.students.student import Student
@@ -285,14 +285,16 @@ def test_a_second_run_encodes_nothing_and_lets_the_encoders_go(tmp_path: Path, m
     encode = PipelineTeacher.encode
     monkeypatch.setattr(PipelineTeacher, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
     values = {"teacher": str(place() / "t"), "output_dir": tmp_path / "b", **settings(tmp_path / "cache")}
-    prepared = prepare(make_config(values))
+    prepared = build_run(make_config(values))
     asked.clear()  # what the teacher's self-check encodes
     trainer = make_trainer(prepared)
     assert asked == [] and any("all encoded already" in message for message in prepared.messages)
-    assert isinstance(prepared.base, PipelineTeacher)
-    assert prepared.base.pipeline.text_encoder is None and prepared.base.pipeline.tokenizer is None
+    assert isinstance(prepared.teacher.unguided, PipelineTeacher)
+    assert (
+        prepared.teacher.unguided.pipeline.text_encoder is None and prepared.teacher.unguided.pipeline.tokenizer is None
+    )
     with pytest.raises(RuntimeError, match="were released"):
-        prepared.base.encode(["red"])
+        prepared.teacher.unguided.encode(["red"])
     for _ in trainer.steps():
         pass
     assert first.checkpoint is not None and same_state(first.checkpoint, tmp_path / "b" / "checkpoint-4")
@@ -319,7 +321,7 @@ def test_a_pool_of_anchors_is_of_the_prompts_that_are_drawn(tmp_path: Path) -> N
         (tmp_path / "run" / "config.yaml").touch()
         given = settings(tmp_path / "cache", empty_prompt_fraction=0.3, anchor_fraction=0.25, num_anchors=10, **own)
         given |= {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
-        return make_trainer(prepare(make_config(given)))
+        return make_trainer(build_run(make_config(given)))
 
     (stopped := trainer()).stop_requested = True
     assert list(stopped.make_anchors()) == [4]
@@ -347,7 +349,7 @@ def test_another_text_encoder_has_another_cache(tmp_path: Path) -> None:
     assert isinstance(moved, PipelineTeacher) and moved.encoder_identity() in names
     onestill.distill(place() / "t", tmp_path / "a", show_progress=False, **settings(tmp_path / "cache"))
     values = {"teacher": str(other), "output_dir": tmp_path / "b", **settings(tmp_path / "cache")}
-    said = " ".join(prepare(make_config(values)).messages)
+    said = " ".join(build_run(make_config(values)).messages)
     assert "other text encoders or settings" in said and "to encode into" in said
 
 
@@ -420,7 +422,7 @@ def test_a_disk_that_fills_up_while_encoding(tmp_path: Path, monkeypatch: pytest
     flags = ["distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *as_flags(settings(tmp_path / "cache"))]  # fmt: skip
     outcome = call_cli(*flags)
     assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert f"error: --prompt_cache_dir {tmp_path / 'cache'} cannot be written: " in outcome.words
+    assert f"error: --prompt_cache_dir {tmp_path / 'cache'}: cannot be written: " in outcome.words
     assert "No space left on device" in outcome.words and "Name a folder on another disk" in outcome.words
     assert not (tmp_path / "run").exists() and not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     monkeypatch.undo()
@@ -470,7 +472,7 @@ def test_empty_prompts_come_as_often_as_asked(tmp_path: Path) -> None:
     values = {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", **settings(tmp_path / "cache")}
     # The negative prompt is what is guided away from, and nothing that is drawn.
     away = {"guidance_scale": 2.0, "negative_prompt": "blue b"}
-    prepared = prepare(make_config({**values, **away, "empty_prompt_fraction": 0.25}))
+    prepared = build_run(make_config({**values, **away, "empty_prompt_fraction": 0.25}))
     make_trainer(prepared)
     chosen = prepared.conditions.choose
     drawn = lambda: prepared.conditions.rows(chosen(2000, torch.Generator().manual_seed(0)))  # noqa: E731
@@ -511,46 +513,46 @@ BAD = [
     ("no file, before a teacher is looked for", D + "--teacher no/where --prompt_file no.txt", "--prompt_file no.txt: no such file"),
     ("no base, before a teacher is looked for", D + "--teacher no/where --base_student no", "--base_student no: no such folder"),
     ("kind", D + "--teacher TEXT --prompt_file p.xml", "--prompt_file p.xml: give a .txt"),
-    ("empty", D + "--teacher TEXT --prompt_file empty.txt", "--prompt_file empty.txt holds no prompt"),
-    ("binary", D + "--teacher TEXT --prompt_file binary.txt", "--prompt_file binary.txt, line 2 is not UTF-8"),
+    ("empty", D + "--teacher TEXT --prompt_file empty.txt", "--prompt_file empty.txt: holds no prompt"),
+    ("binary", D + "--teacher TEXT --prompt_file binary.txt", "--prompt_file binary.txt: line 2: it is not UTF-8"),
     ("field", D + "--teacher TEXT --prompt_file p.jsonl --prompt_field text", "line 1: no field 'text', it has prompt"),
     ("prompts of no text teacher", D + "--teacher PLAIN --prompt_file p.txt", "--prompt_file p.txt was given, but this teacher takes no text"),
-    ("negative of no text teacher", D + "--teacher PLAIN --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
+    ("negative of no text teacher", D + "--teacher PLAIN --negative_prompt x", "--negative_prompt x: this teacher takes no text"),
     ("empty share of no text teacher", D + "--teacher PLAIN --empty_prompt_fraction 0.1", "--empty_prompt_fraction 0.1 was given, but"),
     ("negative that does nothing", D + "--teacher TEXT --prompt_file p.txt --negative_prompt x", "acts through guidance only"),
-    ("share", D + "--teacher TEXT --prompt_file p.txt --empty_prompt_fraction 1", "--empty_prompt_fraction: input should be less than 1"),
+    ("share", D + "--teacher TEXT --prompt_file p.txt --empty_prompt_fraction 1", "--empty_prompt_fraction 1: input should be less than 1"),
     ("labels", D + "--teacher TEXT --prompt_file p.txt --class_labels 1", "takes prompts, not labels"),
-    ("range reversed", D + "--teacher TEXT --prompt_file p.txt --guidance_scale_min 4 --guidance_scale_max 2", "--guidance_scale_min 4 must be below"),
+    ("range reversed", D + "--teacher TEXT --prompt_file p.txt --guidance_scale_min 4 --guidance_scale_max 2", "--guidance_scale_min 4: must be below"),
     ("cache is a file", D.replace("cache ", "p.txt ") + "--teacher TEXT --prompt_file p.txt", "--prompt_cache_dir p.txt is a file"),
-    ("zero byte", D + "--teacher TEXT --prompt_file zero.txt", "--prompt_file zero.txt, line 2 holds a zero byte: this is a binary file, or not UTF-8"),
-    ("negative of classes", D + "--teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
-    ("sample with a negative of classes", "sample --output x.png --teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt 'x' was given, but this teacher takes no text"),
-    ("guidance without a null condition", D + "--teacher FLUX --prompt_file p.txt --guidance_scale 3", "--guidance_scale 3 needs a null condition, and a flux pipeline has none"),
-    ("range without a null condition", D + "--teacher FLUX --prompt_file p.txt --guidance_scale_min 1 --guidance_scale_max 3", "--guidance_scale_min and _max need a null condition, and a flux pipeline has none: guidance is in its weights already. Leave them out"),
-    ("negative without a null condition", D + "--teacher FLUX --prompt_file p.txt --negative_prompt x", "--negative_prompt 'x': a FluxPipeline has no null condition"),
-    ("LoRA of no rank", D + "--teacher TEXT --prompt_file p.txt --lora_rank 0", "--lora_rank: input should be greater than or equal to 1, got 0"),
+    ("zero byte", D + "--teacher TEXT --prompt_file zero.txt", "--prompt_file zero.txt: line 2: it holds a zero byte: this is a binary file, or not UTF-8"),
+    ("negative of classes", D + "--teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt x: this teacher takes no text"),
+    ("sample with a negative of classes", "sample --output x.png --teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt x: this teacher takes no text"),
+    ("guidance without a null condition", D + "--teacher FLUX --prompt_file p.txt --guidance_scale 3", "--guidance_scale 3: needs a null condition, and a flux pipeline has none"),
+    ("range without a null condition", D + "--teacher FLUX --prompt_file p.txt --guidance_scale_min 1 --guidance_scale_max 3", "--guidance_scale_min and --guidance_scale_max: need a null condition, and a flux pipeline has none: guidance is in its weights already; leave them out"),
+    ("negative without a null condition", D + "--teacher FLUX --prompt_file p.txt --negative_prompt x", "--negative_prompt x: a FluxPipeline has no null condition"),
+    ("LoRA of no rank", D + "--teacher TEXT --prompt_file p.txt --lora_rank 0", "--lora_rank 0: input should be greater than or equal to 1"),
     ("LoRA of no layers", D + "--teacher TEXT --prompt_file p.txt --lora_rank 2 --lora_target_modules nowhere", "--lora_target_modules nowhere: no Linear or ungrouped Conv layer of UNet2DConditionModel"),
     ("encoder's folder missing", D + "--teacher GONE --prompt_file p.txt", "the folder text_encoder/ (CLIPTextModel) is missing, which model_index.json names"),
     ("no encoder", D + "--teacher MUTE --prompt_file p.txt", "the StableDiffusionPipeline does not run without text_encoder, which encode its prompts: use a folder that holds the whole pipeline"),
     ("stage II alone", D + "--teacher LARGE --prompt_file p.txt", "enlarges the picture of an earlier model"),
-    ("too many to show", D + "--teacher TEXT --prompt_file p.txt --num_validation_images 1 --validation_prompt a --validation_prompt b", "--validation_prompt was given 2 times"),
-    ("sample of no prompt", "sample --output x.png --student TRUN", "takes text: say what to draw with --prompt or --prompt_file"),
-    ("sample of a teacher and no prompt", "sample --output x.png --teacher TEXT", "takes text: say what to draw with --prompt or --prompt_file"),
-    ("sample of both", "sample --output x.png --student TRUN --prompt a --prompt_file p.txt", "give --prompt or --prompt_file, not both"),
-    ("sample of a field", "sample --output x.png --student TRUN --prompt a --prompt_field b", "--prompt_field b is for a --prompt_file"),
-    ("sample of a bad file", "sample --output x.png --student TRUN --prompt_file binary.txt", "binary.txt, line 2 is not UTF-8"),
-    ("sample of a student with a negative", "sample --output x.png --student TRUN --prompt a --negative_prompt b", "--negative_prompt 'b' is the teacher's"),
+    ("too many to show", D + "--teacher TEXT --prompt_file p.txt --num_validation_images 1 --validation_prompt a --validation_prompt b", "--num_validation_images 1: shows fewer than the 2 of --validation_prompt"),
+    ("sample of no prompt", "sample --output x.png --student TRUN", "takes text; say what to draw with it, or with --prompt_file"),
+    ("sample of a teacher and no prompt", "sample --output x.png --teacher TEXT", "takes text; say what to draw with it, or with --prompt_file"),
+    ("sample of both", "sample --output x.png --student TRUN --prompt a --prompt_file p.txt", "--prompts and --prompt_file: give one or the other, not both"),
+    ("sample of a field", "sample --output x.png --student TRUN --prompt a --prompt_field b", "--prompt_field b: is for a --prompt_file"),
+    ("sample of a bad file", "sample --output x.png --student TRUN --prompt_file binary.txt", "binary.txt: line 2: it is not UTF-8"),
+    ("sample of a student with a negative", "sample --output x.png --student TRUN --prompt a --negative_prompt b", "--negative_prompt b: is for a teacher"),
     ("sample with a negative that does nothing", "sample --output x.png --teacher TEXT --prompt a --negative_prompt b", "acts through guidance only"),
     ("sample with labels", "sample --output x.png --student TRUN --prompt a --class_labels 1", "takes prompts"),
     ("sample with guidance that is fixed", "sample --output x.png --student TRUN --prompt a --guidance_scale 3", "distilled with w = 2 fixed"),
-    ("a way between no prompts", "sample --output x.png --student TRUN --interpolate 4", "two --prompt (got 0), or --to_seed N"),
-    ("a way from one prompt", "sample --output x.png --student TRUN --interpolate 4 --prompt a", "two --prompt (got 1), or one --prompt and --to_seed N"),
-    ("a way between noises of no prompt", "sample --output x.png --student TRUN --interpolate 4 --to_seed 1", "takes text: say what to draw"),
-    ("one noise of no prompt", "sample --output x.png --student TRUN --fixed_noise", "takes text: say what to draw"),
+    ("a way between no prompts", "sample --output x.png --student TRUN --interpolate 4", "give two --prompts (got 0), or --to_seed"),
+    ("a way from one prompt", "sample --output x.png --student TRUN --interpolate 4 --prompt a", "give two --prompts (got 1), or one of --prompts and --to_seed"),
+    ("a way between noises of no prompt", "sample --output x.png --student TRUN --interpolate 4 --to_seed 1", "takes text; say what to draw"),
+    ("one noise of no prompt", "sample --output x.png --student TRUN --fixed_noise", "takes text; say what to draw"),
     ("one noise more often than prompts", "sample --output x.png --student TRUN --fixed_noise --prompt a --num_images 2", "one image for the one prompt"),
     ("scales of a fixed text student", "sample --output x.png --student TRUN --prompt a --guidance_scales 1,2", "distilled with w = 2 fixed"),
     ("times of an exported text student", "sample --output x.png --student TRUN/pipeline --prompt a --target_times 1,0", "give the run's folder"),
-    ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student ALONE --teacher TEXT", "takes text: say what to draw"),
+    ("evaluate of no prompt", "evaluate --num_samples 10 --output out --student ALONE --teacher TEXT", "takes text; say what to draw"),
     ("evaluate of prompts of no text teacher", "evaluate --num_samples 10 --output out --student RUN --prompt a", "run-plain/pipeline takes no text; leave it out"),
     ("evaluate with another teacher", "evaluate --num_samples 10 --output out --student TRUN --teacher PLAIN", ": makes samples of shape (1, 8, 8), --student of (4, 8, 8)"),
     ("evaluate latents with a folder", "evaluate --num_samples 10 --output out --student TRUN --reference none", "--reference none: no such folder"),

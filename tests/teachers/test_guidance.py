@@ -202,9 +202,9 @@ def test_labels_are_checked_against_the_teacher() -> None:
     spec = conditional().spec
     assert check_labels((), spec) == (0, 1, 2)
     assert check_labels((2, 0), spec) == (2, 0)
-    with pytest.raises(ValueError, match="--class_labels 3 is the null class, which means 'no class'"):
+    with pytest.raises(ValueError, match="class_labels=3: is the null class, which means 'no class'"):
         check_labels((3,), spec)
-    with pytest.raises(ValueError, match=r"--class_labels \[4, 9\]: the teacher's classes are 0 to 2"):
+    with pytest.raises(ValueError, match=r"class_labels=\[4, 9\]: the teacher's classes are 0 to 2"):
         check_labels((9, 1, 4), spec)
-    with pytest.raises(ValueError, match=r"--class_labels \[1\] was given, but the teacher is unconditional"):
+    with pytest.raises(ValueError, match=r"class_labels=\[1\]: the teacher is unconditional"):
         check_labels((1,), GaussianTeacher(MEANS[0], 0.4, CosineVP()).spec)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from onestill.core.errors import SettingError
 from onestill.core.tensors import Cond
 from onestill.data.prompts import Ints
 from onestill.teachers.teacher_spec import TeacherSpec
@@ -135,18 +136,18 @@ def check_labels(labels: Sequence[int], spec: TeacherSpec) -> tuple[int, ...]:
     """Return the labels as given, or all the teacher's if none are given.
 
     Raises:
-        ValueError: If the teacher is unconditional, or a label is not one of its classes.
+        SettingError: If the teacher is unconditional, or a label is not one of its classes.
     """
     if not labels:
         return tuple(spec.labels)
     if spec.num_classes is None:
         takes = "takes prompts, not labels" if spec.text else "is unconditional"
-        raise ValueError(f"--class_labels {list(labels)} was given, but the teacher {takes}")
+        raise SettingError("class_labels", list(labels), f"the teacher {takes}", "leave it out")
     if spec.null_class in labels:
-        raise ValueError(
-            f"--class_labels {spec.null_class} is the null class, which means 'no class' and draws nothing"
+        raise SettingError(
+            "class_labels", spec.null_class, "is the null class, which means 'no class' and draws nothing"
         )
     unknown = sorted(set(labels) - set(spec.labels))
     if unknown:
-        raise ValueError(f"--class_labels {unknown}: the teacher's classes are {spec.labels[0]} to {spec.labels[-1]}")
+        raise SettingError("class_labels", unknown, f"the teacher's classes are {spec.labels[0]} to {spec.labels[-1]}")
     return tuple(labels)

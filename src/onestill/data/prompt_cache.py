@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from onestill.core.errors import SettingError, named
 from onestill.core.files import PROBE, save_tensors
 from onestill.core.tensors import Cond, row_bytes
 from onestill.data.prompts import Ints, text_key
@@ -36,7 +37,7 @@ STALE_SECONDS = 24 * 3600
 _KEYS, _CUT = "onestill.keys", "onestill.cut"
 
 
-class PromptCacheError(RuntimeError):
+class PromptCacheError(SettingError):
     """The encoded prompts could not be written: most often, the disk is full."""
 
 
@@ -132,14 +133,13 @@ class PromptCache:
         return int(np.isin(keys, self._keys[(self._cut >> limit) % 2 == 1]).sum())
 
     def check_space(self, num: int) -> None:
-        """Raise ValueError if the disk has no room for `num` more rows."""
+        """Raise SettingError if the disk has no room for `num` more rows."""
         place = next(p for p in [self.folder.absolute(), *self.folder.absolute().parents] if p.exists())
         free, needed = shutil.disk_usage(place).free, num * self.row_bytes
         if needed > free:
-            raise ValueError(
-                f"--prompt_cache_dir {self.root}: {num:,} encoded prompts need {in_words(needed)} and {in_words(free)} "
-                "are free; name a folder on another disk, or draw from fewer prompts with --num_prompts"
-            )
+            why = f"{num:,} encoded prompts need {in_words(needed)} and {in_words(free)} are free"
+            todo = f"name a folder on another disk, or draw from fewer prompts with {named('num_prompts')}"
+            raise SettingError("prompt_cache_dir", self.root, why, todo)
 
     def add(
         self,
@@ -199,10 +199,9 @@ class PromptCache:
             self._publish(partial, final)
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-            raise PromptCacheError(
-                f"--prompt_cache_dir {self.root} cannot be written: {' '.join(str(error).split())} ({in_words(free)} "
-                "free). Name a folder on another disk; what was encoded before is kept"
-            ) from error
+            why = f"cannot be written: {' '.join(str(error).split())} ({in_words(free)} free)"
+            todo = "name a folder on another disk; what was encoded before is kept"
+            raise PromptCacheError("prompt_cache_dir", self.root, why, todo) from error
         finally:
             partial.unlink(missing_ok=True)
 

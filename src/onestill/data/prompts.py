@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from onestill.core.errors import SettingError, named
+
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 KINDS = (".txt", ".jsonl", ".csv")
@@ -30,8 +32,9 @@ def text_key(text: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-class PromptFileError(ValueError):
-    """A line that is no text; says which."""
+def _in_line(path: Path, number: int, why: str, todo: str = "") -> SettingError:
+    """Return an error that says in which line of a file something is wrong."""
+    return SettingError("prompt_file", path, f"line {number}: {why}", todo)
 
 
 class PromptFile(Sequence[str]):
@@ -61,7 +64,7 @@ class PromptFile(Sequence[str]):
                 offsets.append(offset)
                 keys.append(text_key(text))
         if not keys:
-            raise ValueError(f"--prompt_file {path} holds no prompt")
+            raise SettingError("prompt_file", path, "holds no prompt")
         # The index of the first of equal keys; sorted, these are the different prompts in the file's order.
         found = np.frombuffer(keys, dtype=np.int64)
         first = np.sort(np.unique(found, return_index=True)[1])
@@ -86,7 +89,7 @@ class PromptFile(Sequence[str]):
         except (ValueError, StopIteration):
             text = ""
         if text_key(text) != self.keys[number]:
-            raise ValueError(f"--prompt_file {self.path} has changed since it was opened; start again")
+            raise SettingError("prompt_file", self.path, "has changed since it was opened", "start again")
         return text
 
     def close(self) -> None:
@@ -107,10 +110,10 @@ class PromptFile(Sequence[str]):
                 text = self._parse(lines)
             except StopIteration:
                 return
-            except PromptFileError:
+            except SettingError:
                 raise
             except ValueError as error:
-                raise ValueError(f"--prompt_file {self.path}, line {start}: {error}") from None
+                raise _in_line(self.path, start, str(error)) from None
             if text:
                 yield offset, text
 
@@ -121,9 +124,7 @@ class PromptFile(Sequence[str]):
             if not any(cell.strip() for cell in row):
                 return ""
             if len(row) <= self._column:
-                raise ValueError(
-                    f"it has {len(row)} columns, --prompt_field {self._field} is column {self._column + 1}"
-                )
+                raise ValueError(f"it has {len(row)} columns, and {self._field!r} is column {self._column + 1}")
             return row[self._column].strip()
         line = next(lines).strip()
         return line if self._kind == ".txt" or not line else _json_field(line, self._field)
@@ -144,29 +145,28 @@ class _Lines:
             yield self._text(raw.removeprefix(_BOM) if first else raw)
 
     def _text(self, raw: bytes) -> str:
-        where = f"--prompt_file {self.path}, line {self.number}"
         if b"\0" in raw:
-            raise PromptFileError(f"{where} holds a zero byte: this is a binary file, or not UTF-8; give text in UTF-8")
+            why = "it holds a zero byte: this is a binary file, or not UTF-8"
+            raise _in_line(self.path, self.number, why, "give text in UTF-8")
         if len(raw) > LONGEST_LINE:
-            raise PromptFileError(f"{where} is longer than {LONGEST_LINE:,} bytes; give one prompt per line")
+            why = f"it is longer than {LONGEST_LINE:,} bytes"
+            raise _in_line(self.path, self.number, why, "give one prompt per line")
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise PromptFileError(
-                f"{where} is not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1}); "
-                "convert the file to UTF-8"
-            ) from None
+            why = f"it is not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1})"
+            raise _in_line(self.path, self.number, why, "convert the file to UTF-8") from None
 
 
 def _kind_of(path: Path, field: str | None) -> str:
     kind = path.suffix.lower()
     if kind not in KINDS:
-        raise ValueError(f"--prompt_file {path}: give a .txt (one prompt per line), a .jsonl or a .csv")
+        raise SettingError("prompt_file", path, "give a .txt (one prompt per line), a .jsonl or a .csv")
     if kind == ".txt" and field is not None:
-        raise ValueError(f"--prompt_field {field} was given, but {path} is a .txt, which has one prompt per line")
+        raise SettingError("prompt_field", field, f"{path} is a .txt, which has one prompt per line", "leave it out")
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "no such file"
-        raise ValueError(f"--prompt_file {path}: {reason}")
+        raise SettingError("prompt_file", path, reason)
     return kind
 
 
@@ -174,7 +174,7 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise ValueError(f"--prompt_file {path}: {error.strerror}") from error
+        raise SettingError("prompt_file", path, str(error.strerror)) from error
 
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
@@ -193,15 +193,13 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
 def _column_of(path: Path, lines: Iterator[str], field: str) -> int:
     try:
         header = [name.strip() for name in next(_csv_rows(lines), [])]
-    except PromptFileError:
+    except SettingError:
         raise
     except ValueError as error:
-        raise ValueError(f"--prompt_file {path}, line 1: {error}") from None
+        raise _in_line(path, 1, str(error)) from None
     if field not in header:
         has = ", ".join(header) if header else "nothing"
-        raise ValueError(
-            f"--prompt_file {path}, line 1: no column {field!r}, it has {has}; name one with --prompt_field"
-        )
+        raise _in_line(path, 1, f"no column {field!r}, it has {has}", f"name one with {named('prompt_field')}")
     return header.index(field)
 
 
@@ -213,7 +211,9 @@ def _json_field(line: str, field: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f'it holds no object such as {{"{field}": "..."}}')
     if field not in record:
-        raise ValueError(f"no field {field!r}, it has {', '.join(record) or 'nothing'}; name one with --prompt_field")
+        raise ValueError(
+            f"no field {field!r}, it has {', '.join(record) or 'nothing'}; name one with {named('prompt_field')}"
+        )
     if not isinstance(record[field], str):
         raise ValueError(f"field {field!r} is no text but {record[field]!r}"[:200])
     text = str(record[field]).strip()
@@ -233,11 +233,11 @@ def read_prompts(
         ValueError: If both are given, or the file is unusable.
     """
     if isinstance(prompts, str):
-        raise ValueError(f"prompts must be a list of prompts, got the one string {prompts!r}")
+        raise SettingError("prompts", prompts, "must be a list of prompts, not one string")
     if prompt_file is None:
         if prompt_field is not None:
-            raise ValueError(f"--prompt_field {prompt_field} is for a --prompt_file, and none was given")
+            raise SettingError("prompt_field", prompt_field, f"is for a {named('prompt_file')}, and none was given")
         return tuple(prompts)
     if prompts:
-        raise ValueError("give --prompt or --prompt_file, not both")
+        raise SettingError(("prompts", "prompt_file"), why="give one or the other, not both")
     return PromptFile(Path(prompt_file).expanduser(), prompt_field)

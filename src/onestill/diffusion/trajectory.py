@@ -125,26 +125,14 @@ def _advance(trajectory: Trajectory, y_t: Tensor, mean: Tensor, t: Tensor, s: Te
 
 
 def ddim_step(
-    trajectory: Trajectory,
-    denoised: Denoiser,
-    x_a: Tensor,
-    y_t: Tensor,
-    t: Tensor,
-    s: Tensor,
-    a: Tensor | None = None,
+    trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
     """Return y_s = y_t + rho (f(x_t, t) - y_t), eq. (7): DDIM (Song et al., 2010.02502); order 1; as `Step`."""
     return _advance(trajectory, y_t, denoised(trajectory.state(y_t, x_a, t, a), t), t, s, a)
 
 
 def heun_step(
-    trajectory: Trajectory,
-    denoised: Denoiser,
-    x_a: Tensor,
-    y_t: Tensor,
-    t: Tensor,
-    s: Tensor,
-    a: Tensor | None = None,
+    trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
     """Return the step with the mean of f at both ends, eq. (8); order 2, two teacher calls; as `Step`.
 
@@ -159,13 +147,7 @@ def heun_step(
 
 
 def midpoint_step(
-    trajectory: Trajectory,
-    denoised: Denoiser,
-    x_a: Tensor,
-    y_t: Tensor,
-    t: Tensor,
-    s: Tensor,
-    a: Tensor | None = None,
+    trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
     """Return the step with f at the log-SNR midpoint, reached by DDIM, eq. (9); order 2, two teacher calls; as `Step`."""
     m = trajectory.middle(t, s)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.errors import SettingError
-from onestill.core.files import PICKLES
+from onestill.core.files import PICKLE_SUFFIXES
 from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
@@ -48,7 +48,7 @@ def load_features(spec: str, *, local_files_only: bool = False, device: str | to
     """
     path = Path(spec)
     suffix = path.suffix.lower()
-    if suffix in PICKLES and not path.is_dir():
+    if suffix in PICKLE_SUFFIXES and not path.is_dir():
         why = f"is a pickle ({suffix}), which can run code when it is opened"
         raise SettingError("features", spec, why, f"give {_GIVE} with safetensors weights")
     if suffix == ".safetensors" or path.is_file():

@@ -120,6 +120,16 @@ class Context:
     num_processes: int
     identity: Mapping[str, object]
 
+    def draw(self, num: int) -> tuple[Tensor, Cond]:
+        """Return (start states x_a, conditions) of `num` new rows, on the device, drawn from the run's generator."""
+        import torch
+
+        from onestill.core.tensors import to_device
+
+        eps = torch.randn(num, *self.teacher.spec.sample_shape, generator=self.generator)
+        cond = self.conditions.rows(self.conditions.choose(num, self.generator))
+        return self.teacher.spec.trajectory.start(eps.to(self.device)), to_device(cond, self.device)
+
 
 class Objective(ABC, Generic[S]):
     """A part of the loss. One file; registered by one line of `onestill.objectives.registry`.

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+from onestill.core.errors import as_flags, named
 from onestill.teachers.base import Teacher
 from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
@@ -28,7 +29,7 @@ CHECKED = """- Safety checker: the teacher's, as it was; this folder's own call 
   numbers of `onestill evaluate` are without it, for student and teacher alike.
 """
 LICENSE = ("license", "license_name", "license_link")
-NO_TABLE = "Not evaluated yet: `onestill evaluate --student RUN` writes the table here."
+NO_TABLE = as_flags(f"Not evaluated yet: `onestill evaluate {named('student')} RUN` writes the table here.")
 
 
 @dataclass(frozen=True)
