@@ -17,12 +17,14 @@ from diffusers import DDIMScheduler
 from runs_helpers import (
     FAST,
     as_flags,
+    assert_refused,
     call_cli,
     copied,
     finished_run,
     snapshot,
     teacher_folder,
     tiny_network,
+    with_places,
     write_teacher,
     zero_snr_scheduler,
 )
@@ -46,22 +48,21 @@ class Case:
         return self.name
 
 
+PLACES: dict[str, Callable[[], object]] = {
+    "PLAIN": lambda: teacher_folder("plain"),
+    "CLASS": lambda: teacher_folder("class"),
+    "EPSILON": lambda: teacher_folder("epsilon"),
+    "OTHER": lambda: teacher_folder("other"),
+    "RUN": lambda: finished_run(),
+    "RUN_DRAWN": lambda: finished_run("drawn"),
+}
+
+
 def refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     case.make()
     before = snapshot(tmp_path)
-    places = {"PLAIN": "plain", "CLASS": "class", "EPSILON": "epsilon", "OTHER": "other"}
-    arguments = case.arguments
-    for name, kind in places.items():
-        arguments = arguments.replace(name, str(teacher_folder(kind)))
-    arguments = arguments.replace("RUN_DRAWN", str(finished_run("drawn"))) if "RUN_DRAWN" in arguments else arguments
-    arguments = arguments.replace("RUN", str(finished_run())) if "RUN" in arguments else arguments
-    outcome = call_cli(*arguments.split())
-    assert outcome.code == 2, outcome
-    assert case.words in outcome.words, outcome.err
-    assert "Traceback" not in outcome.err and outcome.out == ""
-    # One line, but for the frame that typer draws around what it cannot parse.
-    assert "Usage" in outcome.err or [line[:7] for line in outcome.err.splitlines()] == ["error: "], outcome.err
+    assert_refused(call_cli(*with_places(case.arguments, PLACES)), case.words)
     assert snapshot(tmp_path) == before
     if "RUN" in case.arguments:
         assert_untouched(finished_run())
@@ -208,10 +209,7 @@ def test_teachers(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ["inspect", "--device", "cpu"],
         ["sample", "--output", "x.png"],
     ):
-        outcome = call_cli(*command, "--teacher", teacher)
-        assert outcome.code == 2, outcome
-        assert case.words in outcome.words, outcome.err
-        assert [line[:7] for line in outcome.err.splitlines()] == ["error: "] and outcome.out == ""
+        assert_refused(call_cli(*command, "--teacher", teacher), case.words)
         assert snapshot(tmp_path) == before
 
 
