@@ -22,12 +22,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
 
+from onestill.core.devices import resolve_device
 from onestill.core.tensors import Cond, noise
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract
 from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions, print_report
-from onestill.runs.checks import check_device, resolve_device
 from onestill.runs.distill import distill
 from onestill.runs.load import load_student
 from onestill.sampling import pictures
@@ -321,7 +321,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the feature network, distil, and write the table."""
     args = parse(argv)
-    check_device(args.device)
+    resolve_device(args.device)
     device = resolve_device(args.device)
     # An export is compared with its student to 1e-4, on two devices; convolutions in TF32 differ by more.
     torch.backends.cudnn.allow_tf32 = False

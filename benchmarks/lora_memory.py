@@ -24,10 +24,10 @@ import psutil
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 
+from onestill.core.devices import resolve_device
 from onestill.core.tensors import num_parameters
 from onestill.export.export import export_student
-from onestill.runs.build import prepare
-from onestill.runs.checks import resolve_device
+from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.runs.inspect import estimate
 from onestill.teachers.base import Teacher
@@ -96,7 +96,7 @@ def measure(kind: str, rank: int, width: int, batch: int, steps: int, device: st
         settings |= {"prompt_file": EMBEDDED["glyphs"].prompts, "prompt_cache_dir": f"{folder}/cache"}
     else:
         teacher = on_pixels(width)
-    prepared = prepare(make_config({**settings, "teacher": "random"}), teacher)
+    prepared = build_run(make_config({**settings, "teacher": "random"}), teacher)
     trainer = make_trainer(prepared)
     for _ in range(steps):
         trainer.update()

@@ -16,23 +16,21 @@ from onestill.core.tensors import noise
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.evaluation.speed import compare
 from onestill.export.export import export_student
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
 from onestill.runs.folder import PIPELINE_FOLDER
 from onestill.runs.load import load_student
 from onestill.sampling.generate import teacher_generator
 from onestill.teachers.load import load_teacher
 from onestill.training.config import make_config
-from onestill.training.trainer import Fingerprints, Trainer
+from onestill.training.trainer import Trainer
 
 
 def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6) -> Trainer:
     """Return a trainer on the embedded digits that logs, validates and saves never within a benchmark."""
     rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 100}
     settings = {"teacher": "digits", "output_dir": f"{folder}/run", "device": "cpu", "max_train_steps": steps}
-    prepared = prepare(make_config({**settings, "train_batch_size": batch, **rare}))
-    return Trainer(
-        prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints(prepared.fingerprint)
-    )
+    prepared = build_run(make_config({**settings, "train_batch_size": batch, **rare}))
+    return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprints)
 
 
 def training_step(batch: int = 64, repeats: int = 30) -> None:

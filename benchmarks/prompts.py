@@ -44,7 +44,7 @@ def write_teacher(folder: Path) -> Path:
 def measure(folder: Path, prompts: Path, steps: int) -> None:
     """Train to the third step and print, as JSON, the seconds to the first one and the peak of resident memory."""
     started = time.perf_counter()
-    from onestill.runs.build import prepare
+    from onestill.runs.build import build_run
     from onestill.runs.distill import make_trainer
     from onestill.training.config import make_config
 
@@ -52,7 +52,7 @@ def measure(folder: Path, prompts: Path, steps: int) -> None:
     rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 10**6}
     own = {"prompt_file": str(prompts), "prompt_cache_dir": str(folder / "cache")}
     config = make_config({**settings, **rare, **own, "max_train_steps": steps, "train_batch_size": BATCH})
-    prepared = prepare(config)
+    prepared = build_run(config)
     trainer = make_trainer(prepared)
     seconds = 0.0
     for log in trainer.steps():

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from onestill.diffusion.process import CosineVP
 from onestill.diffusion.trajectory import midpoint_step, solve, uniform_times
-from onestill.runs.build import prepare
-from onestill.runs.distill import run
+from onestill.runs.build import build_run
+from onestill.runs.distill import carry_out
 from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
 from onestill.teachers.module import module_teacher
@@ -86,8 +86,8 @@ def distilled_error(exact: Teacher, *, num_test: int = 4000, **settings: Any) ->
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         config = make_config({"teacher": "exact", "output_dir": f"{folder}/run", **defaults, **settings})
-        prepared = prepare(config, as_network_teacher(exact), PointNetwork(*exact.spec.sample_shape))
-        trained = run(prepared, show_progress=False)
+        prepared = build_run(config, as_network_teacher(exact), PointNetwork(*exact.spec.sample_shape))
+        trained = carry_out(prepared, show_progress=False)
         assert trained.pipeline is not None
         from onestill.export.module import load_module
 

@@ -167,19 +167,23 @@ def test_imports_are_seen() -> None:
 # Draws and maths
 
 
-def is_draw(node: ast.AST, *names: str) -> bool:
-    return isinstance(node, ast.Attribute) and node.attr in (*names, "rand_like", "randn_like")
+DRAWS = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like")
+
+
+def draws_in(tree: ast.AST) -> list[int]:
+    return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in DRAWS]
 
 
 def test_maths_is_pure() -> None:
     # Everything random comes through an explicit generator, and these draw nothing at all.
-    formulas = ("objectives.base", "students.student", "students.injection", "students.one_step", "students.bake")
-    pure = [name for name in INSIDE if room_of(name) == "diffusion" or name in formulas]
-    assert len(pure) >= len(formulas) + 3
+    students = ("students.student", "students.injection", "students.bake", "students.one_step")
+    pure = [name for name in INSIDE if room_of(name) == "diffusion" or name in (*students, "training.loss")]
+    assert len(pure) >= len(students) + 4
     for name in pure:
-        drawn = [node for node in ast.walk(TREES[name]) if is_draw(node, "rand", "randn", "randint", "randperm")]
-        assert not drawn, name
+        assert not draws_in(TREES[name]), name
     assert {room_of(name) for name in reachable("diffusion.trajectory")} <= {"core", "diffusion"}
+    formulas = [node for node in TREES["objectives.boot"].body if isinstance(node, ast.FunctionDef)]
+    assert len(formulas) >= 2 and not [formula.name for formula in formulas if draws_in(formula)]
 
 
 def test_draws_name_their_generator() -> None:

@@ -98,6 +98,13 @@ def test_the_python_is_python_and_its_names_are_there() -> None:
     assert used >= {"distill", "sample", "evaluate", "interpolate"} and all(hasattr(onestill, name) for name in used)
 
 
+def test_the_refusal_that_the_guide_shows_is_the_one(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"`--t_max 2: (.*?)` on the command line", TEXT[ROOT / "docs" / "guide" / "settings.md"])
+    with pytest.raises(onestill.SettingError) as caught:
+        onestill.distill("digits", tmp_path / "run", t_max=2)
+    assert str(caught.value) == f"t_max=2: {shown}" and caught.value.as_flags() == f"--t_max 2: {shown}"
+
+
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.stem)
 def test_the_pictures_and_documents_are_there(page: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)", TEXT[page]) if not link.startswith("http")]

@@ -36,7 +36,7 @@ from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from onestill.runs.checks import check_device, resolve_device
+from onestill.core.devices import resolve_device
 from onestill.runs.load import load_sampler
 from onestill.sampling.pictures import save_grid
 from onestill.training.checkpoint import (
@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train one piece."""
     started = time.monotonic()
     args = parse(argv)
-    check_device(args.device)
+    resolve_device(args.device)
     resuming = bool(list_checkpoints(args.output_dir))
     if resuming and args.resume_from_checkpoint is None:
         raise ValueError(

@@ -13,7 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onestill.core.errors import SettingError
     from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching
+    from onestill.evaluation.config import EvaluateConfig
     from onestill.export.export import export_student
     from onestill.export.module import load_module
     from onestill.runs.distill import RunResult, distill
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from onestill.runs.inspect import inspect_teacher
     from onestill.runs.load import load_sampler
     from onestill.runs.sample import sample
+    from onestill.sampling.config import SampleConfig
     from onestill.sampling.explore import fixed_noise, guidance_sweep, interpolate, student_trajectory
     from onestill.students.student import Student
     from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
+    from onestill.teachers.guidance import guided
     from onestill.teachers.load import load_teacher
     from onestill.teachers.module import module_teacher
     from onestill.training.config import DistillConfig
@@ -35,6 +39,10 @@ _HOMES = {
     "evaluate": "runs.evaluate",
     "sample": "runs.sample",
     "DistillConfig": "training.config",
+    "EvaluateConfig": "evaluation.config",
+    "SampleConfig": "sampling.config",
+    "SettingError": "core.errors",
+    "guided": "teachers.guidance",
     "RunResult": "runs.distill",
     "distill": "runs.distill",
     "export_student": "export.export",
@@ -61,16 +69,20 @@ __all__ = [
     "CosineVP",
     "DiscreteVP",
     "DistillConfig",
+    "EvaluateConfig",
     "FlowMatching",
     "GaussianTeacher",
     "MixtureTeacher",
     "RunResult",
+    "SampleConfig",
+    "SettingError",
     "Student",
     "distill",
     "evaluate",
     "export_student",
     "fixed_noise",
     "guidance_sweep",
+    "guided",
     "inspect_teacher",
     "interpolate",
     "load_module",

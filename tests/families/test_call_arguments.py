@@ -17,7 +17,7 @@ from runs_helpers import as_flags, call_cli, copied, snapshot
 from safetensors.torch import load_file, save_file
 
 import onestill
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.teacher import CALL_FILE
 from onestill.teachers.settings import CALL_ARGUMENTS
@@ -225,7 +225,7 @@ def test_more_tokens_are_cut_later(tmp_path: Path) -> None:
     }
     for longest, num_cut in ((4, 2), (8, 1), (16, 0)):
         own = {"max_sequence_length": longest, "prompt_cache_dir": tmp_path / "cache"}
-        prepared = prepare(make_config({**FAST, **values, **own}))
+        prepared = build_run(make_config({**FAST, **values, **own}))
         said = [message for message in prepared.messages if "longer than" in message]
         are, them = ("prompt is", "it") if num_cut == 1 else ("prompts are", "them")
         words = f"warning: {num_cut} {are} longer than the {longest} tokens the text encoder takes; it cuts {them}"

@@ -35,7 +35,7 @@ from onestill.core.tensors import noise
 from onestill.data.cascade import FIRST_STAGE_SEED, CascadeConditions, FirstStage, open_first_stage, second_noise
 from onestill.data.conditions import VALIDATION_SEED
 from onestill.export.export import export_student
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.runs.export import export
 from onestill.runs.load import load_student
@@ -106,7 +106,7 @@ def second_run() -> Path:
 
 def prepared_chain(tmp_path: Path, **own: Any) -> Any:
     values = {"teacher": str(folder_of(SR)), "output_dir": tmp_path / "run", **settings(tmp_path / "cache", **own)}
-    return prepare(make_config(values))
+    return build_run(make_config(values))
 
 
 def some_rows(trainer: Any, num: int, *, seed: int) -> dict[str, Tensor]:
@@ -120,8 +120,8 @@ def test_rows_hold_the_picture_of_the_same_prompt(tmp_path: Path) -> None:
     assert prepared.config.noise_level == LEVEL and prepared.config.base_student.is_absolute()
     trainer = make_trainer(prepared)
     assert isinstance(prepared.conditions, CascadeConditions)
-    assert prepared.base.pipeline.text_encoder is None
-    assert prepared.base_student.teacher.pipeline.text_encoder is None
+    assert prepared.teacher.unguided.pipeline.text_encoder is None
+    assert prepared.first_stage.teacher.pipeline.text_encoder is None
 
     cond = some_rows(trainer, 3, seed=7)
     generator = torch.Generator().manual_seed(7)
@@ -151,7 +151,7 @@ def test_both_guided_halves_see_the_same_picture(tmp_path: Path) -> None:
     prepared = prepared_chain(tmp_path, guidance_scale=3.0, anchor_fraction=0.25, num_anchors=4, num_anchor_steps=1)
     trainer = make_trainer(prepared)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    prepared.base.network.register_forward_pre_hook(
+    prepared.teacher.unguided.network.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args[0], kwargs["class_labels"], kwargs["encoder_hidden_states"])),
         with_kwargs=True,
     )
@@ -378,10 +378,11 @@ def test_the_export_is_checked_on_real_pictures_and_says_how_to_call_it(tmp_path
 
     prepared = prepared_chain(tmp_path, lora_rank=2)
     assert torch.equal(
-        prepared.base.image_condition.example(prepared.base.pipeline, 3)[2], prepared.base_student.examples[0]
+        prepared.teacher.unguided.image_condition.example(prepared.teacher.unguided.pipeline, 3)[2],
+        prepared.first_stage.examples[0],
     )
     assert any("merged student alone" in message for message in prepared.messages) == (
-        not hasattr(prepared.base.pipeline, "load_lora_weights")
+        not hasattr(prepared.teacher.unguided.pipeline, "load_lora_weights")
     )
     assert export_student(prepared.student, tmp_path / "out") <= 1e-4
 

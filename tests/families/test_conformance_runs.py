@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from onestill.diffusion.process import VE
 from onestill.export.export import export_student
-from onestill.runs.build import Prepared, configure, prepare
-from onestill.runs.distill import RunResult, run
+from onestill.runs.build import Run, build_run, configure
+from onestill.runs.distill import RunResult, carry_out
 from onestill.runs.inspect import Inspection, inspect_teacher
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
@@ -82,7 +82,7 @@ def place() -> Path:
     return folder
 
 
-def prepared_run(name: str, folder: Path, **own: Any) -> Prepared:
+def prepared_run(name: str, folder: Path, **own: Any) -> Run:
     """Return a run of a family as the command line prepares it, from the teacher's folder; guided where it can be."""
     spec = teacher_of(name).spec
     settings = {**FAST, **ARGUMENTS.get(name, {}), "teacher": str(folder_of(name)), "output_dir": folder}
@@ -92,27 +92,27 @@ def prepared_run(name: str, folder: Path, **own: Any) -> Prepared:
         settings |= {"prompt_file": place() / "p.txt", "prompt_cache_dir": folder.parent / "cache"}
     if name == "if-super-resolution":
         settings["base_student"] = place() / "stage-1"
-    return prepare(make_config({**settings, **own}))
+    return build_run(make_config({**settings, **own}))
 
 
-def trained(prepared: Prepared) -> RunResult:
+def trained(prepared: Run) -> RunResult:
     """Run to the end; assert that the student and nothing else was trained, and that its export exists."""
     before = [parameter.detach().clone() for parameter in prepared.student.parameters()]
     first, losses = prepared.resume[1].values["progress"]["step"] if prepared.resume else 0, []
-    result = run(prepared, show_progress=False, on_step=lambda log: losses.append(log.loss))
+    result = carry_out(prepared, show_progress=False, on_step=lambda log: losses.append(log.loss))
     assert len(losses) == prepared.config.max_train_steps - first and all(map(math.isfinite, losses)), losses
     after = list(prepared.student.parameters())
     assert all(parameter.isfinite().all() for parameter in after)
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    if isinstance(prepared.base.network, nn.Module):
-        assert all(not p.requires_grad and p.grad is None for p in prepared.base.network.parameters())
-    assert prepared.base.fingerprint() == prepared.fingerprint
+    if isinstance(prepared.teacher.unguided.network, nn.Module):
+        assert all(not p.requires_grad and p.grad is None for p in prepared.teacher.unguided.network.parameters())
+    assert prepared.teacher.unguided.fingerprint() == prepared.fingerprints.teacher
     assert result.pipeline is not None and any(result.pipeline.rglob("*.safetensors"))
     assert result.export_error is not None and result.export_error <= 1e-4
     return result
 
 
-def check_run(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+def check_run(prepared: Callable[..., Run], tmp_path: Path) -> None:
     """Assert that three steps train, and that a run that had two of them and was killed ends in the same bits."""
     trained(prepared(tmp_path / "run"))
     again = copied(tmp_path / "run", tmp_path / "again")
@@ -125,7 +125,7 @@ def check_run(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
     assert not same_state(again / "checkpoint-2", again / "checkpoint-3")
 
 
-def check_bf16(prepared: Prepared) -> None:
+def check_bf16(prepared: Run) -> None:
     """Assert that a run in bf16 computes in bf16, student and all, and trains."""
     seen: set[torch.dtype] = set()
 
@@ -140,7 +140,7 @@ def check_bf16(prepared: Prepared) -> None:
 
 
 def inspected(teacher: Teacher, **own: Any) -> Inspection:
-    return inspect_teacher(teacher, make_config({"teacher": "x", "output_dir": "run", **FAST, **own}))
+    return inspect_teacher(teacher, **FAST, **own)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -222,10 +222,10 @@ OTHERS = [
 """Names of cases in tests/conftest.py."""
 
 
-def prepared_object(teacher: Teacher, folder: Path, network: nn.Module | None = None, **own: Any) -> Prepared:
+def prepared_object(teacher: Teacher, folder: Path, network: nn.Module | None = None, **own: Any) -> Run:
     """Return a run of a teacher object, guided where it can be."""
     settings = {**FAST, "output_dir": folder, "guidance_scale": 2.0 if teacher.can_guide else 1.0, **own}
-    return prepare(configure(teacher, settings), teacher, network)
+    return build_run(configure(teacher, settings), teacher, network)
 
 
 @pytest.mark.parametrize("other", OTHERS)

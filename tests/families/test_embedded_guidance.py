@@ -20,7 +20,7 @@ from torch import Tensor
 import onestill
 from onestill.core.tensors import as_times
 from onestill.diffusion.trajectory import Trajectory
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
 from onestill.teachers.guidance import guided
 from onestill.teachers.pipelines.capture import watch
 from onestill.teachers.pipelines.schedulers import times_of
@@ -132,7 +132,7 @@ def test_a_run_keeps_its_scale() -> None:
 def test_the_teacher_is_told_it_and_the_student_is_not() -> None:
     config = {**SETTINGS, "teacher": str(folder_of("flux")), "output_dir": place() / "none"}
     config |= {"prompt_file": place() / "p.txt", "prompt_cache_dir": place() / "cache"}
-    prepared = prepare(make_config({**config, "guidance_scale": 5}))
+    prepared = build_run(make_config({**config, "guidance_scale": 5}))
     teacher, cond = teacher_of("flux"), conditions_of(teacher_of("flux"))
     x = noise_of(teacher, 2)
     found = prepared.teacher.denoised(x, 0.5, cond)

@@ -17,7 +17,7 @@ from torch import nn
 
 import onestill
 from onestill.export.export import export_student
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines import token_limits
@@ -114,7 +114,7 @@ def test_teachers_that_share_their_encoders_share_their_prompts(tmp_path: Path) 
     found = []
     for name in ("one", "two"):
         values = {**settings(tmp_path), "teacher": str(tmp_path / name), "output_dir": tmp_path / f"run-{name}"}
-        found.append(prepare(make_config(values)).messages[0])
+        found.append(build_run(make_config(values)).messages[0])
         onestill.distill(tmp_path / name, tmp_path / f"run-{name}", show_progress=False, **settings(tmp_path))
     assert "2 to encode" in found[0] and "all encoded already" in found[1]
 
@@ -202,7 +202,7 @@ def test_the_warning_names_the_encoder_that_cuts(tmp_path: Path) -> None:
         "warning: 1 prompt is longer than the 256 tokens text_encoder_3 takes; it cuts it",
     ]
     for _ in range(2):  # counted when they are encoded, and when they come from the cache
-        prepared = prepare(make_config(values))
+        prepared = build_run(make_config(values))
         assert [message for message in prepared.messages if "longer" in message] == expected
         assert prepared.prompts is not None
         prepared.prompts.encode()
@@ -214,7 +214,7 @@ def test_the_pipelines_number_counts_and_not_the_tokenizers(tmp_path: Path) -> N
     pipeline.save_pretrained(tmp_path / "t")
     (tmp_path / "p.txt").write_text("\n".join(" ".join("a" * num) for num in (76, 77, 100)))
     values = settings(tmp_path, max_train_steps=3, teacher=str(tmp_path / "t"), output_dir=tmp_path / "run")
-    said = prepare(make_config(values)).messages
+    said = build_run(make_config(values)).messages
     assert "warning: 2 prompts are longer than the 77 tokens the text encoder takes; it cuts them" in said
 
 
@@ -223,5 +223,5 @@ def test_a_negative_prompt_has_the_limit_of_no_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("red\nblue\n")
     values = settings(tmp_path, guidance_scale=2.0, teacher=str(folder_of("lumina2")), output_dir=tmp_path / "run")
     for num, is_cut in ((255, False), (256, True)):
-        said = prepare(make_config({**values, "negative_prompt": " ".join("a" * num)})).messages
+        said = build_run(make_config({**values, "negative_prompt": " ".join("a" * num)})).messages
         assert ("warning: --negative_prompt is longer than 256 tokens and is cut" in said) == is_cut

@@ -32,7 +32,7 @@ import onestill
 from onestill.data.prompt_pool import choose
 from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import export_student
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.students import model_card as card
 from onestill.students.student import Student
@@ -285,14 +285,16 @@ def test_a_second_run_encodes_nothing_and_lets_the_encoders_go(tmp_path: Path, m
     encode = PipelineTeacher.encode
     monkeypatch.setattr(PipelineTeacher, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
     values = {"teacher": str(place() / "t"), "output_dir": tmp_path / "b", **settings(tmp_path / "cache")}
-    prepared = prepare(make_config(values))
+    prepared = build_run(make_config(values))
     asked.clear()  # what the teacher's self-check encodes
     trainer = make_trainer(prepared)
     assert asked == [] and any("all encoded already" in message for message in prepared.messages)
-    assert isinstance(prepared.base, PipelineTeacher)
-    assert prepared.base.pipeline.text_encoder is None and prepared.base.pipeline.tokenizer is None
+    assert isinstance(prepared.teacher.unguided, PipelineTeacher)
+    assert (
+        prepared.teacher.unguided.pipeline.text_encoder is None and prepared.teacher.unguided.pipeline.tokenizer is None
+    )
     with pytest.raises(RuntimeError, match="were released"):
-        prepared.base.encode(["red"])
+        prepared.teacher.unguided.encode(["red"])
     for _ in trainer.steps():
         pass
     assert first.checkpoint is not None and same_state(first.checkpoint, tmp_path / "b" / "checkpoint-4")
@@ -319,7 +321,7 @@ def test_a_pool_of_anchors_is_of_the_prompts_that_are_drawn(tmp_path: Path) -> N
         (tmp_path / "run" / "config.yaml").touch()
         given = settings(tmp_path / "cache", empty_prompt_fraction=0.3, anchor_fraction=0.25, num_anchors=10, **own)
         given |= {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
-        return make_trainer(prepare(make_config(given)))
+        return make_trainer(build_run(make_config(given)))
 
     (stopped := trainer()).stop_requested = True
     assert list(stopped.make_anchors()) == [4]
@@ -347,7 +349,7 @@ def test_another_text_encoder_has_another_cache(tmp_path: Path) -> None:
     assert isinstance(moved, PipelineTeacher) and moved.encoder_identity() in names
     onestill.distill(place() / "t", tmp_path / "a", show_progress=False, **settings(tmp_path / "cache"))
     values = {"teacher": str(other), "output_dir": tmp_path / "b", **settings(tmp_path / "cache")}
-    said = " ".join(prepare(make_config(values)).messages)
+    said = " ".join(build_run(make_config(values)).messages)
     assert "other text encoders or settings" in said and "to encode into" in said
 
 
@@ -470,7 +472,7 @@ def test_empty_prompts_come_as_often_as_asked(tmp_path: Path) -> None:
     values = {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", **settings(tmp_path / "cache")}
     # The negative prompt is what is guided away from, and nothing that is drawn.
     away = {"guidance_scale": 2.0, "negative_prompt": "blue b"}
-    prepared = prepare(make_config({**values, **away, "empty_prompt_fraction": 0.25}))
+    prepared = build_run(make_config({**values, **away, "empty_prompt_fraction": 0.25}))
     make_trainer(prepared)
     chosen = prepared.conditions.choose
     drawn = lambda: prepared.conditions.rows(chosen(2000, torch.Generator().manual_seed(0)))  # noqa: E731

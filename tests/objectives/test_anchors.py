@@ -14,7 +14,9 @@ from onestill.data.conditions import LabelConditions
 from onestill.diffusion.process import CosineVP
 from onestill.objectives.anchors import Anchors, Pool, read_pool, write_pool
 from onestill.objectives.base import Context
-from onestill.runs.build import prepare
+from onestill.runs.build import build_run
+from onestill.runs.folder import RunFolder
+from onestill.runs.load import restore_student
 from onestill.sampling.generate import teacher_generator
 from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher
@@ -112,7 +114,7 @@ def test_a_file_is_read_only_for_what_it_was_made_with(tmp_path: Path, pool: Poo
 def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
     # With the student's own prediction in the place of the teacher's signal, its rows have no residual at all.
     values = {"teacher": str(teacher_folder()), "output_dir": tmp_path / "run", **FAST, **POOL, "boundary_weight": 0}
-    prepared = prepare(make_config(values))
+    prepared = build_run(make_config(values))
     trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints("x"))
     (tmp_path / "run").mkdir()
     assert sum(num for _, num in trainer.prepare()) == 10
@@ -151,7 +153,7 @@ def test_a_pool_that_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: py
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "config.yaml").touch()
         own |= {"output_dir": tmp_path / name, "resume_from_checkpoint": "latest"}
-        prepared = prepare(make_config({**own, **FAST, **POOL}))
+        prepared = build_run(make_config({**own, **FAST, **POOL}))
         return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints("x"))
 
     whole = trainer("whole")
@@ -222,9 +224,7 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
     for fraction in (0.0, 0.5):
         run = tmp_path / f"run-{fraction}"
         onestill.distill(teacher_folder(), run, anchor_fraction=fraction, num_anchors=100, **settings)
-        from onestill.runs.restore import read_run_config, restore_student
-
-        student = restore_student(run, read_run_config(run), torch.device("cpu"))
+        student = restore_student(RunFolder(run), teacher)
         with torch.no_grad():
             errors.append(float((student(eps, None, 0.0, {}) - target.clamp(-10, 10)).square().mean()))
     assert errors[1] < errors[0]

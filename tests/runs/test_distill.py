@@ -27,12 +27,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import onestill
+from onestill.core.devices import resolve_device
+from onestill.core.files import check_writable
 from onestill.core.settings import read_yaml
 from onestill.diffusion.process import CosineVP
-from onestill.runs.build import fit_teacher, prepare, with_embedded_prompts
-from onestill.runs.checks import check_device, check_output_dir, check_tracker, check_writable, resolve_device
+from onestill.runs.build import build_run, check_tracker, guided_as, with_embedded_prompts
 from onestill.runs.distill import RunResult, distilled_facts
-from onestill.runs.folder import is_run
+from onestill.runs.folder import check_output_dir, is_run
 from onestill.teachers.guidance import Guided, Thresholded
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
@@ -104,9 +105,9 @@ def test_exported_is_the_averaged_student(kind: str) -> None:
 
     # And it is the average, not the last weights: they are not the same student.
     tensors = read_checkpoint(run / "checkpoint-4").tensors
-    assert not all(torch.equal(value, tensors["student"][name]) for name, value in tensors["ema"].items())
+    assert not all(torch.equal(value, tensors["student"][name]) for name, value in tensors["student-ema"].items())
     last = load_file(run / "pipeline/unet/diffusion_pytorch_model.safetensors")["mid_block.resnets.0.conv1.weight"]
-    assert torch.equal(last, tensors["ema"]["network.mid_block.resnets.0.conv1.weight"])
+    assert torch.equal(last, tensors["student-ema"]["network.mid_block.resnets.0.conv1.weight"])
 
 
 def test_dry_run_checks_everything_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +197,7 @@ def test_the_teacher_is_guided_and_thresholded_as_asked(
     settings: dict[str, Any], guided: float, mode: str | None
 ) -> None:
     config = make_config({**FAST, "teacher": "x", "output_dir": "y", **settings})
-    teacher = fit_teacher(load_teacher(teacher_folder("class"), null_class=config.null_class), config)
+    teacher = guided_as(load_teacher(teacher_folder("class"), null_class=config.null_class), config)
     if mode is None:
         assert isinstance(teacher, Guided)
         return
@@ -234,30 +235,30 @@ def test_a_run_in_a_thread_needs_no_signals(tmp_path: Path) -> None:
 
 
 def test_prepare_writes_nothing_and_says_what_it_will_do(tmp_path: Path) -> None:
-    prepared = prepare(make_config({**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run"}))
+    prepared = build_run(make_config({**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run"}))
     assert prepared.resume is None and prepared.messages == () and list(tmp_path.iterdir()) == []
     config = make_config(
         {**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
     )
-    assert "holds no checkpoint yet" in prepare(config).messages[0] and list(tmp_path.iterdir()) == []
+    assert "holds no checkpoint yet" in build_run(config).messages[0] and list(tmp_path.iterdir()) == []
 
 
 # Checks of the machine
 
 
 def test_devices() -> None:
-    check_device("auto")
-    check_device("cpu")
+    resolve_device("auto")
+    resolve_device("cpu")
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("gpu", "cuda:99", "meta", ""):
-        with pytest.raises(ValueError, match=f"--device {name}"):
-            check_device(name)
+        with pytest.raises(ValueError, match=f"device='{name}'"):
+            resolve_device(name)
 
 
 def test_trackers() -> None:
     check_tracker(None)
-    with pytest.raises(ValueError, match="--report_to tensorbored is unknown; accelerate has"):
+    with pytest.raises(ValueError, match="report_to='tensorbored': is unknown; accelerate has"):
         check_tracker("tensorbored")
 
 
@@ -271,7 +272,7 @@ def test_output_folders(tmp_path: Path) -> None:
         (tmp_path, "holds other files"),
         (finished_run(), "holds another run"),
     ):
-        with pytest.raises(ValueError, match=f"--output_dir {folder} .*{message}"):
+        with pytest.raises(ValueError, match=f"output_dir={folder}: .*{message}"):
             check_output_dir(folder, resuming=False)
     check_output_dir(finished_run(), resuming=True)
     with pytest.raises(ValueError, match="holds other files"):
@@ -282,7 +283,7 @@ def test_a_file_is_writable_where_its_folder_is(tmp_path: Path) -> None:
     (tmp_path / "old.png").write_text("")
     for path in (tmp_path, tmp_path / "old.png", tmp_path / "new.png", tmp_path / "a" / "b"):
         check_writable(path, "output")
-    with pytest.raises(ValueError, match="--output .* is not writable"):
+    with pytest.raises(ValueError, match="output=.* is not writable"):
         check_writable(tmp_path / "old.png" / "below", "output")
 
 
@@ -314,13 +315,13 @@ def test_a_given_start_level_is_checked_and_leaves_the_object_alone(
     with pytest.raises(ValueError, match="t_max=1: is pure noise"):
         distil(tmp_path / "run", teacher=teacher, t_max=1.0)
     before = teacher.spec
-    prepare(make_config({"teacher": "python object", "output_dir": tmp_path / "run", "t_max": 0.5}), teacher)
+    build_run(make_config({"teacher": "python object", "output_dir": tmp_path / "run", "t_max": 0.5}), teacher)
     assert teacher.spec is before
 
 
 def test_another_null_class_than_the_objects_is_refused(tmp_path: Path) -> None:
     teacher = load_teacher(teacher_folder("class"))
-    with pytest.raises(ValueError, match="--null_class 1 was given with a teacher object"):
+    with pytest.raises(ValueError, match="null_class=1: was given with a teacher object"):
         distil(tmp_path / "run", teacher=teacher, null_class=1)
 
 

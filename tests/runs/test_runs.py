@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onestill.core.errors import SettingError
 from onestill.core.tensors import noise
-from onestill.runs.build import fit_teacher
+from onestill.runs.build import guided_as
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import load_sampler, load_student, run_teacher
 from onestill.sampling.samplers.base import Sampler
@@ -158,7 +158,7 @@ def test_the_teacher_of_a_run_is_fitted_as_in_the_run() -> None:
     run = finished_run("class")
     config = RunFolder(run).config
     base = run_teacher(RunFolder(run), CPU)
-    fitted = fit_teacher(base, config)
+    fitted = guided_as(base, config)
     assert base.spec.null_class == NUM_CLASSES and fitted.evaluations == 2
     assert base.fingerprint() == load_teacher(teacher_folder("class"), null_class=NUM_CLASSES).fingerprint()
     assert base.fingerprint() != load_teacher(teacher_folder("class")).fingerprint()

@@ -29,7 +29,7 @@ from onestill.core.tensors import Cond, noise
 from onestill.data.conditions import VALIDATION_SEED
 from onestill.diffusion.process import CosineVP
 from onestill.export.export import export_student
-from onestill.runs.build import fit_teacher, prepare
+from onestill.runs.build import build_run, guided_as
 from onestill.sampling.generate import generate_images, teacher_generator
 from onestill.students.bake import bake
 from onestill.students.lora import Lora, adapters, attach, merge, target_layers
@@ -40,7 +40,7 @@ from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import unet2d_teacher
 from onestill.training.checkpoint import read_checkpoint
 from onestill.training.config import make_config
-from onestill.training.trainer import Fingerprints, Trainer
+from onestill.training.trainer import Trainer
 
 Labels = Callable[[Teacher, int], Cond]
 MakeNetwork = Callable[..., nn.Module]
@@ -281,7 +281,7 @@ def test_a_run_trains_the_lora_only_and_says_what_is_exported(tmp_path: Path) ->
     done = call_cli("distill", *as_flags(settings))
     assert done.code == 0 and "takes no LoRA files, so the merged student alone is exported" in done.words
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint-4")
-    student = prepare(make_config({**settings, "output_dir": tmp_path / "other"})).student
+    student = build_run(make_config({**settings, "output_dir": tmp_path / "other"})).student
     for group in ("student", "ema"):
         assert set(checkpoint.tensors[group]) == set(trained(student))
     assert all(name.split(".")[0] == "target_embedding" or "lora_" in name for name in checkpoint.tensors["student"])
@@ -320,15 +320,13 @@ def test_checkpoint_run_and_pipeline_sample_alike(tmp_path: Path) -> None:
 
 def test_validation_draws_the_teacher_without_the_lora(tmp_path: Path) -> None:
     settings = {**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run", **LORA, "learning_rate": 1e-2}
-    prepared = prepare(make_config(settings))
-    trainer = Trainer(
-        prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints(prepared.fingerprint)
-    )
+    prepared = build_run(make_config(settings))
+    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprints)
     for _ in range(3):
         trainer.update()
     _, rms = trainer.validate()
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + 2)
-    fresh = fit_teacher(load_teacher(teacher_folder()), prepared.config)
+    fresh = guided_as(load_teacher(teacher_folder()), prepared.config)
     generate = teacher_generator(fresh, num_steps=2)
     assert trainer.watch.teacher_images is not None and rms > 0
     assert torch.equal(trainer.watch.teacher_images, generate_images(generate, seeds, (1, 8, 8), {}))

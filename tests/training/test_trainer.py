@@ -36,24 +36,22 @@ from torch import Tensor
 
 import onestill
 from onestill.core.settings import read_yaml
-from onestill.runs.build import Prepared, prepare
+from onestill.runs.build import Run, build_run
 from onestill.runs.distill import RunResult
 from onestill.runs.load import load_student
 from onestill.training.checkpoint import list_checkpoints, read_checkpoint, step_of, write_checkpoint
 from onestill.training.config import make_config
 from onestill.training.loss import regression
-from onestill.training.trainer import Fingerprints, NonFiniteLossError, Trainer
+from onestill.training.trainer import NonFiniteLossError, Trainer
 from onestill.training.watch import StepLog, residual_by_time
 
 GUIDANCE = {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale_max": 3.0}
 
 
-def make_trainer(tmp_path: Path, kind: str = "plain", **settings: Any) -> tuple[Trainer, Prepared]:
+def make_trainer(tmp_path: Path, kind: str = "plain", **settings: Any) -> tuple[Trainer, Run]:
     values = {**FAST, "teacher": str(teacher_folder(kind)), "output_dir": tmp_path / "run", **settings}
-    prepared = prepare(make_config(values))
-    trainer = Trainer(
-        prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints(prepared.fingerprint)
-    )
+    prepared = build_run(make_config(values))
+    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprints)
     return trainer, prepared
 
 
@@ -152,10 +150,10 @@ def test_the_average_is_what_the_target_uses(tmp_path: Path) -> None:
 
 def test_the_teacher_is_never_touched(tmp_path: Path) -> None:
     trainer, prepared = make_trainer(tmp_path, "class", learning_rate=1e-2, **GUIDANCE)
-    network: Any = prepared.base.network
-    before = prepared.base.fingerprint()
+    network: Any = prepared.teacher.unguided.network
+    before = prepared.teacher.unguided.fingerprint()
     list(trainer.steps())
-    assert prepared.base.fingerprint() == before
+    assert prepared.teacher.unguided.fingerprint() == before
     assert all(p.grad is None and not p.requires_grad for p in network.parameters())
     mine = {p.data_ptr() for p in trainer.student.parameters()}
     assert mine and not mine & {p.data_ptr() for p in network.parameters()}

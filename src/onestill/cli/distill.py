@@ -16,7 +16,7 @@ from onestill.core.errors import shown_as_flags
 from onestill.training.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
-    from onestill.runs.build import Prepared
+    from onestill.runs.build import Run
     from onestill.runs.distill import RunResult
 
 
@@ -33,14 +33,14 @@ def distill(
     if config is not None and "output_dir" not in settings and (config.parent / "teacher.json").is_file():
         settings = {**settings, "output_dir": config.parent}  # the settings of a run, which may have been moved
     try:
-        prepared = _prepare(make_config(settings, config))
+        run = _prepare(make_config(settings, config))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(NOTHING_WRITTEN) from None
-    folder = prepared.config.output_dir
+    folder = run.config.output_dir
     if dry_run:
         note(f"dry run: every setting is usable, nothing was written to {folder}; what it takes: onestill inspect")
         return
-    result = _run(prepared)
+    result = _run(run)
     if result.stopped_by is not None:
         where = f"at step {result.step}" if result.step else "before the first step"
         note(f"stopped {where}; state saved in {result.checkpoint}. Go on with: {go_on(folder)}")
@@ -55,40 +55,39 @@ def distill(
     say(f"  next: {shlex.join(['onestill', 'evaluate', '--student', str(folder)])}")
 
 
-def _prepare(config: DistillConfig) -> Prepared:
+def _prepare(config: DistillConfig) -> Run:
     """Load and check everything, and say what was found."""
-    from onestill.runs import build as preparation
+    from onestill.runs.build import build_run
 
     quiet()
-    prepared = preparation.prepare(config)
-    spec = prepared.base.spec
-    for message in prepared.messages:
+    run = build_run(config)
+    spec = run.teacher.spec
+    for message in run.messages:
         note(message)
     classes = f", {spec.num_classes} classes" if spec.num_classes else ""
     shape = "x".join(map(str, spec.sample_shape))
     note(
-        f"teacher {prepared.config.teacher}: {spec.family}, {spec.prediction_type}, {shape}{classes}, "
+        f"teacher {run.config.teacher}: {spec.family}, {spec.prediction_type}, {shape}{classes}, "
         f"start level t = {spec.t_max:.4g} ({spec.t_max_reason})"
     )
-    return prepared
+    return run
 
 
-def _run(prepared: Prepared) -> RunResult:
+def _run(run: Run) -> RunResult:
     """Train and export; a run that cannot go on ends with one line."""
     import torch
     from safetensors import SafetensorError
 
     from onestill.data.prompt_cache import PromptCacheError
     from onestill.export.export import ExportError
-    from onestill.runs import distill as distillation
-    from onestill.runs.checks import make_output_dir
-    from onestill.runs.folder import is_run
+    from onestill.runs.distill import carry_out
+    from onestill.runs.folder import is_run, make_output_dir
     from onestill.training.trainer import NonFiniteLossError
 
-    folder = prepared.config.output_dir
+    folder = run.config.output_dir
     make_output_dir(folder)
     try:
-        return distillation.run(prepared)
+        return carry_out(run)
     except PromptCacheError as error:
         note(("error:", "red"), f" {shown_as_flags(error)}")
         raise typer.Exit(2) from None
@@ -101,18 +100,18 @@ def _run(prepared: Prepared) -> RunResult:
             note(f"what was saved is kept. Go on with: {go_on(folder)}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_left_by(prepared)) from None
+        raise KeyboardInterrupt(_left_by(run)) from None
     finally:
         with contextlib.suppress(OSError):  # which holds something, or another process has been here
             folder.rmdir()
 
 
-def _left_by(prepared: Prepared) -> str:
+def _left_by(run: Run) -> str:
     """Return what to say of a run that was stopped before or after its steps, which themselves end with a checkpoint."""
     from onestill.runs.folder import is_run
     from onestill.training.checkpoint import list_checkpoints, step_of
 
-    config, prompts = prepared.config, prepared.prompts
+    config, prompts = run.config, run.prompts
     if is_run(config.output_dir):
         steps = map(step_of, list_checkpoints(config.output_dir))
         where = "after the last step" if config.max_train_steps in steps else "before the first step"

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from onestill.cli.fields import from_config
 from onestill.cli.output import out, quiet
+from onestill.core.errors import as_flags
 from onestill.training.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
@@ -25,61 +26,44 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
-    from onestill.data.cascade import with_first_stage
-    from onestill.data.prompt_pool import refuse_prompts
-    from onestill.runs.build import configured_teacher
-    from onestill.runs.checks import check_device, check_start, check_times
-    from onestill.runs.inspect import inspect_teacher
-    from onestill.students.mark import refuse_student
+    from onestill.runs.inspect import inspect_run
 
     quiet()
-    made = make_config({"output_dir": Path("run"), **settings}, config)
-    check_device(made.device)
-    teacher = configured_teacher(made)
-    refuse_student(teacher)
-    base = None
-    if made.base_student or made.noise_level is not None:
-        teacher, base = with_first_stage(teacher, made.base_student, made.noise_level)
-    check_times(made, teacher)
-    check_start(teacher)
-    guided = made.guidance_scale != 1 or made.guidance_range is not None
-    teacher = teacher.with_negative_prompt(made.negative_prompt, acts=guided)
-    if not teacher.spec.text:
-        refuse_prompts(made)
-    found = inspect_teacher(teacher, made, base)
+    found = inspect_run(make_config({"output_dir": Path("run"), **settings}, config))
     if as_json:
         print(json.dumps(found.as_dict()))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    classes = (
-        ""
-        if found.num_classes is None
-        else f" ({found.num_classes} classes, null class {'none' if found.null_class is None else found.null_class})"
-    )
-    rows = {
+    for name, value in _rows(found).items():
+        if value:
+            table.add_row(f"[bold]{name}[/bold]", escape(as_flags(value)))
+    out.print(table)
+
+
+def _rows(found: Inspection) -> dict[str, str]:
+    """Return what is shown, by its title; nothing is said where there is nothing to say."""
+    classes = ""
+    if found.num_classes is not None:
+        null = "none" if found.null_class is None else found.null_class
+        classes = f" ({found.num_classes} classes, null class {null})"
+    level = f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}, sigma = {found.sigma_at_t_max:.3g}"
+    return {
         "teacher": found.teacher,
-        **({"folder": found.folder} if found.folder and Path(found.folder) != Path(found.teacher) else {}),
+        "folder": found.folder if found.folder and Path(found.folder) != Path(found.teacher) else "",
         "family": found.family,
         "process": found.process,
         "prediction": found.prediction_type,
         "conditioning": found.conditioning + classes + (f" and {found.enlarges}" if found.enlarges else ""),
         "sample shape": " x ".join(map(str, found.sample_shape)),
-        **(
-            {"call": ", ".join(f"{name} = {value}" for name, value in found.arguments.items())}
-            if found.arguments
-            else {}
-        ),
+        "call": ", ".join(f"{name} = {value}" for name, value in found.arguments.items()),
         "parameters": f"{found.num_parameters:,}",
-        "start level": f"t_max = {found.t_max:.4g}, alpha = {found.alpha_at_t_max:.3g}, sigma = {found.sigma_at_t_max:.3g}: {found.t_max_reason}",
+        "start level": f"{level}: {found.t_max_reason}",
         "thresholding": f"{found.thresholding} (of the teacher's own scheduler)",
         "guidance": _guidance(found),
-        **({"prompts": _prompts(found)} if found.prompt_bytes else {}),
+        "prompts": _prompts(found) if found.prompt_bytes else "",
         "target time enters": found.target_time_enters,
         "estimate": _estimate(found),
     }
-    for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
-    out.print(table)
 
 
 def _estimate(found: Inspection) -> str:

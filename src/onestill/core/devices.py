@@ -1,4 +1,4 @@
-"""Devices: waiting for what they have been told to do."""
+"""Devices: which there are, and waiting for what they have been told to do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ from collections.abc import Callable
 from time import perf_counter
 
 import torch
+
+from onestill.core.errors import SettingError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a name stands for: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        SettingError: If it is no device of this machine.
+    """
+    if name == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingError("device", name, "unknown device", "use auto, cpu, cuda, cuda:N or mps") from None
+    usable = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not usable.get(device.type, False):
+        why = f"is not available on this machine (CUDA devices: {torch.cuda.device_count()})"
+        raise SettingError("device", name, why, "use auto or cpu")
+    return device
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

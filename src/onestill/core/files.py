@@ -1,7 +1,8 @@
-"""Files of tensors, which other users of a machine may read as they may read any other file."""
+"""Files of tensors: none is a pickle, and other users of a machine may read them as they may read any other file."""
 
 from __future__ import annotations
 
+import os
 import stat
 import uuid
 from collections.abc import Mapping
@@ -10,6 +11,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from onestill.core.errors import SettingError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Ends the names of files that are pickles, which can run code when they are opened: none is ever opened."""
 PROBE = ".probe"
 """Ends the name of an empty file that shows the mode of new files and is gone at once; no other file ends so."""
 
@@ -47,3 +52,12 @@ def _mode_of_new_files(folder: Path) -> int:
         return stat.S_IMODE(probe.stat().st_mode)
     finally:
         probe.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, setting: str) -> None:
+    """Raise SettingError if `path`, which a setting names, or the folder it would be made in, cannot be written to."""
+    parent = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    if parent == path.absolute() and not path.is_dir():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise SettingError(setting, path, f"cannot be written: {parent} is not writable")

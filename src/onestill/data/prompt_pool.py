@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -12,64 +12,55 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from onestill.core.errors import SettingError, named
 from onestill.data.cascade import CascadeConditions, FirstStage, joined_rows, with_prefix
 from onestill.data.conditions import Conditions, PromptConditions
 from onestill.data.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir, in_words
 from onestill.data.prompts import Ints, PromptFile, text_key
+from onestill.data.settings import PromptSettings
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines import text_encoders as encoders
-from onestill.training.config import DistillConfig
-
-PROMPT_SETTINGS = (
-    "prompt_file",
-    "prompt_field",
-    "num_prompts",
-    "negative_prompt",
-    "empty_prompt_fraction",
-    "validation_prompt",
-    "prompt_cache_dir",
-)
 
 
 @dataclass(frozen=True)
-class PromptPlan:
+class PromptPool:
     """The prompts of a run.
 
     Attributes:
         teacher: The teacher that encodes them.
         prompts: The file.
-        pool: Indices of the prompts that the run draws from.
+        drawn: Indices of the prompts that the run draws from.
         shown: The validation prompts.
-        keys: Keys of the shown prompts and of the pool, one after the other.
+        keys: Keys of the shown prompts and of the drawn ones, one after the other.
         cache: Where encoded prompts are.
         conditions: Where the trainer draws from, once all is encoded.
         messages: What should be said.
-        base: The student that draws pictures from the same prompts, if the teacher enlarges some.
-        base_cache: Where the prompts encoded for it are; None where the teacher's rows hold them.
+        first_stage: The student that draws pictures from the same prompts, if the teacher enlarges some.
+        first_stage_cache: Where the prompts encoded for it are; None where the teacher's rows hold them.
     """
 
     teacher: Teacher
     prompts: PromptFile
-    pool: Ints
+    drawn: Ints
     shown: tuple[str, ...]
     keys: Ints
     cache: PromptCache
     conditions: Conditions
     messages: tuple[str, ...]
-    base: FirstStage | None = None
-    base_cache: PromptCache | None = None
+    first_stage: FirstStage | None = None
+    first_stage_cache: PromptCache | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of the encoder and of all prompts, and after a + that of the base student, if there is one."""
+        """Return a hash of the encoder and of all prompts, and after a + that of the first stage, if there is one."""
         digest = hashlib.blake2b(self.cache.encoder.encode(), digest_size=8)
         digest.update(np.ascontiguousarray(self.prompts.keys).tobytes())
-        return digest.hexdigest() + (f"+{self.base.fingerprint}" if self.base is not None else "")
+        return digest.hexdigest() + (f"+{self.first_stage.fingerprint}" if self.first_stage is not None else "")
 
     @property
     def drawn_fingerprint(self) -> str:
         """Return a hash of which of the prompts the run draws from."""
-        return hashlib.blake2b(np.ascontiguousarray(self.pool).tobytes(), digest_size=8).hexdigest()
+        return hashlib.blake2b(np.ascontiguousarray(self.drawn).tobytes(), digest_size=8).hexdigest()
 
     def encode(self, *, show_progress: bool = False) -> None:
         """Encode what the cache lacks and let the text encoders go.
@@ -78,12 +69,12 @@ class PromptPlan:
             PromptCacheError: If the cache cannot be written.
         """
         self._fill(self.cache, self.teacher, show_progress)
-        if self.base is not None and self.base_cache is not None:
-            self._fill(self.base_cache, self.base.teacher, show_progress)
+        if self.first_stage is not None and self.first_stage_cache is not None:
+            self._fill(self.first_stage_cache, self.first_stage.teacher, show_progress)
         self.prompts.close()
         self.teacher.release_encoders()
-        if self.base is not None:
-            self.base.teacher.release_encoders()
+        if self.first_stage is not None:
+            self.first_stage.teacher.release_encoders()
 
     def _fill(self, cache: PromptCache, teacher: Teacher, show_progress: bool) -> None:
         cache.refresh()  # another run, or another process of this one, may have been here since
@@ -104,13 +95,13 @@ class PromptPlan:
             )
 
     def missing(self) -> Ints:
-        """Return which prompts are to be encoded: places in the shown ones and the pool, one after the other."""
+        """Return which prompts are to be encoded: places in the shown ones and the drawn ones, one after the other."""
         return self.cache.missing(self.keys)
 
     def _texts(self, places: Ints | list[int]) -> Iterator[str]:
         for place in places:
             index = int(place) - len(self.shown)
-            yield self.shown[place] if index < 0 else self.prompts[int(self.pool[index])]
+            yield self.shown[place] if index < 0 else self.prompts[int(self.drawn[index])]
 
     def num_cut(self) -> list[int]:
         """Return how many of the prompts exceed each limit of the text encoders, which cut them there."""
@@ -122,104 +113,95 @@ class PromptPlan:
         return found
 
 
-def refuse_prompts(config: DistillConfig) -> None:
-    """Raise ValueError if a setting for prompts was given to a teacher without."""
-    for name in PROMPT_SETTINGS:
-        value = getattr(config, name)
-        if value != DistillConfig.model_fields[name].default:
-            shown = f" {value}" if not isinstance(value, tuple) else f" {value[0]}"
-            raise ValueError(f"--{name}{shown} was given, but this teacher takes no text; leave it out")
+def refuse_prompts(settings: PromptSettings, shown: Sequence[str] = ()) -> None:
+    """Raise SettingError if a setting for prompts, or a prompt to be shown, was given to a teacher without."""
+    given = {name: getattr(settings, name) for name in PromptSettings.model_fields}
+    given = {name: v for name, v in given.items() if v != PromptSettings.model_fields[name].default}
+    for name, value in {**given, **({"validation_prompt": shown[0]} if shown else {})}.items():
+        raise SettingError(name, value, "was given, but this teacher takes no text", "leave it out")
 
 
 def split_fingerprint(fingerprint: str) -> tuple[str, str]:
-    """Return the parts of a plan's fingerprint: (of the prompts, of the base student or "")."""
+    """Return the parts of a pool's fingerprint: (of the prompts, of the first stage or "")."""
     prompts, _, base = fingerprint.partition("+")
     return prompts, base
 
 
-def plan_prompts(
-    config: DistillConfig,
+def make_prompt_pool(
+    settings: PromptSettings,
     teacher: Teacher,
     prompts: PromptFile,
-    num_processes: int = 1,
-    base: FirstStage | None = None,
-) -> PromptPlan:
+    *,
+    num_draws: int,
+    seed: int,
+    shown: tuple[str, ...] = (),
+    num_shown: int = 0,
+    guidance_range: tuple[float, float] | None = None,
+    first_stage: FirstStage | None = None,
+) -> PromptPool:
     """Return the prompts of a run, all checked; nothing is written.
 
     The run draws from as many different prompts as it has draws. Which ones is decided by its seed, and a longer
     run of the same seed has all prompts of a shorter one.
 
     Args:
-        config: The run.
+        settings: What the run says of prompts.
         teacher: The teacher.
         prompts: The prompts to choose from.
-        num_processes: How many draw.
-        base: The student that draws the pictures that the teacher enlarges, if it does.
+        num_draws: How many prompts the run draws in all, with repetition.
+        seed: Of the choice.
+        shown: The validation prompts.
+        num_shown: How many of the file's first ones take their place where there are none.
+        guidance_range: Range of the guidance scale that is drawn with each prompt; None if it is fixed.
+        first_stage: The student that draws the pictures that the teacher enlarges, if it does.
 
     Raises:
-        ValueError: If a setting does not fit the teacher, or the disk has no room.
+        SettingError: If a setting does not fit the teacher, or the disk has no room.
     """
     if teacher.encoders_released:
         raise ValueError("the text encoders of this teacher were released by an earlier run: load it again")
-    pool = choose(len(prompts), most_prompts(config, num_processes), config.seed)
-    shown = config.validation_prompt or tuple(prompts[: config.num_validation_images])
-    root = (config.prompt_cache_dir or default_cache_dir()).expanduser()
+    drawn = choose(len(prompts), settings.num_prompts or num_draws, seed)
+    shown = shown or tuple(prompts[:num_shown])
+    root = (settings.prompt_cache_dir or default_cache_dir()).expanduser()
     # Without what belongs to a picture: here that is an example, and each row of a run has its own.
     cache = PromptCache(root, teacher.encoder_identity(), teacher.prompt_rows(teacher.example_cond))
     encoded = PromptConditions(
         encoded=cache.rows,
-        keys=prompts.keys[pool],
+        keys=prompts.keys[drawn],
         shown=np.array([text_key(text) for text in shown], dtype=np.int64),
         captions=shown,
         empty_cond=teacher.prompt_rows(teacher.encode([""])),
-        empty_fraction=config.empty_prompt_fraction,
-        guidance_range=config.guidance_range,
+        empty_fraction=settings.empty_prompt_fraction,
+        guidance_range=guidance_range,
     )
     conditions: Conditions = encoded
-    base_cache = None
-    if base is not None:
-        encoded, base_cache = _with_base(encoded, cache, teacher, base)
-        conditions = CascadeConditions(encoded, teacher, base)
+    own_cache = None
+    if first_stage is not None:
+        encoded, own_cache = _with_first_stage(encoded, cache, teacher, first_stage)
+        conditions = CascadeConditions(encoded, teacher, first_stage)
     keys = np.concatenate([encoded.shown, encoded.keys])
-    plan = PromptPlan(teacher, prompts, pool, shown, keys, cache, conditions, (), base, base_cache)
-    cache.check_space(len(plan.missing()))
-    if base_cache is not None:
-        base_cache.check_space(len(base_cache.missing(keys)))
-    return replace(plan, messages=_messages(plan, config))
+    pool = PromptPool(teacher, prompts, drawn, shown, keys, cache, conditions, (), first_stage, own_cache)
+    cache.check_space(len(pool.missing()))
+    if own_cache is not None:
+        own_cache.check_space(len(own_cache.missing(keys)))
+    return replace(pool, messages=_messages(pool, settings))
 
 
-def _with_base(
-    encoded: PromptConditions, cache: PromptCache, teacher: Teacher, base: FirstStage
+def _with_first_stage(
+    encoded: PromptConditions, cache: PromptCache, teacher: Teacher, first_stage: FirstStage
 ) -> tuple[PromptConditions, PromptCache | None]:
-    """Return (the conditions with those of the base student beside them, its own cache or None if it needs none)."""
-    names = tuple(base.teacher.example_cond)
-    empty = with_prefix(base.teacher.encode([""]))
-    if base.shares_rows(teacher):
+    """Return (the conditions with those of the first stage among them, its own cache or None if it needs none)."""
+    names = tuple(first_stage.teacher.example_cond)
+    empty = with_prefix(first_stage.teacher.encode([""]))
+    if first_stage.shares_rows(teacher):
         rows = lambda keys: joined_rows(cache.rows(keys), None, names)  # noqa: E731 - passed on at once
         own = None
-        base.fingerprint  # noqa: B018 - of its encoders too, which go here: those of the teacher do the same
-        base.teacher.release_encoders()
+        first_stage.fingerprint  # noqa: B018 - of its encoders too, which go here: those of the teacher do the same
+        first_stage.teacher.release_encoders()
     else:
-        own = PromptCache(cache.root, base.teacher.encoder_identity(), base.teacher.example_cond)
+        own = PromptCache(cache.root, first_stage.teacher.encoder_identity(), first_stage.teacher.example_cond)
         rows = lambda keys: joined_rows(cache.rows(keys), lambda: own.rows(keys), names)  # noqa: E731 - passed on at once
     return replace(encoded, encoded=rows, empty_cond={**encoded.empty_cond, **empty}), own
-
-
-def most_prompts(config: DistillConfig, num_processes: int = 1) -> int:
-    """Return how many different prompts a run draws from, if its file holds so many."""
-    draws = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps * num_processes
-    return config.num_prompts or draws
-
-
-def check_longer(plan: PromptPlan, config: DistillConfig, begun_with: int, num_processes: int = 1) -> None:
-    """Raise ValueError if a run that was begun with so many steps draws from other prompts now that it has more."""
-    before = most_prompts(config.model_copy(update={"max_train_steps": begun_with}), num_processes)
-    if (drew := min(len(plan.prompts), before)) != len(plan.pool):
-        raise ValueError(
-            f"--max_train_steps {config.max_train_steps}: the run was begun with {begun_with}, and draws from {drew:,} of the "
-            f"{len(plan.prompts):,} prompts; a longer one draws from {len(plan.pool):,}, so it is another run. Name a new "
-            "--output_dir; with --num_prompts from the start a run can be made longer"
-        )
 
 
 def choose(num: int, wanted: int, seed: int) -> Ints:
@@ -230,23 +212,25 @@ def choose(num: int, wanted: int, seed: int) -> Ints:
     return np.sort(order[:wanted].numpy())
 
 
-def _messages(plan: PromptPlan, config: DistillConfig) -> tuple[str, ...]:
-    prompts, missing = plan.prompts, len(plan.missing())
+def _messages(pool: PromptPool, settings: PromptSettings) -> tuple[str, ...]:
+    prompts, missing = pool.prompts, len(pool.missing())
     repeated = f" ({prompts.num_repeated:,} repeated)" if prompts.num_repeated else ""
-    drawn = "" if len(plan.pool) == len(prompts) else f", of which the run draws from {len(plan.pool):,}"
-    size = in_words(missing * plan.cache.row_bytes)
-    cached = f"{missing:,} to encode into {plan.cache.folder} ({size})" if missing else "all encoded already"
-    found = [f"{prompts.path}: {len(prompts):,} prompts{repeated}{drawn}; {cached}", *plan.cache.messages]
-    if plan.base_cache is not None and len(lacking := plan.base_cache.missing(plan.keys)):
-        size = in_words(len(lacking) * plan.base_cache.row_bytes)
-        found.append(f"{len(lacking):,} to encode for --base_student into {plan.base_cache.folder} ({size})")
-    if plan.base_cache is not None:
-        found.extend(plan.base_cache.messages)
-    if config.num_prompts is not None and config.num_prompts > len(prompts):
-        found.append(f"--num_prompts {config.num_prompts:,} is more than there are, and all are drawn from")
-    limits = plan.teacher.prompt_limits
-    found.extend(limit.warning(num) for limit, num in zip(limits, plan.num_cut(), strict=True) if num)
-    if config.negative_prompt is not None:
-        for limit in plan.teacher.negative_limits(config.negative_prompt):
-            found.append(f"warning: --negative_prompt is longer than {limit.room} tokens and is cut")
+    drawn = "" if len(pool.drawn) == len(prompts) else f", of which the run draws from {len(pool.drawn):,}"
+    size = in_words(missing * pool.cache.row_bytes)
+    cached = f"{missing:,} to encode into {pool.cache.folder} ({size})" if missing else "all encoded already"
+    found = [f"{prompts.path}: {len(prompts):,} prompts{repeated}{drawn}; {cached}", *pool.cache.messages]
+    if pool.first_stage_cache is not None and len(lacking := pool.first_stage_cache.missing(pool.keys)):
+        size = in_words(len(lacking) * pool.first_stage_cache.row_bytes)
+        found.append(
+            f"{len(lacking):,} to encode for {named('base_student')} into {pool.first_stage_cache.folder} ({size})"
+        )
+    if pool.first_stage_cache is not None:
+        found.extend(pool.first_stage_cache.messages)
+    if settings.num_prompts is not None and settings.num_prompts > len(prompts):
+        found.append(f"{named('num_prompts')} {settings.num_prompts:,} is more than there are, and all are drawn from")
+    limits = pool.teacher.prompt_limits
+    found.extend(limit.warning(num) for limit, num in zip(limits, pool.num_cut(), strict=True) if num)
+    if settings.negative_prompt is not None:
+        for limit in pool.teacher.negative_limits(settings.negative_prompt):
+            found.append(f"warning: {named('negative_prompt')} is longer than {limit.room} tokens and is cut")
     return tuple(found)

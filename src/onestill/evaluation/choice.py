@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.errors import SettingError
+from onestill.core.files import PICKLE_SUFFIXES
 from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
@@ -15,7 +16,6 @@ from onestill.evaluation.pretrained import HUB_ID, TransformersFeatures
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 MIDDLE_LOG_SNR = 2.0
 _GIVE = "a .safetensors file written by ConvFeatures.save, or a transformers vision model"
 
@@ -48,7 +48,7 @@ def load_features(spec: str, *, local_files_only: bool = False, device: str | to
     """
     path = Path(spec)
     suffix = path.suffix.lower()
-    if suffix in PICKLES and not path.is_dir():
+    if suffix in PICKLE_SUFFIXES and not path.is_dir():
         why = f"is a pickle ({suffix}), which can run code when it is opened"
         raise SettingError("features", spec, why, f"give {_GIVE} with safetensors weights")
     if suffix == ".safetensors" or path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from onestill.data.cascade import FirstStage, find_first_stage, with_first_stage
-from onestill.data.cascade import messages as cascade_messages
+from onestill.core.devices import resolve_device
+from onestill.core.errors import SettingError, named
+from onestill.core.files import check_writable
+from onestill.data import cascade
+from onestill.data.cascade import FirstStage
 from onestill.data.conditions import Conditions, LabelConditions, check_labels
 from onestill.data.prompt_cache import default_cache_dir
-from onestill.data.prompt_pool import PromptPlan, check_longer, plan_prompts, refuse_prompts
+from onestill.data.prompt_pool import PromptPool, make_prompt_pool, refuse_prompts
 from onestill.data.prompts import PromptFile
-from onestill.runs.checks import (
-    check_device,
-    check_output_dir,
-    check_start,
-    check_times,
-    check_tracker,
-    check_writable,
-    find_resume,
-)
-from onestill.runs.resume import made_longer
+from onestill.runs.folder import check_output_dir
+from onestill.runs.resume import find_resume, made_longer, num_processes
 from onestill.students.lora import Lora
 from onestill.students.mark import refuse_student
 from onestill.students.student import Student
@@ -37,38 +31,137 @@ from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.teachers.teacher_spec import Threshold
 from onestill.training.checkpoint import Checkpoint
 from onestill.training.config import DistillConfig, make_config
+from onestill.training.trainer import Fingerprints
 
 PYTHON_OBJECT = "python object"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run whose every setting has been checked, before anything is written."""
+class Run:
+    """A run whose every setting has been checked, before anything is written.
+
+    Attributes:
+        config: Its settings, resolved: paths from anywhere, guidance and noise level as they are used.
+        teacher: The teacher, guided and thresholded.
+        student: The untrained student.
+        conditions: Where conditions are drawn from.
+        fingerprints: Hashes of what it is made of.
+        resume: The checkpoint that it goes on from, with its folder.
+        messages: What should be said before it starts; may mention settings by `named`.
+        prompts: Its prompts, for a text teacher.
+        first_stage: The student that draws the pictures that the teacher enlarges, if it does.
+    """
 
     config: DistillConfig
-    base: Teacher
     teacher: Teacher
-    conditions: Conditions
     student: Student
-    fingerprint: str
-    resume: tuple[Path, Checkpoint] | None
-    messages: tuple[str, ...]
-    prompts: PromptPlan | None = None
-    base_student: FirstStage | None = None
+    conditions: Conditions
+    fingerprints: Fingerprints
+    resume: tuple[Path, Checkpoint] | None = None
+    messages: tuple[str, ...] = ()
+    prompts: PromptPool | None = None
+    first_stage: FirstStage | None = None
+
+
+def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn.Module | None = None) -> Run:
+    """Check every setting against the machine, the teacher and the output folder; write nothing.
+
+    Args:
+        config: The run.
+        teacher: The teacher, where it is an object; loaded as the configuration says if None.
+        network: A module to train as the student, for teachers that are plain callables.
+
+    Raises:
+        SettingError: If anything does not fit.
+    """
+    check_tracker(config.report_to)
+    check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
+    config, teacher, first_stage, prompt_file = open_teacher(config, teacher)
+    labels = check_labels(config.class_labels, teacher.spec)
+    prompts = _prompt_pool(config, teacher, prompt_file, first_stage)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # the new layers start from random numbers too
+        student = make_student(teacher, config, network)
+    if config.gradient_checkpointing and not hasattr(student.network, "enable_gradient_checkpointing"):
+        raise SettingError("gradient_checkpointing", True, f"{type(student.network).__name__} has no support for it")
+    hashes = (prompts.fingerprint, prompts.drawn_fingerprint) if prompts else ("", "")
+    fingerprints = Fingerprints(teacher.fingerprint(), *hashes)
+    resume, messages = find_resume(config, fingerprints)
+    if resume is not None:
+        begun = resume[1].values["config"]
+        config = made_longer(config, begun)
+        if prompts is not None:
+            _check_longer(prompts, config, begun["max_train_steps"])
+    if config.lora_rank is not None and not teacher.takes_lora_files:
+        why = "the teacher's pipeline takes no LoRA files, so the merged student alone is exported"
+        messages += (f"{named('lora_rank')}: {why}",)
+    conditions: Conditions = LabelConditions(labels, config.guidance_range)
+    if prompts is not None:
+        conditions, messages = prompts.conditions, (*messages, *prompts.messages)
+    if first_stage is not None:
+        messages += cascade.messages(first_stage, teacher)
+    config = _from_anywhere(config)
+    return Run(config, teacher, student, conditions, fingerprints, resume, messages, prompts, first_stage)
+
+
+def open_teacher(
+    config: DistillConfig, teacher: Teacher | None = None, *, needs_first_stage: bool = True
+) -> tuple[DistillConfig, Teacher, FirstStage | None, PromptFile | None]:
+    """Return the teacher of a run, guided and thresholded, with all that is known once it is there.
+
+    Args:
+        config: The run.
+        teacher: The teacher, where it is an object; loaded as the configuration says if None.
+        needs_first_stage: Whether a teacher that enlarges pictures must be given the student that draws them.
+
+    Returns:
+        (the settings with what the teacher decides, the teacher, the first stage or None, the prompts' file or None).
+
+    Raises:
+        SettingError: If anything does not fit.
+    """
+    resolve_device(config.device)
+    config = with_embedded_prompts(config)
+    # Before a teacher is loaded, which may take minutes.
+    prompt_file = None
+    if config.prompt_file is not None:
+        prompt_file = PromptFile(config.prompt_file.expanduser(), config.prompt_field)
+    if config.base_student is not None:
+        cascade.find_first_stage(config.base_student)
+    if teacher is None:
+        teacher = configured_teacher(config)
+    elif config.t_max not in (None, teacher.spec.t_max):
+        teacher = teacher.with_t_max(config.t_max)
+    refuse_student(teacher)
+    first_stage = None
+    if needs_first_stage or config.base_student is not None or config.noise_level is not None:
+        teacher, first_stage = cascade.with_first_stage(teacher, config.base_student, config.noise_level)
+    if first_stage is not None:
+        assert teacher.image_condition is not None and config.base_student is not None
+        where = config.base_student.expanduser().resolve()
+        config = config.model_copy(update={"base_student": where, "noise_level": teacher.image_condition.level})
+    _check_times(config, teacher)
+    teacher.check_start()
+    config = _with_usual_guidance(config, teacher)
+    acts = config.guidance_scale != 1 or config.guidance_range is not None
+    teacher = guided_as(teacher.with_negative_prompt(config.negative_prompt, acts=acts), config)
+    if not teacher.spec.text:
+        refuse_prompts(config, config.validation_prompt)
+    return config, teacher, first_stage, prompt_file
 
 
 def configure(
-    teacher: str | Path | Teacher, given: Mapping[str, Any], config_file: Path | None = None
+    teacher: str | Path | Teacher, given: Mapping[str, Any], config_file: str | Path | None = None
 ) -> DistillConfig:
     """Return the configuration of a run of a teacher, which is named or given.
 
     Args:
         teacher: A pipeline folder, a hub id, an embedded teacher's name, or a teacher object.
         given: Settings, which win over the file's.
-        config_file: YAML file of settings.
+        config_file: YAML file of settings, or the name of a shipped recipe.
 
     Raises:
-        ValueError: If a setting is unknown or unusable, or does not fit a teacher object.
+        SettingError: If a setting is unusable, or does not fit a teacher object.
     """
     if isinstance(teacher, Teacher):
         return make_config({**given, **_facts_of(teacher, given)}, config_file)
@@ -79,29 +172,87 @@ def _facts_of(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the run's configuration must say of a teacher object, so that it can be opened again.
 
     Raises:
-        ValueError: If the settings name another null class than the object has, or other arguments of its call.
+        SettingError: If the settings name another null class than the object has, or other arguments of its call.
     """
-    spec = teacher.spec
+    spec, arguments = teacher.spec, teacher.arguments
     if given.get("null_class") not in (None, spec.null_class):
-        raise ValueError(
-            f"--null_class {given['null_class']} was given with a teacher object whose null class is {spec.null_class}; "
-            "name it where the object is made: load_teacher or module_teacher"
-        )
-    asked = teacher.arguments
+        why = f"was given with a teacher object whose null class is {spec.null_class}"
+        todo = "name it where the object is made: load_teacher or module_teacher"
+        raise SettingError("null_class", given["null_class"], why, todo)
     for name in CALL_ARGUMENTS:
-        if given.get(name) not in (None, asked.get(name)):
-            raise ValueError(
-                f"--{name} {given[name]} was given with a teacher object; name it where the object is made: "
-                "load_teacher(..., arguments={...})"
-            )
-    if others := sorted(set(asked) - set(CALL_ARGUMENTS)):
+        if given.get(name) not in (None, arguments.get(name)):
+            todo = "name it where the object is made: load_teacher(..., arguments={...})"
+            raise SettingError(name, given[name], "was given with a teacher object", todo)
+    if others := sorted(set(arguments) - set(CALL_ARGUMENTS)):
         raise ValueError(
-            f"the teacher object was loaded with the argument {others[0]} = {asked[others[0]]}, which a run cannot record, so "
-            f"that it could not be opened again; it records {', '.join(CALL_ARGUMENTS)}"
+            f"the teacher object was loaded with the argument {others[0]} = {arguments[others[0]]}, which a run cannot "
+            f"record, so that it could not be opened again; it records {', '.join(CALL_ARGUMENTS)}"
         )
     t_max = spec.t_max if given.get("t_max") is None else given["t_max"]
     facts = {"teacher": spec.source or PYTHON_OBJECT, "null_class": spec.null_class, "t_max": t_max}
-    return {**facts, **{name: asked.get(name) for name in CALL_ARGUMENTS}}
+    return {**facts, **{name: arguments.get(name) for name in CALL_ARGUMENTS}}
+
+
+def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> Teacher:
+    """Return the teacher that a configuration names, loaded as it says; SettingError if it cannot be."""
+    return load_teacher(
+        config.teacher,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        local_files_only=config.local_files_only or local_files_only,
+        null_class=config.null_class,
+        t_max=config.t_max,
+        arguments=config.call_arguments,
+        device=device,
+    )
+
+
+def guided_as(teacher: Teacher, config: DistillConfig, guidance_scale: float | None = None) -> Teacher:
+    """Return the teacher guided and thresholded as the configuration says, or at another fixed guidance scale."""
+    drawn = guidance_scale is None and config.guidance_range is not None
+    scale = config.guidance_scale if guidance_scale is None else guidance_scale
+    return guided(teacher, scale, drawn=drawn, threshold=chosen_threshold(config))
+
+
+def chosen_threshold(config: DistillConfig) -> Threshold | None:
+    """Return what a run does to the teacher's x_0; None for what the teacher's own scheduler does."""
+    if config.thresholding == "teacher":
+        return None
+    return Threshold(config.thresholding, config.threshold_limit, config.threshold_ratio)
+
+
+def make_student(teacher: Teacher, config: DistillConfig, network: nn.Module | None = None) -> Student:
+    """Return the untrained student that the configuration says."""
+    lora = None
+    if config.lora_rank is not None:
+        lora = Lora(config.lora_rank, config.lora_alpha, config.lora_target_modules)
+    return Student(teacher, guidance_range=config.guidance_range, network=network, lora=lora)
+
+
+def with_embedded_prompts(config: DistillConfig) -> DistillConfig:
+    """Return the configuration with an embedded text teacher's own prompts, where none are named."""
+    embedded = EMBEDDED.get(config.teacher)
+    if embedded is None or embedded.prompts is None or config.prompt_file is not None:
+        return config
+    return config.model_copy(update={"prompt_file": embedded.prompts})
+
+
+def num_draws(config: DistillConfig, steps: int | None = None) -> int:
+    """Return how many prompts a run of so many steps draws in all; of its own steps if None."""
+    images = config.train_batch_size * config.gradient_accumulation_steps
+    return (config.max_train_steps if steps is None else steps) * images * num_processes()
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise SettingError if the tracker is unknown to accelerate or not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name is None or name in [str(getattr(t, "value", t)) for t in get_available_trackers()]:
+        return
+    if name in LOGGER_TYPE_TO_CLASS:
+        raise SettingError("report_to", name, "is not installed", f"pip install {name}")
+    raise SettingError("report_to", name, "is unknown", f"accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
 
 
 def _from_anywhere(config: DistillConfig) -> DistillConfig:
@@ -120,147 +271,57 @@ def _absolute(teacher: str) -> str:
     return str(folder.resolve()) if teacher not in EMBEDDED and folder.is_dir() else teacher
 
 
-def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> Teacher:
-    """Return the teacher that a configuration names, loaded as it says; ValueError if it cannot be."""
-    return load_teacher(
-        config.teacher,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        local_files_only=config.local_files_only or local_files_only,
-        null_class=config.null_class,
-        t_max=config.t_max,
-        arguments=config.call_arguments,
-        device=device,
-    )
-
-
-def prepare(config: DistillConfig, teacher: Teacher | None = None, network: nn.Module | None = None) -> Prepared:
-    """Check every setting against the machine, the teacher and the output folder; write nothing.
-
-    Raises:
-        ValueError: If anything does not fit, saying what and which flag.
-    """
-    config = with_embedded_prompts(config)
-    check_device(config.device)
-    check_tracker(config.report_to)
-    check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
-    # Before a teacher is loaded, which may take minutes.
-    prompt_file = open_prompts(config)
-    if config.base_student is not None:
-        find_first_stage(config.base_student)
-    # Its null condition and its pictures may be replaced here, and the caller's stay.
-    base = teacher if teacher is not None else configured_teacher(config)
-    if teacher is not None and config.t_max not in (None, teacher.spec.t_max):
-        base = base.with_t_max(config.t_max)
-    refuse_student(base)
-    base, base_student = with_first_stage(base, config.base_student, config.noise_level)
-    if base_student is not None:
-        config = _with_picture(config, base)
-    check_times(config, base)
-    check_start(base)
-    config = with_usual_guidance(config, base)
-    acts = config.guidance_scale != 1 or config.guidance_range is not None
-    base = base.with_negative_prompt(config.negative_prompt, acts=acts)
-    fitted = fit_teacher(base, config)
-    labels = check_labels(config.class_labels, base.spec)
-    prompts = choose_prompts(config, base, prompt_file, base_student)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # the new layers start from random numbers too
-        student = make_student(base, config, network)
-    if config.gradient_checkpointing and not hasattr(student.network, "enable_gradient_checkpointing"):
-        raise ValueError(f"--gradient_checkpointing: {type(student.network).__name__} has no support for it")
-    fingerprint = base.fingerprint()
-    resume, messages = find_resume(config, fingerprint, prompts.fingerprint if prompts else "")
-    if resume is not None:
-        begun = resume[1].values["config"]
-        config = made_longer(config, begun)
-        if prompts is not None:
-            check_longer(prompts, config, begun["max_train_steps"], _num_processes())
-    if config.lora_rank is not None and not base.takes_lora_files:
-        messages += (
-            "--lora_rank: the teacher's pipeline takes no LoRA files, so the merged student alone is exported",
-        )
-    config = _from_anywhere(config)
-    if prompts is None:
-        labelled = LabelConditions(labels, config.guidance_range)
-        return Prepared(config, base, fitted, labelled, student, fingerprint, resume, messages)
-    said = (*messages, *prompts.messages, *(() if base_student is None else cascade_messages(base_student, base)))
-    return Prepared(config, base, fitted, prompts.conditions, student, fingerprint, resume, said, prompts, base_student)
-
-
-def open_prompts(config: DistillConfig) -> PromptFile | None:
-    """Return the prompts in the file that a configuration names, all read once; None if it names none."""
-    if config.prompt_file is None:
-        return None
-    return PromptFile(config.prompt_file.expanduser(), config.prompt_field)
-
-
-def with_embedded_prompts(config: DistillConfig) -> DistillConfig:
-    """Return the configuration with an embedded text teacher's own prompts, where none are named."""
-    embedded = EMBEDDED.get(config.teacher)
-    if embedded is None or embedded.prompts is None or config.prompt_file is not None:
-        return config
-    return config.model_copy(update={"prompt_file": embedded.prompts})
-
-
-def with_usual_guidance(config: DistillConfig, teacher: Teacher) -> DistillConfig:
+def _with_usual_guidance(config: DistillConfig, teacher: Teacher) -> DistillConfig:
     """Return the configuration with the scale that the teacher's network is told, where it is told one and none is named."""
-    if (
-        teacher.guidance_input is None
-        or config.guidance_range is not None
-        or "guidance_scale" in config.model_fields_set
-    ):
+    is_named = config.guidance_range is not None or "guidance_scale" in config.model_fields_set
+    if teacher.guidance_input is None or is_named:
         return config
     return config.model_copy(update={"guidance_scale": teacher.usual_guidance})
 
 
-def _with_picture(config: DistillConfig, teacher: Teacher) -> DistillConfig:
-    """Return the configuration with the noise level of the pictures, and their student's path from anywhere."""
-    assert teacher.image_condition is not None and config.base_student is not None
-    where = config.base_student.expanduser().resolve()
-    return config.model_copy(update={"base_student": where, "noise_level": teacher.image_condition.level})
+def _check_times(config: DistillConfig, teacher: Teacher) -> None:
+    """Raise SettingError if the step size or the cleanest time does not fit the teacher's start level."""
+    t_max, smallest = teacher.spec.t_max, teacher.spec.process.t_min
+    if config.t_min >= t_max:
+        raise SettingError("t_min", config.t_min, f"must be below the teacher's start level t_max = {t_max:.4g}")
+    if config.delta >= t_max - config.t_min:
+        raise SettingError("delta", config.delta, f"must be below t_max - t_min = {t_max - config.t_min:.4g}")
+    if config.delta < smallest:
+        raise SettingError("delta", config.delta, f"is below {smallest:g}, one time step of the teacher")
 
 
-def choose_prompts(
-    config: DistillConfig,
-    teacher: Teacher,
-    prompt_file: PromptFile | None,
-    base_student: FirstStage | None = None,
-) -> PromptPlan | None:
-    """Return the prompts of a run, or None for a teacher that takes no text, whose run must not name any."""
+def _prompt_pool(
+    config: DistillConfig, teacher: Teacher, prompt_file: PromptFile | None, first_stage: FirstStage | None
+) -> PromptPool | None:
+    """Return the prompts of a run, or None for a teacher that takes no text."""
     if not teacher.spec.text:
-        refuse_prompts(config)
         return None
     if config.prompt_cache_dir is not None and config.prompt_cache_dir.is_file():
-        raise ValueError(f"--prompt_cache_dir {config.prompt_cache_dir} is a file")
+        raise SettingError("prompt_cache_dir", config.prompt_cache_dir, "is a file")
     check_writable((config.prompt_cache_dir or default_cache_dir()).expanduser(), "prompt_cache_dir")
     if prompt_file is None:
-        raise ValueError("this teacher takes prompts: give a file of them with --prompt_file (.txt, .jsonl or .csv)")
-    return plan_prompts(config, teacher, prompt_file, _num_processes(), base_student)
+        raise SettingError("prompt_file", why="this teacher takes prompts: give a file of them (.txt, .jsonl or .csv)")
+    return make_prompt_pool(
+        config,
+        teacher,
+        prompt_file,
+        num_draws=num_draws(config),
+        seed=config.seed,
+        shown=config.validation_prompt,
+        num_shown=config.num_validation_images,
+        guidance_range=config.guidance_range,
+        first_stage=first_stage,
+    )
 
 
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def make_student(base: Teacher, config: DistillConfig, network: nn.Module | None = None) -> Student:
-    """Return the untrained student that the configuration says."""
-    lora = None
-    if config.lora_rank is not None:
-        lora = Lora(config.lora_rank, config.lora_alpha, config.lora_target_modules)
-    return Student(base, guidance_range=config.guidance_range, network=network, lora=lora)
-
-
-def chosen_threshold(config: DistillConfig) -> Threshold | None:
-    """Return what a run does to the teacher's x_0; None for what the teacher's own scheduler does."""
-    if config.thresholding == "teacher":
-        return None
-    return Threshold(config.thresholding, config.threshold_limit, config.threshold_ratio)
-
-
-def fit_teacher(base: Teacher, config: DistillConfig, guidance_scale: float | None = None) -> Teacher:
-    """Return the teacher guided and thresholded as the configuration says, or at another fixed guidance scale."""
-    drawn = guidance_scale is None and config.guidance_range is not None
-    scale = config.guidance_scale if guidance_scale is None else guidance_scale
-    return guided(base, scale, drawn=drawn, threshold=chosen_threshold(config))
+def _check_longer(pool: PromptPool, config: DistillConfig, begun_with: int) -> None:
+    """Raise SettingError if a run that was begun with so many steps draws from other prompts now that it has more."""
+    drew = min(len(pool.prompts), config.num_prompts or num_draws(config, begun_with))
+    if drew != len(pool.drawn):
+        raise SettingError(
+            "max_train_steps",
+            config.max_train_steps,
+            f"the run was begun with {begun_with}, and draws from {drew:,} of the {len(pool.prompts):,} prompts; a longer "
+            f"one draws from {len(pool.drawn):,}, so it is another run",
+            f"name a new {named('output_dir')}; with {named('num_prompts')} from the start a run can be made longer",
+        )

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import read_yaml
 from onestill.evaluation.report import Report
-from onestill.runs.checks import check_device, check_output_dir
 from onestill.runs.distill import distill
 from onestill.runs.evaluate import evaluate
-from onestill.runs.folder import CONFIG_FILE
+from onestill.runs.folder import CONFIG_FILE, check_output_dir
 from onestill.runs.sample import sample
 from onestill.sampling import pictures
 from onestill.training.config import make_config
@@ -126,7 +126,7 @@ def run_demo(
         anchors = settings["num_anchors"] * max_train_steps // settings["max_train_steps"]
         settings |= {"max_train_steps": max_train_steps, "num_anchors": max(1, anchors)}
     make_config({"teacher": teacher, "output_dir": output_dir, **settings})
-    check_device(device)
+    resolve_device(device)
     _make_room(output_dir, overwrite)
     check_output_dir(output_dir, resuming=False)
     say(f"distilling the embedded {teacher} teacher: {settings['max_train_steps']} steps, no image is read")

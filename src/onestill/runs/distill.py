@@ -1,4 +1,4 @@
-"""A whole run: prepared, trained, exported."""
+"""A whole run: built, trained, exported."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from onestill.core.errors import as_arguments
 from onestill.core.settings import write_yaml
 from onestill.data.prompts import PromptFile
 from onestill.export.export import export_student
-from onestill.runs.build import Prepared, chosen_threshold, configure, prepare
-from onestill.runs.checks import make_output_dir
-from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE
+from onestill.runs.build import Run, build_run, chosen_threshold, configure
+from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_output_dir
 from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
 from onestill.training.config import DistillConfig
-from onestill.training.trainer import Fingerprints, Trainer
+from onestill.training.trainer import Trainer
 from onestill.training.watch import StepLog
 
 
@@ -74,7 +74,7 @@ def distill(
     Args:
         teacher: A pipeline folder, a hub id, an embedded teacher's name, or a teacher object.
         output_dir: Folder of the run.
-        config_file: YAML file of settings; `settings` win over it.
+        config_file: YAML file of settings, or the name of a shipped recipe; `settings` win over it.
         network: A module to train as the student, for teachers that are plain callables.
         dry_run: Check everything, write nothing, train nothing.
         show_progress: Print progress to standard error.
@@ -88,40 +88,19 @@ def distill(
         ValueError: If any input is unusable; nothing has been written then.
         NonFiniteLossError: If the loss stays non-finite; names the last good checkpoint.
     """
-    given = {**settings, "output_dir": Path(output_dir)}
-    config = configure(teacher, given, Path(config_file) if config_file else None)
-    prepared = prepare(config, teacher if isinstance(teacher, Teacher) else None, network)
+    config = configure(teacher, {**settings, "output_dir": Path(output_dir)}, config_file)
+    run = build_run(config, teacher if isinstance(teacher, Teacher) else None, network)
     if show_progress:
-        for message in prepared.messages:
-            print(message, file=sys.stderr)
-    return RunResult(config.output_dir) if dry_run else run(prepared, show_progress=show_progress, on_step=on_step)
+        for message in run.messages:
+            print(as_arguments(message), file=sys.stderr)
+    return RunResult(config.output_dir) if dry_run else carry_out(run, show_progress=show_progress, on_step=on_step)
 
 
-def run(
-    prepared: Prepared, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None
-) -> RunResult:
-    """Train a prepared run to its end, or until SIGINT or SIGTERM, and export it."""
-    config = prepared.config
-    trainer = make_trainer(prepared, show_progress=show_progress)
-    if trainer.accelerator.is_main_process:
-        make_output_dir(config.output_dir)
-        here = config.output_dir.absolute()
-        kept = config.model_copy(update={"output_dir": here, "resume_from_checkpoint": None})
-        write_yaml(kept, here / CONFIG_FILE)
-        facts = {"fingerprint": prepared.fingerprint, "teacher": config.teacher}
-        if prepared.base_student is not None:
-            facts["base_student"] = prepared.base_student.fingerprint
-        (config.output_dir / TEACHER_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    if config.report_to:
-        trainer.accelerator.init_trackers(config.tracker_project_name)
-    checkpoint = None
-    if prepared.resume is not None:
-        checkpoint = trainer.last_checkpoint = prepared.resume[0]
-        trainer.restore(prepared.resume[1])
-        if trainer.accelerator.is_main_process:
-            _put_aside(config, prepared.resume[1].values["config"]["max_train_steps"])
-    else:
-        trainer.watch.forget_after(0)
+def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None) -> RunResult:
+    """Train a run to its end, or until SIGINT or SIGTERM, and export it."""
+    config = run.config
+    trainer = make_trainer(run, show_progress=show_progress)
+    checkpoint = _begin(run, trainer)
     first, started = trainer.progress.step, time.monotonic()
     if first == config.max_train_steps and (config.output_dir / PIPELINE_FOLDER).is_dir():
         return RunResult(config.output_dir, first, config.output_dir / PIPELINE_FOLDER, checkpoint)
@@ -141,18 +120,36 @@ def run(
     seconds = time.monotonic() - started
     if config.report_to:
         trainer.accelerator.end_training()
-    trained = trainer.progress.step - first
-    if trainer.progress.step < config.max_train_steps:
+    step = trainer.progress.step
+    if step < config.max_train_steps:
         # The signal may have reached another process of this run only.
         stopped_by = signals[0] if signals else int(signal.SIGTERM)
-        return RunResult(
-            config.output_dir,
-            trainer.progress.step,
-            checkpoint=checkpoint,
-            stopped_by=stopped_by,
-            num_trained=trained,
-        )
-    return _finish(trainer, prepared, checkpoint, trained, seconds)
+        return RunResult(config.output_dir, step, None, checkpoint, stopped_by=stopped_by, num_trained=step - first)
+    return _finish(trainer, run, checkpoint, step - first, seconds)
+
+
+def _begin(run: Run, trainer: Trainer) -> Path | None:
+    """Write what a run is, and go on from its checkpoint if it has one, whose folder is returned."""
+    config = run.config
+    if trainer.accelerator.is_main_process:
+        make_output_dir(config.output_dir)
+        here = config.output_dir.absolute()
+        kept = config.model_copy(update={"output_dir": here, "resume_from_checkpoint": None})
+        write_yaml(kept, here / CONFIG_FILE)
+        facts = {"fingerprint": run.fingerprints.teacher, "teacher": config.teacher}
+        if run.first_stage is not None:
+            facts["base_student"] = run.first_stage.fingerprint
+        (config.output_dir / TEACHER_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    if config.report_to:
+        trainer.accelerator.init_trackers(config.tracker_project_name)
+    if run.resume is None:
+        trainer.watch.forget_after(0)
+        return None
+    trainer.last_checkpoint, checkpoint = run.resume
+    trainer.restore(checkpoint)
+    if trainer.accelerator.is_main_process:
+        _put_aside(config, checkpoint.values["config"]["max_train_steps"])
+    return trainer.last_checkpoint
 
 
 def _put_aside(config: DistillConfig, begun_with: int) -> None:
@@ -173,55 +170,47 @@ def _make_pools(trainer: Trainer, show_progress: bool) -> None:
                 bar.update(num)
 
 
-def make_trainer(prepared: Prepared, *, show_progress: bool = False) -> Trainer:
-    """Return the trainer of a prepared run; its prompts are encoded then, and their encoders are gone.
+def make_trainer(run: Run, *, show_progress: bool = False) -> Trainer:
+    """Return the trainer of a run; its prompts are encoded then, and their encoders are gone.
 
     Raises:
         PromptCacheError: If the encoded prompts cannot be written.
     """
-    trainer = Trainer(
-        prepared.config,
-        prepared.teacher,
-        prepared.student,
-        prepared.conditions,
-        Fingerprints(prepared.fingerprint)
-        if prepared.prompts is None
-        else Fingerprints(prepared.fingerprint, prepared.prompts.fingerprint, prepared.prompts.drawn_fingerprint),
-    )
-    prepared.base.to(trainer.device)
-    if prepared.base_student is not None:
-        prepared.base_student.teacher.to(trainer.device)
-    if prepared.prompts is not None:
+    trainer = Trainer(run.config, run.teacher, run.student, run.conditions, run.fingerprints)
+    run.teacher.to(trainer.device)
+    if run.first_stage is not None:
+        run.first_stage.teacher.to(trainer.device)
+    if run.prompts is not None:
         accelerator = trainer.accelerator
         # One process of each machine encodes; the others then find everything in the cache.
         with accelerator.local_main_process_first():
-            prepared.prompts.encode(show_progress=show_progress and accelerator.is_local_main_process)
+            run.prompts.encode(show_progress=show_progress and accelerator.is_local_main_process)
     return trainer
 
 
-def _finish(trainer: Trainer, prepared: Prepared, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
-    config, folder = prepared.config, prepared.config.output_dir / PIPELINE_FOLDER
+def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
+    config, folder = run.config, run.config.output_dir / PIPELINE_FOLDER
     error = None
     # Takes accelerate's mixed precision off the student: what is exported is compared in full precision.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.accelerator.is_main_process:
         with trainer.averaged():
             error = export_student(
-                prepared.student,
+                run.student,
                 folder,
                 t=config.t_min,
-                facts=card_facts(prepared, num_steps, seconds),
+                facts=card_facts(run, num_steps, seconds),
                 overwrite=True,
             )
     trainer.accelerator.wait_for_everyone()
     return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error, num_trained=num_steps)
 
 
-def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts:
+def card_facts(run: Run, num_steps: int, seconds: float) -> card.Facts:
     """Return what the model card says of a run."""
-    config = prepared.config
+    config = run.config
     images = config.train_batch_size * config.gradient_accumulation_steps
-    device, threads = next(prepared.student.parameters()).device, torch.get_num_threads()
+    device, threads = next(run.student.parameters()).device, torch.get_num_threads()
     hardware = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -229,7 +218,7 @@ def card_facts(prepared: Prepared, num_steps: int, seconds: float) -> card.Facts
     )
     training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
     settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
-    return replace(distilled_facts(config, prepared.base), training=training, settings=settings)
+    return replace(distilled_facts(config, run.teacher), training=training, settings=settings)
 
 
 def distilled_facts(config: DistillConfig, teacher: Teacher, guidance_scale: float | None = None) -> card.Facts:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
+from onestill.core.files import check_writable
 from onestill.core.settings import make
 from onestill.data.prompts import read_prompts
 from onestill.evaluation.choice import choose_features, default_features
@@ -22,8 +24,7 @@ from onestill.evaluation.features import FeatureExtractor, sees_latents
 from onestill.evaluation.references import Reference, embedded_reference, folder_reference, teacher_reference
 from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
 from onestill.evaluation.samples import Subjects, check_features
-from onestill.runs.build import fit_teacher
-from onestill.runs.checks import check_device, check_writable, resolve_device
+from onestill.runs.build import guided_as
 from onestill.runs.folder import PIPELINE_FOLDER, is_run
 from onestill.runs.load import LoadedStudent, check_folder, load_student, run_teacher
 from onestill.sampling import pictures
@@ -58,13 +59,13 @@ def evaluate(
         config_file: A YAML file of settings; those given here win.
         show_progress: Show a bar on a terminal while a row's images are made.
         say: Called with a line before each slow part.
-        settings: The fields of `EvaluateConfig`.
+        **settings: Fields of `onestill.EvaluateConfig`; an unknown name is refused.
 
     Raises:
         ValueError: If any input is unusable; nothing has been written then.
     """
     config = _configured({**settings, "student": student, "teacher": teacher, "features": features}, config_file)
-    check_device(config.device)
+    resolve_device(config.device)
     check_folder(config.student)  # before the output, whose default it names
     _check_output(config)
     pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
@@ -210,7 +211,7 @@ def _guided(config: EvaluateConfig, student: LoadedStudent, teacher: Teacher) ->
     acts = config.negative_prompt is None or scale not in (None, 1)
     teacher = teacher.with_negative_prompt(negative, acts=acts)
     if student.config is not None:
-        return fit_teacher(teacher, student.config, scale)
+        return guided_as(teacher, student.config, scale)
     threshold = model_card.distilled(student.pipeline).threshold
     return guided(teacher, teacher.usual_guidance if scale is None else scale, threshold=threshold)
 

@@ -6,10 +6,11 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
+from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
+from onestill.core.files import check_writable
 from onestill.data.cascade import with_first_stage
 from onestill.export.export import export_student, is_exported
-from onestill.runs.checks import check_device, check_writable, resolve_device
 from onestill.runs.distill import distilled_facts
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import restore_student, run_teacher
@@ -41,7 +42,7 @@ def export(
     Raises:
         ValueError: If there is no such run, the student cannot do what is asked, or `output` exists.
     """
-    check_device(device)
+    resolve_device(device)
     path, output, place = Path(student), Path(output), resolve_device(device)
     run = RunFolder.of(path) if path.is_dir() else None
     if run is None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onestill.core.errors import SettingError, named
+from onestill.core.files import check_writable
 from onestill.students.model_card import Distilled
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest
 from onestill.training.config import DistillConfig, make_config
@@ -79,3 +81,24 @@ class RunFolder:
         for message in messages:
             warnings.warn(message, stacklevel=4)
         return found
+
+
+def check_output_dir(folder: Path, *, resuming: bool) -> None:
+    """Raise SettingError if a run cannot be written to `folder`, or would overwrite something there."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingError("output_dir", folder, "is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not is_run(folder):
+            raise SettingError("output_dir", folder, "holds other files", "name a new or empty folder")
+        if not resuming:
+            go_on = f"name a new folder, or go on with it: {named('resume_from_checkpoint')} latest"
+            raise SettingError("output_dir", folder, "holds another run", go_on)
+    check_writable(folder, "output_dir")
+
+
+def make_output_dir(folder: Path) -> None:
+    """Create the run's folder; SettingError if the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError("output_dir", folder, f"cannot be written: {error.strerror}") from error

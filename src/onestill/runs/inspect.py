@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from onestill.core.devices import seconds_of
+from onestill.core.devices import resolve_device, seconds_of
+from onestill.core.errors import named
 from onestill.core.tensors import num_parameters, row_bytes, to_device
 from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
-from onestill.data.prompt_pool import most_prompts
-from onestill.diffusion.trajectory import CALLS_PER_STEP
+from onestill.data.prompts import PromptFile
 from onestill.objectives.registry import rows_of
-from onestill.runs.build import fit_teacher, make_student, open_prompts, with_embedded_prompts, with_usual_guidance
-from onestill.runs.checks import resolve_device
+from onestill.runs.build import configure, make_student, num_draws, open_teacher
 from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
@@ -25,7 +26,7 @@ from onestill.training.config import DistillConfig
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `onestill inspect` says; `as_dict` is its --json."""
+    """What `onestill inspect` says; `as_dict` are plain values."""
 
     teacher: str
     folder: str
@@ -64,19 +65,39 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_teacher(teacher: Teacher, config: DistillConfig, base: FirstStage | None = None) -> Inspection:
-    """Return what is known of `teacher`, with the cost of a run under `config`, measured on a few images.
+def inspect_teacher(
+    teacher: str | Path | Teacher, *, config_file: str | Path | None = None, **settings: Any
+) -> Inspection:
+    """Return what is known of a teacher, with the cost of a run under `settings`, measured on a few images.
 
     Args:
-        teacher: The teacher.
-        config: Settings of the run; nothing is written to its output_dir.
-        base: The student that would draw the pictures that the teacher enlarges, if it is known.
+        teacher: A pipeline folder, a hub id, an embedded teacher's name, or a teacher object.
+        config_file: YAML file of settings, or the name of a shipped recipe; `settings` win over it.
+        **settings: Fields of `onestill.DistillConfig`; nothing is written to an `output_dir`.
+
+    Raises:
+        SettingError: If a setting is unusable, as of `distill`.
     """
-    config = with_usual_guidance(config, teacher)
+    config = configure(teacher, {"output_dir": Path("run"), **settings}, config_file)
+    return inspect_run(config, teacher if isinstance(teacher, Teacher) else None)
+
+
+def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspection:
+    """Return what is known of the teacher of a run, and what the run would cost; writes nothing.
+
+    Args:
+        config: The run.
+        teacher: The teacher, where it is an object; loaded as the configuration says if None.
+
+    Raises:
+        SettingError: If the teacher or a setting is unusable.
+    """
+    config, teacher, first_stage, prompt_file = open_teacher(config, teacher, needs_first_stage=False)
+    check_labels(config.class_labels, teacher.spec)
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
-    cost = estimate(teacher, student, config, device, base)
+    cost = estimate(teacher, student, config, device, first_stage)
     reached = isinstance(student.injection, TimeEmbeddingInjection)
     return Inspection(
         teacher=spec.source,
@@ -99,19 +120,17 @@ def inspect_teacher(teacher: Teacher, config: DistillConfig, base: FirstStage | 
         guidance_scale=config.guidance_scale,
         negative_prompts=spec.text and teacher.can_guide,
         prompt_limits=_prompt_limits(teacher),
-        num_prompts=_num_prompts(teacher, config),
-        prompt_bytes=_prompt_bytes(teacher, base),
+        num_prompts=_num_prompts(teacher, config, prompt_file),
+        prompt_bytes=_prompt_bytes(teacher, first_stage),
         target_time_enters="at the network's time embedding" if reached else "as a bias of every layer (fallback)",
         train_batch_size=config.train_batch_size,
         estimated_memory_gb=cost.memory / 1e9,
         estimated_seconds_per_step=cost.step_seconds,
         max_train_steps=config.max_train_steps,
-        estimated_seconds_per_anchor=cost.anchor_seconds,
-        num_anchors=sum(
-            kind.cost(config, config.train_batch_size).pool for kind in rows_of(config, config.train_batch_size)
-        ),
+        estimated_seconds_per_anchor=cost.item_seconds,
+        num_anchors=cost.pool,
         estimate_device=str(device),
-        enlarges=_enlarges(teacher, base),
+        enlarges=_enlarges(teacher, first_stage),
     )
 
 
@@ -129,47 +148,50 @@ def _prompt_limits(teacher: Teacher) -> dict[str, int]:
     return {name: limit.room for limit in teacher.prompt_limits for name in limit.encoders}
 
 
-def _num_prompts(teacher: Teacher, config: DistillConfig) -> int:
+def _num_prompts(teacher: Teacher, config: DistillConfig, prompts: PromptFile | None) -> int:
     """Return how many prompts a run has to encode at most: those that it shows, and those that it draws from."""
     if not teacher.spec.text:
         return 0
-    config = with_embedded_prompts(config)
-    named, prompts = len(config.validation_prompt), open_prompts(config)
-    wanted = most_prompts(config) + (named or config.num_validation_images)
-    return wanted if prompts is None else min(len(prompts) + named, wanted)
+    shown = len(config.validation_prompt)
+    wanted = (config.num_prompts or num_draws(config)) + (shown or config.num_validation_images)
+    return wanted if prompts is None else min(len(prompts) + shown, wanted)
 
 
-def _prompt_bytes(teacher: Teacher, base: FirstStage | None) -> int:
-    """Return the size of an encoded prompt, that of a base student's own encoders beside it included."""
+def _prompt_bytes(teacher: Teacher, first_stage: FirstStage | None) -> int:
+    """Return the size of an encoded prompt, that of the first stage's own encoders included."""
     if not teacher.spec.text:
         return 0
-    own = 0 if base is None or base.shares_rows(teacher) else row_bytes(base.teacher.example_cond)
+    own = 0
+    if first_stage is not None and not first_stage.shares_rows(teacher):
+        own = row_bytes(first_stage.teacher.example_cond)
     return row_bytes(teacher.prompt_rows(teacher.example_cond)) + own
 
 
-def _enlarges(teacher: Teacher, base: FirstStage | None) -> str:
-    """Return what picture a teacher enlarges, in words; "" if it enlarges none."""
+def _enlarges(teacher: Teacher, first_stage: FirstStage | None) -> str:
+    """Return what picture a teacher enlarges, in words that mention settings; "" if it enlarges none."""
     if teacher.image_condition is None:
         return ""
-    if base is None:
-        return "a picture to enlarge (name the student that draws it with --base_student)"
-    size = "x".join(map(str, base.examples.shape[2:]))
-    return f"{size} pictures of {base.name} to enlarge, noise level {teacher.image_condition.level}"
+    if first_stage is None:
+        return f"a picture to enlarge (name the student that draws it with {named('base_student')})"
+    size = "x".join(map(str, first_stage.examples.shape[2:]))
+    return f"{size} pictures of {first_stage.name} to enlarge, noise level {teacher.image_condition.level}"
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """What a run takes.
 
     Attributes:
         memory: Bytes.
         step_seconds: Of one optimiser step.
-        anchor_seconds: Of one anchor, which are all made before the first step.
+        pool: Items that the objectives make before the first step.
+        item_seconds: Of one of them.
     """
 
     memory: float
     step_seconds: float
-    anchor_seconds: float
+    pool: int
+    item_seconds: float
 
 
 def estimate(
@@ -177,91 +199,104 @@ def estimate(
     student: Student,
     config: DistillConfig,
     device: torch.device,
-    base: FirstStage | None = None,
-) -> Cost:
+    first_stage: FirstStage | None = None,
+) -> RunCost:
     """Return what a run takes.
 
     Memory: the teacher's weights, which a LoRA student shares; what the student trains, with its gradients, two Adam
-    moments and their average; and the activations kept for the backward pass. Time: a forward with backward for every
-    row, and for those that are no anchors the student's and the teacher's forwards of its target; an anchor is the
-    teacher's forwards of all its steps. Both are measured on a few images and scaled to the batch. A base student adds
-    its weights and its one step.
+    moments and their averages; and the activations kept for the backward pass. Time: a forward with backward for every
+    row, and what each objective says that its rows and its pool cost besides. Both are measured on a few images and
+    scaled to the batch. A first stage adds its weights and its one step.
+
+    Args:
+        teacher: The teacher, guided.
+        student: The student.
+        config: The run.
+        device: Where both are.
+        first_stage: The student that draws what is enlarged.
     """
     num = min(8, config.train_batch_size)
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    fitted = fit_teacher(teacher, config)
-    check_labels(config.class_labels, teacher.spec)
-    cond = to_device({**teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
-    x = teacher.spec.trajectory.start(torch.zeros(num, *teacher.spec.sample_shape, device=device))
-    t_max = teacher.spec.t_max
-    kept, owned = 0, {p.untyped_storage().data_ptr() for p in student.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        # A weight is kept as it is or as a view, transposed: counted with the weights.
-        is_weight = tensor.untyped_storage().data_ptr() in owned
-        kept += 0 if is_weight else tensor.numel() * tensor.element_size()
-        return tensor
-
-    def student_loss() -> Any:
-        with autocast(config.mixed_precision, device):
-            return student(x, None, t_max / 2, cond).square().mean()
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student_loss().backward()
-    student.zero_grad()
-
-    drawn = None
-    if base is not None:
-        base.teacher.to(device)
-        drawn = torch.zeros(num, *base.shape), base.teacher.example_rows(num)
-
-    def pictures() -> None:
-        if base is not None and drawn is not None:
-            base.pictures(*drawn)
-
-    def teacher_step() -> None:
-        with torch.no_grad(), autocast(config.mixed_precision, device):
-            for _ in range(CALLS_PER_STEP[config.solver]):
-                fitted.denoised(x, t_max / 2, cond)
-
-    def student_target() -> None:
-        with torch.no_grad(), autocast(config.mixed_precision, device):
-            student(x, None, t_max / 2, cond)
-
-    def learn() -> None:
-        student_loss().backward()
-
-    learning, of_student, of_teacher, of_base = (
-        _seconds(call, device) for call in (learn, student_target, teacher_step, pictures)
+    passes = _Passes(teacher, student, config, device, num)
+    kept = passes.activations()
+    learning, of_student, of_teacher = (
+        _seconds(call, device) for call in (passes.learn, passes.student_target, passes.teacher_call)
     )
     student.zero_grad()
-    scale = config.train_batch_size / num
+    of_stage = 0.0
+    if first_stage is not None:
+        first_stage.teacher.to(device)
+        drawn = torch.zeros(num, *first_stage.shape), first_stage.teacher.example_rows(num)
+        of_stage = _seconds(lambda: first_stage.pictures(*drawn), device)
+    scale, rows = config.train_batch_size / num, rows_of(config, config.train_batch_size)
+    seconds, pool, in_pool = learning + of_stage, 0, 0.0
+    for kind, num_rows in rows.items():
+        cost, share = kind.cost(config, config.train_batch_size), num_rows / config.train_batch_size
+        seconds += share * (cost.student * of_student + cost.teacher * of_teacher + cost.learned * learning)
+        pool += cost.pool
+        in_pool += cost.pool * (cost.teacher_per_item * of_teacher + of_stage) / num
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = 4 * (copies * trained + _num_weights(teacher) + (_num_weights(base.teacher) if base else 0))
-    rows = rows_of(config, config.train_batch_size)
-    costs = {kind: kind.cost(config, config.train_batch_size) for kind in rows}
-    seconds, in_teacher = learning + of_base, of_teacher / CALLS_PER_STEP[config.solver]
-    for kind, cost in costs.items():
-        share = rows[kind] / config.train_batch_size
-        seconds += share * (cost.student * of_student + cost.teacher * in_teacher + cost.learned * learning)
-    pool = max(costs.values(), key=lambda cost: cost.pool)
-    an_item = (pool.teacher_per_item * in_teacher + of_base) / num
-    return Cost(weights + kept * scale, seconds * scale * config.gradient_accumulation_steps, an_item)
+    weights = copies * trained + _num_weights(teacher) + (_num_weights(first_stage.teacher) if first_stage else 0)
+    step = seconds * scale * config.gradient_accumulation_steps
+    return RunCost(4 * weights + kept * scale, step, pool, in_pool / pool if pool else 0.0)
+
+
+class _Passes:
+    """The passes that a step is made of, each on a few images."""
+
+    def __init__(
+        self, teacher: Teacher, student: Student, config: DistillConfig, device: torch.device, num: int
+    ) -> None:
+        self.teacher, self.student = teacher, student
+        self.cond = to_device({**teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
+        self.x = teacher.spec.trajectory.start(torch.zeros(num, *teacher.spec.sample_shape, device=device))
+        self.t = teacher.spec.t_max / 2
+        self.precision, self.device = config.mixed_precision, device
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which a run of this precision calls its networks."""
+        dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "no")
+
+    def learn(self) -> None:
+        """A forward and a backward of the student."""
+        with self.autocast():
+            loss = self.student(self.x, None, self.t, self.cond).square().mean()
+        loss.backward()
+
+    def student_target(self) -> None:
+        """A forward of the student without gradient."""
+        with torch.no_grad(), self.autocast():
+            self.student(self.x, None, self.t, self.cond)
+
+    def teacher_call(self) -> None:
+        """One call of the guided teacher."""
+        with torch.no_grad(), self.autocast():
+            self.teacher.denoised(self.x, self.t, self.cond)
+
+    def activations(self) -> int:
+        """Return the bytes that a forward of the student keeps for its backward."""
+        kept, owned = 0, {p.untyped_storage().data_ptr() for p in self.student.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            # A weight is kept as it is or as a view, transposed: counted with the weights.
+            is_weight = tensor.untyped_storage().data_ptr() in owned
+            kept += 0 if is_weight else tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.learn()
+        self.student.zero_grad()
+        return kept
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return what a call takes once everything is warm."""
     call()
     return seconds_of(lambda: [call() for _ in range(3)], device) / 3
-
-
-def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
-    """Return the context in which a run of this precision calls its networks."""
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=mixed_precision != "no")
 
 
 def _num_weights(teacher: Teacher) -> int:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import make
 from onestill.data.cascade import FirstStage, open_first_stage, with_first_stage
 from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student
-from onestill.runs.checks import check_device, resolve_device
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, RunFolder
 from onestill.sampling.config import SamplerSettings
 from onestill.sampling.samplers.base import Sampler
@@ -92,7 +92,7 @@ def open_sampler(config: SamplerSettings, teacher: Teacher | None = None) -> Sam
     Raises:
         ValueError: If it does not exist or cannot do what is asked.
     """
-    check_device(config.device)
+    resolve_device(config.device)
     device = resolve_device(config.device)
     if config.student is None:
         return _teacher_sampler(config, teacher, device)

@@ -1,11 +1,17 @@
-"""Which settings of a run may differ when it is gone on with, and which decide what it ends in."""
+"""Going on with a run: from which checkpoint, and whether it is the same run still."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from onestill.core.errors import SettingError, named
+from onestill.data.prompt_pool import split_fingerprint
+from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
 from onestill.training.config import DistillConfig, deciding_settings, usual_warmup
+from onestill.training.trainer import Fingerprints
 
 
 def made_longer(config: DistillConfig, old: Mapping[str, Any]) -> DistillConfig:
@@ -38,3 +44,77 @@ def changed_settings(old: Mapping[str, Any], new: DistillConfig) -> list[str]:
 
 def _can_be_longer(config: DistillConfig) -> bool:
     return config.lr_scheduler.startswith("constant") and config.time_sampling != "progressive"
+
+
+def find_resume(
+    config: DistillConfig, fingerprints: Fingerprints
+) -> tuple[tuple[Path, Checkpoint] | None, tuple[str, ...]]:
+    """Return (the checkpoint to go on from or None, messages).
+
+    "latest" in a folder without any checkpoint starts from the beginning, so that one command can be re-queued.
+
+    Raises:
+        SettingError: If no checkpoint is usable, or its teacher or settings are not this run's.
+    """
+    source = config.resume_from_checkpoint
+    if source is None:
+        return None, ()
+    if source == "latest" and not list_checkpoints(config.output_dir):
+        return None, (f"{config.output_dir} holds no checkpoint yet: starting from the beginning",)
+    folder, checkpoint, warnings = _read(config, source)
+    _check_same_run(config, fingerprints, folder, checkpoint)
+    step = checkpoint.values["progress"]["step"]
+    newer = [path.name for path in list_checkpoints(config.output_dir) if step_of(path) > step]
+    if newer and source != "latest":
+        why = (
+            f"{config.output_dir} holds newer checkpoints ({', '.join(newer)}) that going on from here would overwrite"
+        )
+        raise SettingError("resume_from_checkpoint", source, why, "move them away first, or use 'latest'")
+    return (folder, checkpoint), (*warnings, f"resuming from {folder}")
+
+
+def _read(config: DistillConfig, source: str) -> tuple[Path, Checkpoint, list[str]]:
+    """Return (folder, content, warnings) of the checkpoint that is named."""
+    if source == "latest":
+        return read_latest(config.output_dir)
+    folder = Path(source)
+    if not folder.is_dir() and (config.output_dir / folder).is_dir():
+        folder = config.output_dir / folder
+    if not folder.is_dir():
+        raise SettingError("resume_from_checkpoint", source, "no such folder", "give 'latest' or a checkpoint-N folder")
+    return folder, read_checkpoint(folder), []
+
+
+def _check_same_run(config: DistillConfig, fingerprints: Fingerprints, folder: Path, checkpoint: Checkpoint) -> None:
+    """Raise SettingError if a checkpoint is of another run than the configuration's."""
+
+    def other(why: str, todo: str = "") -> SettingError:
+        return SettingError(
+            "resume_from_checkpoint", config.resume_from_checkpoint, f"{folder} was trained {why}", todo
+        )
+
+    values = checkpoint.values
+    old, begun = values["config"], Fingerprints(**values["fingerprints"])
+    if changes := changed_settings(old, made_longer(config, old)):
+        raise other(
+            f"with other settings: {'; '.join(changes)}",
+            f"give those, or a new {named('output_dir')}; only a run with a constant {named('lr_scheduler')} and no "
+            "progressive times can be made longer",
+        )
+    if begun.teacher != fingerprints.teacher:
+        raise other(f"on a teacher with other weights ({old['teacher']}) than {named('teacher')} {config.teacher}")
+    (old_prompts, old_stage), (prompts, stage) = map(split_fingerprint, (begun.prompts, fingerprints.prompts))
+    if old_stage != stage:
+        given = f"{named('base_student')} {config.base_student}"
+        raise other(f"on the pictures of another student ({old['base_student']}) than {given}")
+    if old_prompts != prompts:
+        given = f"{named('prompt_file')} {config.prompt_file} gives"
+        raise other(f"on other prompts, or on those of another text encoder, than {given}")
+    if values["num_processes"] != (num := num_processes()):
+        why = f"by {values['num_processes']} processes, not {num}"
+        raise other(why, "each has its own random state, so start as many")
+
+
+def num_processes() -> int:
+    """Return how many processes train this run, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", 1))

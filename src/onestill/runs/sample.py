@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from onestill.core.errors import SettingError
+from onestill.core.files import check_writable
 from onestill.core.settings import make
 from onestill.data.prompts import read_prompts
-from onestill.runs.checks import check_writable
 from onestill.runs.load import generator, open_sampler
 from onestill.sampling import explore
 from onestill.sampling.config import DrawSettings, SampleConfig, check_interpolation

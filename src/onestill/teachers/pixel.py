@@ -12,6 +12,7 @@ from diffusers import EDMEulerScheduler, UNet2DModel
 from torch import Tensor
 
 from onestill.core.errors import SettingError, found_in
+from onestill.core.files import PICKLE_SUFFIXES
 from onestill.core.tensors import Cond, refuse_non_finite, without_autocast
 from onestill.diffusion.process import VE
 from onestill.diffusion.trajectory import Trajectory
@@ -185,7 +186,7 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
     name = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
     present = sorted(p.name for p in weights.glob("*")) if weights.is_dir() else []
     if not any(p.startswith(name) and ".safetensors" in p for p in present):
-        pickles = [p for p in present if p.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        pickles = [p for p in present if p.endswith(PICKLE_SUFFIXES)]
         if pickles:
             raise ValueError(
                 f"{source}: unet/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it once where "

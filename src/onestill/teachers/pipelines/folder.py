@@ -11,10 +11,10 @@ from typing import Any
 import diffusers
 
 from onestill.core.errors import SettingError
+from onestill.core.files import PICKLE_SUFFIXES
 
 INDEX = "model_index.json"
 CHECKER = "safety_checker"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_stock(
@@ -83,7 +83,7 @@ def check_components(folder: Path, index: dict[str, Any], source: str, variant: 
         if not (folder / name).is_dir():
             raise ValueError(f"{source}: the folder {name}/ ({entry[1]}) is missing, which model_index.json names")
         files = [p.name for p in (folder / name).iterdir()]
-        if pickles := [f for f in files if f.endswith(PICKLES)]:
+        if pickles := [f for f in files if f.endswith(PICKLE_SUFFIXES)]:
             if not any(f.endswith(".safetensors") for f in files):
                 raise ValueError(
                     f"{source}: {name}/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it "
