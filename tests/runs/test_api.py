@@ -104,7 +104,7 @@ def test_sample_takes_a_loaded_teacher() -> None:
         ({"student": "a", "teacher": "b"}, "student and teacher: give one of them"),
         ({"student": "a", "num_images": 0}, "num_images=0: input should be greater than or equal to 1"),
         ({"student": "a", "batch_size": -1}, "batch_size=-1: input should be greater than or equal to 1"),
-        ({"student": "a", "device": "gpu"}, "--device gpu"),
+        ({"student": "a", "device": "gpu"}, "device='gpu'"),
         ({"student": "a", "solver": "euler"}, "solver='euler': input should be 'ddim', 'heun' or 'midpoint'"),
         ({"student": "a", "num_inference_steps": 4}, "a student has one step"),
         ({"teacher": "a", "target_time": 0.5}, "target_time=0.5: is the student's"),
@@ -171,7 +171,7 @@ def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None
         (lambda: finished_run() / "samples", {}, "is corrupt"),
         (finished_run, {"guidance_scale": 2}, "distilled with w = 1 fixed"),
         (finished_run, {"target_time": 2}, "target_time=2: must be between 0"),
-        (finished_run, {"device": "gpu"}, "--device gpu"),
+        (finished_run, {"device": "gpu"}, "device='gpu'"),
         (lambda: finished_run("drawn"), {"guidance_scale": 9}, "outside 1 to 3"),
     ],
 )
