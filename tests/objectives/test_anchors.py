@@ -168,8 +168,9 @@ def test_a_pool_that_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: py
     assert [next(killed)[1] for _ in range(3)] == [4, 4, 2], (
         "what is there comes first; the second batch is written by now"
     )
-    for left, expected in ((trainer("run"), [8, 2]), (trainer("run"), [10])):
-        assert made(left) == expected
+    # How often a pool is written depends on how long that takes; at least the second batch is kept.
+    for left, expected in ((trainer("run"), ([8, 2], [10])), (trainer("run"), ([10],))):
+        assert made(left) in expected
         found, wanted = pool_in(left), pool_in(whole)
         assert found is not None and wanted is not None
         assert torch.equal(found.eps, wanted.eps) and torch.equal(found.signal, wanted.signal)

@@ -153,7 +153,7 @@ def test_any_module_is_distilled(tmp_path: Path) -> None:
     assert generate(torch.randn(5, 2), {}).shape == (5, 2)
     (picture,) = (tmp_path / "run" / "samples").iterdir()
     assert picture.stat().st_size > 1000  # a scatter plot
-    with pytest.raises(ValueError, match=r"network of your own: load it in Python with onestill\.load_module"):
+    with pytest.raises(ValueError, match=r"network of your own; load it in Python with onestill\.load_module"):
         onestill.sample(result.pipeline)
 
 
@@ -272,7 +272,7 @@ def test_output_folders(tmp_path: Path) -> None:
         (tmp_path, "holds other files"),
         (finished_run(), "holds another run"),
     ):
-        with pytest.raises(ValueError, match=f"output_dir={folder}: .*{message}"):
+        with pytest.raises(ValueError, match=f"output_dir='{folder}': .*{message}"):
             check_output_dir(folder, resuming=False)
     check_output_dir(finished_run(), resuming=True)
     with pytest.raises(ValueError, match="holds other files"):
@@ -350,7 +350,7 @@ def test_a_run_of_a_network_of_ones_own_says_how_it_opens(
     tmp_path: Path, plain_network: Callable[..., nn.Module]
 ) -> None:
     distil(tmp_path / "run", teacher=module_teacher(plain_network(), CosineVP(), "v_prediction", (1, 8, 8)))
-    with pytest.raises(ValueError, match="is a network of your own: load it in Python with onestill.load_module"):
+    with pytest.raises(ValueError, match="is a network of your own; load it in Python with onestill.load_module"):
         onestill.sample(tmp_path / "run")
 
 

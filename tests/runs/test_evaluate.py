@@ -272,7 +272,7 @@ def test_evaluate_takes_any_extractor() -> None:
         ({"steps": "4,0"}, r"steps=\(4, 0\): must be different numbers"),
         ({"seed": -1}, "seed=-1: must be between 0 and"),
         ({"num_reference_steps": 0}, "num_reference_steps=0: input should be greater than or equal to 1"),
-        ({"device": "gpu"}, "--device gpu"),
+        ({"device": "gpu"}, "device='gpu'"),
         ({"reference": "no/where"}, "reference='no/where': no such folder"),
         ({"features": "no where"}, "features='no where': no such file or folder"),
         ({"features": "network.pt"}, "is a pickle"),
@@ -284,7 +284,7 @@ def test_evaluate_takes_any_extractor() -> None:
         ({"guidance_scale": 2}, "needs a teacher with a null class"),
         ({"class_labels": [1]}, "is unconditional"),
         ({"output": __file__}, "output=.*: is a file"),
-        ({"output": __file__ + "/out"}, "--output .* is not writable"),
+        ({"output": __file__ + "/out"}, "output=.* is not writable"),
         ({"teacher": "digits"}, "teacher='digits': has 10 classes and student 0; not the same teacher"),
     ],
 )
