@@ -238,7 +238,7 @@ REFUSED = [
     ("no sound", "wan", "--audio_end_in_s 2", "--audio_end_in_s 2: the call of WanPipeline has no such argument"),
     ("no size", "dit", "--height 16 --width 16", "--height 16: the call of DiTPipeline has no such argument"),
     ("no such pipeline argument of an unnamed one", "unnamed-auraflow", "--num_frames 3", "--num_frames 3: the call of AuraFlowPipeline has no such argument"),
-    ("height alone", "sd-epsilon", "--height 16", "--height and --width are given together or not at all"),
+    ("height alone", "sd-epsilon", "--height 16", "--height and --width: are given together or not at all"),
     ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 and --width 16: `height` and `width` have to be divisible by 8"),
     ("rounded without a word", "flux", "--height 19 --width 16 --max_sequence_length 16", "--height 19: a FluxPipeline cannot make that and rounds it; ask for --height 16"),
     ("frames rounded", "wan", "--height 32 --width 32 --num_frames 6", "--num_frames 6: a WanPipeline cannot make that and rounds it; ask for --num_frames 5"),
@@ -271,7 +271,7 @@ def test_a_student_has_one_size(tmp_path: Path) -> None:
     outcome = call_cli(
         "sample", "--student", folder, "--prompt", "red", "--height", 8, "--width", 8, "--output", tmp_path / "x.png"
     )
-    assert outcome.code == 2 and "--height 8 is for a teacher; a student has it distilled in" in outcome.words
+    assert outcome.code == 2 and "--height 8: is for a teacher; a student has it distilled in" in outcome.words
 
 
 def test_a_call_file_that_somebody_broke(tmp_path: Path) -> None:

@@ -18,16 +18,15 @@ from torch import Tensor
 from onestill.core.tensors import noise
 from onestill.export.export import export_student
 from onestill.export.lora_file import why_no_file
-from onestill.objectives import boot as objective
 from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.lora import Lora
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines.build import self_check
+from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import record
 from onestill.teachers.pipelines.folder import load_stock
-from onestill.teachers.pipelines.spec import examples
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 # Self-attention and normalisation of tiny random networks amplify float32 rounding by up to 100 over four steps.
@@ -67,7 +66,7 @@ def noise_of(teacher: Teacher, num: int, seed: int = 0) -> Tensor:
 
 
 def conditions_of(teacher: PipelineTeacher, num: int = 2) -> dict[str, Tensor]:
-    return teacher.encode(examples(teacher.pipeline_spec, num))
+    return teacher.encode(teacher.calls.examples(num))
 
 
 def perturbed(teacher: Teacher, **settings: Any) -> Student:
@@ -96,9 +95,9 @@ def test_four_steps_away_from_a_negative_prompt_are_the_pipelines_own(teacher: P
 
 def test_a_seed_is_the_pipelines_own_noise(teacher: PipelineTeacher) -> None:
     family = teacher.pipeline_spec
-    run = lambda: family.call(teacher.pipeline, examples(family, 2), {"num_inference_steps": 2}, seeds=(3, 4))  # noqa: E731
+    run = lambda: teacher.calls(teacher.calls.examples(2), {"num_inference_steps": 2}, seeds=(3, 4))  # noqa: E731
     call = record(run, teacher.network)[0]  # type: ignore[arg-type]  # a pipeline's network is a module
-    first = family.sort_call(call, teacher.pipeline).x_t[-2:]
+    first = teacher.calls.sorted(call).x_t[-2:]
     ours = noise((3, 4), teacher.spec.sample_shape)
     torch.testing.assert_close(family.unpack(first, teacher.signature.constant), ours, atol=1e-5, rtol=0)
 
@@ -113,20 +112,18 @@ def test_single_and_batched_calls_agree(teacher: PipelineTeacher) -> None:
 
 
 def test_encoded_conditions_take_the_place_of_a_calls_own(teacher: PipelineTeacher) -> None:
-    family, pipeline = teacher.pipeline_spec, teacher.pipeline
+    family = teacher.pipeline_spec
     given = {"num_inference_steps": 2, **family.guidance_argument(1.0)}
-    run = lambda: family.call(pipeline, examples(family, 2), given, seeds=(3, 4))  # noqa: E731
+    run = lambda: teacher.calls(teacher.calls.examples(2), given, seeds=(3, 4))  # noqa: E731
     (usual,) = record(run, teacher.network)  # type: ignore[arg-type]  # a pipeline's network is a module
-    cond = {
-        name: value.flip(0) for name, value in teacher.signature.conditions(family.sort_call(usual, pipeline)).items()
-    }
-    with family.encoded(pipeline, teacher.signature, cond):
+    cond = {name: value.flip(0) for name, value in teacher.signature.conditions(teacher.calls.sorted(usual)).items()}
+    with teacher.calls.encoded(teacher.signature, cond):
         (seen,) = record(run, teacher.network)  # type: ignore[arg-type]
     assert seen.arguments.keys() == usual.arguments.keys()
     torch.testing.assert_close(
         seen.x_t[:, : teacher.spec.sample_shape[0]], usual.x_t[:, : teacher.spec.sample_shape[0]]
     )
-    for name, value in teacher.signature.conditions(family.sort_call(seen, pipeline)).items():
+    for name, value in teacher.signature.conditions(teacher.calls.sorted(seen)).items():
         torch.testing.assert_close(value, cond[name], atol=0, rtol=0)
 
 
@@ -151,7 +148,7 @@ def test_gradients_reach_the_student_only(teacher: PipelineTeacher) -> None:
     student, cond = Student(teacher), conditions_of(teacher)
     x_a = teacher.spec.trajectory.start(noise_of(teacher, 2))
     target = teacher.denoised(x_a, 0.5, cond)
-    objective.squared_residuals(student(x_a, None, 0.3, cond), target).mean().backward()
+    (student(x_a, None, 0.3, cond) - target).square().mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
     assert all(not p.requires_grad and p.grad is None for p in teacher.network.parameters())
 
@@ -239,4 +236,4 @@ def plain_lora_call(teacher: PipelineTeacher, lora: Path) -> tuple[Tensor, Tenso
     pipeline.load_lora_weights(lora)
     kind = json.loads((lora / "scheduler_config.json").read_text())["_class_name"]
     pipeline.scheduler = getattr(diffusers, kind).from_pretrained(lora)
-    return teacher.pipeline_spec.plain_call(pipeline, teacher.signature, 2)
+    return PipelineCalls(teacher.pipeline_spec, pipeline).plain_call(teacher.signature, 2)

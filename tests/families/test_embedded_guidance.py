@@ -24,7 +24,6 @@ from onestill.runs.build import build_run
 from onestill.teachers.guidance import guided
 from onestill.teachers.pipelines.capture import watch
 from onestill.teachers.pipelines.schedulers import times_of
-from onestill.teachers.pipelines.spec import examples
 from onestill.training.config import make_config
 
 SETTINGS: dict[str, Any] = {
@@ -69,7 +68,7 @@ def last_state(scale: float | None) -> tuple[Tensor, Tensor, list[float]]:
     pipeline.scheduler = stock
     try:
         found = watch(
-            lambda: family.call(pipeline, examples(family, 2), given, seeds=(0, 1)), teacher.network, stock, 4  # type: ignore[arg-type]
+            lambda: teacher.calls(teacher.calls.examples(2), given, seeds=(0, 1)), teacher.network, stock, 4  # type: ignore[arg-type]
         )  # fmt: skip
     finally:
         pipeline.scheduler = usual
@@ -170,13 +169,13 @@ def test_a_teacher_samples_at_a_scale() -> None:
         (
             "flux",
             ["--guidance_scale_min", 1, "--guidance_scale_max", 5],
-            "--guidance_scale_min and _max: the network of a flux pipeline takes the guidance scale as an input",
+            "--guidance_scale_min and --guidance_scale_max: the network of a flux pipeline takes the guidance scale as an input",
         ),
         ("flux", ["--guidance_scale", 5, "--negative_prompt", "red"], "has no null condition that it could replace"),
         (
             "flux-schnell",
             ["--guidance_scale", 5],
-            "--guidance_scale 5 needs a null condition, and a flux pipeline has none",
+            "--guidance_scale 5: needs a null condition, and a flux pipeline has none",
         ),
     ],
 )

@@ -267,8 +267,8 @@ def test_an_exported_student_loaded_as_a_teacher_draws_its_pictures(tmp_path: Pa
     base = load_teacher(tmp_path / "base")
     assert isinstance(base, PipelineTeacher)
     prompts = ["a photo", "a red cat"]
-    theirs = base.pipeline_spec.call(
-        base.pipeline, prompts, {"output_type": "pt", "num_inference_steps": 1, "guidance_scale": 1.0}, seeds=(5, 6)
+    theirs = base.calls(
+        prompts, {"output_type": "pt", "num_inference_steps": 1, "guidance_scale": 1.0}, seeds=(5, 6)
     ).images
     torch.testing.assert_close(base.one_step(noise([5, 6], (3, 8, 8)), base.encode(prompts)), theirs, atol=1e-4, rtol=0)
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 P = ParamSpec("P")
 R = TypeVar("R")
 
+SELF_CHECK_TOLERANCE = 1e-4
+"""The largest difference between what is computed here and what diffusers computes of the same, in images of [-1, 1]."""
+
 Cond = dict[str, Tensor]
 """What conditions an image: named tensors with the batch as first axis. Empty for unconditional teachers."""
 

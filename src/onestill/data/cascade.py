@@ -21,8 +21,8 @@ from onestill.students.mark import is_student
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher, read_index
 from onestill.teachers.pipelines import text_encoders as encoders
+from onestill.teachers.pipelines.calls import EXAMPLE_PROMPTS
 from onestill.teachers.pipelines.folder import INDEX
-from onestill.teachers.pipelines.spec import EXAMPLE_PROMPTS
 from onestill.teachers.pipelines.teacher import read_call
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
 

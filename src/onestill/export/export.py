@@ -17,7 +17,7 @@ import torch
 
 from onestill.core.errors import SettingError, named
 from onestill.core.files import set_usual_mode
-from onestill.core.tensors import to_device, without_autocast
+from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autocast
 from onestill.export.base import Format
 from onestill.export.lora_file import lora_words
 from onestill.export.module import ModuleFormat
@@ -34,7 +34,6 @@ FORMATS: dict[str, type[Format]] = {
     "module": ModuleFormat,
 }
 """By the name that `Teacher.student_format` has for each."""
-SELF_CHECK_TOLERANCE = 1e-4
 
 
 class ExportError(RuntimeError):

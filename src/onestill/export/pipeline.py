@@ -11,7 +11,7 @@ import functools
 import gc
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +20,14 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from onestill.core.patch import replaced
 from onestill.export.base import Format
 from onestill.export.lora_file import LORA_FOLDER, load_with_lora, why_no_file, write_lora
 from onestill.students.bake import constants
 from onestill.students.model_card import Facts, shown_labels, stock_code
 from onestill.students.one_step import OneStep
 from onestill.students.student import Student
+from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.folder import INDEX, has_checker, load_stock
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.teacher import CALL_FILE, PLAIN, PipelineTeacher
@@ -63,7 +65,7 @@ class PipelineFormat(Format):
         if kept := {name: value for name, value in pipeline_spec.given.items() if isinstance(value, PLAIN)}:
             (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
         if why_no_file(self.student) is None:
-            net_time = self.plain.one_step_time(pipeline)
+            net_time = PipelineCalls(self.plain, pipeline).one_step_time()
             write_lora(teacher, self.student.network, constants(network), net_time, folder / LORA_FOLDER)
 
     def check(self, folder: Path) -> float:
@@ -98,9 +100,9 @@ class PipelineFormat(Format):
 
     def _difference(self, pipeline_spec: PipelineSpec, pipeline: Any, num: int = 2) -> float:
         """Return the largest difference of images between the plain call of a pipeline, on the CPU, and the student."""
-        network, decoder = getattr(pipeline, pipeline_spec.network), getattr(pipeline, "vae", None)
-        with computing_on(self.device, (network, "forward"), (decoder, "decode")):
-            images, eps, cond = pipeline_spec.plain_call(pipeline, self.teacher.signature, num)
+        calls, decoder = PipelineCalls(pipeline_spec, pipeline), getattr(pipeline, "vae", None)
+        with computing_on(self.device, (calls.network, "forward"), (decoder, "decode")):
+            images, eps, cond = calls.plain_call(self.teacher.signature, num)
         expected = self.teacher.decode(self.expected(eps, cond))
         return float((images.clamp(-1, 1) - expected.cpu().clamp(-1, 1)).abs().max())
 
@@ -134,11 +136,8 @@ def computing_on(device: torch.device, *methods: tuple[Any, str]) -> Iterator[No
 
         return call
 
-    found = [(module, name) for module, name in methods if module is not None]
-    for module, name in found:
-        setattr(module, name, there(module, getattr(module, name)))
-    try:
+    with ExitStack() as stack:
+        for module, name in methods:
+            if module is not None:
+                stack.enter_context(replaced(module, name, there(module, getattr(module, name))))
         yield
-    finally:
-        for module, name in found:
-            delattr(module, name)  # what the class has is left

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestill.core.errors import SettingError, found_in
 from onestill.core.files import PICKLE_SUFFIXES
-from onestill.core.tensors import Cond, refuse_non_finite, without_autocast
+from onestill.core.tensors import SELF_CHECK_TOLERANCE, Cond, refuse_non_finite, without_autocast
 from onestill.diffusion.process import VE
 from onestill.diffusion.trajectory import Trajectory
 from onestill.teachers.base import NetworkTeacher
@@ -21,7 +21,6 @@ from onestill.teachers.pipelines.schedulers import plain_ddim, scheduler_process
 from onestill.teachers.teacher_spec import TeacherSpec
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-SELF_CHECK_TOLERANCE = 1e-4
 
 
 class PixelTeacher(NetworkTeacher):

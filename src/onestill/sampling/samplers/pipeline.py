@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.errors import SettingError, named
+from onestill.core.patch import replaced
 from onestill.core.tensors import Cond
 from onestill.data.cascade import FirstStage, check_shape, second_noise
 from onestill.sampling.generate import Rows
@@ -24,10 +25,11 @@ from onestill.students.injection import time_embeddings
 from onestill.students.mark import is_student
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
 from onestill.teachers.pipelines import token_limits as tokenizing
+from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import Signature, record
 from onestill.teachers.pipelines.folder import load_stock
 from onestill.teachers.pipelines.generic import plain_family
-from onestill.teachers.pipelines.spec import PipelineSpec, examples
+from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.teacher import read_call
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.prompt_limits import EXAMPLE, PromptLimit
@@ -141,22 +143,18 @@ class _CalledSampler(ExportedSampler):
     """The plain call of an exported pipeline of a family, seen once to know its shapes."""
 
     def __init__(self, pipeline: Any, family: PipelineSpec, device: torch.device | str) -> None:
-        self.pipeline, self.family, self.device = pipeline, family, device
+        self.calls, self.pipeline, self.family, self.device = PipelineCalls(family, pipeline), pipeline, family, device
         self.given = dict(family.export_arguments)
-        (self.seen,) = record(lambda: family.call(pipeline, examples(family, 1), self.given), self.network)
+        (self.seen,) = record(lambda: self.calls(self.calls.examples(1), self.given), self.calls.network)
         self.takes_text, self.has_decoder = family.prompt == "prompt", family.has_decoder
         self.arguments = family.given
-
-    @property
-    def network(self) -> Any:
-        return getattr(self.pipeline, self.family.network)
 
     @functools.cached_property
     def prompt_limits(self) -> tuple[PromptLimit, ...]:
         if not self.takes_text:
             return ()
         with tokenizing.listening(self.pipeline) as heard:
-            record(lambda: self.family.call(self.pipeline, [EXAMPLE], self.given), self.network)
+            record(lambda: self.calls([EXAMPLE], self.given), self.calls.network)
         return tokenizing.limits(heard)
 
 
@@ -175,9 +173,9 @@ class PipelineSampler(_CalledSampler):
         self, pipeline: Any, family: PipelineSpec, distilled: card.Distilled, device: torch.device | str
     ) -> None:
         super().__init__(pipeline, family, device)
-        start = family.unpack(family.sort_call(self.seen, pipeline).x_t, self.seen.arguments)
+        start = family.unpack(self.calls.sorted(self.seen).x_t, self.seen.arguments)
         self.sample_shape = tuple(start.shape[1:])
-        classes = 0 if family.null_class is None else family.null_class(self.network.config)
+        classes = 0 if family.null_class is None else family.null_class(self.calls.network.config)
         self.labels = distilled.class_labels or tuple(range(classes))
         self._takes_noise = "latents" in inspect.signature(pipeline.__call__).parameters
         self.gives_latents = self._takes_noise and family.has_decoder
@@ -185,7 +183,7 @@ class PipelineSampler(_CalledSampler):
     def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
         if not self.takes_text or "prompt" in rows:
             return self._images(eps, rows)
-        with self.family.encoded(self.pipeline, self._signature, rows):
+        with self.calls.encoded(self._signature, rows):
             return self._images(eps, {"prompt": [""] * len(eps)})
 
     def latents(self, eps: Tensor, rows: Rows) -> Tensor:
@@ -193,11 +191,11 @@ class PipelineSampler(_CalledSampler):
         return latents
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        return self.family.encode(self.pipeline, self._signature, prompts)
+        return self.calls.encode(self._signature, prompts)
 
     @functools.cached_property
     def _signature(self) -> Signature:
-        return self.family.signature(self.pipeline)[0]
+        return self.calls.signature()[0]
 
     def _images(self, eps: Tensor, rows: Rows) -> Tensor:
         return self.family.result(self._called(eps, rows, "pt")).float().clamp(-1, 1)
@@ -207,9 +205,9 @@ class PipelineSampler(_CalledSampler):
         packed = self.family.pack(eps.to(self.device), self.seen.arguments)
         given = {**self.given, "output_type": output_type}
         if self._takes_noise:
-            return self.family.call(self.pipeline, shown, {**given, "latents": packed})
+            return self.calls(shown, {**given, "latents": packed})
         with _drawing(self.pipeline, packed):
-            return self.family.call(self.pipeline, shown, given)
+            return self.calls(shown, given)
 
 
 @final
@@ -237,7 +235,7 @@ class EnlargingSampler(_CalledSampler):
         super().__init__(pipeline, family, device)
         assert family.image_condition is not None
         self.condition, self.first_stage = family.image_condition, first_stage
-        self.sample_shape = tuple(family.sort_call(self.seen, pipeline).x_t.shape[1:])
+        self.sample_shape = tuple(self.calls.sorted(self.seen).x_t.shape[1:])
         first_stage.teacher.lend_encoders(pipeline)
         self.noise_level = self.condition.level if noise_level is None else noise_level
 
@@ -248,7 +246,7 @@ class EnlargingSampler(_CalledSampler):
         # Its first draw is where it starts, its second the noise in the picture.
         blur = second_noise(rows["seed"], self.sample_shape)
         with _drawing(self.pipeline, eps.to(self.device), blur.to(self.device)):
-            return self.family.result(self.family.call(self.pipeline, rows["prompt"], given)).float().clamp(-1, 1)
+            return self.family.result(self.calls(rows["prompt"], given)).float().clamp(-1, 1)
 
 
 @contextmanager
@@ -260,8 +258,5 @@ def _drawing(pipeline: Any, *draws: Tensor) -> Iterator[None]:
     def drawn(shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         return given.pop(0) if given and tuple(shape) == tuple(given[0].shape) else draw(shape, *args, **kwargs)
 
-    module.randn_tensor = drawn
-    try:
+    with replaced(module, "randn_tensor", drawn):
         yield
-    finally:
-        module.randn_tensor = draw

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from onestill.core.errors import SettingError, found_in, named
-from onestill.core.tensors import as_times, refuse_non_finite
+from onestill.core.patch import replaced
+from onestill.core.tensors import SELF_CHECK_TOLERANCE, as_times, refuse_non_finite
 from onestill.diffusion.process import FlowMatching, Process
 from onestill.diffusion.trajectory import Trajectory
-from onestill.teachers.pipelines.capture import asked_shift, watch
+from onestill.teachers.pipelines.calls import PipelineCalls
+from onestill.teachers.pipelines.capture import requested_shift, watch
 from onestill.teachers.pipelines.folder import load_pipeline
 from onestill.teachers.pipelines.schedulers import times_of
-from onestill.teachers.pipelines.spec import PipelineSpec, examples
+from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.teachers.teacher_spec import TeacherSpec
-
-SELF_CHECK_TOLERANCE = 1e-4
 
 
 def load_family(
@@ -67,13 +67,13 @@ def pipeline_teacher(
         ValueError: If the pipeline's schedule or its way of calling the network is not supported, or the
             self-check fails.
     """
-    network = getattr(pipeline, family.network)
+    calls = PipelineCalls(family, pipeline)
     schedule = family.schedule(pipeline)
     t_max, reason = schedule.process.start_level(schedule.prediction_type)
-    _check_channels(family, network.config)
-    signature, one = family.signature(pipeline)
-    process = _with_shift(schedule.process, family, pipeline)
-    null_class = None if family.null_class is None else family.null_class(network.config)
+    _check_channels(family, calls.network.config)
+    signature, one = calls.signature()
+    process = _with_shift(schedule.process, calls)
+    null_class = None if family.null_class is None else family.null_class(calls.network.config)
     spec = TeacherSpec(
         family=family.name,
         source=source,
@@ -88,7 +88,7 @@ def pipeline_teacher(
         text=family.prompt == "prompt",
     )
     _check_size(family, pipeline, spec.sample_shape)
-    null = {} if null_class is not None else family.null_conditions(pipeline, signature)
+    null = {} if null_class is not None else calls.null_conditions(signature)
     teacher = PipelineTeacher(family, pipeline, folder, spec, signature, null, signature.conditions(one), variant)
     self_check(teacher, schedule.stock)
     if isinstance(vae := getattr(pipeline, "vae", None), nn.Module):
@@ -126,12 +126,12 @@ def _check_size(family: PipelineSpec, pipeline: Any, sample_shape: tuple[int, ..
         raise SettingError(rounded, [asked[name] for name in rounded], why, f"ask for {nearest}")
 
 
-def _with_shift(process: Process, family: PipelineSpec, pipeline: Any) -> Process:
+def _with_shift(process: Process, calls: PipelineCalls) -> Process:
     """Return the process under the shift that the pipeline asks a "dynamic" scheduler for, itself elsewhere."""
-    if not isinstance(process, FlowMatching) or not pipeline.scheduler.config.get("use_dynamic_shifting", False):
+    if not isinstance(process, FlowMatching) or not calls.pipeline.scheduler.config.get("use_dynamic_shifting", False):
         return process
-    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731 - passed on at once
-    shift = asked_shift(run, getattr(pipeline, family.network), pipeline.scheduler)
+    run = lambda: calls(calls.examples(1), {"num_inference_steps": 2})  # noqa: E731 - passed on at once
+    shift = requested_shift(run, calls.network, calls.pipeline.scheduler)
     return FlowMatching(shift, process.net_scale, process.net_offset)
 
 
@@ -151,20 +151,17 @@ def self_check(
         ValueError: If they differ by more than 1e-4.
     """
     family, pipeline = teacher.pipeline_spec, teacher.pipeline
-    scale, conditions, usual = 2.0 if teacher.can_guide else 1.0, examples(family, 2), pipeline.scheduler
+    scale, conditions = 2.0 if teacher.can_guide else 1.0, teacher.calls.examples(2)
     given = {"num_inference_steps": num_steps, **family.guidance_argument(scale)}
     if negative_prompt is not None:
         given["negative_prompt"] = [negative_prompt] * len(conditions)
-    pipeline.scheduler = stock
-    try:
+    with replaced(pipeline, "scheduler", stock):
         x_t, theirs = watch(
-            lambda: family.call(pipeline, conditions, given, seeds=(0, 1)),
+            lambda: teacher.calls(conditions, given, seeds=(0, 1)),
             teacher.network,
             stock,
             num_steps,
         )
-    finally:
-        pipeline.scheduler = usual
     x_t, theirs = (family.unpack(x[:2], teacher.signature.constant) for x in (x_t, theirs))
     x_t = x_t[:, : teacher.spec.sample_shape[0]]
     times = times_of(stock, teacher.spec.process)

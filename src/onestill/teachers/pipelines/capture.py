@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from onestill.core.patch import replaced
 from onestill.core.tensors import Cond
 
 X_NAMES, TIME_NAMES = ("sample", "hidden_states", "latent_model_input"), ("timestep", "timesteps")
@@ -48,27 +50,9 @@ def record(run: Callable[[], object], network: nn.Module, until: Any = None) -> 
     Raises:
         ValueError: If the pipeline never calls the network as network(x_t, time, ...).
     """
-    calls: list[Call] = []
-
-    def see(_network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(as_call(args, kwargs))
-        if until is None:
-            raise _Stop
-
-    def stop(*_args: Any, **_kwargs: Any) -> None:
-        raise _Stop
-
-    hook = network.register_forward_pre_hook(see, with_kwargs=True)
-    if until is not None:
-        until.step = stop
-    try:
+    stepped = nullcontext() if until is None else replaced(until, "step", _stop)
+    with suppress(_Stop), seen_calls(network, most=1 if until is None else None) as calls, stepped:
         run()
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
-        if until is not None:
-            del until.step
     if not calls:
         raise ValueError("the pipeline did not call its network")
     return calls
@@ -84,75 +68,75 @@ def watch(run: Callable[[], object], network: nn.Module, scheduler: Any, num_ste
         scheduler: Its scheduler, one evaluation a step.
         num_steps: How many steps `run` asks for.
     """
-    first: list[Tensor] = []
-    last: list[Tensor] = []
-    step = scheduler.step
-
-    def see(_network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first.append(as_call(args, kwargs).x_t)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        last.append(result[0] if isinstance(result, tuple) else result.prev_sample)
-        if len(last) == num_steps:
-            raise _Stop
-        return result
-
-    hook = network.register_forward_pre_hook(see, with_kwargs=True)
-    scheduler.step = counted
-    try:
+    with suppress(_Stop), seen_calls(network) as calls, _seen_states(scheduler, most=num_steps) as states:
         run()
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
-        del scheduler.step
-    return first[0], last[-1]
+    return calls[0].x_t, states[-1]
 
 
 @torch.no_grad()
 def finish(run: Callable[[], Any], scheduler: Any) -> tuple[Any, Tensor]:
     """Return (what a pipeline's call returns, the last state of its scheduler)."""
-    last: list[Tensor] = []
-    step = scheduler.step
-
-    @functools.wraps(step)  # pipelines read its signature
-    def seen(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        last.append(result[0] if isinstance(result, tuple) else result.prev_sample)
-        return result
-
-    scheduler.step = seen
-    try:
+    with _seen_states(scheduler) as states:
         output = run()
-    finally:
-        del scheduler.step
-    return output, last[-1]
+    return output, states[-1]
 
 
-def asked_shift(run: Callable[[], object], network: nn.Module, scheduler: Any) -> float:
-    """Return the time shift that a pipeline asks a scheduler with dynamic shifting for, by its argument `mu`.
+def requested_shift(run: Callable[[], object], network: nn.Module, scheduler: Any) -> float:
+    """Return the time shift that a pipeline gives a scheduler with dynamic shifting, by the argument `mu`.
 
     Args:
         run: Calls the pipeline.
         network: Its denoising network.
         scheduler: Its scheduler.
     """
-    asked: list[float] = []
+    shifts: list[float] = []
     set_timesteps = scheduler.set_timesteps
 
     @functools.wraps(set_timesteps)  # pipelines read its signature
     def see(*args: Any, **kwargs: Any) -> Any:
-        asked.append(kwargs["mu"])
+        shifts.append(kwargs["mu"])
         return set_timesteps(*args, **kwargs)
 
-    scheduler.set_timesteps = see
-    try:
+    with replaced(scheduler, "set_timesteps", see):
         record(run, network)
-    finally:
-        del scheduler.set_timesteps
     linear = scheduler.config.get("time_shift_type", "exponential") == "linear"
-    return asked[0] if linear else math.exp(asked[0])
+    return shifts[0] if linear else math.exp(shifts[0])
+
+
+@contextmanager
+def seen_calls(network: nn.Module, most: int | None = None) -> Iterator[list[Call]]:
+    """Collect the calls of a network; the call that makes it `most` ends the pipeline before anything is computed."""
+    calls: list[Call] = []
+
+    def see(_network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(as_call(args, kwargs))
+        if len(calls) == most:
+            raise _Stop
+
+    with network.register_forward_pre_hook(see, with_kwargs=True):
+        yield calls
+
+
+@contextmanager
+def _seen_states(scheduler: Any, most: int | None = None) -> Iterator[list[Tensor]]:
+    """Collect the states that a scheduler's steps lead to; the step that makes it `most` ends the pipeline."""
+    states: list[Tensor] = []
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines read its signature
+    def see(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        states.append(result[0] if isinstance(result, tuple) else result.prev_sample)
+        if len(states) == most:
+            raise _Stop
+        return result
+
+    with replaced(scheduler, "step", see):
+        yield states
+
+
+def _stop(*_args: Any, **_kwargs: Any) -> None:
+    raise _Stop
 
 
 def as_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -168,7 +152,7 @@ def as_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
 
 
 def split(call: Call, name: str, channels: int) -> Call:
-    """Return a call whose x_t is its first `channels` channels; what lies beside them becomes the argument `name`."""
+    """Return a call whose x_t is its first `channels` channels; the further ones become the argument `name`."""
     arguments = {**call.arguments, name: call.x_t[:, channels:]}
     return Call(call.x_t[:, :channels], call.net_time, arguments)
 
@@ -190,23 +174,23 @@ class Signature:
         time_name: Position or name of the time.
         per_image: Names of the conditions: tensors with one row for each image.
         constant: Every other argument.
-        beside: Name of the condition that is given as further channels of the noisy input, if there is one.
+        channels_name: Name of the condition that is given as further channels of the noisy input, if there is one.
     """
 
     x_name: str
     time_name: str
     per_image: tuple[str, ...]
     constant: Mapping[str, Any]
-    beside: str | None = None
+    channels_name: str | None = None
 
     @classmethod
-    def of(cls, one: Call, two: Call, beside: str | None = None) -> Signature:
+    def of(cls, one: Call, two: Call, channels_name: str | None = None) -> Signature:
         """Return the signature seen in the calls for one image and for two: what grew is per image."""
         x_name, time_name = (name[1:] for name in list(one.arguments)[:2])
         rest = {name: value for name, value in one.arguments.items() if not name.startswith("@")}
         grown = [n for n, v in rest.items() if isinstance(v, Tensor) and v.ndim and v.shape[0] * 2 == _rows(two, n)]
         constant = {name: value for name, value in rest.items() if name not in grown}
-        return cls(x_name, time_name, tuple(grown), constant, beside)
+        return cls(x_name, time_name, tuple(grown), constant, channels_name)
 
     def conditions(self, call: Call) -> Cond:
         """Return the conditions of a recorded call."""
@@ -223,8 +207,8 @@ class Signature:
         """Return the arguments of the network's call, by position and by name, without `return_dict`."""
         named = {**self.constant, **{name: cond[name] for name in self.per_image}}
         named = {name: _to(value, x_t.device) for name, value in named.items()}
-        if self.beside is not None:
-            x_t = torch.cat([x_t, named.pop(self.beside).to(x_t.dtype)], dim=1)
+        if self.channels_name is not None:
+            x_t = torch.cat([x_t, named.pop(self.channels_name).to(x_t.dtype)], dim=1)
         named |= {self.x_name: x_t, self.time_name: net_time}
         positions = sorted(int(name) for name in named if name.isdigit())
         args = tuple(named.pop(str(i)) for i in positions)

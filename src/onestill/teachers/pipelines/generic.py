@@ -19,13 +19,15 @@ import diffusers
 import torch
 from torch import Tensor
 
-from onestill.teachers.pipelines.build import SELF_CHECK_TOLERANCE, pipeline_teacher
+from onestill.core.tensors import SELF_CHECK_TOLERANCE
+from onestill.teachers.pipelines.build import pipeline_teacher
+from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import finish, record
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step
+from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step
 from onestill.teachers.pipelines.folder import load_pipeline
 from onestill.teachers.pipelines.schedulers import plain_ddim, scheduler_process, scheduler_threshold
-from onestill.teachers.pipelines.spec import PipelineSpec, Schedule, examples
+from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 NETWORKS = ("transformer", "unet")
@@ -163,9 +165,10 @@ def _result(output: Any) -> Tensor:
 
 def _first_call(family: PipelineSpec, pipeline: Any) -> float:
     """Return the time in a pipeline's first call of its network, which must work for one prompt alone."""
-    run = lambda: family.call(pipeline, examples(family, 1), {"num_inference_steps": 2})  # noqa: E731 - passed on at once
+    calls = PipelineCalls(family, pipeline)
+    run = lambda: calls(calls.examples(1), {"num_inference_steps": 2})  # noqa: E731 - passed on at once
     try:
-        (call,) = record(run, getattr(pipeline, family.network))
+        (call,) = record(run, calls.network)
     except (ValueError, *FOREIGN) as error:
         raise ValueError(
             f"its call with a prompt alone ends with {type(error).__name__}: {_said(error)}. "
@@ -181,14 +184,14 @@ def _said(error: Exception) -> str:
 @torch.no_grad()
 def _check_decoder(teacher: PipelineTeacher, seeds: Sequence[int] = (0, 1)) -> None:
     """Raise ValueError if our decoder does not make the pipeline's own picture of its own last state."""
-    family, pipeline = teacher.pipeline_spec, teacher.pipeline
-    prompts = examples(family, len(seeds))
+    calls = teacher.calls
+    prompts = calls.examples(len(seeds))
     try:
         output, latents = finish(
-            lambda: family.call(pipeline, prompts, {"num_inference_steps": 2, "output_type": "pt"}, seeds=seeds),
-            pipeline.scheduler,
+            lambda: calls(prompts, {"num_inference_steps": 2, "output_type": "pt"}, seeds=seeds),
+            calls.pipeline.scheduler,
         )
-        theirs, ours = family.result(output), teacher.decode(latents)
+        theirs, ours = calls.spec.result(output), teacher.decode(latents)
     except FOREIGN as error:
         raise ValueError(
             f"its latents do not decode plainly: {_said(error)}. It would need a family that decodes (and packs) them"

@@ -20,6 +20,7 @@ from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines import token_limits
+from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import Signature
 from onestill.teachers.pipelines.folder import load_stock, options
 from onestill.teachers.pipelines.spec import PipelineSpec
@@ -84,6 +85,11 @@ class PipelineTeacher(NetworkTeacher):
         return self
 
     @property
+    def calls(self) -> PipelineCalls:
+        """The calls of its pipeline."""
+        return PipelineCalls(self.pipeline_spec, self.pipeline)
+
+    @property
     def kind(self) -> str:
         return type(self.pipeline).__name__
 
@@ -97,12 +103,12 @@ class PipelineTeacher(NetworkTeacher):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], seeds: Sequence[int] = ()) -> Cond:
         self._refuse_released()
-        return self.pipeline_spec.encode(self.pipeline, self.signature, prompts, seeds)
+        return self.calls.encode(self.signature, prompts, seeds)
 
     @torch.no_grad()
     def encode_negative(self, prompt: str) -> Cond:
         self._refuse_released()
-        return self.pipeline_spec.null_conditions(self.pipeline, self.signature, prompt)
+        return self.calls.null_conditions(self.signature, prompt)
 
     def _refuse_released(self) -> None:
         if self.encoders_released:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from onestill.core.patch import replaced
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.prompt_limits import EXAMPLE, PromptLimit, Truncation
 
@@ -59,11 +60,8 @@ def _recorded(calls: list[TokenizerCall], name: str, tokenizer: Any) -> Iterator
         return found
 
     # `tokenizer(...)` is looked up in the class, so the one object gets a class of its own for the time.
-    tokenizer.__class__ = type(cls.__name__, (cls,), {"__call__": call})
-    try:
+    with replaced(tokenizer, "__class__", type(cls.__name__, (cls,), {"__call__": call})):
         yield
-    finally:
-        tokenizer.__class__ = cls
 
 
 def _as_tokenizer_call(

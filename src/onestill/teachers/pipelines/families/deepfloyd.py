@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onestill.core.tensors import Cond
 from onestill.teachers.image_condition import ImageCondition
-from onestill.teachers.pipelines.families.stable_diffusion import vp_schedule
+from onestill.teachers.pipelines.families._vp import vp_schedule
 from onestill.teachers.pipelines.schedulers import one_level, scheduler_threshold
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 from onestill.teachers.teacher_spec import Threshold

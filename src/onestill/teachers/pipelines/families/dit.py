@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step, vp_schedule
+from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step, vp_schedule
 from onestill.teachers.pipelines.spec import PipelineSpec
 
 PIPELINE_NULL_CLASS = 1000

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, square_size
+from onestill.teachers.pipelines.families._vp import decode_vae, square_size
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 

@@ -6,7 +6,7 @@ pipeline finds it. One step of PixArt-alpha takes the scheduler's prediction of 
 
 from __future__ import annotations
 
-from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step, vp_schedule
+from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step, vp_schedule
 from onestill.teachers.pipelines.spec import PipelineSpec
 
 # Binning is the identity at the sizes the networks were trained for and unknown at any other. Cleaning captions

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families.stable_diffusion import decode_vae
+from onestill.teachers.pipelines.families._vp import decode_vae
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 

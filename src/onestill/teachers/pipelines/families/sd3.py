@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, square_size
+from onestill.teachers.pipelines.families._vp import decode_vae, square_size
 from onestill.teachers.pipelines.spec import PipelineSpec
 
 STABLE_DIFFUSION_3 = PipelineSpec(

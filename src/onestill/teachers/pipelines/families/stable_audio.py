@@ -22,7 +22,7 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor
 
 from onestill.diffusion.process import CosineVP
-from onestill.teachers.pipelines.families.stable_diffusion import decode_vae, one_ddim_step
+from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 # Where the self-check starts. From 500, rounding x in float32 alone costs 1e-4 in the sound.

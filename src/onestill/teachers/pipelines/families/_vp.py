@@ -1,0 +1,48 @@
+"""What the families of latents with an `alphas_cumprod` schedule share: its reading, decoding, size and one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from onestill.teachers.pipelines import vae
+from onestill.teachers.pipelines.schedulers import one_level, plain_ddim, scheduler_process
+from onestill.teachers.pipelines.spec import Schedule
+
+
+def vp_schedule(pipeline: Any) -> Schedule:
+    """Return the schedule of a pipeline whose scheduler has `alphas_cumprod`; latents are never thresholded.
+
+    Raises:
+        ValueError: If the scheduler is of another kind.
+    """
+    process, prediction, _ = scheduler_process(pipeline.scheduler)
+    if prediction == "edm":
+        raise ValueError(
+            f"a {type(pipeline).__name__} with {type(pipeline.scheduler).__name__} is not supported: EDM's "
+            "preconditioning is known for pixel networks (UNet2DModel) only"
+        )
+    return Schedule(process, prediction, plain_ddim(pipeline.scheduler))
+
+
+def decode_vae(pipeline: Any, latents: Tensor) -> Tensor:
+    """Return the images of latents by the pipeline's own autoencoder."""
+    return vae.decode(pipeline.vae, latents)
+
+
+def one_ddim_step(_pipeline: Any, prediction_type: str, alpha: float) -> Any:
+    """Return the scheduler of an exported student: its one step is the head."""
+    return one_level(alpha, prediction_type, clip_sample=False)
+
+
+def any_size(network: Any, size: tuple[int, int]) -> bool:
+    """Make (height, width) of the latents the default size of the pipeline around a network."""
+    height, width = size
+    network.register_to_config(sample_size=height if height == width else [height, width])
+    return True
+
+
+def square_size(network: Any, size: tuple[int, int]) -> bool:
+    """Make a size the default of a pipeline that multiplies its network's `sample_size`, which must be one number."""
+    return size[0] == size[1] and any_size(network, size)
