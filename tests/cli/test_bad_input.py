@@ -268,22 +268,22 @@ SETTINGS = [
     Case("delta 0", D + "--teacher PLAIN --delta 0", "--delta 0: input should be greater than 0"),
     Case("delta NaN", D + "--teacher PLAIN --delta nan", "--delta nan: input should be a finite number"),
     Case("delta of the whole range", D + "--teacher PLAIN --delta 0.7 --t_min 0.3", "--delta 0.7: must be below --t_max minus --t_min"),
-    Case("delta below a step of the teacher", D + "--teacher PLAIN --delta 1e-5", "--delta 1e-05 is below 0.001, one time step of the teacher"),
-    Case("delta beyond the teacher's start", D + "--teacher EPSILON --delta 0.8", "--delta 0.8 must be below t_max - t_min"),
+    Case("delta below a step of the teacher", D + "--teacher PLAIN --delta 1e-5", "--delta 1e-05: is below 0.001, one time step of the teacher"),
+    Case("delta beyond the teacher's start", D + "--teacher EPSILON --delta 0.8", "--delta 0.8: must be below t_max - t_min"),
     Case("t_min above t_max", D + "--teacher PLAIN --t_min 0.6 --t_max 0.5", "--t_min 0.6: must be below --t_max"),
     Case("t_min equal to t_max", D + "--teacher PLAIN --t_min 0.5 --t_max 0.5", "--t_min 0.5: must be below --t_max"),
-    Case("t_min beyond the teacher's start", D + "--teacher EPSILON --t_min 0.8 --delta 0.1", "--t_min 0.8 must be below the teacher's start level"),
+    Case("t_min beyond the teacher's start", D + "--teacher EPSILON --t_min 0.8 --delta 0.1", "--t_min 0.8: must be below the teacher's start level"),
     Case("t_max beyond noise", D + "--teacher PLAIN --t_max 1.5", "--t_max 1.5: input should be less than or equal to 1"),
     Case("t_max below a step", D + "--teacher PLAIN --t_max 0.0005 --delta 0.0001", "--t_max 0.0005: must be above 0.001"),
     Case("batch 0", D + "--teacher PLAIN --train_batch_size 0", "--train_batch_size 0: input should be greater than or equal to 2"),
     Case("batch 1", D + "--teacher PLAIN --train_batch_size 1", "--train_batch_size"),
-    Case("no bootstrap rows", D + "--teacher PLAIN --train_batch_size 4 --boundary_fraction 0.9", "--boundary_fraction 0.9 leaves no bootstrap rows"),
+    Case("no bootstrap rows", D + "--teacher PLAIN --train_batch_size 4 --boundary_fraction 0.9", "--boundary_fraction 0.9: no bootstrap rows are left"),
     Case("rate NaN", D + "--teacher PLAIN --learning_rate nan", "--learning_rate nan: input should be a finite number"),
     Case("rate infinite", D + "--teacher PLAIN --learning_rate inf", "--learning_rate inf: input should be a finite number"),
     Case("rate negative", D + "--teacher PLAIN --learning_rate -1", "--learning_rate -1: input should be greater than 0"),
     Case("no steps", D + "--teacher PLAIN --max_train_steps 0", "--max_train_steps"),
     Case("half a step", D + "--teacher PLAIN --max_train_steps 2.5", "--max_train_steps"),
-    Case("warm-up of the whole run", D + "--teacher PLAIN --max_train_steps 10 --lr_warmup_steps 100", "--lr_warmup_steps 100 must be below --max_train_steps 10"),
+    Case("warm-up of the whole run", D + "--teacher PLAIN --max_train_steps 10 --lr_warmup_steps 100", "--lr_warmup_steps 100: must be below --max_train_steps, 10"),
     Case("seed negative", D + "--teacher PLAIN --seed -1", "--seed"),
     Case("guidance negative", D + "--teacher CLASS --null_class 3 --guidance_scale -1", "--guidance_scale -1: input should be greater than or equal to 0"),
     Case("guidance NaN", D + "--teacher CLASS --null_class 3 --guidance_scale nan", "--guidance_scale nan: input should be a finite"),
@@ -302,14 +302,14 @@ SETTINGS = [
     Case("labels of no classes", D + "--teacher PLAIN --class_labels 0", "--class_labels 0: the teacher is unconditional"),
     Case("labels that are none", D + "--teacher CLASS --class_labels 1 --class_labels 4 --class_labels 9", "--class_labels 4,9: the teacher's classes are 0 to 3"),
     Case("device", "distill --output_dir run --teacher PLAIN --device gpu", "--device gpu: unknown device; use auto, cpu, cuda, cuda:N or mps"),
-    Case("device that is not there", "distill --output_dir run --teacher PLAIN --device cuda:99", "--device cuda:99 is not available"),
-    Case("tracker", D + "--teacher PLAIN --report_to tensorbored", "--report_to tensorbored is unknown"),
+    Case("device that is not there", "distill --output_dir run --teacher PLAIN --device cuda:99", "--device cuda:99: is not available"),
+    Case("tracker", D + "--teacher PLAIN --report_to tensorbored", "--report_to tensorbored: is unknown"),
     Case("prompt", D + "--teacher PLAIN --prompt cat", "no such option: --prompt; did you mean --prompt_file?"),
-    Case("output is a file", D + "--teacher PLAIN", "--output_dir run is a file", write("run", "x")),
-    Case("output below a file", "distill --output_dir file/run --teacher PLAIN", "--output_dir file/run cannot be written", write("file", "x")),
-    Case("output with other files", D + "--teacher PLAIN", "--output_dir run holds other files", write("run/photo.png", "x")),
+    Case("output is a file", D + "--teacher PLAIN", "--output_dir run: is a file", write("run", "x")),
+    Case("output below a file", "distill --output_dir file/run --teacher PLAIN", "--output_dir file/run: cannot be written", write("file", "x")),
+    Case("output with other files", D + "--teacher PLAIN", "--output_dir run: holds other files", write("run/photo.png", "x")),
     Case("output with another run", "distill --output_dir RUN --teacher PLAIN", "holds another run; name a new folder, or go on with it: --resume_from_checkpoint latest"),
-    Case("resume with other files", D + "--teacher PLAIN --resume_from_checkpoint latest", "--output_dir run holds other files", write("run/photo.png", "x")),
+    Case("resume with other files", D + "--teacher PLAIN --resume_from_checkpoint latest", "--output_dir run: holds other files", write("run/photo.png", "x")),
     Case("resume from nowhere", D + "--teacher PLAIN --resume_from_checkpoint checkpoint-7", "--resume_from_checkpoint checkpoint-7: no such folder"),
     Case("resume from something else", D + "--teacher PLAIN --resume_from_checkpoint other", "checkpoint other is corrupt", write("other/a.txt", "x")),
 ]  # fmt: skip
@@ -356,7 +356,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses folders")
 def test_a_folder_that_the_system_refuses() -> None:
     outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", "/proc/run", *as_flags(FAST))
-    assert outcome.code == 2 and "--output_dir /proc/run cannot be written" in outcome.words
+    assert outcome.code == 2 and "--output_dir /proc/run: cannot be written" in outcome.words
 
 
 # Resuming
@@ -559,7 +559,7 @@ OTHERS = [
     Case("export with guidance that is fixed", X + "--student RUN --guidance_scale 2", "distilled with w = 1 fixed"),
     Case("export at no time", X + "--student RUN --target_time -1", "--target_time -1: must be between 0"),
     Case("export on no device", X + "--student RUN --device gpu", "--device gpu"),
-    Case("demo over other files", "demo --output_dir out --overwrite", "--output_dir out holds other files", write("out/a.txt", "x")),
+    Case("demo over other files", "demo --output_dir out --overwrite", "--output_dir out: holds other files", write("out/a.txt", "x")),
     Case("demo without steps", "demo --max_train_steps 0", "--max_train_steps"),
     Case("demo on no device", "demo --device gpu", "--device gpu"),
 ]  # fmt: skip

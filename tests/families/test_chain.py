@@ -159,7 +159,7 @@ def test_both_guided_halves_see_the_same_picture(tmp_path: Path) -> None:
         with_kwargs=True,
     )
     (tmp_path / "run").mkdir()
-    assert sum(trainer.make_anchors()) == 4
+    assert sum(num for _, num in trainer.prepare()) == 4
     trainer.update()
     assert len(seen) == 2 + 2, "two calls of a midpoint step of anchors, two of the bootstrap target"
     for sees, levels, text in seen:

@@ -29,7 +29,7 @@ def export(student: str | Path, output: str | Path, **settings: Any) -> float:
     Args:
         student: A run's folder or a checkpoint-N folder.
         output: Folder to write.
-        **settings: The other fields of `ExportConfig`; an unknown name is refused.
+        **settings: Fields of `ExportConfig`, the others; an unknown name is refused.
 
     Returns:
         The largest difference between the reloaded folder's images and the student's.
