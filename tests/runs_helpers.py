@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +30,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import onestill
 from onestill import cli
+from onestill.core.errors import SettingError, SettingErrors
 from onestill.evaluation.report import JSON_NAME, Report
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import restore_student, run_teacher
@@ -154,6 +155,13 @@ class Outcome:
     code: int
     out: str
     err: str
+    error: ValueError | None = None
+
+    @property
+    def settings(self) -> set[str]:
+        """The settings that the refusal is about; empty if it is about none, or comes from the parser."""
+        errors = self.error.errors if isinstance(self.error, SettingErrors) else [self.error]
+        return {name for error in errors if isinstance(error, SettingError) for name in error.settings}
 
     @property
     def words(self) -> str:
@@ -165,15 +173,39 @@ class Outcome:
 def call_cli(*args: object) -> Outcome:
     """Run `onestill *args` in this process."""
     out, err = io.StringIO(), io.StringIO()
-    code = 0
+    code, refusals, app = 0, [], cli.app
+
+    def recorded(**how: Any) -> Any:
+        try:
+            return app(**how)
+        except ValueError as error:
+            refusals.append(error)
+            raise
+
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["onestill", *map(str, args)])
+        patch.setattr(cli, "app", recorded)
         patch.setenv("COLUMNS", "200")
         try:
             cli.main()
         except SystemExit as end:
             code = 0 if end.code is None else int(end.code)
-    return Outcome(code, out.getvalue(), err.getvalue())
+    return Outcome(code, out.getvalue(), err.getvalue(), *refusals)
+
+
+def with_places(command: str, places: Mapping[str, Callable[[], object]]) -> list[str]:
+    """Return the words of a command, with what a name in capitals stands for in its place; made if it is there."""
+    return re.sub(r"\b[A-Z][A-Z0-9_]*\b", lambda m: str(places[m[0]]()) if m[0] in places else m[0], command).split()
+
+
+def assert_refused(outcome: Outcome, words: str) -> None:
+    """Assert that a command has ended with one line that holds `words`; a flag they begin with is what it is about."""
+    assert outcome.code == 2, outcome
+    assert words in outcome.words and outcome.out == "" and "Traceback" not in outcome.err, outcome.err
+    assert [line[:7] for line in outcome.err.splitlines()] == ["error: "], outcome.err
+    flag = re.match(r"--(\w+)", words)
+    if flag is not None and outcome.error is not None:
+        assert flag[1] in outcome.settings, outcome.error
 
 
 def go_on_with(said: str) -> list[str]:

@@ -17,12 +17,14 @@ from diffusers import DDIMScheduler
 from runs_helpers import (
     FAST,
     as_flags,
+    assert_refused,
     call_cli,
     copied,
     finished_run,
     snapshot,
     teacher_folder,
     tiny_network,
+    with_places,
     write_teacher,
     zero_snr_scheduler,
 )
@@ -46,22 +48,21 @@ class Case:
         return self.name
 
 
+PLACES: dict[str, Callable[[], object]] = {
+    "PLAIN": lambda: teacher_folder("plain"),
+    "CLASS": lambda: teacher_folder("class"),
+    "EPSILON": lambda: teacher_folder("epsilon"),
+    "OTHER": lambda: teacher_folder("other"),
+    "RUN": lambda: finished_run(),
+    "RUN_DRAWN": lambda: finished_run("drawn"),
+}
+
+
 def refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     case.make()
     before = snapshot(tmp_path)
-    places = {"PLAIN": "plain", "CLASS": "class", "EPSILON": "epsilon", "OTHER": "other"}
-    arguments = case.arguments
-    for name, kind in places.items():
-        arguments = arguments.replace(name, str(teacher_folder(kind)))
-    arguments = arguments.replace("RUN_DRAWN", str(finished_run("drawn"))) if "RUN_DRAWN" in arguments else arguments
-    arguments = arguments.replace("RUN", str(finished_run())) if "RUN" in arguments else arguments
-    outcome = call_cli(*arguments.split())
-    assert outcome.code == 2, outcome
-    assert case.words in outcome.words, outcome.err
-    assert "Traceback" not in outcome.err and outcome.out == ""
-    # One line, but for the frame that typer draws around what it cannot parse.
-    assert "Usage" in outcome.err or [line[:7] for line in outcome.err.splitlines()] == ["error: "], outcome.err
+    assert_refused(call_cli(*with_places(case.arguments, PLACES)), case.words)
     assert snapshot(tmp_path) == before
     if "RUN" in case.arguments:
         assert_untouched(finished_run())
@@ -208,10 +209,7 @@ def test_teachers(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ["inspect", "--device", "cpu"],
         ["sample", "--output", "x.png"],
     ):
-        outcome = call_cli(*command, "--teacher", teacher)
-        assert outcome.code == 2, outcome
-        assert case.words in outcome.words, outcome.err
-        assert [line[:7] for line in outcome.err.splitlines()] == ["error: "] and outcome.out == ""
+        assert_refused(call_cli(*command, "--teacher", teacher), case.words)
         assert snapshot(tmp_path) == before
 
 
@@ -264,39 +262,39 @@ SETTINGS = [
     Case("an unknown choice", D + "--teacher PLAIN --solver euler", "--solver"),
     Case("unknown YAML key", D + "--config run.yaml --teacher PLAIN", "run.yaml: unknown setting 'learning_rat'; did you mean 'learning_rate'?", write("run.yaml", "learning_rat: 1")),
     Case("no YAML file", D + "--config none.yaml --teacher PLAIN", "--config none.yaml: No such file"),
-    Case("YAML that is none", D + "--config run.yaml --teacher PLAIN", "--config run.yaml is no YAML in line 1: expected the node content", write("run.yaml", "a: [")),
-    Case("YAML list", D + "--config run.yaml --teacher PLAIN", "--config run.yaml must hold", write("run.yaml", "- a")),
-    Case("YAML value", D + "--config run.yaml --teacher PLAIN", "--delta: input should be greater than 0, got -1", write("run.yaml", "delta: -1")),
-    Case("delta 0", D + "--teacher PLAIN --delta 0", "--delta: input should be greater than 0, got 0"),
-    Case("delta NaN", D + "--teacher PLAIN --delta nan", "--delta: input should be a finite number, got nan"),
-    Case("delta of the whole range", D + "--teacher PLAIN --delta 0.7 --t_min 0.3", "--delta 0.7 must be below --t_max minus --t_min"),
-    Case("delta below a step of the teacher", D + "--teacher PLAIN --delta 1e-5", "--delta 1e-05 is below 0.001, one time step of the teacher"),
-    Case("delta beyond the teacher's start", D + "--teacher EPSILON --delta 0.8", "--delta 0.8 must be below t_max - t_min"),
-    Case("t_min above t_max", D + "--teacher PLAIN --t_min 0.6 --t_max 0.5", "--t_min 0.6 must be below --t_max 0.5"),
-    Case("t_min equal to t_max", D + "--teacher PLAIN --t_min 0.5 --t_max 0.5", "--t_min 0.5 must be below --t_max 0.5"),
-    Case("t_min beyond the teacher's start", D + "--teacher EPSILON --t_min 0.8 --delta 0.1", "--t_min 0.8 must be below the teacher's start level"),
-    Case("t_max beyond noise", D + "--teacher PLAIN --t_max 1.5", "--t_max: input should be less than or equal to 1, got 1.5"),
+    Case("YAML that is none", D + "--config run.yaml --teacher PLAIN", "--config run.yaml: is no YAML in line 1: expected the node content", write("run.yaml", "a: [")),
+    Case("YAML list", D + "--config run.yaml --teacher PLAIN", "--config run.yaml: must hold", write("run.yaml", "- a")),
+    Case("YAML value", D + "--config run.yaml --teacher PLAIN", "run.yaml: --delta -1: input should be greater than 0", write("run.yaml", "delta: -1")),
+    Case("delta 0", D + "--teacher PLAIN --delta 0", "--delta 0: input should be greater than 0"),
+    Case("delta NaN", D + "--teacher PLAIN --delta nan", "--delta nan: input should be a finite number"),
+    Case("delta of the whole range", D + "--teacher PLAIN --delta 0.7 --t_min 0.3", "--delta 0.7: must be below --t_max minus --t_min"),
+    Case("delta below a step of the teacher", D + "--teacher PLAIN --delta 1e-5", "--delta 1e-05: is below 0.001, one time step of the teacher"),
+    Case("delta beyond the teacher's start", D + "--teacher EPSILON --delta 0.8", "--delta 0.8: must be below t_max - t_min"),
+    Case("t_min above t_max", D + "--teacher PLAIN --t_min 0.6 --t_max 0.5", "--t_min 0.6: must be below --t_max"),
+    Case("t_min equal to t_max", D + "--teacher PLAIN --t_min 0.5 --t_max 0.5", "--t_min 0.5: must be below --t_max"),
+    Case("t_min beyond the teacher's start", D + "--teacher EPSILON --t_min 0.8 --delta 0.1", "--t_min 0.8: must be below the teacher's start level"),
+    Case("t_max beyond noise", D + "--teacher PLAIN --t_max 1.5", "--t_max 1.5: input should be less than or equal to 1"),
     Case("t_max below a step", D + "--teacher PLAIN --t_max 0.0005 --delta 0.0001", "--t_max 0.0005: must be above 0.001"),
-    Case("batch 0", D + "--teacher PLAIN --train_batch_size 0", "--train_batch_size: input should be greater than or equal to 2, got 0"),
+    Case("batch 0", D + "--teacher PLAIN --train_batch_size 0", "--train_batch_size 0: input should be greater than or equal to 2"),
     Case("batch 1", D + "--teacher PLAIN --train_batch_size 1", "--train_batch_size"),
-    Case("no bootstrap rows", D + "--teacher PLAIN --train_batch_size 4 --boundary_fraction 0.9", "--boundary_fraction 0.9 leaves no bootstrap rows"),
-    Case("rate NaN", D + "--teacher PLAIN --learning_rate nan", "--learning_rate: input should be a finite number"),
-    Case("rate infinite", D + "--teacher PLAIN --learning_rate inf", "--learning_rate: input should be a finite number"),
-    Case("rate negative", D + "--teacher PLAIN --learning_rate -1", "--learning_rate: input should be greater than 0"),
+    Case("no bootstrap rows", D + "--teacher PLAIN --train_batch_size 4 --boundary_fraction 0.9", "--boundary_fraction 0.9: no bootstrap rows are left"),
+    Case("rate NaN", D + "--teacher PLAIN --learning_rate nan", "--learning_rate nan: input should be a finite number"),
+    Case("rate infinite", D + "--teacher PLAIN --learning_rate inf", "--learning_rate inf: input should be a finite number"),
+    Case("rate negative", D + "--teacher PLAIN --learning_rate -1", "--learning_rate -1: input should be greater than 0"),
     Case("no steps", D + "--teacher PLAIN --max_train_steps 0", "--max_train_steps"),
     Case("half a step", D + "--teacher PLAIN --max_train_steps 2.5", "--max_train_steps"),
-    Case("warm-up of the whole run", D + "--teacher PLAIN --max_train_steps 10 --lr_warmup_steps 100", "--lr_warmup_steps 100 must be below --max_train_steps 10"),
+    Case("warm-up of the whole run", D + "--teacher PLAIN --max_train_steps 10 --lr_warmup_steps 100", "--lr_warmup_steps 100: must be below --max_train_steps, 10"),
     Case("seed negative", D + "--teacher PLAIN --seed -1", "--seed"),
-    Case("guidance negative", D + "--teacher CLASS --null_class 3 --guidance_scale -1", "--guidance_scale: input should be greater than or equal to 0"),
-    Case("guidance NaN", D + "--teacher CLASS --null_class 3 --guidance_scale nan", "--guidance_scale: input should be a finite"),
+    Case("guidance negative", D + "--teacher CLASS --null_class 3 --guidance_scale -1", "--guidance_scale -1: input should be greater than or equal to 0"),
+    Case("guidance NaN", D + "--teacher CLASS --null_class 3 --guidance_scale nan", "--guidance_scale nan: input should be a finite"),
     Case("guidance fixed and drawn", D + "--teacher CLASS --null_class 3 --guidance_scale 2 --guidance_scale_min 1 --guidance_scale_max 3", "give one or the other"),
     Case("guidance half drawn", D + "--teacher CLASS --null_class 3 --guidance_scale_min 1", "given together"),
     Case("guidance of no classes", D + "--teacher PLAIN --guidance_scale 2", "--guidance_scale 2: needs a teacher with a null class, and this one has no classes"),
     Case("guidance without a null class", D + "--teacher CLASS --guidance_scale 2", "--guidance_scale 2: needs a teacher with a null class, and this one has none that is known; name it with --null_class"),
     Case("guidance drawn without one", D + "--teacher CLASS --guidance_scale_min 1 --guidance_scale_max 3", "--guidance_scale_min and --guidance_scale_max: need a teacher with a null class"),
-    Case("guidance reversed", D + "--teacher CLASS --null_class 3 --guidance_scale_min 3 --guidance_scale_max 1", "--guidance_scale_min 3 must be below --guidance_scale_max 1"),
+    Case("guidance reversed", D + "--teacher CLASS --null_class 3 --guidance_scale_min 3 --guidance_scale_max 1", "--guidance_scale_min 3: must be below --guidance_scale_max, 1"),
     Case("negative prompt of classes", D + "--teacher CLASS --null_class 3 --guidance_scale 2 --negative_prompt ugly", "--negative_prompt ugly: this teacher takes no text"),
-    Case("LoRA of no rank", D + "--teacher PLAIN --lora_rank 0", "--lora_rank: input should be greater than or equal to 1, got 0"),
+    Case("LoRA of no rank", D + "--teacher PLAIN --lora_rank 0", "--lora_rank 0: input should be greater than or equal to 1"),
     Case("LoRA of no layers", D + "--teacher PLAIN --lora_rank 2 --lora_target_modules nowhere", "--lora_target_modules nowhere: no Linear or ungrouped Conv layer of UNet2DModel has a name that ends so"),
     Case("size of a network with one", D + "--teacher PLAIN --height 16 --width 16", "--height 16: the call of DDIMPipeline has no such argument"),
     Case("null class of no classes", D + "--teacher PLAIN --null_class 3", "--null_class 3: the teacher is unconditional"),
@@ -304,14 +302,14 @@ SETTINGS = [
     Case("labels of no classes", D + "--teacher PLAIN --class_labels 0", "--class_labels 0: the teacher is unconditional"),
     Case("labels that are none", D + "--teacher CLASS --class_labels 1 --class_labels 4 --class_labels 9", "--class_labels 4,9: the teacher's classes are 0 to 3"),
     Case("device", "distill --output_dir run --teacher PLAIN --device gpu", "--device gpu: unknown device; use auto, cpu, cuda, cuda:N or mps"),
-    Case("device that is not there", "distill --output_dir run --teacher PLAIN --device cuda:99", "--device cuda:99 is not available"),
-    Case("tracker", D + "--teacher PLAIN --report_to tensorbored", "--report_to tensorbored is unknown"),
+    Case("device that is not there", "distill --output_dir run --teacher PLAIN --device cuda:99", "--device cuda:99: is not available"),
+    Case("tracker", D + "--teacher PLAIN --report_to tensorbored", "--report_to tensorbored: is unknown"),
     Case("prompt", D + "--teacher PLAIN --prompt cat", "no such option: --prompt; did you mean --prompt_file?"),
-    Case("output is a file", D + "--teacher PLAIN", "--output_dir run is a file", write("run", "x")),
-    Case("output below a file", "distill --output_dir file/run --teacher PLAIN", "--output_dir file/run cannot be written", write("file", "x")),
-    Case("output with other files", D + "--teacher PLAIN", "--output_dir run holds other files", write("run/photo.png", "x")),
+    Case("output is a file", D + "--teacher PLAIN", "--output_dir run: is a file", write("run", "x")),
+    Case("output below a file", "distill --output_dir file/run --teacher PLAIN", "--output_dir file/run: cannot be written", write("file", "x")),
+    Case("output with other files", D + "--teacher PLAIN", "--output_dir run: holds other files", write("run/photo.png", "x")),
     Case("output with another run", "distill --output_dir RUN --teacher PLAIN", "holds another run; name a new folder, or go on with it: --resume_from_checkpoint latest"),
-    Case("resume with other files", D + "--teacher PLAIN --resume_from_checkpoint latest", "--output_dir run holds other files", write("run/photo.png", "x")),
+    Case("resume with other files", D + "--teacher PLAIN --resume_from_checkpoint latest", "--output_dir run: holds other files", write("run/photo.png", "x")),
     Case("resume from nowhere", D + "--teacher PLAIN --resume_from_checkpoint checkpoint-7", "--resume_from_checkpoint checkpoint-7: no such folder"),
     Case("resume from something else", D + "--teacher PLAIN --resume_from_checkpoint other", "checkpoint other is corrupt", write("other/a.txt", "x")),
 ]  # fmt: skip
@@ -358,7 +356,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses folders")
 def test_a_folder_that_the_system_refuses() -> None:
     outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", "/proc/run", *as_flags(FAST))
-    assert outcome.code == 2 and "--output_dir /proc/run cannot be written" in outcome.words
+    assert outcome.code == 2 and "--output_dir /proc/run: cannot be written" in outcome.words
 
 
 # Resuming
@@ -551,17 +549,17 @@ OTHERS = [
     Case("evaluate into a file", E + "--student RUN --output out", "--output out: is a file", write("out", "x")),
     Case("evaluate over a report", E + "--student RUN --output out", "--output out: holds a report; name another folder, or give --overwrite", write("out/report.json", "{}")),
     Case("evaluate over a table", E + "--student RUN --output out", "--output out: holds a report; name another folder, or give --overwrite", write("out/report.md", "x")),
-    Case("export of nothing", X, "missing option '--student'"),
-    Case("export to nothing", "export --student RUN", "missing option '--output'"),
-    Case("export of no folder", X + "--student none", "--student none is no run and no checkpoint-N folder"),
+    Case("export of nothing", X, "--student: is required"),
+    Case("export to nothing", "export --student RUN", "--output: is required"),
+    Case("export of no folder", X + "--student none", "--student none: is no run and no checkpoint-N folder"),
     Case("export of a teacher", X + "--student PLAIN", "is no run and no checkpoint-N folder"),
-    Case("export over something", X + "--student RUN", "--output out exists", write("out/a.txt", "x")),
+    Case("export over something", X + "--student RUN", "--output out: exists", write("out/a.txt", "x")),
     Case("export over what is no export", X + "--student RUN --overwrite", "is no exported student", write("out/a.txt", "x")),
     Case("export over a file", X + "--student RUN --overwrite", "is no exported student", write("out", "x")),
     Case("export with guidance that is fixed", X + "--student RUN --guidance_scale 2", "distilled with w = 1 fixed"),
-    Case("export at no time", X + "--student RUN --target_time -1", "--target_time must be between 0"),
+    Case("export at no time", X + "--student RUN --target_time -1", "--target_time -1: must be between 0"),
     Case("export on no device", X + "--student RUN --device gpu", "--device gpu"),
-    Case("demo over other files", "demo --output_dir out --overwrite", "--output_dir out holds other files", write("out/a.txt", "x")),
+    Case("demo over other files", "demo --output_dir out --overwrite", "--output_dir out: holds other files", write("out/a.txt", "x")),
     Case("demo without steps", "demo --max_train_steps 0", "--max_train_steps"),
     Case("demo on no device", "demo --device gpu", "--device gpu"),
 ]  # fmt: skip

@@ -261,7 +261,7 @@ def test_several_processes_go_on_as_so_many(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_ctrl_c_in_other_commands_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestill.runs.export.export", interrupted)
+    monkeypatch.setattr("onestill.runs.export.write_student", interrupted)
     outcome = call_cli("export", "--student", finished_run(), "--output", tmp_path / "out")
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "stopped\n")
 

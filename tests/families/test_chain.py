@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipelines import build
 from runs_helpers import (
     Interruption,
     as_flags,
+    assert_refused,
     call_cli,
     copied,
     finished_run,
@@ -23,6 +25,7 @@ from runs_helpers import (
     same_state,
     session_folder,
     snapshot,
+    with_places,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -156,7 +159,7 @@ def test_both_guided_halves_see_the_same_picture(tmp_path: Path) -> None:
         with_kwargs=True,
     )
     (tmp_path / "run").mkdir()
-    assert sum(trainer.make_anchors()) == 4
+    assert sum(num for _, num in trainer.prepare()) == 4
     trainer.update()
     assert len(seen) == 2 + 2, "two calls of a midpoint step of anchors, two of the bootstrap target"
     for sees, levels, text in seen:
@@ -401,7 +404,7 @@ BAD = [
     ("no base", D + "--teacher SR", "IFSuperResolutionPipeline enlarges the picture of an earlier model"),
     ("base for a first stage", D + "--teacher IF --base_student BASE", "this teacher takes no picture; leave it out"),
     ("level for a first stage", D + "--teacher IF --noise_level 5", "--noise_level 5: this teacher takes no"),
-    ("level below", D + "--teacher SR --base_student BASE --noise_level -1", "--noise_level: input should be greater than"),
+    ("level below", D + "--teacher SR --base_student BASE --noise_level -1", "--noise_level -1: input should be greater than"),
     ("level above", D + "--teacher SR --base_student BASE --noise_level 1000", "--noise_level 1000: this IFSuperResolutionPipeline knows the levels 0 to 999"),
     ("no folder", D + "--teacher SR --base_student nowhere", "--base_student nowhere: no such folder"),
     ("empty folder", D + "--teacher SR --base_student empty", "--base_student empty: holds no exported pipeline"),
@@ -415,7 +418,7 @@ BAD = [
     ("sample of a first stage", "sample --output x.png --prompt it --student RUN1 --base_student BASE", "enlarges no picture; leave it out"),
     ("sample of a student with a level", "sample --output x.png --prompt it --student RUN2 --noise_level 3", "--noise_level 3: is for a teacher"),
     ("sample of a teacher alone", "sample --output x.png --prompt it --teacher SR", "distil the earlier model first, and give that run"),
-    ("evaluate with the other stage", "evaluate --num_samples 10 --output out --student RUN2 --teacher IF", "--teacher makes samples of shape (3, 8, 8)"),
+    ("evaluate with the other stage", "evaluate --num_samples 10 --output out --student RUN2 --teacher IF", ": makes samples of shape (3, 8, 8)"),
 ]  # fmt: skip
 
 
@@ -434,7 +437,7 @@ def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("red\nblue\n")
     (tmp_path / "empty").mkdir()
-    names = {
+    names: dict[str, Callable[[], object]] = {
         "SR": lambda: folder_of(SR),
         "IF": lambda: folder_of("if"),
         "BASE": lambda: place() / "base",
@@ -445,13 +448,7 @@ def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypa
         "PLAIN": finished_run,
         "ALONE": lambda: copied(second_run() / "pipeline", tmp_path / "alone"),
     }
-    words_of = [part.partition("/") for part in command.split()]
-    parts = [
-        f"{names[head]()}{slash}{rest}" if head in names else head + slash + rest for head, slash, rest in words_of
-    ]
+    parts = with_places(command, names)
     before = snapshot(tmp_path)
-    outcome = call_cli(*parts)
-    assert outcome.code == 2, outcome
-    assert words in outcome.words and outcome.out == "" and "Traceback" not in outcome.err, outcome.err
-    assert [line[:7] for line in outcome.err.splitlines()] == ["error: "], outcome.err
+    assert_refused(call_cli(*parts), words)
     assert snapshot(tmp_path) == before

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from pipelines import build
 from runs_helpers import (
     Interruption,
     as_flags,
+    assert_refused,
     call_cli,
     copied,
     finished_run,
@@ -25,6 +27,7 @@ from runs_helpers import (
     same_state,
     snapshot,
     teacher_folder,
+    with_places,
 )
 from safetensors.torch import load_file, save_file
 
@@ -508,7 +511,7 @@ def test_resume_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
 
 D = "distill --output_dir run --device cpu --prompt_cache_dir cache "
 BAD = [
-    ("no prompts", D + "--teacher TEXT", "this teacher takes prompts: give a file of them with --prompt_file"),
+    ("no prompts", D + "--teacher TEXT", "--prompt_file: this teacher takes prompts: give a file of them"),
     ("no file", D + "--teacher TEXT --prompt_file no.txt", "--prompt_file no.txt: no such file"),
     ("no file, before a teacher is looked for", D + "--teacher no/where --prompt_file no.txt", "--prompt_file no.txt: no such file"),
     ("no base, before a teacher is looked for", D + "--teacher no/where --base_student no", "--base_student no: no such folder"),
@@ -516,14 +519,14 @@ BAD = [
     ("empty", D + "--teacher TEXT --prompt_file empty.txt", "--prompt_file empty.txt: holds no prompt"),
     ("binary", D + "--teacher TEXT --prompt_file binary.txt", "--prompt_file binary.txt: line 2: it is not UTF-8"),
     ("field", D + "--teacher TEXT --prompt_file p.jsonl --prompt_field text", "line 1: no field 'text', it has prompt"),
-    ("prompts of no text teacher", D + "--teacher PLAIN --prompt_file p.txt", "--prompt_file p.txt was given, but this teacher takes no text"),
+    ("prompts of no text teacher", D + "--teacher PLAIN --prompt_file p.txt", "--prompt_file p.txt: was given, but this teacher takes no text"),
     ("negative of no text teacher", D + "--teacher PLAIN --negative_prompt x", "--negative_prompt x: this teacher takes no text"),
-    ("empty share of no text teacher", D + "--teacher PLAIN --empty_prompt_fraction 0.1", "--empty_prompt_fraction 0.1 was given, but"),
+    ("empty share of no text teacher", D + "--teacher PLAIN --empty_prompt_fraction 0.1", "was given, but this teacher takes no text"),
     ("negative that does nothing", D + "--teacher TEXT --prompt_file p.txt --negative_prompt x", "acts through guidance only"),
     ("share", D + "--teacher TEXT --prompt_file p.txt --empty_prompt_fraction 1", "--empty_prompt_fraction 1: input should be less than 1"),
     ("labels", D + "--teacher TEXT --prompt_file p.txt --class_labels 1", "takes prompts, not labels"),
     ("range reversed", D + "--teacher TEXT --prompt_file p.txt --guidance_scale_min 4 --guidance_scale_max 2", "--guidance_scale_min 4: must be below"),
-    ("cache is a file", D.replace("cache ", "p.txt ") + "--teacher TEXT --prompt_file p.txt", "--prompt_cache_dir p.txt is a file"),
+    ("cache is a file", D.replace("cache ", "p.txt ") + "--teacher TEXT --prompt_file p.txt", "--prompt_cache_dir p.txt: is a file"),
     ("zero byte", D + "--teacher TEXT --prompt_file zero.txt", "--prompt_file zero.txt: line 2: it holds a zero byte: this is a binary file, or not UTF-8"),
     ("negative of classes", D + "--teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt x: this teacher takes no text"),
     ("sample with a negative of classes", "sample --output x.png --teacher digits --guidance_scale 2 --negative_prompt x", "--negative_prompt x: this teacher takes no text"),
@@ -575,6 +578,16 @@ def special(word: str) -> str:
     return f"{folder} --height 16 --width 16 --max_sequence_length 16" if word == "FLUX" else str(folder)
 
 
+PLACES: dict[str, Callable[[], object]] = {
+    "ALONE": lambda: exported_alone(),
+    "TRUN": lambda: text_run(),
+    "RUN": lambda: finished_run(),
+    "TEXT": lambda: place() / "t",
+    "PLAIN": lambda: teacher_folder(),
+    **{word: functools.partial(special, word) for word in SPECIAL},
+}
+
+
 @pytest.mark.parametrize(("name", "command", "words"), BAD, ids=[name for name, *_ in BAD])
 def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -585,19 +598,7 @@ def test_bad_input(name: str, command: str, words: str, tmp_path: Path, monkeypa
     (tmp_path / "p.jsonl").write_text('{"prompt": "red"}\n')
     (tmp_path / "p.xml").write_text("<a/>")
     before = snapshot(tmp_path)
-    if "ALONE" in command:
-        command = command.replace("ALONE", str(exported_alone()))
-    if "TRUN" in command:
-        command = command.replace("TRUN", str(text_run()))
-    if " RUN" in command:
-        command = command.replace(" RUN", f" {finished_run()}")
-    for word in SPECIAL:
-        command = command.replace(word, special(word)) if word in command else command
-    command = command.replace("TEXT", str(place() / "t")).replace("PLAIN", str(teacher_folder()))
-    outcome = call_cli(*command.split())
-    assert outcome.code == 2, outcome
-    assert words in outcome.words and outcome.out == "" and "Traceback" not in outcome.err, outcome.err
-    assert [line[:7] for line in outcome.err.splitlines()] == ["error: "], outcome.err
+    assert_refused(call_cli(*with_places(command, PLACES)), words)
     assert snapshot(tmp_path) == before
 
 

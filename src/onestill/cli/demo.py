@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from onestill.cli.options import DeviceOption, OverwriteOption
 from onestill.cli.output import note, out, quiet, say
 
 
@@ -18,8 +17,8 @@ def demo(
         int | None, typer.Option("--max_train_steps", help="Steps, if not the demo's own.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the training.")] = 0,
-    device: DeviceOption = "cpu",
-    overwrite: OverwriteOption = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Distil an embedded teacher in a few minutes on a CPU, and show what was gained and lost."""
     from onestill.evaluation.report import print_report

@@ -31,7 +31,7 @@ def inspect(
     quiet()
     found = inspect_run(make_config({"output_dir": Path("run"), **settings}, config))
     if as_json:
-        print(json.dumps(found.as_dict()))
+        print(as_flags(json.dumps(found.as_dict(), ensure_ascii=False)))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in _rows(found).items():

@@ -5,49 +5,48 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
+from onestill.core.settings import make
 from onestill.data.cascade import with_first_stage
+from onestill.export.config import ExportConfig
 from onestill.export.export import export_student, is_exported
 from onestill.runs.distill import distilled_facts
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import restore_student, run_teacher
 from onestill.sampling.samplers.network import check_trained
+from onestill.students.student import Student
 
 
-def export(
-    student: str | Path,
-    output: str | Path,
-    *,
-    guidance_scale: float | None = None,
-    target_time: float | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-) -> float:
+def export(student: str | Path, output: str | Path, **settings: Any) -> float:
     """Write the student of a run, or of one of its checkpoint-N folders, as a stock diffusers folder.
 
     Args:
         student: A run's folder or a checkpoint-N folder.
         output: Folder to write.
-        guidance_scale: w to bake in, for students that take it; the middle of their range if None.
-        target_time: Target time to bake in; the run's t_min if None.
-        device: auto, cpu, cuda, cuda:N or mps.
-        overwrite: Replace `output`.
+        **settings: Fields of `ExportConfig`, the others; an unknown name is refused.
 
     Returns:
         The largest difference between the reloaded folder's images and the student's.
 
     Raises:
-        ValueError: If there is no such run, the student cannot do what is asked, or `output` exists.
+        ValueError: If there is no such run, the student was not trained for this, or `output` exists.
     """
-    resolve_device(device)
-    path, output, place = Path(student), Path(output), resolve_device(device)
+    return write_student(make(ExportConfig, {**settings, "student": student, "output": output}))
+
+
+def write_student(config: ExportConfig) -> float:
+    """Write the student that a configuration names; return and raise as `export` does."""
+    path, output, device = config.student, config.output, resolve_device(config.device)
     run = RunFolder.of(path) if path.is_dir() else None
     if run is None:
         raise SettingError("student", path, "is no run and no checkpoint-N folder of one")
-    if output.exists() and not overwrite:
+    if output.exists() and not config.overwrite:
         raise SettingError(
             "output", output, "exists", f"name another folder, or give {named('overwrite')} to replace it"
         )
@@ -55,16 +54,22 @@ def export(
         why = f"is no exported student, so {named('overwrite')} does not replace it"
         raise SettingError("output", output, why)
     check_writable(output.absolute().parent, "output")
-    config, teacher = run.config, run_teacher(run, place)
-    if config.base_student is not None:
-        # Its pictures are those of the self-check; what is written does not depend on them, so it may be gone.
-        with contextlib.suppress(ValueError):
-            teacher, _ = with_first_stage(teacher, config.base_student, config.noise_level, device=place)
-    restored = restore_student(run, teacher, path).to(place)
-    check_trained(restored, target_time or 0.0, guidance_scale, run.distilled, config.t_min)
+    student = _restored(run, path, device)
+    t, scale = config.target_time, config.guidance_scale
+    check_trained(student, t or 0.0, scale, run.distilled, run.config.t_min)
     facts = replace(
-        distilled_facts(config, teacher, guidance_scale),
-        training=f"{config.max_train_steps:,} steps planned, exported from {path.name}, seed {config.seed}",
+        distilled_facts(run.config, student.teacher, scale),
+        training=f"{run.config.max_train_steps:,} steps planned, exported from {path.name}, seed {run.config.seed}",
     )
-    t = config.t_min if target_time is None else max(target_time, config.t_min)
-    return export_student(restored, output, t=t, guidance_scale=guidance_scale, facts=facts, overwrite=overwrite)
+    t = run.config.t_min if t is None else max(t, run.config.t_min)
+    return export_student(student, output, t=t, guidance_scale=scale, facts=facts, overwrite=config.overwrite)
+
+
+def _restored(run: RunFolder, path: Path, device: torch.device) -> Student:
+    """Return the student, whose teacher checks itself with pictures of the first stage where that is still there."""
+    config, teacher = run.config, run_teacher(run, device)
+    if config.base_student is not None:
+        # What is written does not depend on them.
+        with contextlib.suppress(ValueError):
+            teacher, _ = with_first_stage(teacher, config.base_student, config.noise_level, device=device)
+    return restore_student(run, teacher, path).to(device)

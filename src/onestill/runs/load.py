@@ -67,7 +67,7 @@ def load_sampler(
         **settings: Fields of `onestill.sampling.config.SamplerSettings`; an unknown name is refused.
 
     Raises:
-        ValueError: If it does not exist or cannot do what is asked.
+        ValueError: If it does not exist or cannot do this.
     """
     config = make(SamplerSettings, generator(student, teacher, settings), config_file)
     return open_sampler(config, teacher if isinstance(teacher, Teacher) else None)
@@ -90,7 +90,7 @@ def open_sampler(config: SamplerSettings, teacher: Teacher | None = None) -> Sam
         teacher: The teacher that they name, where it is an object.
 
     Raises:
-        ValueError: If it does not exist or cannot do what is asked.
+        ValueError: If it does not exist or cannot do this.
     """
     resolve_device(config.device)
     device = resolve_device(config.device)
@@ -159,7 +159,7 @@ def load_student(
         base_student: For a student that enlarges pictures: who draws them; that of its run if None.
 
     Raises:
-        ValueError: If there is no student, or the exported folder cannot do what is asked.
+        ValueError: If there is no student, or the exported folder cannot do this.
     """
     path, device = Path(path), torch.device(device)
     check_folder(path)

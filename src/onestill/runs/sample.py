@@ -84,7 +84,7 @@ def draw(
 
 
 def _open(config: SampleConfig, teacher: Teacher | None) -> Sampler:
-    """Return the sampler; what a list asks for is asked for at once: the scale furthest from none, the earliest time."""
+    """Return the sampler at the value of a list that most samplers refuse: the scale furthest from none, the earliest time."""
     listed, one = None, {}
     if config.guidance_scales:
         listed, one = "guidance_scales", {"guidance_scale": max(config.guidance_scales, key=lambda w: abs(w - 1))}

@@ -99,8 +99,8 @@ class Sheet:
 
     def _save_gif(self, path: Path) -> Path:
         frames = self.images if self.down else self.images.transpose(0, 1)
-        steps, beside = (self.rows, self.columns) if self.down else (self.columns, self.rows)
-        words = [[": ".join(filter(None, (step, one))) for one in beside] for step in steps]
+        steps, others = (self.rows, self.columns) if self.down else (self.columns, self.rows)
+        words = [[": ".join(filter(None, (step, one))) for one in others] for step in steps]
         return pictures.save_gif(frames, path, columns=words if all(steps) else ())
 
 
@@ -111,7 +111,7 @@ def samples(sampler: Sampler, *, prompts: Sequence[str] = (), show_progress: boo
         sampler: What generates.
         prompts: Prompts to go round.
         show_progress: Show a bar on a terminal.
-        **settings: Fields of `DrawSettings`; 16 images and labels that go round if nothing is said.
+        **settings: Fields of `DrawSettings`; 16 images, and all labels in turn, if not given.
 
     Raises:
         SettingError: If a setting is unusable, or the sampler cannot draw this.
@@ -310,8 +310,8 @@ def student_trajectory(
     if num == 1:
         title = ": ".join([f"{title} (seed {drawn.seed})", *words])
     else:
-        told = [textwrap.fill(text, 20, max_lines=3, placeholder=" ...") for text in words] or [""] * num
-        rows = tuple(f"seed {drawn.seed + i}\n{text}".strip() for i, text in enumerate(told))
+        filled = [textwrap.fill(text, 20, max_lines=3, placeholder=" ...") for text in words] or [""] * num
+        rows = tuple(f"seed {drawn.seed + i}\n{text}".strip() for i, text in enumerate(filled))
     columns = tuple(f"t = {t:g}" for t in target_times)
     return Sheet(images.transpose(0, 1), rows, columns, _line(title))
 

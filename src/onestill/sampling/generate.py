@@ -16,7 +16,7 @@ from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 
 Rows = dict[str, Any]
-"""What is asked for, one row for each image: labels as a tensor, or prompts as a list of strings. Where a smaller
+"""What images show, one row for each: labels as a tensor, or prompts as a list of strings. Where a smaller
 picture is drawn first, their seeds too."""
 Part = TypeVar("Part")
 Generate = Callable[[Tensor, Cond], Tensor]

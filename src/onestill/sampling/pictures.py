@@ -79,27 +79,49 @@ def save_rows(
 
 
 def _sheet(rows: Mapping[str, Tensor], title: str, size: int, columns: Sequence[str]) -> Image.Image:
+    """Return captioned rows as one picture, with words above the columns."""
     first = next(iter(rows.values()))
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     side = max(size, WORDS_WIDTH if columns else 0, first.shape[-1])
-    tall = round(side * first.shape[-2] / first.shape[-1])
     margin = 12 + max(int(small.getlength(line)) for caption in rows for line in caption.split("\n"))
     num = max(len(images) for images in rows.values())
     words = [_wrapped(columns[j % len(columns)], side - _GAP) for j in range(num if columns else 0)]
-    height = _words_height(words)
-    top = (30 if title else _GAP) + height
-    width = max(margin + num * (side + _GAP) + 8, int(font.getlength(title)) + 16)
-    sheet = Image.new("RGB", (width, top + len(rows) * (tall + _GAP) + _GAP), _PAPER)
+    painted = [(to_pil(images, side), words if i == 0 else []) for i, images in enumerate(rows.values())]
+    start = (margin, 30 if title else _GAP)
+    end = (max(8 + _GAP, int(font.getlength(title)) + 16 - margin - num * (side + _GAP) + _GAP), 2 * _GAP)
+    sheet, places = _paint(painted, _GAP, start, end)
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 7), title, fill=_INK, font=font)
-    for j, text in enumerate(words):
-        draw.text((margin + j * (side + _GAP), top - height), text, fill=_INK, font=_words_font(), spacing=1)
-    for i, (caption, images) in enumerate(rows.items()):
-        y = top + i * (tall + _GAP)
-        draw.text((8, y + tall / 2), caption, fill=_INK, font=small, anchor="lm")
-        for j, picture in enumerate(to_pil(images, side)):
-            sheet.paste(picture, (margin + j * (side + _GAP), y))
+    for caption, y in zip(rows, places, strict=True):
+        draw.text((8, y + painted[0][0][0].height / 2), caption, fill=_INK, font=small, anchor="lm")
     return sheet
+
+
+def _paint(
+    rows: Sequence[tuple[Sequence[Image.Image], Sequence[str]]], gap: int, start: tuple[int, int], end: tuple[int, int]
+) -> tuple[Image.Image, list[int]]:
+    """Return a sheet of pictures of one size, and where each row of them begins.
+
+    Args:
+        rows: The pictures of each row, and the words above them; no space is left above a row without words.
+        gap: Pixels between the pictures.
+        start: Pixels left of the first picture, and above the first row.
+        end: Pixels right of the last picture of the longest row, and below the last row.
+    """
+    width, height = rows[0][0][0].size
+    above = [_words_height(words) for _, words in rows]
+    places = [start[1] + sum(above[: i + 1]) + i * (height + gap) for i in range(len(rows))]
+    num = max(len(pictures) for pictures, _ in rows)
+    size = (start[0] + num * (width + gap) - gap + end[0], places[-1] + height + end[1])
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for (pictures, words), y, space in zip(rows, places, above, strict=True):
+        for j, picture in enumerate(pictures):
+            x = start[0] + j * (width + gap)
+            if words:
+                draw.text((x, y - space), words[j], fill=_INK, font=_words_font(), spacing=1)
+            sheet.paste(picture, (x, y))
+    return sheet, places
 
 
 def _words_height(texts: Sequence[str]) -> int:
@@ -154,26 +176,13 @@ def save_grid(images: Tensor, path: Path, *, words: Sequence[str] = (), size: in
     if len(drawn) == 1:
         drawn[0].save(path)
         return path
-    times = math.ceil(size / drawn[0].width)
-    width, height = (times * side for side in drawn[0].size)
-    columns = _num_columns(len(drawn), words)
-    rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
-    said = [[_wrapped(text, width) for text in words[i * columns :][:columns]] for i in range(len(rows))]
-    said = [texts if i == 0 or texts != said[0][: len(texts)] else [] for i, texts in enumerate(said)]
-    if len(set(words)) < 2:
-        said = [[] for _ in rows]
-    above = [_words_height(texts) for texts in said]
-    sheet = Image.new(
-        "RGB", (columns * (width + _GUTTER) + _GUTTER, sum(above) + len(rows) * (height + _GUTTER) + _GUTTER), _PAPER
-    )
-    draw, y = ImageDraw.Draw(sheet), _GUTTER
-    for row, texts, space in zip(rows, said, above, strict=True):
-        for j, picture in enumerate(row):
-            x = _GUTTER + j * (width + _GUTTER)
-            if texts:
-                draw.text((x, y), texts[j], fill=_INK, font=_words_font(), spacing=1)
-            sheet.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y + space))
-        y += space + height + _GUTTER
+    width = math.ceil(size / drawn[0].width) * drawn[0].width
+    drawn, columns = to_pil(images, width), _num_columns(len(drawn), words)
+    wrapped = [_wrapped(text, width) for text in words] if len(set(words)) > 1 else []
+    rows = [(drawn[i : i + columns], wrapped[i : i + columns]) for i in range(0, len(drawn), columns)]
+    first = rows[0][1]
+    rows = [(row, texts if i == 0 or texts != first[: len(texts)] else []) for i, (row, texts) in enumerate(rows)]
+    sheet, _ = _paint(rows, _GUTTER, (_GUTTER, _GUTTER), (_GUTTER, _GUTTER))
     sheet.save(path)
     return path
 

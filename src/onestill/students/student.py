@@ -97,7 +97,7 @@ class Student(nn.Module):
     def twin(self) -> Student:
         """Return a student with trained parameters of its own, equal to these now, around the same frozen weights."""
         frozen = (t for t in (*self.parameters(), *self.buffers()) if not t.requires_grad)
-        shared: dict[int, Any] = {id(self._teacher): self._teacher, **{id(t): t for t in frozen}}
+        shared: dict[int, Any] = {id(self.teacher): self.teacher, **{id(t): t for t in frozen}}
         return copy.deepcopy(self, shared)
 
     def train(self, mode: bool = True) -> Student:

@@ -165,6 +165,7 @@ class PipelineTeacher(NetworkTeacher):
         encoders.share(pipeline, self.pipeline)
 
     def has_encoders_of(self, other: Teacher) -> bool:
+        other = other.unguided
         if not isinstance(other, PipelineTeacher):
             return False
         return encoders.identity(self.pipeline, ()) == encoders.identity(other.pipeline, ())

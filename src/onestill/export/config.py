@@ -1,0 +1,22 @@
+"""The settings of an export: which student, baked in at which time and guidance scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onestill.core.settings import Settings, setting
+
+EXPORT = "Export"
+
+
+class ExportConfig(Settings):
+    """Everything that decides what is exported of a run."""
+
+    student: Path = setting(..., EXPORT, "Folder of a run, or one of its checkpoint-N folders.")
+    output: Path = setting(..., EXPORT, "Folder to write.")
+    guidance_scale: float | None = setting(
+        None, EXPORT, "w to bake in, for students that take it; the middle of their range if not given.", ge=0
+    )
+    target_time: float | None = setting(None, EXPORT, "Target time to bake in; the run's t_min if not given.")
+    device: str = setting("auto", EXPORT, "auto, cpu, cuda, cuda:N or mps.")
+    overwrite: bool = setting(False, EXPORT, "Replace what was exported there before.")
