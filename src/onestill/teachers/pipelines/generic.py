@@ -19,6 +19,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from onestill.core.errors import SettingError
 from onestill.core.tensors import SELF_CHECK_TOLERANCE
 from onestill.teachers.pipelines.build import pipeline_teacher
 from onestill.teachers.pipelines.calls import PipelineCalls
@@ -58,6 +59,8 @@ def load_generic(
         network = _network(index)
         pipeline = load_pipeline(folder, index, source, variant)
         return _first_that_fits(network, pipeline, folder, source, variant, arguments)
+    except SettingError as error:
+        raise error.found_in(source) from error
     except ValueError as error:
         message = str(error).removeprefix(f"{source}: ")
         raise ValueError(
