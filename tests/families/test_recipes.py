@@ -20,7 +20,8 @@ from onestill.core.errors import SettingError
 from onestill.core.settings import find_config, make, read_yaml
 from onestill.data.prompt_pool import refuse_prompts
 from onestill.export.export import export_student
-from onestill.teachers.load import EMBEDDED, FAMILY_OF_PIPELINE, LOADERS
+from onestill.teachers.load import EMBEDDED, FAMILY_OF_PIPELINE
+from onestill.teachers.pixel import PIPELINES
 from onestill.training.config import DistillConfig
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def test_a_recipe_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None
     # Folders and files are the user's, and so is where it runs.
     for name in ("output_dir", "prompt_file", "cache_dir", "prompt_cache_dir", "device", "resume_from_checkpoint"):
         assert name not in read_yaml(path)
-    assert pipeline_of(path) in LOADERS and hasattr(diffusers, pipeline_of(path))
+    assert pipeline_of(path) in {*FAMILY_OF_PIPELINE, *PIPELINES} and hasattr(diffusers, pipeline_of(path))
 
 
 @each
