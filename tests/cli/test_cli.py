@@ -172,7 +172,7 @@ def interrupted(*_: Any, **__: Any) -> Any:
 
 
 def test_ctrl_c_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestill.runs.build.prepare", interrupted)
+    monkeypatch.setattr("onestill.runs.build.build_run", interrupted)
     outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", tmp_path / "run")
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "stopped before the first step; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
@@ -304,16 +304,16 @@ def test_inspect_is_readable_and_writes_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def test_inspect_says_what_the_whole_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Eight images each; there is no base student to draw pictures.
-    monkeypatch.setattr("onestill.runs.inspect._seconds", lambda call, _: 0.008 * (call.__name__ != "pictures"))
+    # Three passes of eight images.
+    monkeypatch.setattr("onestill.runs.inspect.seconds_of", lambda call, device: 3 * 0.008)
     settings = ("--train_batch_size", 16, "--max_train_steps", 3000, "--boundary_weight", 0, "--device", "cpu")
     outcome = call_cli("inspect", "--teacher", teacher_folder(), *settings)
-    # A pass with gradients, one without, and the teacher's, of 16 images: 48 ms.
-    assert "0.048 s per step on cpu, batch 16; 3,000 steps take 2 minutes" in " ".join(outcome.out.split())
+    # A pass with gradients, one without, and two of the teacher's, of 16 images: 64 ms.
+    assert "0.064 s per step on cpu, batch 16; 3,000 steps take 3 minutes" in " ".join(outcome.out.split())
     anchors = ("--anchor_fraction", 0.5, "--num_anchors", 100_000, "--num_anchor_steps", 100)
     outcome = call_cli("inspect", "--teacher", teacher_folder(), *settings, *anchors)
     said = " ".join(outcome.out.split())
-    assert "0.032 s per step" in said and "3,000 steps take 96 seconds, 100,000 anchors 2.8 hours more" in said
+    assert "0.04 s per step" in said and "3,000 steps take 2 minutes, 100,000 anchors 5.6 hours more" in said
 
 
 def test_inspect_counts_the_batch_and_the_solver() -> None:

@@ -16,7 +16,7 @@ from onestill.core.tensors import num_parameters, row_bytes, to_device
 from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompts import PromptFile
-from onestill.objectives.registry import rows_of
+from onestill.objectives.registry import OBJECTIVES, rows_of
 from onestill.runs.build import configure, make_student, num_draws, open_teacher
 from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.student import Student
@@ -185,7 +185,7 @@ class RunCost:
         memory: Bytes.
         step_seconds: Of one optimiser step.
         pool: Items that the objectives make before the first step.
-        item_seconds: Of one of them.
+        item_seconds: Of one of them, or of one that another run would make.
     """
 
     memory: float
@@ -230,17 +230,18 @@ def estimate(
         drawn = torch.zeros(num, *first_stage.shape), first_stage.teacher.example_rows(num)
         of_stage = _seconds(lambda: first_stage.pictures(*drawn), device)
     scale, rows = config.train_batch_size / num, rows_of(config, config.train_batch_size)
-    seconds, pool, in_pool = learning + of_stage, 0, 0.0
-    for kind, num_rows in rows.items():
-        cost, share = kind.cost(config, config.train_batch_size), num_rows / config.train_batch_size
+    seconds, pool, possible, in_pool = learning + of_stage, 0, 0, 0.0
+    for kind in OBJECTIVES:
+        cost, share = kind.cost(config, config.train_batch_size), rows.get(kind, 0) / config.train_batch_size
         seconds += share * (cost.student * of_student + cost.teacher * of_teacher + cost.learned * learning)
-        pool += cost.pool
+        pool += cost.pool if share else 0
+        possible += cost.pool
         in_pool += cost.pool * (cost.teacher_per_item * of_teacher + of_stage) / num
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     weights = copies * trained + _num_weights(teacher) + (_num_weights(first_stage.teacher) if first_stage else 0)
     step = seconds * scale * config.gradient_accumulation_steps
-    return RunCost(4 * weights + kept * scale, step, pool, in_pool / pool if pool else 0.0)
+    return RunCost(4 * weights + kept * scale, step, pool, in_pool / max(possible, 1))
 
 
 class _Passes:
