@@ -179,7 +179,7 @@ def test_a_teacher_samples_at_a_size(tmp_path: Path) -> None:
     images = drawn(teacher("sd-epsilon"), tmp_path / "x.safetensors", *flags)
     assert images.shape == (2, 3, 24, 32)
     again = onestill.sample(
-        teacher=teacher("sd-epsilon"), arguments={"height": 24, "width": 32}, prompts=["red"], num_images=2, num_inference_steps=2
+        teacher=teacher("sd-epsilon"), height=24, width=32, prompts=["red"], num_images=2, num_inference_steps=2
     )  # fmt: skip
     assert torch.equal(images, again)
 
@@ -194,12 +194,12 @@ def test_inspect_says_the_call() -> None:
 def test_a_teacher_object_brings_its_own(tmp_path: Path) -> None:
     made = load_teacher(teacher("sd-epsilon"), arguments={"height": 24, "width": 32})
     own = {**FAST, "prompt_file": place() / "p.txt", "prompt_cache_dir": tmp_path / "cache", "max_train_steps": 1}
-    with pytest.raises(ValueError, match="--height 16 was given with a teacher object"):
+    with pytest.raises(ValueError, match="height=16: was given with a teacher object"):
         onestill.distill(made, tmp_path / "run", height=16, width=16, show_progress=False, **own)
     onestill.distill(made, tmp_path / "run", show_progress=False, **own)
     assert onestill.sample(tmp_path / "run" / "checkpoint-1", prompts=["red"], num_images=1).shape == (1, 3, 24, 32)
-    with pytest.raises(ValueError, match="--height was given with a teacher object"):
-        onestill.sample(teacher=made, arguments={"height": 8, "width": 8}, prompts=["red"])
+    with pytest.raises(ValueError, match="height=8: was given with a teacher object"):
+        onestill.sample(teacher=made, height=8, width=8, prompts=["red"])
 
 
 def test_a_teacher_object_stays_as_it_is_and_is_all_recorded(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_call_file_that_somebody_broke(tmp_path: Path) -> None:
     for text in ("{", "[1]"):
         (folder / CALL_FILE).write_text(text)
         outcome = call_cli("sample", "--student", folder, "--prompt", "red", "--output", tmp_path / "x.png")
-        assert outcome.code == 2 and f"--student {folder} does not load" in outcome.words
+        assert outcome.code == 2 and f"--student {folder}: does not load" in outcome.words
 
 
 def test_the_flags_of_sample_are_those_of_the_settings() -> None:

@@ -16,10 +16,12 @@ from runs_helpers import call_cli, teacher_folder
 from test_conformance import perturbed, teacher_of
 
 from onestill import cli
-from onestill.core.settings import make, read_yaml
+from onestill.core.errors import SettingError
+from onestill.core.settings import find_config, make, read_yaml
 from onestill.data.prompt_pool import refuse_prompts
 from onestill.export.export import export_student
-from onestill.teachers.load import EMBEDDED, FAMILY_OF_PIPELINE, LOADERS
+from onestill.teachers.load import EMBEDDED, FAMILY_OF_PIPELINE
+from onestill.teachers.pixel import PIPELINES
 from onestill.training.config import DistillConfig
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,16 @@ def test_there_are_recipes_and_a_table_of_them() -> None:
         assert f"| `{path.stem}` | {'embedded' if teacher in EMBEDDED else f'`{teacher}`'} " in table
 
 
+def test_a_recipe_is_found_by_its_name_and_a_file_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sd15").mkdir()  # the folder of a run may have the recipe's name
+    assert find_config("sd15") == RECIPES_FOLDER / "sd15.yaml"
+    Path("sdxl").write_text("seed: 1\n")
+    assert find_config("sdxl") == Path("sdxl") and find_config("no/such") == Path("no/such")
+    with pytest.raises(SettingError, match="config='sd51'.*did you mean sd15"):
+        find_config("sd51")
+
+
 @each
 def test_a_recipe_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None:
     config = make(DistillConfig, {"output_dir": "run"}, path)
@@ -82,7 +94,7 @@ def test_a_recipe_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None
     # Folders and files are the user's, and so is where it runs.
     for name in ("output_dir", "prompt_file", "cache_dir", "prompt_cache_dir", "device", "resume_from_checkpoint"):
         assert name not in read_yaml(path)
-    assert pipeline_of(path) in LOADERS and hasattr(diffusers, pipeline_of(path))
+    assert pipeline_of(path) in {*FAMILY_OF_PIPELINE, *PIPELINES} and hasattr(diffusers, pipeline_of(path))
 
 
 @each

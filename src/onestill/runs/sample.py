@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,11 @@ def draw(
         check_interpolation(config.interpolate, config, config.to_seed, prompts)
     sampler = _open(config, teacher)
     few = config.exploring not in (None, "fixed_noise")
-    for warning in sampler.warnings(prompts[: config.num_images or (MOST_IMAGES if few else NUM_SAMPLES)]):
+    # What goes round shows no more of them, and each would have to be read.
+    prompts = tuple(prompts[: config.num_images or (MOST_IMAGES if few else NUM_SAMPLES)])
+    for warning in sampler.warnings(prompts):
         say(warning)
-    return _drawn(config, sampler, prompts, show_progress)
+    return _drawn(config.model_copy(update={"prompts": prompts}), sampler, show_progress)
 
 
 def _open(config: SampleConfig, teacher: Teacher | None) -> Sampler:
@@ -98,9 +100,9 @@ def _open(config: SampleConfig, teacher: Teacher | None) -> Sampler:
         raise error.about(listed, getattr(config, listed)) from None
 
 
-def _drawn(config: SampleConfig, sampler: Sampler, prompts: Sequence[str], show_progress: bool) -> Samples | Sheet:
+def _drawn(config: SampleConfig, sampler: Sampler, show_progress: bool) -> Samples | Sheet:
     settings: dict[str, Any] = {name: getattr(config, name) for name in DrawSettings.model_fields}
-    settings |= {"prompts": prompts, "show_progress": show_progress}
+    settings["show_progress"] = show_progress
     match config.exploring:
         case "interpolate":
             return explore.interpolate(sampler, to_seed=config.to_seed, **settings | {"num_images": config.interpolate})

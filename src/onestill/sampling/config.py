@@ -65,11 +65,12 @@ class SamplerSettings(CallSettings):
 
 
 class DrawSettings(Settings):
-    """Which images are drawn: their seeds and labels."""
+    """Which images are drawn: their seeds, and their labels or prompts to go round."""
 
     num_images: int | None = setting(None, IMAGES, "How many; 16 if not given, fewer when exploring.", ge=1)
     seed: int = setting(0, IMAGES, "Seed of the first image; image i has seed + i.", ge=0, lt=2**63)
     class_labels: tuple[int, ...] = setting((), IMAGES, "Label to draw; repeat for more. All if not given.")
+    prompts: tuple[str, ...] = setting((), IMAGES, "What to draw, for text teachers; repeat for more.")
     batch_size: int = setting(64, IMAGES, "Images in one network call.", ge=1)
 
     @model_validator(mode="after")
@@ -82,7 +83,6 @@ class DrawSettings(Settings):
 class SampleConfig(SamplerSettings, DrawSettings):
     """Everything that decides a sampling: flags, YAML and Python arguments are this model."""
 
-    prompts: tuple[str, ...] = setting((), IMAGES, "What to draw, for text teachers; repeat for more.")
     prompt_file: Path | None = setting(None, IMAGES, "Prompts instead: a .txt, .jsonl or .csv in UTF-8.")
     prompt_field: str | None = setting(None, IMAGES, "Field of the prompt in a .jsonl or .csv; 'prompt' if not given.")
     output: Path | None = setting(

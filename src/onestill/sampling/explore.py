@@ -1,8 +1,8 @@
 """Exploring a sampler: plain samples, interpolation, one noise for many prompts, guidance sweeps, trajectories.
 
-Each function takes a sampler (`onestill.load_sampler`), the prompts, whether to show a bar on a terminal, and the
-fields of `DrawSettings`: `num_images`, `seed`, `class_labels` and `batch_size`. It returns the images and how to show
-them.
+Each function takes a sampler (`onestill.load_sampler`), whether to show a bar on a terminal, and fields of
+`DrawSettings`: `num_images`, `seed`, `class_labels`, `prompts` and `batch_size`. It returns the images and how to show
+them, and raises `SettingError` if a setting is unusable or the sampler cannot draw this.
 """
 
 from __future__ import annotations
@@ -104,21 +104,17 @@ class Sheet:
         return pictures.save_gif(frames, path, columns=words if all(steps) else ())
 
 
-def samples(sampler: Sampler, *, prompts: Sequence[str] = (), show_progress: bool = False, **settings: Any) -> Samples:
+def samples(sampler: Sampler, *, show_progress: bool = False, **settings: Any) -> Samples:
     """Return plain samples.
 
     Args:
         sampler: What generates.
-        prompts: Prompts to go round.
         show_progress: Show a bar on a terminal.
         **settings: Fields of `DrawSettings`; 16 images, and all labels in turn, if not given.
-
-    Raises:
-        SettingError: If a setting is unusable, or the sampler cannot draw this.
     """
     drawn = make(DrawSettings, settings)
     num = drawn.num_images or NUM_SAMPLES
-    rows = sampler.conditions(num, drawn.class_labels, prompts, seed=drawn.seed)
+    rows = sampler.conditions(num, drawn.class_labels, drawn.prompts, seed=drawn.seed)
     seeds = range(drawn.seed, drawn.seed + num)
     images = sampler.images(seeds, rows, batch_size=drawn.batch_size, show_progress=show_progress)
     return Samples(images, _words(rows), drawn.seed)
@@ -178,7 +174,6 @@ def interpolate(
     num_images: int,
     *,
     to_seed: int | None = None,
-    prompts: Sequence[str] = (),
     show_progress: bool = False,
     **settings: Any,
 ) -> Sheet:
@@ -192,15 +187,12 @@ def interpolate(
         sampler: What generates.
         num_images: N, both ends included.
         to_seed: Seed of the noise at the other end.
-        prompts: The prompt, with `to_seed`; or two, from one to the other.
         show_progress: Show a bar on a terminal.
-        **settings: Fields of `DrawSettings`; the label of `seed` if none is given.
-
-    Raises:
-        SettingError: If there are no two ends, a setting is unusable, or the sampler cannot draw this.
+        **settings: Fields of `DrawSettings`: the prompt, with `to_seed`, or two, from one to the other; the label of `seed` if
+            none is given.
     """
     drawn = make(DrawSettings, settings)
-    check_interpolation(num_images, drawn, to_seed, prompts)
+    check_interpolation(num_images, drawn, to_seed, drawn.prompts)
     if sampler.first_stage is not None:
         first = sampler.first_stage.name
         why = f"{sampler.name} enlarges the pictures of {first}, which decides what is seen"
@@ -208,11 +200,11 @@ def interpolate(
     u = torch.linspace(0, 1, num_images, dtype=torch.float64)
     ends = [drawn.seed, drawn.seed if to_seed is None else to_seed]
     from_noise, to_noise = noise(ends, sampler.sample_shape)
-    one = sampler.conditions(max(len(prompts), 1), drawn.class_labels, prompts, seed=drawn.seed)
+    one = sampler.conditions(max(len(drawn.prompts), 1), drawn.class_labels, drawn.prompts, seed=drawn.seed)
     if to_seed is None:
-        start, end = ({n: v[i : i + 1] for n, v in sampler.encode(list(prompts)).items()} for i in range(2))
+        start, end = ({n: v[i : i + 1] for n, v in sampler.encode(drawn.prompts).items()} for i in range(2))
         rows: Rows = dict(between(start, end, u))
-        captions, title = tuple(prompts), f"from one prompt to another, the same noise (seed {drawn.seed})"
+        captions, title = drawn.prompts, f"from one prompt to another, the same noise (seed {drawn.seed})"
     else:
         rows = {n: torch.cat([v] * num_images) if isinstance(v, Tensor) else v * num_images for n, v in one.items()}
         captions = (f"seed {drawn.seed}", f"seed {to_seed}")
@@ -222,24 +214,18 @@ def interpolate(
     return Sheet(images[None], ("",), (captions[0], *[""] * (num_images - 2), captions[1]), _line(title))
 
 
-def fixed_noise(
-    sampler: Sampler, *, prompts: Sequence[str] = (), show_progress: bool = False, **settings: Any
-) -> Sheet:
+def fixed_noise(sampler: Sampler, *, show_progress: bool = False, **settings: Any) -> Sheet:
     """Return one image for each prompt or label, all from the same noise; one row.
 
     Args:
         sampler: What generates.
-        prompts: The prompts.
         show_progress: Show a bar on a terminal.
         **settings: Fields of `DrawSettings`: all labels if none are given, and all of them or of the prompts, but 16
             at most, if no number is.
-
-    Raises:
-        SettingError: If the sampler is unconditional, or there are fewer prompts or labels than images.
     """
     drawn = make(DrawSettings, settings)
-    sampler.conditions(1, drawn.class_labels, prompts)
-    choices: Sequence[object] = prompts if sampler.takes_text else drawn.class_labels or sampler.labels
+    sampler.conditions(1, drawn.class_labels, drawn.prompts)
+    choices: Sequence[object] = drawn.prompts if sampler.takes_text else drawn.class_labels or sampler.labels
     if not choices:
         raise SettingError("fixed_noise", why=f"{sampler.name} is unconditional, so one noise is one image")
     num = drawn.num_images or min(len(choices), NUM_SAMPLES)
@@ -247,7 +233,7 @@ def fixed_noise(
         each = f"each of the {len(choices)}" if len(choices) != 1 else "the one"
         kind = ("prompt" if sampler.takes_text else "label") + ("s" if len(choices) != 1 else "")
         raise SettingError("num_images", num, f"with {named('fixed_noise')} there is one image for {each} {kind}")
-    rows = sampler.conditions(num, drawn.class_labels, prompts)
+    rows = sampler.conditions(num, drawn.class_labels, drawn.prompts)
     if "seed" in rows:  # of the pictures that are enlarged
         rows["seed"] = [drawn.seed] * num
     images = sampler.images([drawn.seed] * num, rows, batch_size=drawn.batch_size, show_progress=show_progress)
@@ -258,7 +244,6 @@ def guidance_sweep(
     sampler: Sampler,
     guidance_scales: Sequence[float],
     *,
-    prompts: Sequence[str] = (),
     show_progress: bool = False,
     **settings: Any,
 ) -> Sheet:
@@ -267,16 +252,12 @@ def guidance_sweep(
     Args:
         sampler: What generates: a teacher with a null condition, or a student that was distilled to take the scale.
         guidance_scales: w of each row, all different.
-        prompts: Prompts to go round.
         show_progress: Show a bar on a terminal.
         **settings: Fields of `DrawSettings`: one column for each prompt, or 8, but 8 at most, if no number is given.
-
-    Raises:
-        SettingError: If the sampler does not take these scales.
     """
     drawn = make(DrawSettings, settings)
-    num = drawn.num_images or min(len(prompts), MOST_IMAGES) or MOST_IMAGES
-    images, words = _at_each(sampler, "guidance_scales", guidance_scales, num, drawn, prompts, show_progress)
+    num = drawn.num_images or min(len(drawn.prompts), MOST_IMAGES) or MOST_IMAGES
+    images, words = _at_each(sampler, "guidance_scales", guidance_scales, num, drawn, show_progress)
     rows = tuple(f"w = {w:g}" for w in guidance_scales)
     columns = words or tuple(f"seed {i}" for i in range(drawn.seed, drawn.seed + num))
     return Sheet(images, rows, columns, "the same noise in every column", down=True)
@@ -286,7 +267,6 @@ def student_trajectory(
     sampler: Sampler,
     target_times: Sequence[float],
     *,
-    prompts: Sequence[str] = (),
     show_progress: bool = False,
     **settings: Any,
 ) -> Sheet:
@@ -295,16 +275,12 @@ def student_trajectory(
     Args:
         sampler: The student of a run; an exported one has its target time baked in.
         target_times: The times, all different; 0 is the finished image.
-        prompts: Prompts to go round.
         show_progress: Show a bar on a terminal.
         **settings: Fields of `DrawSettings`: one row for each prompt, or one, but 8 at most, if no number is given.
-
-    Raises:
-        SettingError: If the sampler is no student of a run, or was not trained for these times.
     """
     drawn = make(DrawSettings, settings)
-    num = drawn.num_images or min(len(prompts), MOST_IMAGES) or 1
-    images, words = _at_each(sampler, "target_times", target_times, num, drawn, prompts, show_progress)
+    num = drawn.num_images or min(len(drawn.prompts), MOST_IMAGES) or 1
+    images, words = _at_each(sampler, "target_times", target_times, num, drawn, show_progress)
     title = "what the student predicts from one noise"
     rows: tuple[str, ...] = ("",)
     if num == 1:
@@ -322,12 +298,11 @@ def _at_each(
     values: Sequence[float],
     num_images: int,
     drawn: DrawSettings,
-    prompts: Sequence[str],
     show_progress: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Return (images [S, N, C, H, W] at the S values of a setting that takes a list, what each of the N shows)."""
     check_values(setting, values)
-    rows = sampler.conditions(num_images, drawn.class_labels, prompts, seed=drawn.seed)
+    rows = sampler.conditions(num_images, drawn.class_labels, drawn.prompts, seed=drawn.seed)
     samplers, one = [], setting.removesuffix("s")
     try:
         for value in values:  # each from the one before, which may have loaded the student already

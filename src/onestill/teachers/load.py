@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,45 +26,12 @@ from onestill.teachers.pixel import load_unet2d
 from onestill.teachers.settings import CALL_ARGUMENTS
 
 UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
-Loader = Callable[..., Teacher]
-"""(folder, index, source, variant, null_class, **call arguments) -> the teacher in the folder of a pipeline."""
-
-
-def _knows_its_null(index: dict[str, Any], null_class: int | None) -> None:
-    if null_class is not None:
-        raise SettingError("null_class", null_class, f"a {index['_class_name']} knows its own", "leave it out")
-
-
-def _loader(family: PipelineSpec) -> Loader:
-    def load(
-        folder: Path,
-        index: dict[str, Any],
-        source: str,
-        variant: str | None,
-        null_class: int | None,
-        **arguments: Any,
-    ) -> Teacher:
-        _knows_its_null(index, null_class)
-        return load_family(family.with_arguments(arguments), folder, index, source, variant)
-
-    return load
-
-
 FAMILY_OF_PIPELINE: dict[str, PipelineSpec] = {name: family for family in FAMILIES for name in family.pipelines}
-LOADERS: dict[str, Loader] = dict.fromkeys(UNET2D_PIPELINES, load_unet2d)
-LOADERS |= {name: _loader(family) for name, family in FAMILY_OF_PIPELINE.items()}
 
 _INPAINTING = (
     "its network is given a mask and a masked picture beside the noise, 9 channels; those would have to be drawn "
     "with every prompt, which needs pictures or a model that makes them"
 )
-
-
-def _load_unknown(
-    folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None, **arguments: Any
-) -> Teacher:
-    _knows_its_null(index, null_class)
-    return load_generic(folder, index, source, variant, arguments)
 
 
 REFUSED = {
@@ -148,15 +115,34 @@ def load_teacher(
     index = read_index(folder, source)
     class_name = index["_class_name"]
     if class_name in REFUSED:
-        supported = ", ".join(sorted(LOADERS))
+        supported = ", ".join(sorted([*UNET2D_PIPELINES, *FAMILY_OF_PIPELINE]))
         reason = REFUSED[class_name]
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
     _check_arguments(arguments or {}, class_name)
-    loader: Loader = LOADERS.get(class_name, _load_unknown)
-    teacher = loader(folder, index, source, variant, null_class, **(arguments or {}))
+    teacher = _load(folder, index, source, variant, null_class, arguments or {})
     if t_max is not None:
         teacher = teacher.with_t_max(t_max)
     return teacher.to(device)
+
+
+def _load(
+    folder: Path,
+    index: dict[str, Any],
+    source: str,
+    variant: str | None,
+    null_class: int | None,
+    arguments: Mapping[str, Any],
+) -> Teacher:
+    """Return the teacher in the folder of a pipeline, as its class is loaded."""
+    name = index["_class_name"]
+    if name in UNET2D_PIPELINES:
+        return load_unet2d(folder, index, source, variant, null_class)
+    if null_class is not None:
+        raise SettingError("null_class", null_class, f"a {name} knows its own", "leave it out")
+    family = FAMILY_OF_PIPELINE.get(name)
+    if family is None:
+        return load_generic(folder, index, source, variant, arguments)
+    return load_family(family.with_arguments(arguments), folder, index, source, variant)
 
 
 def _check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
@@ -226,7 +212,7 @@ def _download(
 
 
 def _why_not(error: BaseException, offline: bool) -> str:
-    """Return why the hub gave nothing, in words that say what to do."""
+    """Return why the hub gave nothing, and what to do."""
     from huggingface_hub import errors
 
     causes: list[BaseException] = []
@@ -234,14 +220,14 @@ def _why_not(error: BaseException, offline: bool) -> str:
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    for kinds, words in (
+    for kinds, reason in (
         (errors.GatedRepoError, "it is gated: accept its terms on its page, and log in with `hf auth login`"),
         (errors.RevisionNotFoundError, f"it has no such {named('revision')}"),
         (errors.RepositoryNotFoundError, "there is none, or it is private: log in with `hf auth login`"),
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids the network, and it was not downloaded before"),
     ):
         if any(isinstance(each, kinds) for each in causes):
-            return words
+            return reason
     if any(map(_is_of_the_network, causes)):
         return "the hub cannot be reached, and it was not downloaded before"
     if offline and any(isinstance(each, errors.LocalEntryNotFoundError) for each in causes):
@@ -271,6 +257,6 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: model_index.json names no pipeline class (_class_name)")
     for name, entry in index.items():
         if isinstance(entry, list) and not name.startswith("_") and not _is_component(entry):
-            said = json.dumps(entry)[:80]
-            raise ValueError(f"{source}: model_index.json gives {name!r} as {said}, not as [library, class]")
+            shown = json.dumps(entry)[:80]
+            raise ValueError(f"{source}: model_index.json gives {name!r} as {shown}, not as [library, class]")
     return index

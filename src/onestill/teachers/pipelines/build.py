@@ -109,7 +109,7 @@ def _check_channels(family: PipelineSpec, config: Any) -> None:
 
 def _check_size(family: PipelineSpec, pipeline: Any, sample_shape: tuple[int, ...]) -> None:
     """Raise ValueError if the pipeline rounded a size that was asked for, which some do without a word."""
-    asked = family.given
+    given = family.given
     spatial = getattr(pipeline, "vae_scale_factor_spatial", getattr(pipeline, "vae_scale_factor", None))
     temporal = getattr(pipeline, "vae_scale_factor_temporal", None)
     made = {}
@@ -119,11 +119,11 @@ def _check_size(family: PipelineSpec, pipeline: Any, sample_shape: tuple[int, ..
         made = {"height": sample_shape[-2] * spatial, "width": sample_shape[-1] * spatial}
     if temporal is not None and len(sample_shape) == 4:
         made["num_frames"] = (sample_shape[-3] - 1) * temporal + 1
-    rounded = [name for name in made if name in asked and asked[name] != made[name]]
+    rounded = [name for name in made if name in given and given[name] != made[name]]
     if rounded:
         nearest = " ".join(f"{named(name)} {made[name]}" for name in rounded)
         why = f"a {type(pipeline).__name__} cannot make that and rounds it"
-        raise SettingError(rounded, [asked[name] for name in rounded], why, f"ask for {nearest}")
+        raise SettingError(rounded, [given[name] for name in rounded], why, f"ask for {nearest}")
 
 
 def _with_shift(process: Process, calls: PipelineCalls) -> Process:

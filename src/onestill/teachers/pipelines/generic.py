@@ -9,7 +9,7 @@ and so does the pipeline's own picture for the decoder; whatever does not fit is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from onestill.core.errors import SettingError
 from onestill.core.tensors import SELF_CHECK_TOLERANCE
 from onestill.teachers.pipelines.build import pipeline_teacher
 from onestill.teachers.pipelines.calls import PipelineCalls
@@ -42,7 +43,7 @@ FOREIGN = (TypeError, AttributeError, RuntimeError, KeyError, IndexError)
 
 
 def load_generic(
-    folder: Path, index: dict[str, Any], source: str, variant: str | None, arguments: dict[str, Any]
+    folder: Path, index: dict[str, Any], source: str, variant: str | None, arguments: Mapping[str, Any]
 ) -> PipelineTeacher:
     """Return the teacher in the folder of a pipeline without a family of its own.
 
@@ -58,6 +59,8 @@ def load_generic(
         network = _network(index)
         pipeline = load_pipeline(folder, index, source, variant)
         return _first_that_fits(network, pipeline, folder, source, variant, arguments)
+    except SettingError as error:
+        raise error.found_in(source) from error
     except ValueError as error:
         message = str(error).removeprefix(f"{source}: ")
         raise ValueError(
@@ -90,7 +93,7 @@ def _network(index: dict[str, Any]) -> str:
 
 
 def _first_that_fits(
-    network: str, pipeline: Any, folder: Path, source: str, variant: str | None, arguments: dict[str, Any]
+    network: str, pipeline: Any, folder: Path, source: str, variant: str | None, arguments: Mapping[str, Any]
 ) -> PipelineTeacher:
     error: ValueError | None = None
     for family in _candidates(network, pipeline, arguments):
@@ -99,14 +102,14 @@ def _first_that_fits(
         except ValueError as found:
             error = error or found
         except FOREIGN as found:
-            error = error or ValueError(f"its network does not run as the pipeline runs it: {_said(found)}")
+            error = error or ValueError(f"its network does not run as the pipeline runs it: {_short(found)}")
         else:
             _check_decoder(teacher)
             return teacher
     raise error or ValueError("there is nothing to try")
 
 
-def _candidates(network: str, pipeline: Any, arguments: dict[str, Any]) -> Iterator[PipelineSpec]:
+def _candidates(network: str, pipeline: Any, arguments: Mapping[str, Any]) -> Iterator[PipelineSpec]:
     """Yield the descriptions that a pipeline may have."""
     _check_network(network, pipeline)
     base = _described(network, pipeline).with_arguments(arguments)
@@ -171,13 +174,13 @@ def _first_call(family: PipelineSpec, pipeline: Any) -> float:
         (call,) = record(run, calls.network)
     except (ValueError, *FOREIGN) as error:
         raise ValueError(
-            f"its call with a prompt alone ends with {type(error).__name__}: {_said(error)}. "
+            f"its call with a prompt alone ends with {type(error).__name__}: {_short(error)}. "
             "It would need a family that gives it what it asks for"
         ) from error
     return float(call.net_time.reshape(-1)[0])
 
 
-def _said(error: Exception) -> str:
+def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -194,7 +197,7 @@ def _check_decoder(teacher: PipelineTeacher, seeds: Sequence[int] = (0, 1)) -> N
         theirs, ours = calls.spec.result(output), teacher.decode(latents)
     except FOREIGN as error:
         raise ValueError(
-            f"its latents do not decode plainly: {_said(error)}. It would need a family that decodes (and packs) them"
+            f"its latents do not decode plainly: {_short(error)}. It would need a family that decodes (and packs) them"
         ) from error
     fits = ours.shape == theirs.shape
     if not fits or not (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().max() <= SELF_CHECK_TOLERANCE:

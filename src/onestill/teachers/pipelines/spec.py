@@ -61,7 +61,7 @@ class PipelineSpec:
         pack: From (latents, constant arguments of the call) to what the network sees, where that is a permutation.
         unpack: The inverse of `pack`.
         set_size: From (network, height and width of x_t) to whether the class's own default size is now that one.
-        cut: From (pipeline, what `decode` gives, arguments of every call) to what the pipeline returns of it.
+        trim: From (pipeline, what `decode` gives, arguments of every call) to what the pipeline returns of it.
         output_field: Where the pipeline's output has its results: "images", "frames" or "audios".
         on_pixels: Whether `decode` is given pixels, such as to threshold them, and no latents.
     """
@@ -90,7 +90,7 @@ class PipelineSpec:
     pack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda latents, constant: latents
     unpack: Callable[[Tensor, Mapping[str, Any]], Tensor] = lambda packed, constant: packed
     set_size: Callable[[Any, tuple[int, int]], bool] = lambda network, size: False
-    cut: Callable[[Any, Tensor, Mapping[str, Any]], Tensor] = lambda pipeline, decoded, arguments: decoded
+    trim: Callable[[Any, Tensor, Mapping[str, Any]], Tensor] = lambda pipeline, decoded, arguments: decoded
     output_field: str = "images"
     on_pixels: bool = False
 

@@ -205,7 +205,7 @@ class PipelineTeacher(NetworkTeacher):
         spec = self.pipeline_spec
         if spec.decode is None:
             return latents
-        return spec.cut(self.pipeline, spec.decode(self.pipeline, latents), spec.arguments)
+        return spec.trim(self.pipeline, spec.decode(self.pipeline, latents), spec.arguments)
 
     # Students
 

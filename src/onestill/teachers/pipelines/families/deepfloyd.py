@@ -45,16 +45,16 @@ def threshold(pipeline: Any, samples: Tensor) -> Tensor:
 
 def one_ddpm_step(pipeline: Any, prediction_type: str, alpha: float) -> Any:
     """Return the scheduler of an exported student: the head at one level, thresholded as the teacher's."""
-    asked = scheduler_threshold(pipeline.scheduler)
-    scheduler = one_level(alpha, prediction_type, clip_sample=asked.mode == "static", stochastic=True)
-    scheduler.register_to_config(**_threshold_config(asked))
+    own = scheduler_threshold(pipeline.scheduler)
+    scheduler = one_level(alpha, prediction_type, clip_sample=own.mode == "static", stochastic=True)
+    scheduler.register_to_config(**_threshold_config(own))
     return scheduler
 
 
-def _threshold_config(asked: Threshold) -> dict[str, Any]:
-    if asked.mode == "dynamic":
-        return {"thresholding": True, "sample_max_value": asked.limit, "dynamic_thresholding_ratio": asked.ratio}
-    return {"clip_sample_range": asked.limit}
+def _threshold_config(own: Threshold) -> dict[str, Any]:
+    if own.mode == "dynamic":
+        return {"thresholding": True, "sample_max_value": own.limit, "dynamic_thresholding_ratio": own.ratio}
+    return {"clip_sample_range": own.limit}
 
 
 def low_res_rows(pipeline: Any, pictures: Tensor, noise: Tensor, noise_level: int = NOISE_LEVEL) -> Cond:

@@ -55,7 +55,7 @@ def schedule(pipeline: Any) -> Schedule:
     return Schedule(CosineVP(), "v_prediction", stock)
 
 
-def cut(pipeline: Any, sound: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def trim(pipeline: Any, sound: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """Return the part of a sound that the pipeline returns: up to its argument `audio_end_in_s`."""
     end = arguments.get("audio_end_in_s")
     return sound if end is None else sound[:, :, : int(end * pipeline.vae.config.sampling_rate)]
@@ -70,5 +70,5 @@ STABLE_AUDIO = PipelineSpec(
     one_step=one_ddim_step,
     result=lambda output: output.audios,
     output_field="audios",
-    cut=cut,
+    trim=trim,
 )
