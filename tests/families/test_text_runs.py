@@ -35,6 +35,7 @@ import onestill
 from onestill.data.prompt_pool import choose
 from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import export_student
+from onestill.objectives.anchors import Anchors, Pool
 from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.students import model_card as card
@@ -326,17 +327,24 @@ def test_a_pool_of_anchors_is_of_the_prompts_that_are_drawn(tmp_path: Path) -> N
         given |= {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
         return make_trainer(build_run(make_config(given)))
 
+    def made(trainer: Trainer) -> list[int]:
+        return [num for _, num in trainer.prepare()]
+
+    def pool(trainer: Trainer) -> Pool:
+        (found,) = (objective.pool for objective in trainer.objectives if isinstance(objective, Anchors))
+        assert found is not None
+        return found
+
     (stopped := trainer()).stop_requested = True
-    assert list(stopped.make_anchors()) == [4]
-    assert list(trainer().make_anchors()) == [4, 4, 2], "is gone on with"
-    assert list(trainer(learning_rate=1.0).make_anchors()) == [10], "is whole, whatever is learned from it"
-    assert list(trainer(max_train_steps=6).make_anchors()) == [4, 4, 2], "20 prompts are drawn from, not 16"
-    assert list((same := trainer(max_train_steps=7)).make_anchors()) == [10], "all 20 are"
-    assert same.anchors is not None
+    assert made(stopped) == [4]
+    assert made(trainer()) == [4, 4, 2], "is gone on with"
+    assert made(trainer(learning_rate=1.0)) == [10], "is whole, whatever is learned from it"
+    assert made(trainer(max_train_steps=6)) == [4, 4, 2], "20 prompts are drawn from, not 16"
+    assert made(same := trainer(max_train_steps=7)) == [10], "all 20 are"
     (tmp_path / "run" / "anchors-0.safetensors").unlink()
-    assert list((made := trainer(max_train_steps=7)).make_anchors()) == [4, 4, 2]
-    assert made.anchors is not None and torch.equal(made.anchors.signal, same.anchors.signal)
-    assert all(torch.equal(value, same.anchors.chosen[name]) for name, value in made.anchors.chosen.items())
+    assert made(again := trainer(max_train_steps=7)) == [4, 4, 2]
+    assert torch.equal(pool(again).signal, pool(same).signal)
+    assert all(torch.equal(value, pool(same).chosen[name]) for name, value in pool(again).chosen.items())
 
 
 def test_another_text_encoder_has_another_cache(tmp_path: Path) -> None:
@@ -426,7 +434,7 @@ def test_a_disk_that_fills_up_while_encoding(tmp_path: Path, monkeypatch: pytest
     outcome = call_cli(*flags)
     assert outcome.code == 2 and "Traceback" not in outcome.err
     assert f"error: --prompt_cache_dir {tmp_path / 'cache'}: cannot be written: " in outcome.words
-    assert "No space left on device" in outcome.words and "Name a folder on another disk" in outcome.words
+    assert "No space left on device" in outcome.words and "name a folder on another disk" in outcome.words
     assert not (tmp_path / "run").exists() and not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     monkeypatch.undo()
     assert call_cli(*flags).code == 0, "the same command goes on once there is room"
