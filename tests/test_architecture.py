@@ -380,7 +380,7 @@ def test_only_what_takes_settings_takes_any_keyword() -> None:
     open_ended = {(n, p.name) for n, value in names.items() for p in parameters_of(value) if p.kind is p.VAR_KEYWORD}
     assert {name for name, keyword in open_ended if keyword != "settings"} == {"core.settings.setting"}
     for name, keyword in open_ended:
-        assert keyword != "settings" or "Fields of `" in str(inspect.getdoc(names[name])), (
+        assert keyword != "settings" or "ields of `" in str(inspect.getdoc(names[name])), (
             f"{name} must say whose fields"
         )
 

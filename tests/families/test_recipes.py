@@ -16,7 +16,8 @@ from runs_helpers import call_cli, teacher_folder
 from test_conformance import perturbed, teacher_of
 
 from onestill import cli
-from onestill.core.settings import make, read_yaml
+from onestill.core.errors import SettingError
+from onestill.core.settings import find_config, make, read_yaml
 from onestill.data.prompt_pool import refuse_prompts
 from onestill.export.export import export_student
 from onestill.teachers.load import EMBEDDED, FAMILY_OF_PIPELINE
@@ -74,6 +75,16 @@ def test_there_are_recipes_and_a_table_of_them() -> None:
     for path in RECIPES:
         teacher = read_yaml(path)["teacher"]
         assert f"| `{path.stem}` | {'embedded' if teacher in EMBEDDED else f'`{teacher}`'} " in table
+
+
+def test_a_recipe_is_found_by_its_name_and_a_file_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sd15").mkdir()  # the folder of a run may have the recipe's name
+    assert find_config("sd15") == RECIPES_FOLDER / "sd15.yaml"
+    Path("sdxl").write_text("seed: 1\n")
+    assert find_config("sdxl") == Path("sdxl") and find_config("no/such") == Path("no/such")
+    with pytest.raises(SettingError, match="config='sd51'.*did you mean sd15"):
+        find_config("sd51")
 
 
 @each

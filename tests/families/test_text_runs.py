@@ -35,7 +35,7 @@ import onestill
 from onestill.data.prompt_pool import choose
 from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import export_student
-from onestill.objectives.anchors import Anchors
+from onestill.objectives.anchors import Anchors, Pool
 from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.students import model_card as card
@@ -327,23 +327,24 @@ def test_a_pool_of_anchors_is_of_the_prompts_that_are_drawn(tmp_path: Path) -> N
         given |= {"teacher": str(place() / "t"), "output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
         return make_trainer(build_run(make_config(given)))
 
-    def pool_of(trainer: Trainer) -> Any:
-        return next(objective.pool for objective in trainer.objectives if isinstance(objective, Anchors))
-
-    def made_by(trainer: Trainer) -> list[int]:
+    def made(trainer: Trainer) -> list[int]:
         return [num for _, num in trainer.prepare()]
 
+    def pool(trainer: Trainer) -> Pool:
+        (found,) = (objective.pool for objective in trainer.objectives if isinstance(objective, Anchors))
+        assert found is not None
+        return found
+
     (stopped := trainer()).stop_requested = True
-    assert made_by(stopped) == [4]
-    assert made_by(trainer()) == [4, 4, 2], "is gone on with"
-    assert made_by(trainer(learning_rate=1.0)) == [10], "is whole, whatever is learned from it"
-    assert made_by(trainer(max_train_steps=6)) == [4, 4, 2], "20 prompts are drawn from, not 16"
-    assert made_by(same := trainer(max_train_steps=7)) == [10], "all 20 are"
-    assert (pool := pool_of(same)) is not None
+    assert made(stopped) == [4]
+    assert made(trainer()) == [4, 4, 2], "is gone on with"
+    assert made(trainer(learning_rate=1.0)) == [10], "is whole, whatever is learned from it"
+    assert made(trainer(max_train_steps=6)) == [4, 4, 2], "20 prompts are drawn from, not 16"
+    assert made(same := trainer(max_train_steps=7)) == [10], "all 20 are"
     (tmp_path / "run" / "anchors-0.safetensors").unlink()
-    assert made_by(made := trainer(max_train_steps=7)) == [4, 4, 2]
-    assert torch.equal((again := pool_of(made)).signal, pool.signal)
-    assert all(torch.equal(value, pool.chosen[name]) for name, value in again.chosen.items())
+    assert made(again := trainer(max_train_steps=7)) == [4, 4, 2]
+    assert torch.equal(pool(again).signal, pool(same).signal)
+    assert all(torch.equal(value, pool(same).chosen[name]) for name, value in pool(again).chosen.items())
 
 
 def test_another_text_encoder_has_another_cache(tmp_path: Path) -> None:

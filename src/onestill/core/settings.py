@@ -95,7 +95,7 @@ def find_config(config_file: str | Path) -> Path:
         SettingError: If there is neither.
     """
     path = Path(config_file).expanduser()
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
     recipes = sorted(found.stem for found in RECIPES.glob("*.yaml"))
     if path.name in recipes:

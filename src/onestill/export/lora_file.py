@@ -16,7 +16,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from onestill.students.injection import TimeEmbeddingInjection
+from onestill.core.tensors import Cond
+from onestill.students.injection import TimeEmbeddingInjection, observe
 from onestill.students.lora import adapter_tensors
 from onestill.students.student import Student
 from onestill.teachers.pipelines.teacher import PipelineTeacher
@@ -58,31 +59,18 @@ def write_lora(
 
 def constant_updates(teacher: PipelineTeacher, net_time: float, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the updates of rank 1 that give each time embedding its constant in the one step at `net_time`."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    network: Any = teacher.network
+    network = teacher.network
 
-    def see(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = (inputs[0][0].double().cpu(), output[0].double().cpu())
+    def run(x_t: Tensor, cond: Cond) -> None:
+        teacher.call(network, x_t, torch.full((1,), net_time, device=x_t.device, dtype=x_t.dtype), cond)
 
-    hooks = [
-        network.get_submodule(f"{name}.linear_2").register_forward_hook(
-            lambda _m, inputs, output, name=name: see(name, inputs, output)
-        )
-        for name in embeddings
-    ]
-    weight = next(network.parameters())
-    probe = torch.zeros(1, *teacher.spec.sample_shape, device=weight.device, dtype=weight.dtype)
-    cond = {name: value.to(weight.device) for name, value in teacher.example_rows(1).items()}
-    try:
-        teacher.call(network, probe, torch.full((1,), net_time, device=weight.device, dtype=weight.dtype), cond)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    constants = {f"{name}.linear_2": value for name, value in embeddings.items()}
     found: dict[str, Tensor] = {}
-    for name, (h, output) in seen.items():
-        u = embeddings[name].double().cpu() - output
-        found[f"{name}.linear_2.lora_A.weight"] = (h / h.norm())[None].float()
-        found[f"{name}.linear_2.lora_B.weight"] = (u / h.norm())[:, None].float()
+    for layer, seen in observe(teacher, network, constants, run).items():
+        h, output = (value[0].double().cpu() for value in seen)
+        u = constants[layer].double().cpu() - output
+        found[f"{layer}.lora_A.weight"] = (h / h.norm())[None].float()
+        found[f"{layer}.lora_B.weight"] = (u / h.norm())[:, None].float()
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestill.students.injection import TimeEmbeddingInjection, last_layer, time_embeddings
+from onestill.students.injection import TimeEmbeddingInjection, last_layer, observe, time_embeddings
 from onestill.students.lora import merge
 from onestill.students.student import Student
 
@@ -54,23 +54,12 @@ def ignores_time(network: object) -> bool:
 
 def _bake_start_level(student: Student, network: nn.Module) -> None:
     """Make every time embedding of `network` constant: what the student's own gives at the start level."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        student.network.get_submodule(name).register_forward_hook(
-            lambda _m, _a, out, name=name: seen.update({name: out})
-        )
-        for name in time_embeddings(network)
-    ]
-    weight = next(student.network.parameters())
-    probe = torch.zeros(1, *student.spec.sample_shape, device=weight.device, dtype=weight.dtype)
-    cond = {name: value.to(weight.device) for name, value in student.teacher.example_rows(1).items()}
-    student.teacher.denoised_by(student.network, probe, student.spec.t_max, cond)
-    for hook in hooks:
-        hook.remove()
-    for name, value in seen.items():
+    teacher, own = student.teacher, student.network
+    at_start = lambda x_t, cond: teacher.denoised_by(own, x_t, student.spec.t_max, cond)  # noqa: E731 - passed on at once
+    for name, (_, output) in observe(teacher, own, time_embeddings(network), at_start).items():
         layer = last_layer(network.get_submodule(name))
         layer.weight.zero_()
-        layer.bias.copy_(value[0])
+        layer.bias.copy_(output[0])
 
 
 def _copy_on_cpu(network: nn.Module) -> nn.Module:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from onestill.core.tensors import Cond, to_device
+from onestill.teachers.base import Teacher
 
 TIME_CHANNELS = 128
 TIME_EMBEDDINGS = ("time_embedding", "timestep_embedder", "time_embedder", "timestep_proj", "time_step_proj")
@@ -165,6 +169,27 @@ def last_layer(embedding: nn.Module) -> nn.Linear:
     layer = embedding[-1] if isinstance(embedding, nn.Sequential) else embedding.linear_2
     assert isinstance(layer, nn.Linear)
     return layer
+
+
+def observe(
+    teacher: Teacher, network: nn.Module, names: Iterable[str], run: Callable[[Tensor, Cond], object]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (input, output) of some modules of a network, by name, in one call `run(x_t = 0, some conditions)`."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        network.get_submodule(name).register_forward_hook(
+            lambda _m, inputs, output, name=name: seen.update({name: (inputs[0].clone(), output.clone())})
+        )
+        for name in names
+    ]
+    weight = next(network.parameters())
+    x_t = torch.zeros(1, *teacher.spec.sample_shape, device=weight.device, dtype=weight.dtype)
+    try:
+        run(x_t, to_device(teacher.example_rows(1), weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 
 def _weighted_layers(network: nn.Module) -> list[tuple[str, Any]]:

@@ -1,0 +1,87 @@
+"""`export` of runs and of their checkpoints: what is baked in, and what is never replaced."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs_helpers import (
+    copied,
+    finished_run,
+    snapshot,
+    teacher_folder,
+)
+
+import onestill
+from onestill.runs.export import export
+from onestill.sampling.pictures import to_pil
+
+
+def write_images(folder: Path, num: int = 12, size: int = 8) -> Path:
+    folder.mkdir(parents=True)
+    for i, picture in enumerate(to_pil(torch.rand(num, 1, size, size) * 2 - 1)):
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+def test_export_of_a_run_and_of_a_checkpoint(tmp_path: Path) -> None:
+    run = finished_run()
+    assert export(run, tmp_path / "new") <= 1e-5
+    assert set(snapshot(tmp_path / "new")) == set(snapshot(run / "pipeline"))
+    same = "unet/diffusion_pytorch_model.safetensors"
+    assert snapshot(tmp_path / "new")[same] == snapshot(run / "pipeline")[same]
+    export(run / "checkpoint-2", tmp_path / "earlier")
+    assert snapshot(tmp_path / "earlier")[same] != snapshot(run / "pipeline")[same]
+    assert "exported from checkpoint-2" in (tmp_path / "earlier" / "README.md").read_text(encoding="utf-8")
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_export_bakes_target_time_and_guidance(tmp_path: Path) -> None:
+    run = finished_run("drawn")
+    export(run, tmp_path / "low", guidance_scale=1.5, target_time=0.5)
+    baked = onestill.sample(tmp_path / "low", num_images=4)
+    asked = onestill.sample(run, num_images=4, guidance_scale=1.5, target_time=0.5)
+    assert (baked - asked).abs().max() <= 1e-5
+    assert "w = 1.5" in (tmp_path / "low" / "README.md").read_text(encoding="utf-8")
+
+
+def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None:
+    run, output = finished_run(), tmp_path / "out"
+    export(run / "checkpoint-2", output)
+    before = snapshot(output)
+    with pytest.raises(ValueError, match=f"output=.*{output.name}': exists"):
+        export(run, output)
+    assert snapshot(output) == before
+    export(run, output, overwrite=True)
+    assert snapshot(output) != before and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    precious = write_images(tmp_path / "holiday")
+    with pytest.raises(ValueError, match="is no exported student, so overwrite does not replace it"):
+        export(run, precious, overwrite=True)
+    assert len(snapshot(precious)) == 12
+
+    teacher = copied(teacher_folder(), tmp_path / "teacher")
+    before = snapshot(teacher)
+    with pytest.raises(ValueError, match="is no exported student, so overwrite does not replace it"):
+        export(run, teacher, overwrite=True)
+    assert snapshot(teacher) == before
+
+
+@pytest.mark.parametrize(
+    ("student", "arguments", "message"),
+    [
+        (lambda: "no/where", {}, "is no run and no checkpoint-N folder"),
+        (lambda: teacher_folder(), {}, "is no run and no checkpoint-N folder"),
+        (lambda: finished_run() / "samples", {}, "is corrupt"),
+        (finished_run, {"guidance_scale": 2}, "distilled with w = 1 fixed"),
+        (finished_run, {"target_time": 2}, "target_time=2: must be between 0"),
+        (finished_run, {"device": "gpu"}, "device='gpu'"),
+        (lambda: finished_run("drawn"), {"guidance_scale": 9}, "outside 1 to 3"),
+    ],
+)
+def test_export_refuses_and_writes_nothing(
+    tmp_path: Path, student: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(student(), tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
