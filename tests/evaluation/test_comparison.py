@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from onestill.core.tensors import noise
 from onestill.diffusion.process import CosineVP
-from onestill.evaluation.choice import choose_features, default_features, teacher_features
+from onestill.evaluation.choice import choose_features, teacher_features
 from onestill.evaluation.comparison import Comparison, Entry
 from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor
@@ -385,14 +385,11 @@ def test_embedded_references_are_real_pictures() -> None:
 # Features
 
 
-def test_default_features() -> None:
-    assert default_features("digits") == "digits" and default_features("some/teacher") == "teacher"
-
-
 def test_embedded_features_are_a_classifier_that_knows_the_digits() -> None:
     teacher = load_teacher("digits")
     found = choose_features("digits", teacher, local_files_only=True, device=CPU)
     assert isinstance(found, ClassifierFeatures)
+    assert choose_features("auto", teacher, local_files_only=True, device=CPU).name == found.name
     assert found(embedded_reference("digits").images[:3]).ndim == 2
 
 
@@ -400,6 +397,7 @@ def test_embedded_features_are_a_classifier_that_knows_the_digits() -> None:
 def test_features_of_the_teacher_are_fixed_and_see_the_image(kind: str, null: int | None) -> None:
     teacher = load_teacher(teacher_folder(kind), null_class=null)
     extractor = choose_features("teacher", teacher, local_files_only=True, device=CPU)
+    assert choose_features("auto", teacher, local_files_only=True, device=CPU).name == extractor.name
     assert "mid_block" in extractor.name and "log-SNR 2" in extractor.name
     images = torch.randn(4, 1, 8, 8).clamp(-1, 1)
     features = extractor(images)

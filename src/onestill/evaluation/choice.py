@@ -21,17 +21,17 @@ _GIVE = "a .safetensors file written by ConvFeatures.save, or a transformers vis
 
 
 def choose_features(spec: str, teacher: Teacher, *, local_files_only: bool, device: torch.device) -> FeatureExtractor:
-    """Return the extractor that `features` names: teacher, an embedded teacher's name, a file, a folder or an id."""
+    """Return the extractor that `features` names: teacher, an embedded teacher's name, a file, a folder or an id.
+
+    "auto" is an embedded teacher's classifier where the teacher is one, else the teacher's own.
+    """
+    if spec == "auto":
+        spec = teacher.spec.source if teacher.spec.source in EMBEDDED else "teacher"
     if spec == "teacher":
         return teacher_features(teacher, device)
     if spec in EMBEDDED:
         return ClassifierFeatures(ConvFeatures.load(EMBEDDED[spec].folder / "classifier.safetensors", device=device))
     return load_features(spec, local_files_only=local_files_only, device=device)
-
-
-def default_features(teacher_source: str) -> str:
-    """Return the features used if none are named: an embedded teacher's classifier, else the teacher's own."""
-    return teacher_source if teacher_source in EMBEDDED else "teacher"
 
 
 def load_features(spec: str, *, local_files_only: bool = False, device: str | torch.device = "cpu") -> FeatureExtractor:

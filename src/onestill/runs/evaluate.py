@@ -16,7 +16,7 @@ from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
 from onestill.core.settings import make
 from onestill.data.prompts import read_prompts
-from onestill.evaluation.choice import choose_features, default_features
+from onestill.evaluation.choice import choose_features
 from onestill.evaluation.clip import ClipScore, check_pictures
 from onestill.evaluation.comparison import Comparison, Entry
 from onestill.evaluation.config import EvaluateConfig
@@ -69,13 +69,17 @@ def evaluate(
     check_folder(config.student)  # before the output, whose default it names
     _check_output(config)
     pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
-    extractor = _named_features(config, pair) if features is None or isinstance(features, (str, Path)) else features
+    offline = config.local_files_only
+    if features is None or isinstance(features, (str, Path)):
+        extractor = choose_features(config.features, pair.teacher, local_files_only=offline, device=pair.device)
+    else:
+        extractor = features
     check_features(extractor, pair.one_step)
     source = _reference_source(config, pair, extractor)
     subjects, notes = _subjects(config, pair, source)
     for warning in pair.one_step.warnings(subjects.prompts[: config.num_samples]):
         say(warning)
-    clip = None if config.clip is None else _open_clip(config.clip, pair, offline=config.local_files_only)
+    clip = None if config.clip is None else _open_clip(config.clip, pair, offline=offline)
     resolved = {"guidance_scale": _guidance_of(config, pair.student, pair.teacher), "device": str(pair.device)}
     config = config.model_copy(update=resolved)
     reference = _reference(source, config, pair, extractor, subjects, show_progress, say)
@@ -150,12 +154,9 @@ def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
         ValueError: If one does not load, they cannot be compared, or the guidance is not known.
     """
     device = resolve_device(config.device)
-    student = _at_scale(
-        load_student(
-            config.student, device=device, local_files_only=config.local_files_only, base_student=config.base_student
-        ),
-        config,
-    )
+    offline, base = config.local_files_only, config.base_student
+    found = load_student(config.student, device=device, local_files_only=offline, base_student=base)
+    student = _at_scale(found, config)
     teacher = _load_teacher(config, student, device) if teacher is None else teacher
     refuse_student(teacher)
     one_step = student.sampler
@@ -246,11 +247,6 @@ def _guidance_of(config: EvaluateConfig, student: LoadedStudent, teacher: Teache
     if baked is not None or run is None:
         return baked
     return run.guidance_scale if run.guidance_range is None else sum(run.guidance_range) / 2
-
-
-def _named_features(config: EvaluateConfig, pair: _Pair) -> FeatureExtractor:
-    chosen = default_features(pair.name) if config.features == "auto" else config.features
-    return choose_features(chosen, pair.teacher, local_files_only=config.local_files_only, device=pair.device)
 
 
 def _reference_source(config: EvaluateConfig, pair: _Pair, extractor: FeatureExtractor) -> str:
