@@ -126,7 +126,7 @@ def test_the_averages_follow_the_weights(tmp_path: Path) -> None:
     found = dict(zip(expected, kept["target_ema"].shadow_params, strict=True))
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
     assert kept["ema"].optimization_step == 6
-    with trainer.averaged():
+    with trainer.trained[0].averaged():
         assert equal(parameters(trainer), dict(zip(expected, kept["ema"].shadow_params, strict=True)))
     assert not equal(parameters(trainer), dict(zip(expected, kept["ema"].shadow_params, strict=True)))
 

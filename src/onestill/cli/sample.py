@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from onestill.cli.fields import from_config
+from onestill.cli.fields import ConfigFile, from_config
 from onestill.cli.output import note, quiet, say
 from onestill.core.settings import make
 from onestill.sampling.config import SampleConfig
 
 
 @from_config(SampleConfig)
-def sample(
-    settings: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")] = None,
-) -> None:
+def sample(settings: dict[str, Any], config: ConfigFile = None) -> None:
     """Generate images: a student's in one step, or a teacher's in many."""
     made = make(SampleConfig, settings, config)
     if made.output is None:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from onestill.diffusion.trajectory import Denoiser, Step, Trajectory
 
 OBJECTIVE = "Objective"
+Solver = Literal["ddim", "heun", "midpoint"]
 TimeSampling = Literal["uniform", "s_first", "progressive"]
 Weight = Literal["inverse_rho", "velocity", "none"]
 TIME_SAMPLINGS, WEIGHTS = get_args(TimeSampling), get_args(Weight)
 SIGMA_FLOOR = 0.05
-BOOTSTRAP, BOUNDARY = 0, 1
-"""The two means."""
+BOOTSTRAP, BOUNDARY = 0, 1  # the two means
 
 
 class BootSettings(Settings):
@@ -32,9 +32,7 @@ class BootSettings(Settings):
     time_sampling: TimeSampling = setting("s_first", OBJECTIVE, "How step times are drawn.")
     delta: float = setting(1 / 25, OBJECTIVE, "Step size in t.", gt=0, lt=1)
     t_min: float = setting(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
-    solver: Literal["ddim", "heun", "midpoint"] = setting(
-        "midpoint", OBJECTIVE, "Step that makes the bootstrap target."
-    )
+    solver: Solver = setting("midpoint", OBJECTIVE, "Step that makes the bootstrap target.")
     bootstrap_weight: Weight = setting("velocity", OBJECTIVE, "Weight of the residuals.")
     boundary_weight: float = setting(1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0)
     boundary_fraction: float = setting(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)
@@ -95,14 +93,8 @@ def bootstrap_target(
 ) -> Tensor:
     """Return sg[y_t + rho (mean of f - y_t)], the right side of eq. (10), [B, ...].
 
-    Args:
-        step: One of `onestill.diffusion.trajectory.STEPS`.
-        trajectory: The teacher's ODE.
-        denoised: The teacher, guided and thresholded as its sampler would.
-        x_a: Start state, [B, ...].
-        y_t: The student's signal at t, [B, ...].
-        t: Times, [B] float64.
-        s: Cleaner times, [B] float64; s = t = t_max on boundary rows.
+    `x_a` are start states and `y_t` the student's signal at t, [B, ...]; `t` and the cleaner `s`, [B] float64, are both
+    t_max on boundary rows. `denoised` is the teacher, guided and thresholded as its sampler would.
     """
     import torch
 
@@ -117,15 +109,8 @@ def draw_times(
 
     uniform: t ~ U[t_min + delta, t_max], as reported of BOOT. s_first: s ~ U[t_min, t_max] and t = min(s + delta, t_max),
     which gives the last delta before t_max a target too. progressive: as s_first, from a window whose cleaner
-    end moves from t_max to t_min with `progress`.
-
-    Args:
-        u: Uniform numbers in [0, 1), [B] float64.
-        strategy: One of `TIME_SAMPLINGS`.
-        delta: Step size in t.
-        t_min: Cleanest target time.
-        t_max: Start level.
-        progress: Share of the training done, in [0, 1].
+    end moves from t_max to t_min with `progress`, the share of the training done. `u` are uniform numbers in [0, 1),
+    [B] float64.
 
     Raises:
         ValueError: If the strategy is not one of these.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from onestill.training.config import DistillConfig
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `onestill inspect` says; `as_dict` are plain values."""
+    """What `onestill inspect` says."""
 
     teacher: str
     folder: str
@@ -60,10 +60,6 @@ class Inspection:
     estimate_device: str
     enlarges: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
 
 def inspect_teacher(
     teacher: str | Path | Teacher, *, config_file: str | Path | None = None, **settings: Any
@@ -83,21 +79,15 @@ def inspect_teacher(
 
 
 def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspection:
-    """Return what is known of the teacher of a run, and what the run would cost; writes nothing.
-
-    Args:
-        config: The run.
-        teacher: The teacher, where it is an object; loaded as the configuration says if None.
-
-    Raises:
-        SettingError: If the teacher or a setting is unusable.
-    """
+    """Return what is known of the teacher of a run, given where it is an object, and what the run would cost."""
     config, teacher, first_stage, prompt_file = open_teacher(config, teacher, needs_first_stage=False)
     check_labels(config.class_labels, teacher.spec)
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
     cost = estimate(teacher, student, config, device, first_stage)
+    alpha, sigma = spec.process.level(spec.t_max)
+    limits = teacher.prompt_limits if spec.text else ()
     reached = isinstance(student.injection, TimeEmbeddingInjection)
     return Inspection(
         teacher=spec.source,
@@ -110,16 +100,16 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
         null_class=spec.null_class,
         sample_shape=spec.sample_shape,
         arguments=dict(teacher.arguments),
-        num_parameters=num_parameters(teacher.network) if isinstance(teacher.network, torch.nn.Module) else 0,
+        num_parameters=_num_weights(teacher),
         t_max=spec.t_max,
         t_max_reason=spec.t_max_reason,
-        alpha_at_t_max=spec.process.level(spec.t_max)[0],
-        sigma_at_t_max=spec.process.level(spec.t_max)[1],
+        alpha_at_t_max=alpha,
+        sigma_at_t_max=sigma,
         thresholding=spec.threshold.mode,
         guidance=_guidance(teacher),
         guidance_scale=config.guidance_scale,
         negative_prompts=spec.text and teacher.can_guide,
-        prompt_limits=_prompt_limits(teacher),
+        prompt_limits={name: limit.room for limit in limits for name in limit.encoders},
         num_prompts=_num_prompts(teacher, config, prompt_file),
         prompt_bytes=_prompt_bytes(teacher, first_stage),
         target_time_enters="at the network's time embedding" if reached else "as a bias of every layer (fallback)",
@@ -139,13 +129,6 @@ def _guidance(teacher: Teacher) -> str:
     if teacher.guidance_input is not None:
         return "embedded"
     return "classifier-free" if teacher.can_guide else "none"
-
-
-def _prompt_limits(teacher: Teacher) -> dict[str, int]:
-    """Return the tokens of a prompt that each text encoder takes, where that is known."""
-    if not teacher.spec.text:
-        return {}
-    return {name: limit.room for limit in teacher.prompt_limits for name in limit.encoders}
 
 
 def _num_prompts(teacher: Teacher, config: DistillConfig, prompts: PromptFile | None) -> int:
@@ -201,28 +184,20 @@ def estimate(
     device: torch.device,
     first_stage: FirstStage | None = None,
 ) -> RunCost:
-    """Return what a run takes.
+    """Return what a run of a guided teacher takes.
 
     Memory: the teacher's weights, which a LoRA student shares; what the student trains, with its gradients, two Adam
     moments and their averages; and the activations kept for the backward pass. Time: a forward with backward for every
     row, and what each objective says that its rows and its pool cost besides. Both are measured on a few images and
     scaled to the batch. A first stage adds its weights and its one step.
-
-    Args:
-        teacher: The teacher, guided.
-        student: The student.
-        config: The run.
-        device: Where both are.
-        first_stage: The student that draws what is enlarged.
     """
     num = min(8, config.train_batch_size)
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     passes = _Passes(teacher, student, config, device, num)
     kept = passes.activations()
-    learning, of_student, of_teacher = (
-        _seconds(call, device) for call in (passes.learn, passes.student_target, passes.teacher_call)
-    )
+    calls = (passes.learn, passes.student_target, passes.teacher_call)
+    learning, of_student, of_teacher = (_seconds(call, device) for call in calls)
     student.zero_grad()
     of_stage = 0.0
     if first_stage is not None:
@@ -257,24 +232,22 @@ class _Passes:
         self.precision, self.device = config.mixed_precision, device
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which a run of this precision calls its networks."""
         dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "no")
 
     def learn(self) -> None:
-        """A forward and a backward of the student."""
         with self.autocast():
             loss = self.student(self.x, None, self.t, self.cond).square().mean()
         loss.backward()
 
+    @torch.no_grad()
     def student_target(self) -> None:
-        """A forward of the student without gradient."""
-        with torch.no_grad(), self.autocast():
+        with self.autocast():
             self.student(self.x, None, self.t, self.cond)
 
+    @torch.no_grad()
     def teacher_call(self) -> None:
-        """One call of the guided teacher."""
-        with torch.no_grad(), self.autocast():
+        with self.autocast():
             self.teacher.denoised(self.x, self.t, self.cond)
 
     def activations(self) -> int:

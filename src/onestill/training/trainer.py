@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,39 +78,24 @@ class Trainer:
         conditions: Conditions,
         fingerprints: Fingerprints,
     ) -> None:
-        self.config, self.teacher, self.conditions = config, teacher, conditions
-        self.fingerprints = fingerprints
+        self.config, self.teacher, self.student = config, teacher, student
+        self.conditions, self.fingerprints = conditions, fingerprints
         self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         if config.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         follower = student.twin() if config.ema_target_decay else None
-        self.student = student
-        averages = {"ema": config.ema_decay}
-        self.trained = [
-            Trained(
-                "student",
-                student,
-                self.accelerator,
-                config,
-                averages=averages,
-                follower=follower,
-                follower_decay=config.ema_target_decay,
-            )
-        ]
-        self.model = self.trained[0].model
+        decay = config.ema_target_decay
+        own = Trained("student", student, self.accelerator, config, follower=follower, follower_decay=decay)
+        self.trained, self.model = [own], own.model
         self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.accelerator.process_index)
         self.progress = Progress()
         self.watch = Watch(config, self.accelerator, teacher.spec, conditions)
         self.objectives = self._make_objectives(student if follower is None else follower)
         self.stop_requested = False
         self.last_checkpoint: Path | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.accelerator.device
 
     def _make_objectives(self, target_student: nn.Module) -> dict[Objective[Any], int]:
         """Return the objectives with their rows of a batch; networks of theirs are trained from now on."""
@@ -141,16 +125,9 @@ class Trainer:
         made = {kind(context): num for kind, num in rows_of(config, config.train_batch_size).items()}
         for objective in made:
             for name, network in objective.networks.items():
-                trained = Trained(
-                    f"{objective.name}.{name}",
-                    network,
-                    accelerator,
-                    config,
-                    learning_rate=objective.learning_rate(config, name),
-                    averages={"ema": config.ema_decay},
-                )
-                self.trained.append(trained)
-                objective.networks[name] = trained.model
+                rate, full_name = objective.learning_rate(config, name), f"{objective.name}.{name}"
+                self.trained.append(Trained(full_name, network, accelerator, config, learning_rate=rate))
+                objective.networks[name] = self.trained[-1].model
         return made
 
     def prepare(self) -> Iterator[tuple[Objective[Any], int]]:
@@ -196,8 +173,7 @@ class Trainer:
         Returns:
             (the student's loss, its gradient norm, its learning rate, losses of the objectives' networks).
         """
-        rate, losses, own = self.trained[0].learning_rate, [], {}
-        norms: list[float] = []
+        rate, losses, own, norms = self.trained[0].learning_rate, [], {}, []
         for _ in range(self.config.gradient_accumulation_steps):
             with self.accelerator.accumulate(*(trained.model for trained in self.trained)):
                 loss, own_losses = self._losses()
@@ -232,13 +208,10 @@ class Trainer:
         residuals = squared_residuals(y.float(), target.float())
         self.watch.count(found, residuals)
         loss = regression(residuals, *(torch.cat([getattr(b, name) for b in found]) for name in ("weights", "mean")))
-        own: dict[str, Tensor] = {}
         parts = torch.split(y.detach(), [len(batch.s) for batch in found])
         with self.accelerator.autocast():
-            for (objective, batch), part in zip(batches.items(), parts, strict=True):
-                if (own_loss := objective.own_loss(batch, part)) is not None:
-                    own[objective.name] = own_loss
-        return loss, own
+            own = {o.name: o.own_loss(batch, part) for (o, batch), part in zip(batches.items(), parts, strict=True)}
+        return loss, {name: own_loss for name, own_loss in own.items() if own_loss is not None}
 
     def _stops(self) -> bool:
         """Return whether a stop was asked of any process: all stop after the same step, or they wait for each other."""
@@ -248,14 +221,13 @@ class Trainer:
         return self.stop_requested
 
     def _count_nonfinite(self, loss: float, grad_norm: float) -> None:
-        progress, limit = self.progress, self.config.max_nonfinite_steps
+        progress, limit, last = self.progress, self.config.max_nonfinite_steps, self.last_checkpoint
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None):
             progress.nonfinite_in_row = 0
             return
         progress.nonfinite_in_row += 1
         progress.nonfinite_total += 1
         if progress.nonfinite_in_row >= limit:
-            last = self.last_checkpoint
             good = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
             raise NonFiniteLossError(
                 f"the loss was not finite {limit} times in a row, up to step {progress.step}; {good}. "
@@ -267,14 +239,8 @@ class Trainer:
         config = self.config
         teacher = teacher_generator(self.teacher, num_steps=config.num_teacher_steps, device=self.device)
         student = student_generator(self.student, t=config.t_min, device=self.device)
-        with self.accelerator.autocast(), self.averaged():
-            return self.watch.validate(
-                self.progress.step, teacher, student, lambda x, _: self.student.teacher.decode(x)
-            )
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the student has its averaged weights."""
-        return self.trained[0].averaged()
+        with self.accelerator.autocast(), self.trained[0].averaged():
+            return self.watch.validate(self.progress.step, teacher, student, self.student.teacher.decode)
 
     def save(self) -> Path:
         """Write a checkpoint of everything the run needs to go on exactly; return its folder."""
