@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,7 +100,7 @@ def _run(run: Run) -> RunResult:
 
 
 def _left_by(run: Run) -> str:
-    """Return what to say of a run that was stopped before or after its steps, which themselves end with a checkpoint."""
+    """Return what to say of a run that was stopped before or after its steps, which end with a checkpoint."""
     from onestill.runs.folder import is_run
     from onestill.training.checkpoint import list_checkpoints, step_of
 
@@ -121,8 +120,9 @@ def _left_by(run: Run) -> str:
 def go_on(run: Path) -> str:
     """Return the command that goes on with a run, whose folder holds all its settings."""
     from onestill.runs.folder import CONFIG_FILE
+    from onestill.runs.resume import num_processes
 
-    num = int(os.environ.get("WORLD_SIZE", 1))
+    num = num_processes()
     # Each process has its own random state, so it takes as many.
     start = ["onestill"] if num == 1 else ["torchrun", "--nproc_per_node", str(num), "-m", "onestill"]
     return shlex.join([*start, "distill", "--config", str(run / CONFIG_FILE), "--resume_from_checkpoint", "latest"])

@@ -65,7 +65,8 @@ def _rows(found: Inspection) -> dict[str, str]:
 def _estimate(found: Inspection) -> str:
     """Return what a run takes, in words."""
     seconds = found.estimated_seconds_per_step
-    step = f"{found.estimated_memory_gb:.2f} GB and {seconds:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}"
+    place = f"on {found.estimate_device}, batch {found.train_batch_size}"
+    step = f"{found.estimated_memory_gb:.2f} GB and {seconds:.3g} s per step {place}"
     run = f"{found.max_train_steps:,} steps take {_time(seconds * found.max_train_steps)}"
     if found.num_anchors:
         run += f", {found.num_anchors:,} anchors {_time(found.estimated_seconds_per_anchor * found.num_anchors)} more"

@@ -62,17 +62,13 @@ class SettingError(ValueError):
         several = not isinstance(setting, str) and given is not NOT_GIVEN
         self.given: tuple[Any, ...] = tuple(given) if several else (given,) + (NOT_GIVEN,) * (len(self.settings) - 1)
         self.why, self.todo, self.where = why, todo, where
-        super().__init__(self.as_arguments())
+        super().__init__(as_arguments(self._text(_argument)))
 
     # An exception of several arguments is pickled by them, not by its text.
     def __reduce__(self) -> tuple[Any, ...]:
         several = len(self.settings) > 1
         names, values = (self.settings, self.given) if several else (self.settings[0], self.given[0])
         return functools.partial(type(self), where=self.where), (names, values, self.why, self.todo)
-
-    def as_arguments(self) -> str:
-        """Return the message as Python shows it."""
-        return as_arguments(self._text(_argument))
 
     def as_flags(self) -> str:
         """Return the message as the command line shows it."""

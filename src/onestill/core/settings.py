@@ -61,7 +61,7 @@ class Settings(BaseModel):
 
     @classmethod
     def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
-        """Return the names that a file sets and that `values`, which win over it, exclude; rooms extend it by `super`."""
+        """Return the names that a file sets and that `values`, which win over it, exclude; rooms extend this."""
         return set()
 
 

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SELF_CHECK_TOLERANCE = 1e-4
-"""The largest difference between what is computed here and what diffusers computes of the same, in images of [-1, 1]."""
+"""The largest difference between what is computed here and what diffusers does of the same, in images of [-1, 1]."""
 
 Cond = dict[str, Tensor]
 """What conditions an image: named tensors with the batch as first axis. Empty for unconditional teachers."""

@@ -1,7 +1,7 @@
 """Anchors: the ends of a few teacher trajectories, kept as exact regression targets beside the bootstrap, eq. (20).
 
 A bootstrap target is only as good as the student's own signal at the time before it. An anchor is the teacher's
-signal at t_min itself, from noise to end in some steps of the same solver: a row of eq. (10) whose one step is the whole
+signal at t_min itself, from noise to end in some steps of the same solver: a row of eq. (10) whose one step is all the
 trajectory, so rho = 1. A pool of them is made once, from noise and conditions alone, and drawn from throughout.
 """
 

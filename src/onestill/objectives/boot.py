@@ -107,7 +107,7 @@ def draw_times(
 ) -> tuple[Tensor, Tensor]:
     """Return (t, s), the times of a bootstrap step from t to s = t - delta.
 
-    uniform: t ~ U[t_min + delta, t_max], as reported of BOOT. s_first: s ~ U[t_min, t_max] and t = min(s + delta, t_max),
+    uniform: t ~ U[t_min + delta, t_max], as reported of BOOT. s_first: s ~ U[t_min, t_max], t = min(s + delta, t_max),
     which gives the last delta before t_max a target too. progressive: as s_first, from a window whose cleaner
     end moves from t_max to t_min with `progress`, the share of the training done. `u` are uniform numbers in [0, 1),
     [B] float64.
@@ -132,7 +132,7 @@ def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Te
     """Return the weight of each row's squared residual, [B] float64.
 
     inverse_rho: 1 / rho^2 (known as BOOT's 1 / d^2), which turns the residual into units of f. velocity:
-    1 / (rho min(1, max(sigma_s, 0.05)))^2, units of the ODE's velocity, which adds weight at the clean end, where detail
+    1 / (rho min(1, max(sigma_s, 0.05)))^2, units of the ODE's velocity, more weight at the clean end, where detail
     forms. none: 1. On boundary rows rho is 1.
 
     Raises:

@@ -154,37 +154,32 @@ def configure(
 
 def _facts_of(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the run's configuration must say of a teacher object, so that it can be opened again."""
-    spec, arguments = teacher.spec, teacher.arguments
-    if given.get("null_class") not in (None, spec.null_class):
-        why = f"was given with a teacher object whose null class is {spec.null_class}"
-        todo = "name it where the object is made: load_teacher or module_teacher"
-        raise SettingError("null_class", given["null_class"], why, todo)
-    for name in CALL_ARGUMENTS:
-        if given.get(name) not in (None, arguments.get(name)):
-            todo = "name it where the object is made: load_teacher(..., arguments={...})"
-            raise SettingError(name, given[name], "was given with a teacher object", todo)
+    spec, arguments, own = teacher.spec, teacher.arguments, refuse_other_facts(teacher, given)
     if others := sorted(set(arguments) - set(CALL_ARGUMENTS)):
         argument = f"the argument {others[0]} = {arguments[others[0]]}, which a run cannot record"
         records = f"so that it could not be opened again; it records {', '.join(CALL_ARGUMENTS)}"
         raise ValueError(f"the teacher object was loaded with {argument}, {records}")
     t_max = spec.t_max if given.get("t_max") is None else given["t_max"]
-    facts = {"teacher": spec.source or PYTHON_OBJECT, "null_class": spec.null_class, "t_max": t_max}
-    return facts | {name: arguments.get(name) for name in CALL_ARGUMENTS}
+    return {"teacher": spec.source or PYTHON_OBJECT, "t_max": t_max, **own}
+
+
+def refuse_other_facts(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a teacher object's null class and arguments of its call; SettingError if others are given beside it."""
+    own = {"null_class": teacher.spec.null_class, **{name: teacher.arguments.get(name) for name in CALL_ARGUMENTS}}
+    for name, value in own.items():
+        if given.get(name) not in (None, value):
+            why = f"was given with a teacher object made with {value}"
+            raise SettingError(
+                name, given[name], why, "name it where the object is made: load_teacher or module_teacher"
+            )
+    return own
 
 
 def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> Teacher:
     """Return the teacher that a configuration names, loaded as it says; SettingError if it cannot be."""
-    return load_teacher(
-        config.teacher,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        local_files_only=config.local_files_only or local_files_only,
-        null_class=config.null_class,
-        t_max=config.t_max,
-        arguments=config.call_arguments,
-        device=device,
-    )
+    own = {name: getattr(config, name) for name in ("revision", "variant", "cache_dir", "null_class", "t_max")}
+    offline = config.local_files_only or local_files_only
+    return load_teacher(config.teacher, local_files_only=offline, arguments=config.call_arguments, device=device, **own)
 
 
 def guided_as(teacher: Teacher, config: DistillConfig, guidance_scale: float | None = None) -> Teacher:

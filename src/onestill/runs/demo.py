@@ -104,18 +104,8 @@ def run_demo(
 ) -> tuple[Report, Path]:
     """Distil, evaluate and draw; return the report and the picture.
 
-    Args:
-        output_dir: Folder of the run; with `overwrite`, an earlier demo there is removed first.
-        teacher: Name of an embedded teacher.
-        seed: Seed of the training.
-        device: Where to run.
-        max_train_steps: Steps, if not the demo's own.
-        overwrite: Replace an earlier demo.
-        say: Called with a line before each part.
-
-    Raises:
-        ValueError: If there is no such demo, or `output_dir` holds something else, or an earlier demo and not
-            `overwrite`.
+    An earlier demo in `output_dir` is removed first with `overwrite`, and refused without, as is anything else there;
+    `max_train_steps` takes the place of the demo's own; `say` is called with a line before each part.
     """
     if teacher not in DEMOS:
         raise SettingError("teacher", teacher, "there is no demo of it", f"choose one of {', '.join(DEMOS)}")
@@ -144,16 +134,13 @@ def run_demo(
 def draw(run: Path, teacher: str, device: str = "cpu") -> Path:
     """Write the picture: the teacher at several steps above the student at one, same noise in each column."""
     demo = DEMOS[teacher]
-    scale = demo.distillation.get("guidance_scale")
+    given = {"guidance_scale": demo.distillation.get("guidance_scale"), "device": device, **demo.shown}
     rows = {
-        f"teacher, {n} step{'s' if n > 1 else ''}": sample(
-            teacher=teacher, num_inference_steps=n, guidance_scale=scale, device=device, **demo.shown
-        )
+        f"teacher, {n} step{'s' if n > 1 else ''}": sample(teacher=teacher, num_inference_steps=n, **given)
         for n in demo.evaluation["steps"]
     }
     rows["student, 1 step"] = sample(run, device=device, **demo.shown)
-    what = "same prompt" if demo.columns else "same class order"
-    title = f"{teacher}: same noise in each column, {what}"
+    title = f"{teacher}: same noise in each column, {'same prompt' if demo.columns else 'same class order'}"
     return pictures.save_rows(rows, run / "demo.png", title=title, size=demo.size, columns=demo.columns)
 
 

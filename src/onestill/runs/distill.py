@@ -205,7 +205,8 @@ def card_facts(run: Run, num_steps: int, seconds: float) -> card.Facts:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     now = f"{num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}"
     training = f"{config.max_train_steps:,} steps of {images:,} images, {now}, seed {config.seed}"
-    settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
+    targets = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets"
+    settings = f"{targets}, learning rate {config.learning_rate:g}"
     return replace(distilled_facts(config, run.teacher), training=training, settings=settings)
 
 

@@ -47,9 +47,8 @@ def write_student(config: ExportConfig) -> float:
     if run is None:
         raise SettingError("student", path, "is no run and no checkpoint-N folder of one")
     if output.exists() and not config.overwrite:
-        raise SettingError(
-            "output", output, "exists", f"name another folder, or give {named('overwrite')} to replace it"
-        )
+        todo = f"name another folder, or give {named('overwrite')} to replace it"
+        raise SettingError("output", output, "exists", todo)
     if output.exists() and not is_exported(output):
         why = f"is no exported student, so {named('overwrite')} does not replace it"
         raise SettingError("output", output, why)
@@ -57,10 +56,8 @@ def write_student(config: ExportConfig) -> float:
     student = _restored(run, path, device)
     t, scale = config.target_time, config.guidance_scale
     check_trained(student, t or 0.0, scale, run.distilled, run.config.t_min)
-    facts = replace(
-        distilled_facts(run.config, student.teacher, scale),
-        training=f"{run.config.max_train_steps:,} steps planned, exported from {path.name}, seed {run.config.seed}",
-    )
+    training = f"{run.config.max_train_steps:,} steps planned, exported from {path.name}, seed {run.config.seed}"
+    facts = replace(distilled_facts(run.config, student.teacher, scale), training=training)
     t = run.config.t_min if t is None else max(t, run.config.t_min)
     return export_student(student, output, t=t, guidance_scale=scale, facts=facts, overwrite=config.overwrite)
 

@@ -15,7 +15,7 @@ from onestill.training.trainer import Fingerprints
 
 
 def made_longer(config: DistillConfig, old: Mapping[str, Any]) -> DistillConfig:
-    """Return the configuration of a run that goes on, with the warm-up it began with where the default would be another.
+    """Return the configuration of a run that goes on, with the warm-up it began with where the default is another.
 
     A run of less than 1,000 steps has a shorter one, which does not grow with it.
     """

@@ -1,7 +1,7 @@
 """Something that is trained: a module with its optimiser, its schedule and its averages, and the state of all of them.
 
 Parameters are taken after `accelerator.prepare`, and state is read and written by name through
-`torch.distributed.checkpoint.state_dict`, gathered on all processes: a sharded module has the same state as a whole one.
+`torch.distributed.checkpoint.state_dict`, gathered on all processes: a sharded module has the state of a whole one.
 """
 
 from __future__ import annotations

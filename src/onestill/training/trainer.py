@@ -131,7 +131,7 @@ class Trainer:
         return made
 
     def prepare(self) -> Iterator[tuple[Objective[Any], int]]:
-        """Make the pools of the objectives; yield (objective, how many items came) each time, until a stop is asked for."""
+        """Make the pools of the objectives; yield (objective, how many items came) until a stop is asked for."""
         for objective in self.objectives:
             for num in (items := objective.prepare()):
                 yield objective, num
