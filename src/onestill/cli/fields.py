@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from onestill.core.errors import as_flags
+from onestill.core.errors import as_flags, plain
 
 ALIASES = {"teacher": ["--pretrained_model_name_or_path"], "prompts": ["--prompt"]}
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")]
@@ -46,7 +46,7 @@ def _parameter(name: str, info: Any) -> inspect.Parameter:
     told = info.json_schema_extra or {}
     kind = str if told.get("commas") else _plain_type(info.annotation)
     names = [f"--{name}/--no_{name}" if kind is bool else f"--{name}", *ALIASES.get(name, [])]
-    default = "" if info.default in (None, ()) else f" [default: {_short(info.default)}]"
+    default = "" if info.default in (None, ()) else f" [default: {plain(info.default)}]"
     shown = f"{as_flags(info.description)}{' [required]' if info.is_required() else default}"
     option = typer.Option(*names, help=shown, rich_help_panel=told.get("panel"), show_default=False)
     annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045 - made at run time
@@ -59,9 +59,3 @@ def _plain_type(annotation: Any) -> Any:
         return list[get_args(annotation)[0]]  # type: ignore[misc]  # made at run time
     options = [a for a in get_args(annotation) if a is not type(None)]
     return options[0] if type(None) in get_args(annotation) else annotation
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(_short, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -130,12 +130,15 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return f"--{name} {dict(value)}"
     if isinstance(value, (list, tuple)):
-        return f"--{name} {','.join(map(_plain, value))}"
+        return f"--{name} {plain(value)}"
     # As it has to be typed; what breaks the line would break the message.
-    return f"--{name} {shlex.quote(' '.join(value.split()) if isinstance(value, str) else _plain(value))}"
+    return f"--{name} {shlex.quote(' '.join(value.split()) if isinstance(value, str) else plain(value))}"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """Return the value of a setting as it is typed: numbers in short, lists with commas."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(plain, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -7,7 +7,7 @@ have s = t = t_max, for which a step of any order gives f(x_a, t_max).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from onestill.core.settings import Settings, setting
 from onestill.objectives.base import Batch, Cost, Objective
@@ -21,7 +21,6 @@ OBJECTIVE = "Objective"
 Solver = Literal["ddim", "heun", "midpoint"]
 TimeSampling = Literal["uniform", "s_first", "progressive"]
 Weight = Literal["inverse_rho", "velocity", "none"]
-TIME_SAMPLINGS, WEIGHTS = get_args(TimeSampling), get_args(Weight)
 SIGMA_FLOOR = 0.05
 BOOTSTRAP, BOUNDARY = 0, 1  # the two means
 
@@ -103,7 +102,7 @@ def bootstrap_target(
 
 
 def draw_times(
-    u: Tensor, strategy: str, delta: float, t_min: float, t_max: float, progress: float = 0.0
+    u: Tensor, strategy: TimeSampling, delta: float, t_min: float, t_max: float, progress: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return (t, s), the times of a bootstrap step from t to s = t - delta.
 
@@ -111,12 +110,7 @@ def draw_times(
     which gives the last delta before t_max a target too. progressive: as s_first, from a window whose cleaner
     end moves from t_max to t_min with `progress`, the share of the training done. `u` are uniform numbers in [0, 1),
     [B] float64.
-
-    Raises:
-        ValueError: If the strategy is not one of these.
     """
-    if strategy not in TIME_SAMPLINGS:
-        raise ValueError(f"unknown time sampling {strategy!r}; known: {', '.join(TIME_SAMPLINGS)}")
     if strategy == "uniform":
         t = t_min + delta + u * (t_max - t_min - delta)
         return t, t - delta
@@ -128,18 +122,13 @@ def draw_times(
     return (s + delta).clamp(max=t_max), s
 
 
-def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Tensor:
+def row_weights(weight: Weight, trajectory: Trajectory, t: Tensor, s: Tensor) -> Tensor:
     """Return the weight of each row's squared residual, [B] float64.
 
     inverse_rho: 1 / rho^2 (known as BOOT's 1 / d^2), which turns the residual into units of f. velocity:
     1 / (rho min(1, max(sigma_s, 0.05)))^2, units of the ODE's velocity, more weight at the clean end, where detail
     forms. none: 1. On boundary rows rho is 1.
-
-    Raises:
-        ValueError: If the name is not one of these.
     """
-    if weight not in WEIGHTS:
-        raise ValueError(f"unknown weight {weight!r}; known: {', '.join(WEIGHTS)}")
     rho = trajectory.rho(t, s)
     if weight == "none":
         return rho.new_ones(rho.shape)

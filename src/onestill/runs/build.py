@@ -66,10 +66,8 @@ class Run:
 def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn.Module | None = None) -> Run:
     """Check every setting against the machine, the teacher and the output folder; write nothing.
 
-    Args:
-        config: The run.
-        teacher: The teacher, where it is an object; loaded as the configuration says if None.
-        network: A module to train as the student, for teachers that are plain callables.
+    The teacher is loaded as the configuration says where it is no object; `network` is a module to train as the
+    student, for teachers that are plain callables.
     """
     check_tracker(config.report_to)
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
@@ -104,12 +102,9 @@ def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn
 def open_teacher(
     config: DistillConfig, teacher: Teacher | None = None, *, needs_first_stage: bool = True
 ) -> tuple[DistillConfig, Teacher, FirstStage | None, PromptFile | None]:
-    """Return the teacher of a run, guided and thresholded, with all that is known once it is there.
+    """Return the teacher of a run, loaded if it is no object, guided and thresholded, with what is known then.
 
-    Args:
-        config: The run.
-        teacher: The teacher, where it is an object; loaded as the configuration says if None.
-        needs_first_stage: Whether a teacher that enlarges pictures must be given the student that draws them.
+    Without `needs_first_stage` a teacher that enlarges pictures may lack the student that draws them.
 
     Returns:
         (the settings with what the teacher decides, the teacher, the first stage or None, the prompts' file or None).

@@ -33,14 +33,12 @@ class Demo:
         evaluation: Settings of `evaluate`; the teacher's rows are those of the picture too.
         shown: Settings of `sample` that say what the picture shows.
         columns: Words above the picture's columns.
-        size: Side of one image in the picture, in pixels.
     """
 
     distillation: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     shown: Mapping[str, Any]
     columns: tuple[str, ...] = ()
-    size: int = 72
 
 
 # All of combinations that were held out from the teacher and from the student.
@@ -54,6 +52,7 @@ PROMPTS = (
     "an italic red sans W on a white background",
     "a bold black mono 8 on a green background",
 )
+COMMON = {"learning_rate": 1e-3, "lr_scheduler": "cosine", "checkpointing_steps": 400, "validation_steps": 400}
 DEMOS = {
     "glyphs": Demo(
         distillation={
@@ -65,26 +64,15 @@ DEMOS = {
             "anchor_fraction": 0.875,
             "num_anchors": 1_000,
             "num_anchor_steps": 5,
-            "learning_rate": 1e-3,
-            "lr_scheduler": "cosine",
-            "checkpointing_steps": 400,
-            "validation_steps": 400,
             "num_validation_images": 8,
+            **COMMON,
         },
         evaluation={"num_samples": 480, "batch_size": 16, "steps": (50, 8, 4, 1)},
         shown={"prompts": PROMPTS, "num_images": len(PROMPTS), "seed": 0},
         columns=PROMPTS,
     ),
     "digits": Demo(
-        distillation={
-            "max_train_steps": 1600,
-            "anchor_fraction": 0.75,
-            "num_anchors": 6_400,
-            "learning_rate": 1e-3,
-            "lr_scheduler": "cosine",
-            "checkpointing_steps": 400,
-            "validation_steps": 400,
-        },
+        distillation={"max_train_steps": 1600, "anchor_fraction": 0.75, "num_anchors": 6_400, **COMMON},
         evaluation={"num_samples": 1800, "batch_size": 64, "steps": (50, 10, 4, 1)},
         # A multiple of ten, so that the columns are the classes in order.
         shown={"num_images": 10, "seed": 70},
@@ -141,7 +129,7 @@ def draw(run: Path, teacher: str, device: str = "cpu") -> Path:
     }
     rows["student, 1 step"] = sample(run, device=device, **demo.shown)
     title = f"{teacher}: same noise in each column, {'same prompt' if demo.columns else 'same class order'}"
-    return pictures.save_rows(rows, run / "demo.png", title=title, size=demo.size, columns=demo.columns)
+    return pictures.save_rows(rows, run / "demo.png", title=title, size=72, columns=demo.columns)
 
 
 def _make_room(output_dir: Path, overwrite: bool) -> None:

@@ -158,15 +158,11 @@ def _load_teacher(config: EvaluateConfig, student: LoadedStudent, device: torch.
             why = "is an exported folder that does not know its teacher"
             raise SettingError("student", config.student, why, f"name it with {named('teacher')}")
         return run_teacher(student.run, device, local_files_only=config.local_files_only)
-    load = functools.partial(
-        load_teacher,
-        config.teacher,
-        local_files_only=config.local_files_only,
-        device=str(device),
-        arguments=student.sampler.arguments,
-        t_max=None if run is None else run.t_max,
-        variant=None if run is None else run.variant,
+    given: dict[str, Any] = (
+        {"t_max": None, "variant": None} if run is None else {"t_max": run.t_max, "variant": run.variant}
     )
+    given |= {"arguments": student.sampler.arguments, "local_files_only": config.local_files_only}
+    load = functools.partial(load_teacher, config.teacher, device=str(device), **given)
     known = _recorded(student).null_class
     try:
         return load(null_class=known if config.null_class is None else config.null_class)

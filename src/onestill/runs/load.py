@@ -136,15 +136,8 @@ def load_student(
     """Return the one-step student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
     A run's exported pipeline is used where it can be; another target time, or the guidance scale of a student that
-    takes one, needs the run's checkpoint and teacher.
-
-    Args:
-        path: The folder.
-        device: Where it goes.
-        target_time: The student's target time.
-        guidance_scale: w, for a student that takes it.
-        local_files_only: Never use the network.
-        base_student: For a student that enlarges pictures: who draws them; that of its run if None.
+    takes one, needs the run's checkpoint and teacher. `base_student` draws what a student enlarges; that of its run if
+    None.
     """
     path, device = Path(path), torch.device(device)
     check_folder(path)

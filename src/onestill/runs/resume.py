@@ -71,10 +71,8 @@ def _read(config: DistillConfig, source: str) -> tuple[Path, Checkpoint, list[st
     """Return (folder, content, warnings) of the checkpoint that is named."""
     if source == "latest":
         return read_latest(config.output_dir)
-    folder = Path(source)
-    if not folder.is_dir() and (config.output_dir / folder).is_dir():
-        folder = config.output_dir / folder
-    if not folder.is_dir():
+    folder = next((path for path in (Path(source), config.output_dir / source) if path.is_dir()), None)
+    if folder is None:
         raise SettingError("resume_from_checkpoint", source, "no such folder", "give 'latest' or a checkpoint-N folder")
     return folder, read_checkpoint(folder), []
 

@@ -61,11 +61,8 @@ def draw(
 ) -> Samples | Sheet:
     """Return the images that a configuration describes; nothing is loaded before all of it has been checked.
 
-    Args:
-        config: The configuration.
-        teacher: The teacher that it names, where it is an object.
-        show_progress: Show a bar on a terminal.
-        say: Called with a line for each limit of the text encoders that prompts exceed.
+    `teacher` is the one that it names, where that is an object; `say` is called with a line for each limit of the text
+    encoders that prompts exceed.
     """
     if config.output is not None:
         check_output(config.output, overwrite=config.overwrite, moves=config.exploring is not None)

@@ -83,29 +83,25 @@ class RunSettings(Settings):
     checkpoints_total_limit: int = setting(2, RUN, "Checkpoints kept.", may_change=True, ge=1)
 
 
+def _shown(default: Any, description: str, **limits: Any) -> Any:
+    return setting(default, WATCHING, description, may_change=True, **limits)
+
+
 class WatchSettings(Settings):
     """What a run shows of itself."""
 
-    logging_steps: int = setting(20, WATCHING, "Steps between lines of logs/metrics.jsonl.", may_change=True, ge=1)
-    validation_steps: int = setting(
-        500, WATCHING, "Steps between pictures of student beside teacher.", may_change=True, ge=1
+    logging_steps: int = _shown(20, "Steps between lines of logs/metrics.jsonl.", ge=1)
+    validation_steps: int = _shown(500, "Steps between pictures of student beside teacher.", ge=1)
+    num_validation_images: int = _shown(10, "Images in such a picture.", ge=1, le=64)
+    validation_prompt: tuple[str, ...] = _shown(
+        (), "Prompt of such a picture; repeat for more. The file's first if not given."
     )
-    num_validation_images: int = setting(10, WATCHING, "Images in such a picture.", may_change=True, ge=1, le=64)
-    validation_prompt: tuple[str, ...] = setting(
-        (), WATCHING, "Prompt of such a picture; repeat for more. The file's first if not given.", may_change=True
+    num_teacher_steps: int = _shown(50, "DDIM steps of the teacher in such a picture.", ge=1, le=1000)
+    num_time_bins: int = _shown(10, "Bins of target time in which the residual is logged.", ge=1, le=100)
+    report_to: Annotated[str | None, Field(min_length=1)] = _shown(
+        None, "Tracker of accelerate, such as tensorboard; JSON and PNG are always written."
     )
-    num_teacher_steps: int = setting(
-        50, WATCHING, "DDIM steps of the teacher in such a picture.", may_change=True, ge=1, le=1000
-    )
-    num_time_bins: int = setting(
-        10, WATCHING, "Bins of target time in which the residual is logged.", may_change=True, ge=1, le=100
-    )
-    report_to: Annotated[str | None, Field(min_length=1)] = setting(
-        None, WATCHING, "Tracker of accelerate, such as tensorboard; JSON and PNG are always written.", may_change=True
-    )
-    tracker_project_name: str = setting(
-        "onestill", WATCHING, "Project name for the tracker.", may_change=True, min_length=1
-    )
+    tracker_project_name: str = _shown("onestill", "Project name for the tracker.", min_length=1)
 
     @model_validator(mode="after")
     def _shows_every_prompt(self) -> Self:

@@ -47,14 +47,7 @@ class StepLog:
 
 
 class Watch:
-    """Logs, paints and tracks a run.
-
-    Args:
-        config: The run.
-        accelerator: The engine, with its trackers.
-        spec: What is known of the teacher.
-        conditions: Where the conditions of the pictures come from.
-    """
+    """Logs, paints and tracks a run, in pictures of some of its conditions."""
 
     def __init__(
         self, config: DistillConfig, accelerator: Accelerator, spec: TeacherSpec, conditions: Conditions
