@@ -109,7 +109,7 @@ def measure(kind: str, rank: int, width: int, batch: int, steps: int, device: st
     with trainer.trained[0].averaged():
         export_student(student, folder / "pipeline")
     exporting = peak(place) - before
-    estimated = estimate(teacher, student, prepared.config, trainer.device).memory
+    estimated = estimate(student, prepared.config, trainer.device).memory
     sizes = {
         "base": 4 * num_parameters(network),
         "trained": trained,

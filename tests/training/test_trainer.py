@@ -51,7 +51,7 @@ GUIDANCE = {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale
 def make_trainer(tmp_path: Path, kind: str = "plain", **settings: Any) -> tuple[Trainer, Run]:
     values = {**FAST, "teacher": str(teacher_folder(kind)), "output_dir": tmp_path / "run", **settings}
     prepared = build_run(make_config(values))
-    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprints)
+    trainer = Trainer(prepared.config, prepared.student, prepared.conditions, prepared.fingerprints)
     return trainer, prepared
 
 

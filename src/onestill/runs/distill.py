@@ -171,7 +171,7 @@ def _make_pools(trainer: Trainer, show_progress: bool) -> None:
 
 def make_trainer(run: Run, *, show_progress: bool = False) -> Trainer:
     """Return the trainer of a run; its prompts are encoded then, and their encoders are gone."""
-    trainer = Trainer(run.config, run.teacher, run.student, run.conditions, run.fingerprints)
+    trainer = Trainer(run.config, run.student, run.conditions, run.fingerprints)
     run.teacher.to(trainer.device)
     if run.first_stage is not None:
         run.first_stage.teacher.to(trainer.device)

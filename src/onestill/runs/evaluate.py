@@ -81,7 +81,9 @@ def evaluate(
     clip = None if config.clip is None else _open_clip(config.clip, pair, offline=offline)
     resolved = {"guidance_scale": _guidance_of(config, pair.student, pair.teacher), "device": str(pair.device)}
     config = config.model_copy(update=resolved)
-    reference = _reference(source, config, pair, extractor, subjects, show_progress, say)
+    if source == "teacher":
+        say(f"reference: {config.num_samples:,} samples of the teacher at {config.num_reference_steps} steps")
+    reference = _reference(source, config, pair, extractor, subjects, shows=show_progress)
     name = pair.teacher.spec.source
     comparison = Comparison(
         reference, extractor, subjects, config, name, clip, notes, show_progress=show_progress, say=say
@@ -158,9 +160,7 @@ def _load_teacher(config: EvaluateConfig, student: LoadedStudent, device: torch.
             why = "is an exported folder that does not know its teacher"
             raise SettingError("student", config.student, why, f"name it with {named('teacher')}")
         return run_teacher(student.run, device, local_files_only=config.local_files_only)
-    given: dict[str, Any] = (
-        {"t_max": None, "variant": None} if run is None else {"t_max": run.t_max, "variant": run.variant}
-    )
+    given: dict[str, Any] = {} if run is None else {"t_max": run.t_max, "variant": run.variant}
     given |= {"arguments": student.sampler.arguments, "local_files_only": config.local_files_only}
     load = functools.partial(load_teacher, config.teacher, device=str(device), **given)
     known = _recorded(student).null_class
@@ -230,19 +230,12 @@ def _reference_source(config: EvaluateConfig, pair: _Pair, extractor: FeatureExt
 
 
 def _reference(
-    source: str,
-    config: EvaluateConfig,
-    pair: _Pair,
-    extractor: FeatureExtractor,
-    subjects: Subjects,
-    show_progress: bool,
-    say: Callable[[str], None],
+    source: str, config: EvaluateConfig, pair: _Pair, extractor: FeatureExtractor, subjects: Subjects, *, shows: bool
 ) -> Reference:
-    """Return the images, or the latents, to compare with."""
+    """Return the images, or the latents, to compare with; `shows` a bar while the teacher makes them."""
     if source == "teacher":
         sampler = pair.many_steps(config.num_reference_steps)
-        say(f"reference: {config.num_samples:,} samples of the teacher at {sampler.num_steps} steps")
-        return teacher_reference(sampler, extractor, subjects, config, show_progress=show_progress)
+        return teacher_reference(sampler, extractor, subjects, config, show_progress=shows)
     embedded = source in EMBEDDED
     found = embedded_reference(source) if embedded else folder_reference(Path(source), _decoded_shape(pair))
     if sees_latents(extractor):

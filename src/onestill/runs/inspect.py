@@ -85,9 +85,11 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
-    cost = estimate(teacher, student, config, device, first_stage)
+    cost = estimate(student, config, device, first_stage)
     alpha, sigma = spec.process.level(spec.t_max)
     limits = teacher.prompt_limits if spec.text else ()
+    by_two = "classifier-free" if teacher.can_guide else "none"
+    guidance = by_two if teacher.guidance_input is None else "embedded"  # an input of its network
     reached = isinstance(student.injection, TimeEmbeddingInjection)
     of_spec = ("family", "prediction_type", "conditioning", "num_classes", "null_class", "sample_shape", "t_max")
     of_config = ("guidance_scale", "train_batch_size", "max_train_steps")
@@ -102,7 +104,7 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
         alpha_at_t_max=alpha,
         sigma_at_t_max=sigma,
         thresholding=spec.threshold.mode,
-        guidance=_guidance(teacher),
+        guidance=guidance,
         negative_prompts=spec.text and teacher.can_guide,
         prompt_limits={name: limit.room for limit in limits for name in limit.encoders},
         num_prompts=_num_prompts(teacher, config, prompt_file),
@@ -115,13 +117,6 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
         estimate_device=str(device),
         enlarges=_enlarges(teacher, first_stage),
     )
-
-
-def _guidance(teacher: Teacher) -> str:
-    """Return how a teacher is guided: "classifier-free", "embedded" (an input of its network) or "none"."""
-    if teacher.guidance_input is not None:
-        return "embedded"
-    return "classifier-free" if teacher.can_guide else "none"
 
 
 def _num_prompts(teacher: Teacher, config: DistillConfig, prompts: PromptFile | None) -> int:
@@ -171,13 +166,9 @@ class RunCost:
 
 
 def estimate(
-    teacher: Teacher,
-    student: Student,
-    config: DistillConfig,
-    device: torch.device,
-    first_stage: FirstStage | None = None,
+    student: Student, config: DistillConfig, device: torch.device, first_stage: FirstStage | None = None
 ) -> RunCost:
-    """Return what a run of a guided teacher takes.
+    """Return what a run takes.
 
     Memory: the teacher's weights, which a LoRA student shares; what the student trains, with its gradients, two Adam
     moments and their averages; and the activations kept for the backward pass. Time: a forward with backward for every
@@ -187,7 +178,7 @@ def estimate(
     num = min(8, config.train_batch_size)
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    passes = _Passes(teacher, student, config, device, num)
+    passes = _Passes(student, config, device, num)
     kept = passes.activations()
     calls = (passes.learn, passes.student_target, passes.teacher_call)
     learning, of_student, of_teacher = (_seconds(call, device) for call in calls)
@@ -207,7 +198,9 @@ def estimate(
         in_pool += cost.pool * (cost.teacher_per_item * of_teacher + of_stage) / num
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = copies * trained + _num_weights(teacher) + (_num_weights(first_stage.teacher) if first_stage else 0)
+    weights = (
+        copies * trained + _num_weights(student.teacher) + (_num_weights(first_stage.teacher) if first_stage else 0)
+    )
     step = seconds * scale * config.gradient_accumulation_steps
     return RunCost(4 * weights + kept * scale, step, pool, in_pool / max(possible, 1))
 
@@ -215,13 +208,11 @@ def estimate(
 class _Passes:
     """The passes that a step is made of, each on a few images."""
 
-    def __init__(
-        self, teacher: Teacher, student: Student, config: DistillConfig, device: torch.device, num: int
-    ) -> None:
-        self.teacher, self.student = teacher, student
-        self.cond = to_device({**teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
-        self.x = teacher.spec.trajectory.start(torch.zeros(num, *teacher.spec.sample_shape, device=device))
-        self.t = teacher.spec.t_max / 2
+    def __init__(self, student: Student, config: DistillConfig, device: torch.device, num: int) -> None:
+        self.student, self.teacher, spec = student, student.teacher, student.spec
+        self.cond = to_device({**self.teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
+        self.x = spec.trajectory.start(torch.zeros(num, *spec.sample_shape, device=device))
+        self.t = spec.t_max / 2
         self.precision, self.device = config.mixed_precision, device
 
     def autocast(self) -> torch.autocast:

@@ -83,21 +83,12 @@ def generator(
 
 
 def open_sampler(config: SamplerSettings, teacher: Teacher | None = None) -> Sampler:
-    """Return the sampler that settings describe.
-
-    `teacher` is the one that they name, where it is an object.
-    """
+    """Return the sampler that settings describe; `teacher` is the one that they name, where it is an object."""
     device = resolve_device(config.device)
     if config.student is None:
         return _teacher_sampler(config, teacher, device)
-    return load_student(
-        config.student,
-        device=device,
-        target_time=config.target_time,
-        guidance_scale=config.guidance_scale,
-        local_files_only=config.local_files_only,
-        base_student=config.base_student,
-    ).sampler
+    names = ("target_time", "guidance_scale", "local_files_only", "base_student")
+    return load_student(config.student, device=device, **{name: getattr(config, name) for name in names}).sampler
 
 
 def _teacher_sampler(config: SamplerSettings, teacher: Teacher | None, device: torch.device) -> TeacherSampler:
@@ -115,13 +106,9 @@ def _teacher_sampler(config: SamplerSettings, teacher: Teacher | None, device: t
     scale = teacher.usual_guidance if config.guidance_scale is None else config.guidance_scale
     is_guided = teacher.unguided is not teacher and config.guidance_scale is None
     teacher = teacher.with_negative_prompt(config.negative_prompt, acts=is_guided or scale != 1)
-    return TeacherSampler(
-        teacher if is_guided else guided(teacher, scale),
-        num_steps=config.num_inference_steps or 50,
-        solver=config.solver or "ddim",
-        device=device,
-        first_stage=first_stage,
-    )
+    teacher = teacher if is_guided else guided(teacher, scale)
+    steps, solver = config.num_inference_steps or 50, config.solver or "ddim"
+    return TeacherSampler(teacher, num_steps=steps, solver=solver, device=device, first_stage=first_stage)
 
 
 def load_student(
@@ -153,9 +140,8 @@ def load_student(
             raise SettingError("student", path, "is a network of your own", todo)
     run = RunFolder.of(path)
     if run is None:
-        raise SettingError(
-            "student", path, f"is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no {INDEX})"
-        )
+        why = f"is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no {INDEX})"
+        raise SettingError("student", path, why)
     trained = functools.partial(_trained, run, path, device, local_files_only, base_student)
     if is_usual and run.path == path and (run.pipeline / INDEX).is_file():
         return _exported(path, run.pipeline, run, device, base_student, trained)

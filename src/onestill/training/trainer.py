@@ -20,7 +20,6 @@ from onestill.objectives.base import Context, Objective
 from onestill.objectives.registry import rows_of
 from onestill.sampling.generate import student_generator, teacher_generator
 from onestill.students.student import Student
-from onestill.teachers.base import Teacher
 from onestill.training.checkpoint import Checkpoint, rotate, write_checkpoint
 from onestill.training.config import DistillConfig, pool_settings
 from onestill.training.loss import joined_inputs, regression, squared_residuals, targets
@@ -64,21 +63,15 @@ class Trainer:
 
     Args:
         config: The run.
-        teacher: The teacher, guided and thresholded as wanted.
-        student: The student.
+        student: The student of a teacher that is guided and thresholded as wanted.
         conditions: Where conditions are drawn from.
         fingerprints: Kept with every checkpoint.
     """
 
     def __init__(
-        self,
-        config: DistillConfig,
-        teacher: Teacher,
-        student: Student,
-        conditions: Conditions,
-        fingerprints: Fingerprints,
+        self, config: DistillConfig, student: Student, conditions: Conditions, fingerprints: Fingerprints
     ) -> None:
-        self.config, self.teacher, self.student = config, teacher, student
+        self.config, self.teacher, self.student = config, student.teacher, student
         self.conditions, self.fingerprints = conditions, fingerprints
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -86,13 +79,13 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = True
         if config.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        follower = student.twin() if config.ema_target_decay else None
         decay = config.ema_target_decay
+        follower = student.twin() if decay else None
         own = Trained("student", student, self.accelerator, config, follower=follower, follower_decay=decay)
         self.trained, self.model = [own], own.model
         self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.accelerator.process_index)
         self.progress = Progress()
-        self.watch = Watch(config, self.accelerator, teacher.spec, conditions)
+        self.watch = Watch(config, self.accelerator, student.spec, conditions)
         self.objectives = self._make_objectives(student if follower is None else follower)
         self.stop_requested = False
         self.last_checkpoint: Path | None = None
@@ -240,7 +233,7 @@ class Trainer:
         teacher = teacher_generator(self.teacher, num_steps=config.num_teacher_steps, device=self.device)
         student = student_generator(self.student, t=config.t_min, device=self.device)
         with self.accelerator.autocast(), self.trained[0].averaged():
-            return self.watch.validate(self.progress.step, teacher, student, self.student.teacher.decode)
+            return self.watch.validate(self.progress.step, teacher, student, self.teacher.decode)
 
     def save(self) -> Path:
         """Write a checkpoint of everything the run needs to go on exactly; return its folder."""
