@@ -26,19 +26,12 @@ PROJECT_NAME = "onestill-demo"
 
 @dataclass(frozen=True)
 class Demo:
-    """What is done to one embedded teacher.
-
-    Attributes:
-        distillation: Settings of `distill`.
-        evaluation: Settings of `evaluate`; the teacher's rows are those of the picture too.
-        shown: Settings of `sample` that say what the picture shows.
-        columns: Words above the picture's columns.
-    """
+    """What is done to one embedded teacher: settings of `distill`, `evaluate` and `sample`."""
 
     distillation: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
-    shown: Mapping[str, Any]
-    columns: tuple[str, ...] = ()
+    evaluation: Mapping[str, Any]  # its steps are the teacher's rows of the picture too
+    shown: Mapping[str, Any]  # what the picture shows
+    columns: tuple[str, ...] = ()  # words above the picture's columns
 
 
 # All of combinations that were held out from the teacher and from the student.

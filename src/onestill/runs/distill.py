@@ -95,18 +95,16 @@ def distill(
 
 def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None) -> RunResult:
     """Train a run to its end, or until SIGINT or SIGTERM, and export it."""
-    config, pipeline = run.config, run.config.output_dir / PIPELINE_FOLDER
+    config, steps, pipeline = run.config, run.config.max_train_steps, run.config.output_dir / PIPELINE_FOLDER
     trainer = make_trainer(run, show_progress=show_progress)
     checkpoint = _begin(run, trainer)
     first, started = trainer.progress.step, time.monotonic()
-    if first == config.max_train_steps and pipeline.is_dir():
+    if first == steps and pipeline.is_dir():
         return RunResult(config.output_dir, first, pipeline, checkpoint)
     with _stopping(trainer) as signals:
         _make_pools(trainer, show_progress)
         going_on = show_progress and not trainer.stop_requested
-        with _bar(
-            trainer, going_on, desc="distilling", total=config.max_train_steps, initial=first, unit="step"
-        ) as bar:
+        with _bar(trainer, going_on, desc="distilling", total=steps, initial=first, unit="step") as bar:
             for log in trainer.steps():
                 checkpoint = log.checkpoint or checkpoint
                 bar.update()
@@ -114,13 +112,13 @@ def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLo
                     bar.set_postfix(loss=f"{log.loss:.4g}", refresh=False)
                 if on_step is not None:
                     on_step(log)
-        if trainer.stop_requested and trainer.progress.step < config.max_train_steps:
+        if trainer.stop_requested and trainer.progress.step < steps:
             checkpoint = trainer.save()
     seconds = time.monotonic() - started
     if config.report_to:
         trainer.accelerator.end_training()
     step = trainer.progress.step
-    if step < config.max_train_steps:
+    if step < steps:
         # The signal may have reached another process of this run only.
         stopped_by = signals[0] if signals else int(signal.SIGTERM)
         return RunResult(config.output_dir, step, None, checkpoint, stopped_by=stopped_by, num_trained=step - first)

@@ -88,8 +88,8 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
     cost = estimate(student, config, device, first_stage)
     alpha, sigma = spec.process.level(spec.t_max)
     limits = teacher.prompt_limits if spec.text else ()
-    by_two = "classifier-free" if teacher.can_guide else "none"
-    guidance = by_two if teacher.guidance_input is None else "embedded"  # an input of its network
+    way = "classifier-free" if teacher.can_guide else "none"
+    way = "embedded" if teacher.guidance_input is not None else way  # an input of its network
     reached = isinstance(student.injection, TimeEmbeddingInjection)
     of_spec = ("family", "prediction_type", "conditioning", "num_classes", "null_class", "sample_shape", "t_max")
     of_config = ("guidance_scale", "train_batch_size", "max_train_steps")
@@ -104,7 +104,7 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
         alpha_at_t_max=alpha,
         sigma_at_t_max=sigma,
         thresholding=spec.threshold.mode,
-        guidance=guidance,
+        guidance=way,
         negative_prompts=spec.text and teacher.can_guide,
         prompt_limits={name: limit.room for limit in limits for name in limit.encoders},
         num_prompts=_num_prompts(teacher, config, prompt_file),
@@ -150,14 +150,7 @@ def _enlarges(teacher: Teacher, first_stage: FirstStage | None) -> str:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run takes.
-
-    Attributes:
-        memory: Bytes.
-        step_seconds: Of one optimiser step.
-        pool: Items that the objectives make before the first step.
-        item_seconds: Of one of them, or of one that another run would make.
-    """
+    """What a run takes: bytes, seconds of a step, items that pools hold, seconds of one (or of one they might hold)."""
 
     memory: float
     step_seconds: float

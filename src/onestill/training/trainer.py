@@ -38,17 +38,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Hashes of what a run is made of.
+    """Hashes of what a run is made of; "" of prompts where there are none."""
 
-    Attributes:
-        teacher: Of the teacher's weights.
-        prompts: Of the prompts, and of what draws pictures from them; "" without.
-        drawn: Of those of them that the run draws from, which its length may decide.
-    """
-
-    teacher: str
-    prompts: str = ""
-    drawn: str = ""
+    teacher: str  # of its weights
+    prompts: str = ""  # and of what draws pictures from them
+    drawn: str = ""  # those of them that the run draws from, which its length may decide
 
 
 class NonFiniteLossError(RunError):
