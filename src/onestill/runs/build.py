@@ -164,9 +164,8 @@ def refuse_other_facts(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, 
     for name, value in own.items():
         if given.get(name) not in (None, value):
             why = f"was given with a teacher object made with {value}"
-            raise SettingError(
-                name, given[name], why, "name it where the object is made: load_teacher or module_teacher"
-            )
+            todo = "name it where the object is made: load_teacher or module_teacher"
+            raise SettingError(name, given[name], why, todo)
     return own
 
 

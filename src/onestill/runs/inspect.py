@@ -189,11 +189,10 @@ def estimate(
         pool += cost.pool if share else 0
         possible += cost.pool
         in_pool += cost.pool * (cost.teacher_per_item * of_teacher + of_stage) / num
+    teachers = [student.teacher, *([first_stage.teacher] if first_stage else [])]
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = (
-        copies * trained + _num_weights(student.teacher) + (_num_weights(first_stage.teacher) if first_stage else 0)
-    )
+    weights = copies * trained + sum(_num_weights(teacher) for teacher in teachers)
     step = seconds * scale * config.gradient_accumulation_steps
     return RunCost(4 * weights + kept * scale, step, pool, in_pool / max(possible, 1))
 

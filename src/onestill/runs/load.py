@@ -123,8 +123,7 @@ def load_student(
     """Return the one-step student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
     A run's exported pipeline is used where it can be; another target time, or the guidance scale of a student that
-    takes one, needs the run's checkpoint and teacher. `base_student` draws what a student enlarges; that of its run if
-    None.
+    takes one, needs the run's checkpoint and teacher. `base_student`, or that of the run, draws what is enlarged.
     """
     path, device = Path(path), torch.device(device)
     check_folder(path)

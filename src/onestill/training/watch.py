@@ -72,9 +72,8 @@ class Watch:
     ) -> tuple[Path | None, float]:
         """Draw student beside teacher from the same noise; return (picture, RMS difference of the two).
 
-        There is no picture of what cannot be shown in one, such as a video or a sound.
-
-        The teacher is asked once in a run; `decode` makes images of samples.
+        There is no picture of what cannot be shown in one, such as a video or a sound. The teacher is asked once in a
+        run; `decode` makes images of samples.
         """
         config = self.config
         seeds = range(VALIDATION_SEED, VALIDATION_SEED + config.num_validation_images)
