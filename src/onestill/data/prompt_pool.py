@@ -53,21 +53,16 @@ class PromptPool:
     @property
     def fingerprint(self) -> str:
         """Return a hash of the encoder and of all prompts, and after a + that of the first stage, if there is one."""
-        digest = hashlib.blake2b(self.cache.encoder.encode(), digest_size=8)
-        digest.update(np.ascontiguousarray(self.prompts.keys).tobytes())
+        digest = hashlib.blake2b(self.cache.encoder.encode() + self.prompts.keys.tobytes(), digest_size=8)
         return digest.hexdigest() + (f"+{self.first_stage.fingerprint}" if self.first_stage is not None else "")
 
     @property
     def drawn_fingerprint(self) -> str:
         """Return a hash of which of the prompts the run draws from."""
-        return hashlib.blake2b(np.ascontiguousarray(self.drawn).tobytes(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.drawn.tobytes(), digest_size=8).hexdigest()
 
     def encode(self, *, show_progress: bool = False) -> None:
-        """Encode what the cache lacks and let the text encoders go.
-
-        Raises:
-            PromptCacheError: If the cache cannot be written.
-        """
+        """Encode what the cache lacks and let the text encoders go; PromptCacheError if it cannot be written."""
         self._fill(self.cache, self.teacher, show_progress)
         if self.first_stage is not None and self.first_stage_cache is not None:
             self._fill(self.first_stage_cache, self.first_stage.teacher, show_progress)
@@ -78,27 +73,20 @@ class PromptPool:
 
     def _fill(self, cache: PromptCache, teacher: Teacher, show_progress: bool) -> None:
         cache.refresh()  # another run, or another process of this one, may have been here since
-        texts = list(cache.missing(self.keys))
-        if not texts:
+        places = cache.missing(self.keys)
+        if not len(places):
             return
         # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
         rate = 0.5 if sys.stderr.isatty() else 10
-        with (
-            encoders.quiet(),
-            tqdm(total=len(texts), disable=not show_progress, desc="encoding", mininterval=rate) as bar,
-        ):
-            cache.add(
-                self._texts(texts),
-                teacher.encode,
-                teacher.exceeded_limits,
-                progress=bar.update,
-            )
+        bar = tqdm(total=len(places), disable=not show_progress, desc="encoding", mininterval=rate)
+        with encoders.quiet(), bar:
+            cache.add(self._texts(places), teacher.encode, teacher.exceeded_limits, progress=bar.update)
 
     def missing(self) -> Ints:
         """Return which prompts are to be encoded: places in the shown ones and the drawn ones, one after the other."""
         return self.cache.missing(self.keys)
 
-    def _texts(self, places: Ints | list[int]) -> Iterator[str]:
+    def _texts(self, places: Ints) -> Iterator[str]:
         for place in places:
             index = int(place) - len(self.shown)
             yield self.shown[place] if index < 0 else self.prompts[int(self.drawn[index])]
@@ -117,7 +105,7 @@ def refuse_prompts(settings: PromptSettings, shown: Sequence[str] = ()) -> None:
     """Raise SettingError if a setting for prompts, or a prompt to be shown, was given to a teacher without."""
     given = {name: getattr(settings, name) for name in PromptSettings.model_fields}
     given = {name: v for name, v in given.items() if v != PromptSettings.model_fields[name].default}
-    for name, value in {**given, **({"validation_prompt": shown[0]} if shown else {})}.items():
+    for name, value in [*given.items(), *(("validation_prompt", prompt) for prompt in shown)]:
         raise SettingError(name, value, "was given, but this teacher takes no text", "leave it out")
 
 
@@ -219,13 +207,11 @@ def _messages(pool: PromptPool, settings: PromptSettings) -> tuple[str, ...]:
     size = in_words(missing * pool.cache.row_bytes)
     cached = f"{missing:,} to encode into {pool.cache.folder} ({size})" if missing else "all encoded already"
     found = [f"{prompts.path}: {len(prompts):,} prompts{repeated}{drawn}; {cached}", *pool.cache.messages]
-    if pool.first_stage_cache is not None and len(lacking := pool.first_stage_cache.missing(pool.keys)):
-        size = in_words(len(lacking) * pool.first_stage_cache.row_bytes)
-        found.append(
-            f"{len(lacking):,} to encode for {named('base_student')} into {pool.first_stage_cache.folder} ({size})"
-        )
-    if pool.first_stage_cache is not None:
-        found.extend(pool.first_stage_cache.messages)
+    if (cache := pool.first_stage_cache) is not None:
+        if missing := len(cache.missing(pool.keys)):
+            size = in_words(missing * cache.row_bytes)
+            found.append(f"{missing:,} to encode for {named('base_student')} into {cache.folder} ({size})")
+        found.extend(cache.messages)
     if settings.num_prompts is not None and settings.num_prompts > len(prompts):
         found.append(f"{named('num_prompts')} {settings.num_prompts:,} is more than there are, and all are drawn from")
     limits = pool.teacher.prompt_limits

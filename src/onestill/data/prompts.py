@@ -33,7 +33,6 @@ def text_key(text: str) -> int:
 
 
 def _in_line(path: Path, number: int, why: str, todo: str = "") -> SettingError:
-    """Return an error that says in which line of a file something is wrong."""
     return SettingError("prompt_file", path, f"line {number}: {why}", todo)
 
 
@@ -47,10 +46,10 @@ class PromptFile(Sequence[str]):
 
     Args:
         path: A .txt, .jsonl or .csv file in UTF-8.
-        field: Field of the prompt in a .jsonl or .csv; "prompt" if None.
+        field: Field of the prompt in a .jsonl or .csv.
 
     Raises:
-        ValueError: If the file is missing, empty, binary, not UTF-8 or of another kind, or a line has no such field;
+        SettingError: If the file is missing, empty, binary, not UTF-8 or of another kind, or a line has no such field;
             names the line.
     """
 
@@ -165,8 +164,7 @@ def _kind_of(path: Path, field: str | None) -> str:
     if kind == ".txt" and field is not None:
         raise SettingError("prompt_field", field, f"{path} is a .txt, which has one prompt per line", "leave it out")
     if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "no such file"
-        raise SettingError("prompt_file", path, reason)
+        raise SettingError("prompt_file", path, "is a folder" if path.is_dir() else "no such file")
     return kind
 
 
@@ -179,15 +177,10 @@ def _opened(path: Path) -> BinaryIO:
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
     """Yield the rows of a CSV; a row takes from `lines` what is its own and nothing more."""
-    rows = csv.reader(lines, strict=True)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(f"it is no CSV: {error}") from None
-        yield row
+    try:
+        yield from csv.reader(lines, strict=True)
+    except csv.Error as error:
+        raise ValueError(f"it is no CSV: {error}") from None
 
 
 def _column_of(path: Path, lines: Iterator[str], field: str) -> int:
@@ -211,12 +204,11 @@ def _json_field(line: str, field: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f'it holds no object such as {{"{field}": "..."}}')
     if field not in record:
-        raise ValueError(
-            f"no field {field!r}, it has {', '.join(record) or 'nothing'}; name one with {named('prompt_field')}"
-        )
+        has = ", ".join(record) or "nothing"
+        raise ValueError(f"no field {field!r}, it has {has}; name one with {named('prompt_field')}")
     if not isinstance(record[field], str):
         raise ValueError(f"field {field!r} is no text but {record[field]!r}"[:200])
-    text = str(record[field]).strip()
+    text: str = record[field].strip()
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -227,11 +219,7 @@ def _json_field(line: str, field: str) -> str:
 def read_prompts(
     prompts: Sequence[str] = (), prompt_file: str | Path | None = None, prompt_field: str | None = None
 ) -> Sequence[str]:
-    """Return the prompts that are given, or those of a file, which are read as they are asked for.
-
-    Raises:
-        ValueError: If both are given, or the file is unusable.
-    """
+    """Return the prompts that are given, or those of a file, which are read as they are asked for."""
     if isinstance(prompts, str):
         raise SettingError("prompts", prompts, "must be a list of prompts, not one string")
     if prompt_file is None:
