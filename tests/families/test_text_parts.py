@@ -16,6 +16,7 @@ from test_conformance import conditions_of, folder_of, noise_of, perturbed, teac
 from torch import nn
 
 import onestill
+from onestill.core.errors import named
 from onestill.export.export import export_student
 from onestill.runs.build import build_run
 from onestill.teachers.load import load_teacher
@@ -224,4 +225,4 @@ def test_a_negative_prompt_has_the_limit_of_no_prompt(tmp_path: Path) -> None:
     values = settings(tmp_path, guidance_scale=2.0, teacher=str(folder_of("lumina2")), output_dir=tmp_path / "run")
     for num, is_cut in ((255, False), (256, True)):
         said = build_run(make_config({**values, "negative_prompt": " ".join("a" * num)})).messages
-        assert ("warning: --negative_prompt is longer than 256 tokens and is cut" in said) == is_cut
+        assert (f"warning: {named('negative_prompt')} is longer than 256 tokens and is cut" in said) == is_cut

@@ -158,8 +158,8 @@ def test_the_teacher_of_a_run_is_fitted_as_in_the_run() -> None:
     run = finished_run("class")
     config = RunFolder(run).config
     base = run_teacher(RunFolder(run), CPU)
-    fitted = guided_as(base, config)
-    assert base.spec.null_class == NUM_CLASSES and fitted.evaluations == 2
+    wrapped = guided_as(base, config)
+    assert base.spec.null_class == NUM_CLASSES and wrapped.evaluations == 2
     assert base.fingerprint() == load_teacher(teacher_folder("class"), null_class=NUM_CLASSES).fingerprint()
     assert base.fingerprint() != load_teacher(teacher_folder("class")).fingerprint()
 

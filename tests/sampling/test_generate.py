@@ -174,11 +174,11 @@ def test_network_evaluations_are_what_is_said(
     rows: list[int] = []
     kept = teacher.call
     teacher.call = lambda network, x, *rest: (rows.append(len(x)), kept(network, x, *rest))[1]
-    fitted = Thresholded(Guided(teacher, 3.0), Threshold("static"))
-    images = teacher_generator(fitted, num_steps=3, solver=solver)(
+    wrapped = Thresholded(Guided(teacher, 3.0), Threshold("static"))
+    images = teacher_generator(wrapped, num_steps=3, solver=solver)(
         noise(range(2), teacher.spec.sample_shape), labels_for(teacher, 2)
     )
-    assert sum(rows) == 2 * 3 * CALLS_PER_STEP[solver] * fitted.evaluations
+    assert sum(rows) == 2 * 3 * CALLS_PER_STEP[solver] * wrapped.evaluations
     assert float(images.abs().max()) <= 1 + 1e-6, "thresholded predictions mix to images in range"
 
 

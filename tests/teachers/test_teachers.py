@@ -217,9 +217,9 @@ def check_ten_steps(case: Any, labels_for: Labels, *, clip: bool, allowed: float
     teacher = case.build()
     teacher.spec = replace(teacher.spec, t_max=1.0)  # also for epsilon, so that both start at the last index
     eps, cond = noise(range(4), teacher.spec.sample_shape), labels_for(teacher, 4)
-    fitted = Thresholded(teacher, Threshold("static")) if clip else teacher
+    wrapped = Thresholded(teacher, Threshold("static")) if clip else teacher
     theirs = ddim_of_diffusers(teacher, case.scheduler, eps, cond, clip=clip)
-    ours = solve(fitted.spec.trajectory, fitted.denoiser(cond), eps, uniform_times(1.0, 10), ddim_step)
+    ours = solve(wrapped.spec.trajectory, wrapped.denoiser(cond), eps, uniform_times(1.0, 10), ddim_step)
     assert float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)) <= allowed
 
 

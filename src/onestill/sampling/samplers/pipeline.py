@@ -24,7 +24,7 @@ from onestill.students import model_card as card
 from onestill.students.injection import time_embeddings
 from onestill.students.mark import is_student
 from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
-from onestill.teachers.pipelines import token_limits as tokenizing
+from onestill.teachers.pipelines import token_limits
 from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import Signature, record
 from onestill.teachers.pipelines.folder import load_stock
@@ -153,9 +153,9 @@ class _CalledSampler(ExportedSampler):
     def prompt_limits(self) -> tuple[PromptLimit, ...]:
         if not self.takes_text:
             return ()
-        with tokenizing.listening(self.pipeline) as heard:
+        with token_limits.listening(self.pipeline) as calls:
             record(lambda: self.calls([EXAMPLE], self.given), self.calls.network)
-        return tokenizing.limits(heard)
+        return token_limits.limits(calls)
 
 
 @final
