@@ -7,7 +7,7 @@ earlier stage, y_I(eps_I, prompt), in training and in sampling alike, from the s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,12 +123,9 @@ class CascadeConditions:
 
 def second_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Return [N, *shape], the second draw of each seed's generator: the pipelines' noise for the picture they are given."""
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        torch.randn(1, *shape, generator=generator)
-        rows.append(torch.randn(1, *shape, generator=generator))
-    return torch.cat(rows) if rows else torch.empty(0, *shape)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = [torch.randn(1, *shape, generator=generator) for generator in generators for _ in range(2)]
+    return torch.cat(draws[1::2]) if draws else torch.empty(0, *shape)
 
 
 def seeded_rows(teacher: Teacher, first_stage: FirstStage, seeds: Sequence[int], prompts: Sequence[str]) -> Cond:
@@ -140,12 +137,6 @@ def seeded_rows(teacher: Teacher, first_stage: FirstStage, seeds: Sequence[int],
 def with_prefix(cond: Cond) -> Cond:
     """Return conditions of the first stage under the names that they have beside the teacher's."""
     return {f"{PREFIX}{name}": value for name, value in cond.items()}
-
-
-def joined_rows(own: Cond, first_stage: Callable[[], Cond] | None, names: Sequence[str]) -> Cond:
-    """Return the teacher's own rows and the first stage's, by their names; the own hold those too if it is None."""
-    found = {name: own[name].clone() for name in names} if first_stage is None else first_stage()
-    return {**own, **with_prefix(found)}
 
 
 def with_first_stage(

@@ -13,7 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from onestill.core.errors import SettingError, named
-from onestill.data.cascade import CascadeConditions, FirstStage, joined_rows, with_prefix
+from onestill.core.tensors import Cond
+from onestill.data.cascade import CascadeConditions, FirstStage, with_prefix
 from onestill.data.conditions import Conditions, PromptConditions
 from onestill.data.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir, in_words
 from onestill.data.prompts import Ints, PromptFile, text_key
@@ -64,12 +65,12 @@ class PromptPool:
     def encode(self, *, show_progress: bool = False) -> None:
         """Encode what the cache lacks and let the text encoders go; PromptCacheError if it cannot be written."""
         self._fill(self.cache, self.teacher, show_progress)
-        if self.first_stage is not None and self.first_stage_cache is not None:
-            self._fill(self.first_stage_cache, self.first_stage.teacher, show_progress)
-        self.prompts.close()
-        self.teacher.release_encoders()
         if self.first_stage is not None:
+            if self.first_stage_cache is not None:
+                self._fill(self.first_stage_cache, self.first_stage.teacher, show_progress)
             self.first_stage.teacher.release_encoders()
+        self.teacher.release_encoders()
+        self.prompts.close()
 
     def _fill(self, cache: PromptCache, teacher: Teacher, show_progress: bool) -> None:
         cache.refresh()  # another run, or another process of this one, may have been here since
@@ -127,24 +128,11 @@ def make_prompt_pool(
     guidance_range: tuple[float, float] | None = None,
     first_stage: FirstStage | None = None,
 ) -> PromptPool:
-    """Return the prompts of a run, all checked; nothing is written.
+    """Return the prompts of a run, all checked, SettingError if the disk has no room for them; nothing is written.
 
-    The run draws from as many different prompts as it has draws. Which ones is decided by its seed, and a longer
-    run of the same seed has all prompts of a shorter one.
-
-    Args:
-        settings: What the run says of prompts.
-        teacher: The teacher.
-        prompts: The prompts to choose from.
-        num_draws: How many prompts the run draws in all, with repetition.
-        seed: Of the choice.
-        shown: The validation prompts.
-        num_shown: How many of the file's first ones take their place where there are none.
-        guidance_range: Range of the guidance scale that is drawn with each prompt; None if it is fixed.
-        first_stage: The student that draws the pictures that the teacher enlarges, if it does.
-
-    Raises:
-        SettingError: If a setting does not fit the teacher, or the disk has no room.
+    The run draws from as many different prompts as it has draws, `num_draws` with repetition. Which ones is decided by
+    its seed, and a longer run of the same seed has all prompts of a shorter one. Where none are to be `shown` as
+    validation, the file's first `num_shown` are. See `PromptConditions` for the guidance range, `PromptPool` for the rest.
     """
     if teacher.encoders_released:
         raise ValueError("the text encoders of this teacher were released by an earlier run: load it again")
@@ -179,16 +167,19 @@ def _with_first_stage(
     encoded: PromptConditions, cache: PromptCache, teacher: Teacher, first_stage: FirstStage
 ) -> tuple[PromptConditions, PromptCache | None]:
     """Return (the conditions with those of the first stage among them, its own cache or None if it needs none)."""
-    names = tuple(first_stage.teacher.example_cond)
-    empty = with_prefix(first_stage.teacher.encode([""]))
-    if first_stage.shares_rows(teacher):
-        rows = lambda keys: joined_rows(cache.rows(keys), None, names)  # noqa: E731 - passed on at once
-        own = None
-        first_stage.fingerprint  # noqa: B018 - of its encoders too, which go here: those of the teacher do the same
-        first_stage.teacher.release_encoders()
+    first, own = first_stage.teacher, None
+    empty = with_prefix(first.encode([""]))
+    if not first_stage.shares_rows(teacher):
+        own = PromptCache(cache.root, first.encoder_identity(), first.example_cond)
     else:
-        own = PromptCache(cache.root, first_stage.teacher.encoder_identity(), first_stage.teacher.example_cond)
-        rows = lambda keys: joined_rows(cache.rows(keys), lambda: own.rows(keys), names)  # noqa: E731 - passed on at once
+        first_stage.fingerprint  # noqa: B018 - of its encoders too, which go here: those of the teacher do the same
+        first.release_encoders()
+
+    def rows(keys: Ints) -> Cond:
+        found = cache.rows(keys)
+        firsts = own.rows(keys) if own is not None else {name: found[name].clone() for name in first.example_cond}
+        return found | with_prefix(firsts)
+
     return replace(encoded, encoded=rows, empty_cond={**encoded.empty_cond, **empty}), own
 
 

@@ -55,10 +55,7 @@ class Process(ABC):
         """Return the start level t_max of a student, and the reason in a few words.
 
         x_0, v, velocity and EDM networks stay bounded at pure noise and start at t = 1. What an epsilon network says
-        of x_0 is divided by alpha, so it starts at the noisiest time with alpha >= 0.05.
-
-        Raises:
-            ValueError: If an epsilon network cannot be distilled on this process.
+        of x_0 is divided by alpha, so it starts at the noisiest time with alpha >= 0.05; ValueError if it cannot.
         """
         if prediction_type != "epsilon":
             return 1.0, f"{prediction_type} stays bounded at pure noise"
@@ -152,8 +149,7 @@ class DiscreteVP(Process):
 class CosineVP(Process):
     """The continuous cosine process alpha = cos(pi t / 2), sigma = sin(pi t / 2); zero terminal SNR.
 
-    Args:
-        net_scale: The network's time is net_scale * t.
+    The network's time is net_scale * t.
     """
 
     name = "cosine"

@@ -54,7 +54,7 @@ class Injection(nn.Module):
     """What a forward pass adds, [B, num_features]; held for the time of that pass."""
 
     def checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a part of the network whose activations the backward pass computes again, when nothing is held any more.
+        """Call a part of the network whose activations the backward pass computes again, when `extra` is held no more.
 
         What gradient checkpointing of diffusers calls in place of its own function.
         """
@@ -110,10 +110,8 @@ class BiasInjection(Injection):
             nn.init.zeros_(zero.bias)
             layer.register_forward_hook(functools.partial(self._add_to, zero=zero))
         if not self.maps:
-            raise ValueError(
-                "the teacher's network has no Linear or Conv layer that a target time could enter; "
-                "pass a torch.nn.Module of the student as `network=`"
-            )
+            why = "the teacher's network has no Linear or Conv layer that a target time could enter"
+            raise ValueError(f"{why}; pass a torch.nn.Module of the student as `network=`")
 
     def _add_to(self, layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, zero: nn.Linear) -> Tensor:
         if self.extra is None:

@@ -55,9 +55,6 @@ def is_student(folder: Path | None, network: object = None) -> bool:
 def refuse_student(teacher: Teacher) -> None:
     """Raise SettingError if a teacher is an exported student, which knows one step and no other."""
     if is_student(teacher.folder, teacher.network):
-        raise SettingError(
-            "teacher",
-            teacher.spec.source,
-            "is a one-step student: its network has no use for the time that it is given",
-            f"name the teacher of many steps that it was distilled from; {named('student')} draws with what is there",
-        )
+        why = "is a one-step student: its network has no use for the time that it is given"
+        todo = f"name the teacher of many steps that it was distilled from; {named('student')} draws with what is there"
+        raise SettingError("teacher", teacher.spec.source, why, todo)

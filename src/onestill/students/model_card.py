@@ -76,15 +76,9 @@ class Facts:
 
 
 def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str) -> None:
-    """Write README.md into an exported folder.
+    """Write README.md into an exported folder, which `library` loads and `code` draws with.
 
-    Args:
-        folder: The folder.
-        teacher: The student's teacher.
-        facts: What is known of the run.
-        self_check: Largest difference between the folder and the student.
-        library: What loads the folder, by the hub's name.
-        code: Python that draws with it.
+    `self_check` is the largest difference between the folder and the student.
     """
     front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
     card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code)}"
