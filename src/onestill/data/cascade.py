@@ -55,7 +55,7 @@ class FirstStage:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of its weights, the decoder's included, its schedule and its text encoders: the same pictures, or not."""
+        """A hash of its weights, the decoder's too, its schedule and its text encoders: the same pictures, or not."""
         return self.teacher.pictures_fingerprint()
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class CascadeConditions:
 
 
 def second_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return [N, *shape], the second draw of each seed's generator: the pipelines' noise for the picture they are given."""
+    """Return [N, *shape], the second draw of each seed's generator: the pipelines' noise for a given picture."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draws = [torch.randn(1, *shape, generator=generator) for generator in generators for _ in range(2)]
     return torch.cat(draws[1::2]) if draws else torch.empty(0, *shape)
@@ -156,7 +156,8 @@ def with_first_stage(
                 raise SettingError(name, value, "this teacher takes no picture", "leave it out")
         return teacher, None
     if path is None:
-        why = f"{teacher.kind} enlarges the picture of an earlier model, which without data has to come from a distilled student"
+        needed = "which without data has to come from a distilled student"
+        why = f"{teacher.kind} enlarges the picture of an earlier model, {needed}"
         raise SettingError("base_student", why=why, todo="distil the earlier model first, and give that run")
     level = teacher.image_condition.level if noise_level is None else noise_level
     teacher.with_image_condition(level)  # which is refused before anything else is loaded
@@ -178,7 +179,7 @@ def find_first_stage(path: str | Path) -> Path:
 
 
 def open_first_stage(path: str | Path) -> FirstStage:
-    """Return the one-step student in a run's folder or an exported pipeline; SettingError if it does not take prompts."""
+    """Return the one-step student in a run's folder or an exported pipeline; SettingError if it takes no prompts."""
     path, folder = Path(path).expanduser(), find_first_stage(path)
     try:
         takes_labels = read_index(folder, str(folder))["_class_name"] in UNET2D_PIPELINES

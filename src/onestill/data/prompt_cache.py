@@ -107,7 +107,7 @@ class PromptCache:
         self._keys, self._shard, self._row, self._cut = keys, shard[first], row[first], cut[first]
 
     def _read_index(self, path: Path) -> tuple[Ints, Ints]:
-        """Return (keys, which limits of the encoder each prompt exceeds) of a shard; ValueError if it is not of this encoder."""
+        """Return (keys, which limits each prompt exceeds) of a shard; ValueError if it is not of this encoder."""
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("encoder") != self.encoder:
                 raise ValueError("it was written for another text encoder")

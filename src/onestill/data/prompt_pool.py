@@ -83,19 +83,16 @@ class PromptPool:
         with encoders.quiet(), bar:
             cache.add(self._texts(places), teacher.encode, teacher.exceeded_limits, progress=bar.update)
 
-    def missing(self) -> Ints:
-        """Return which prompts are to be encoded: places in the shown ones and the drawn ones, one after the other."""
-        return self.cache.missing(self.keys)
-
     def _texts(self, places: Ints) -> Iterator[str]:
+        """Yield prompts by their places in the shown ones and the drawn ones, one after the other."""
         for place in places:
             index = int(place) - len(self.shown)
             yield self.shown[place] if index < 0 else self.prompts[int(self.drawn[index])]
 
     def num_cut(self) -> list[int]:
         """Return how many of the prompts exceed each limit of the text encoders, which cut them there."""
-        texts, keys, places = self._texts(self.missing()), np.unique(self.keys), range(len(self.teacher.prompt_limits))
-        found = [self.cache.num_cut(keys, place) for place in places]
+        texts, keys = self._texts(self.cache.missing(self.keys)), np.unique(self.keys)
+        found = [self.cache.num_cut(keys, place) for place in range(len(self.teacher.prompt_limits))]
         while batch := list(islice(texts, 32 * BATCH_SIZE)):
             cuts = self.teacher.exceeded_limits(batch)
             found = [num + sum(cut >> place & 1 for cut in cuts) for place, num in enumerate(found)]
@@ -131,8 +128,8 @@ def make_prompt_pool(
     """Return the prompts of a run, all checked, SettingError if the disk has no room for them; nothing is written.
 
     The run draws from as many different prompts as it has draws, `num_draws` with repetition. Which ones is decided by
-    its seed, and a longer run of the same seed has all prompts of a shorter one. Where none are to be `shown` as
-    validation, the file's first `num_shown` are. See `PromptConditions` for the guidance range, `PromptPool` for the rest.
+    its seed, and a longer run of the same seed has all prompts of a shorter one. Where none are to be `shown`, the
+    file's first `num_shown` are. `PromptConditions` says what the guidance range is, `PromptPool` the rest.
     """
     if teacher.encoders_released:
         raise ValueError("the text encoders of this teacher were released by an earlier run: load it again")
@@ -157,7 +154,7 @@ def make_prompt_pool(
         conditions = CascadeConditions(encoded, teacher, first_stage)
     keys = np.concatenate([encoded.shown, encoded.keys])
     pool = PromptPool(teacher, prompts, drawn, shown, keys, cache, conditions, (), first_stage, own_cache)
-    cache.check_space(len(pool.missing()))
+    cache.check_space(len(cache.missing(keys)))
     if own_cache is not None:
         own_cache.check_space(len(own_cache.missing(keys)))
     return replace(pool, messages=_messages(pool, settings))
@@ -192,7 +189,7 @@ def choose(num: int, wanted: int, seed: int) -> Ints:
 
 
 def _messages(pool: PromptPool, settings: PromptSettings) -> tuple[str, ...]:
-    prompts, missing = pool.prompts, len(pool.missing())
+    prompts, missing = pool.prompts, len(pool.cache.missing(pool.keys))
     repeated = f" ({prompts.num_repeated:,} repeated)" if prompts.num_repeated else ""
     drawn = "" if len(pool.drawn) == len(prompts) else f", of which the run draws from {len(pool.drawn):,}"
     size = in_words(missing * pool.cache.row_bytes)

@@ -21,7 +21,6 @@ from onestill.core.errors import SettingError, named
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 KINDS = (".txt", ".jsonl", ".csv")
-DEFAULT_FIELD = "prompt"
 LONGEST_LINE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
@@ -55,7 +54,7 @@ class PromptFile(Sequence[str]):
 
     def __init__(self, path: Path, field: str | None = None) -> None:
         self.path, self._kind = path, _kind_of(path, field)
-        self._field = DEFAULT_FIELD if field is None else field
+        self._field = "prompt" if field is None else field
         self._column = 0
         offsets, keys = array("q"), array("q")
         with _opened(path) as file:
@@ -101,11 +100,12 @@ class PromptFile(Sequence[str]):
         """Yield (offset, prompt) for every record that is not blank."""
         source = _Lines(self.path, file)
         lines = source.lines()
-        if self._kind == ".csv":
-            self._column = _column_of(self.path, lines, self._field)
         while True:
             offset, start = source.offset, source.number + 1
             try:
+                if self._kind == ".csv" and start == 1:
+                    self._column = _column_of(lines, self._field)
+                    continue
                 text = self._parse(lines)
             except StopIteration:
                 return
@@ -183,16 +183,11 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
         raise ValueError(f"it is no CSV: {error}") from None
 
 
-def _column_of(path: Path, lines: Iterator[str], field: str) -> int:
-    try:
-        header = [name.strip() for name in next(_csv_rows(lines), [])]
-    except SettingError:
-        raise
-    except ValueError as error:
-        raise _in_line(path, 1, str(error)) from None
+def _column_of(lines: Iterator[str], field: str) -> int:
+    header = [name.strip() for name in next(_csv_rows(lines), [])]
     if field not in header:
-        has = ", ".join(header) if header else "nothing"
-        raise _in_line(path, 1, f"no column {field!r}, it has {has}", f"name one with {named('prompt_field')}")
+        has = ", ".join(header) or "nothing"
+        raise ValueError(f"no column {field!r}, it has {has}; name one with {named('prompt_field')}")
     return header.index(field)
 
 

@@ -1,4 +1,4 @@
-"""What a network may predict, and the linear map from its output to x_0: denoised = c_skip x_t + c_out network(c_in x_t)."""
+"""What a network may predict, and the linear map from its output to x_0: c_skip x_t + c_out network(c_in x_t)."""
 
 from __future__ import annotations
 

@@ -140,10 +140,9 @@ class DiscreteVP(Process):
 
     def _check_epsilon(self, alpha_end: float) -> None:
         if alpha_end == 0:  # the output at the last step carries no image; continuous processes start earlier instead
-            raise ValueError(
-                "an epsilon-prediction teacher with zero terminal SNR cannot be distilled: at pure noise x_0 = (x - eps) / 0. "
-                "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
-            )
+            what = "an epsilon-prediction teacher with zero terminal SNR cannot be distilled"
+            todo = "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
+            raise ValueError(f"{what}: at pure noise x_0 = (x - eps) / 0. {todo}")
 
 
 class CosineVP(Process):
@@ -213,10 +212,10 @@ class VE(Process):
         return sigma if self.time_input == "sigma" else sigma.log() / 4
 
     def _check_epsilon(self, alpha_end: float) -> None:
-        raise ValueError(
-            "an epsilon-prediction network on a variance-exploding process cannot be distilled: its head multiplies "
-            "every error by sigma, 80 and more at the start. Use prediction_type 'edm', or 'sample' for a wrapped network"
-        )
+        why = "its head multiplies every error by sigma, 80 and more at the start"
+        todo = "Use prediction_type 'edm', or 'sample' for a wrapped network"
+        what = "an epsilon-prediction network on a variance-exploding process cannot be distilled"
+        raise ValueError(f"{what}: {why}. {todo}")
 
 
 class FlowMatching(Process):

@@ -98,14 +98,14 @@ def _advance(trajectory: Trajectory, y_t: Tensor, mean: Tensor, t: Tensor, s: Te
 def ddim_step(
     trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
-    """Return y_s = y_t + rho (f(x_t, t) - y_t), eq. (7): DDIM (Song et al., 2010.02502); order 1; as `Step`."""
+    """Return y_s = y_t + rho (f(x_t, t) - y_t), eq. (7): DDIM (Song et al., 2010.02502); order 1."""
     return _advance(trajectory, y_t, denoised(trajectory.state(y_t, x_a, t, a), t), t, s, a)
 
 
 def heun_step(
     trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
-    """Return the step with the mean of f at both ends, eq. (8); order 2, two teacher calls; as `Step`.
+    """Return the step with the mean of f at both ends, eq. (8); order 2, two teacher calls.
 
     Below the network's smallest time f(x, s) is x / alpha itself, which makes the last step a DDIM step.
     """
@@ -120,7 +120,7 @@ def heun_step(
 def midpoint_step(
     trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
-    """Return the step with f at the log-SNR midpoint, reached by DDIM, eq. (9); order 2, two teacher calls; as `Step`."""
+    """Return the step with f at the log-SNR midpoint, reached by DDIM, eq. (9); order 2, two teacher calls."""
     m = trajectory.middle(t, s)
     y_m = ddim_step(trajectory, denoised, x_a, y_t, t, m, a)
     return _advance(trajectory, y_t, denoised(trajectory.state(y_m, x_a, m, a), m), t, s, a)

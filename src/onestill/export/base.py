@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onestill.core.tensors import Cond, noise
+from onestill.data.conditions import LabelConditions
 from onestill.sampling.generate import student_generator
 from onestill.students.model_card import Facts
 from onestill.students.one_step import OneStep
@@ -62,5 +63,5 @@ class Format(ABC):
         """Return (the noise of the seeds 0, 1, ..., some conditions, all labels in turn)."""
         spec, cond = self.student.spec, self.student.teacher.example_rows(num)
         if spec.num_classes:
-            cond = {"class_labels": torch.tensor([spec.labels[i % len(spec.labels)] for i in range(num)])}
+            cond = LabelConditions(tuple(spec.labels)).grid(num)
         return noise(range(num), spec.sample_shape), cond

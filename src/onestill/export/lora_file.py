@@ -81,12 +81,11 @@ def lora_words(student: Student, folder: Path) -> str:
     assert student.lora is not None
     if (reason := why_no_file(student)) is not None:
         return f"rank {student.lora.rank}, merged into the weights; there is no LoRA file: {reason}"
-    kind = _scheduler_class(folder / LORA_FOLDER)
+    kind, place = _scheduler_class(folder / LORA_FOLDER), f'"path/to/this/folder/{LORA_FOLDER}"'
     return (
-        f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's own "
-        f'pipeline: `pipe.load_lora_weights("path/to/this/folder/{LORA_FOLDER}")`, then `pipe.scheduler = '
-        f'diffusers.{kind}.from_pretrained("path/to/this/folder/{LORA_FOLDER}")`, then the call above; '
-        "scheduler and LoRA belong together"
+        f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's "
+        f"own pipeline: `pipe.load_lora_weights({place})`, then `pipe.scheduler = diffusers.{kind}.from_pretrained({place})`, "
+        "then the call above; scheduler and LoRA belong together"
     )
 
 

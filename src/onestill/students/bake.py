@@ -20,7 +20,7 @@ def bake(student: Student, t: float = 0.0, guidance_scale: float | None = None) 
     For every time embedding fed by the time: weight 0, bias the embedding of start level and target time,
     so the network ignores the time it is given, eq. (13). Without a reachable time embedding the target time
     goes into the layers' biases and the network must still be given the start level's time. The guidance scale w is
-    the middle of the student's range if None. The student's device, which its training has filled, never holds the copy.
+    the middle of the student's range if None. Its device, which its training has filled, never holds the copy.
     """
     times = torch.tensor([t], dtype=torch.float64)
     extra = student.embedding(times, student.with_scale({}, guidance_scale, 1))[0]
@@ -50,8 +50,9 @@ def ignores_time(network: object) -> bool:
 def _bake_start_level(student: Student, network: nn.Module) -> None:
     """Make every time embedding of `network` constant: what the student's own gives at the start level."""
     teacher, own = student.teacher, student.network
-    at_start = lambda x_t, cond: teacher.denoised_by(own, x_t, student.spec.t_max, cond)  # noqa: E731 - passed on at once
-    for name, (_, output) in observe(teacher, own, time_embeddings(network), at_start).items():
+    names, t_max = time_embeddings(network), student.spec.t_max
+    seen = observe(teacher, own, names, lambda x_t, cond: teacher.denoised_by(own, x_t, t_max, cond))
+    for name, (_, output) in seen.items():
         layer = last_layer(network.get_submodule(name))
         layer.weight.zero_()
         layer.bias.copy_(output[0])

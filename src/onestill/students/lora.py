@@ -71,7 +71,7 @@ def attach(network: nn.Module, lora: Lora) -> None:
 
 
 def target_layers(network: nn.Module, wanted: tuple[str, ...] = ()) -> list[str]:
-    """Return the names of the layers to adapt: those wanted, by their names or last parts; SettingError if one is missing.
+    """Return the names of the layers to adapt: the wanted, by names or last parts; SettingError if one is missing.
 
     The default: attention projections and feed-forwards; every layer where those are scarce, as in pixel U-Nets.
     """
@@ -87,7 +87,7 @@ def target_layers(network: nn.Module, wanted: tuple[str, ...] = ()) -> list[str]
     if not wanted and num < SCARCE * total:
         found = list(layers)
     if not found:
-        why = f"{type(network).__name__} has no Linear or ungrouped Conv layer that an update of low rank could stand beside"
+        why = f"{type(network).__name__} has no Linear or ungrouped Conv layer that an update could stand beside"
         raise SettingError("lora_rank", why=why, todo="distil without it")
     return found
 

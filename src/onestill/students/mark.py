@@ -48,7 +48,7 @@ def read_mark(folder: Path | None) -> Mark | None:
 
 
 def is_student(folder: Path | None, network: object = None) -> bool:
-    """Return whether a folder holds a one-step student: it says so, or, written by others, its network ignores the time."""
+    """Return whether a folder holds a one-step student: it says so, or, of others, its network ignores the time."""
     return read_mark(folder) is not None or ignores_time(network)
 
 

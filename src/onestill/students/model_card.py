@@ -95,7 +95,7 @@ def write_table(folder: Path, table: str) -> None:
 
 
 def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
-    """Return what the card in a teacher's folder says of its license, in the front matter's words; {} if not exactly one.
+    """Return what the card in a teacher's folder says of its license, in the front matter's words; {} if not one.
 
     A link to a file beside the card is kept where `source` is a hub id, as an address: that file does not come along.
     """
@@ -155,7 +155,7 @@ def _is_hub_id(source: str) -> bool:
 
 
 def stock_code(results: str, arguments: str, before: str = "") -> str:
-    """Return the plain call of a stock pipeline's folder, for its card; `before` are lines between loading and calling."""
+    """Return the plain call of a stock pipeline's folder, for its card; `before` are lines before the call."""
     return (
         "from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'

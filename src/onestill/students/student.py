@@ -99,7 +99,7 @@ class Student(nn.Module):
         return super().train(False)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass to save memory; SettingError if the network has no support for it."""
+        """Recompute activations in the backward pass to save memory; SettingError if the network cannot."""
         enable = getattr(self.network, "enable_gradient_checkpointing", None)
         if enable is None:
             why = f"{type(self.network).__name__} has no support for it"
