@@ -17,6 +17,8 @@ from torch import Tensor
 from onestill.core.files import save_tensors
 
 STATE_FILE = "state.json"
+FORMAT = 2
+"""Of the names of groups and values; what another version wrote is refused, not misread."""
 Tensors = dict[str, Tensor]
 
 
@@ -50,7 +52,7 @@ def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Pat
         save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
         digests[path.name] = _digest(path)
         _sync(path)
-    state = {"step": step, "files": digests, "values": checkpoint.values}
+    state = {"format": FORMAT, "step": step, "files": digests, "values": checkpoint.values}
     (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     _sync(partial / STATE_FILE)
     _sync(partial)
@@ -65,17 +67,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Return what `folder` holds.
 
     Raises:
-        ValueError: If a file is missing, or not what was written.
+        ValueError: If a file is missing, not what was written, or of another version.
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        files, values = dict(state["files"]), dict(state["values"])
+        version, files, values = state.get("format"), dict(state["files"]), dict(state["values"])
         for name, digest in files.items():
             if _digest(folder / name) != digest:
                 raise ValueError(f"{name} is not what was written")
         tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in files}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {folder} is corrupt: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"checkpoint {folder} is of another version of onestill: use that one, or distil again")
     return Checkpoint(tensors, values)
 
 
