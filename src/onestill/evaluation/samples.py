@@ -16,12 +16,7 @@ from onestill.sampling.samplers.base import Sampler
 
 @dataclass(frozen=True)
 class Subjects:
-    """What the images of every row show.
-
-    Attributes:
-        class_labels: Labels to go round; all if empty.
-        prompts: Prompts to go round, for text teachers.
-    """
+    """What the images of every row show: labels (all if empty) or prompts to go round."""
 
     class_labels: tuple[int, ...] = ()
     prompts: Sequence[str] = ()
@@ -33,15 +28,7 @@ class Subjects:
 
 @dataclass(frozen=True)
 class Draw:
-    """Images of one sampler, and how they are drawn.
-
-    Attributes:
-        sampler: The sampler.
-        seeds: A seed for each image.
-        rows: What they show.
-        batch_size: Images in one network call.
-        show_progress: Whether to show a bar on a terminal.
-    """
+    """Images of one sampler, one for each seed and row, in batches."""
 
     sampler: Sampler
     seeds: range
@@ -76,8 +63,7 @@ class Draw:
         return generate_images(generate, self.seeds, self.sampler.sample_shape, self.rows, **how)
 
     def _pictures(self, part: slice) -> Tensor:
-        rows = {name: value[part] for name, value in self.rows.items()}
-        seeds = self.seeds[part]
+        rows, seeds = {name: value[part] for name, value in self.rows.items()}, self.seeds[part]
         return self.sampler.images(seeds, rows, batch_size=len(seeds))
 
 

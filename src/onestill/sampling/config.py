@@ -12,11 +12,8 @@ from onestill.core.errors import SettingError, named
 from onestill.core.settings import Settings, setting
 from onestill.teachers.settings import CallSettings
 
-GENERATOR, IMAGES, EXPLORING = (
-    "What generates",
-    "Images",
-    "Exploring (one of them; the same noise or condition all over)",
-)
+GENERATOR, IMAGES = "What generates", "Images"
+EXPLORING = "Exploring (one of them; the same noise or condition all over)"
 WAYS = ("interpolate", "fixed_noise", "guidance_scales", "target_times")
 """Settings that say how a sampler is explored."""
 

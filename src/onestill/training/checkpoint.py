@@ -36,12 +36,9 @@ class Checkpoint:
 
 
 def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint-{step}` so that it is either complete or not there.
+    """Write the folder `checkpoint-{step}`, which is returned, so that it is either complete or not there.
 
     Everything goes into a hidden folder and to the disk first; the rename at the end is atomic.
-
-    Returns:
-        The folder.
     """
     final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,11 +61,7 @@ def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Pat
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Return what `folder` holds.
-
-    Raises:
-        ValueError: If a file is missing, not what was written, or of another version.
-    """
+    """Return what `folder` holds; ValueError if a file is missing, not what was written, or of another version."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         version, files, values = state.get("format"), dict(state["files"]), dict(state["values"])
@@ -85,7 +78,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the `checkpoint-N` folders, newest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    found = (p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -95,11 +88,7 @@ def step_of(folder: Path) -> int:
 
 
 def read_latest(output_dir: Path) -> tuple[Path, Checkpoint, list[str]]:
-    """Return (folder, content, warnings) of the newest checkpoint that is whole.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return (folder, content, warnings) of the newest checkpoint that is whole; ValueError if there is none."""
     warnings: list[str] = []
     for folder in list_checkpoints(output_dir):
         try:
@@ -113,11 +102,8 @@ def read_latest(output_dir: Path) -> tuple[Path, Checkpoint, list[str]]:
 def rotate(output_dir: Path, limit: int, newest: int) -> None:
     """Remove what is not among the `limit` last checkpoints, and what interrupted writes and removals left.
 
-    Args:
-        output_dir: The run's folder.
-        limit: How many are kept.
-        newest: Step of the one just written. A checkpoint of a later step is one that could not be read, or the run
-            would have gone on from it.
+    A checkpoint of a later step than `newest`, the one just written, is one that could not be read, or the run would
+    have gone on from it.
     """
     found = list_checkpoints(output_dir)
     unread = [folder for folder in found if step_of(folder) > newest]
