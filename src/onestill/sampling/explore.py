@@ -89,7 +89,7 @@ class Sheet:
 
 
 def samples(sampler: Sampler, *, show_progress: bool = False, **settings: Any) -> Samples:
-    """Return plain samples; 16 images, and all labels in turn, if not given."""
+    """Return plain samples, by fields of `DrawSettings`; 16 images, and all labels in turn, if not given."""
     drawn = make(DrawSettings, settings)
     num = drawn.num_images or NUM_SAMPLES
     rows = sampler.conditions(num, drawn.class_labels, drawn.prompts, seed=drawn.seed)
