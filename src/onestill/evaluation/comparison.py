@@ -95,8 +95,7 @@ class Comparison:
         self.say(f"{entry.name}: {self.config.num_samples:,} images")
         draw = self._draw(entry)
         seen = draw.seen_by(self.extractor)
-        of_latents = looks_at_latents(self.extractor, entry.sampler)
-        shown = draw.first_pictures() if of_latents else seen[:NUM_SHOWN]
+        shown = draw.drawn(slice(16)) if looks_at_latents(self.extractor, entry.sampler) else seen[:NUM_SHOWN]
         fake = extract(self.extractor, seen)
         subsets = {"subset_size": min(LARGEST_SUBSET, len(real), len(fake)), "num_subsets": KERNEL_SUBSETS}
         kernel, spread = (None, None) if paired else metrics.kernel_distance(real, fake, **subsets)

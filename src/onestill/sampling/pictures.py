@@ -100,7 +100,8 @@ def _paint(
     There are `gap` pixels between the pictures, `start` left of and above them, `end` right of and below them.
     """
     width, height = rows[0][0][0].size
-    above = [_words_height(words) for _, words in rows]
+    lines = [max((text.count("\n") + 1 for text in words), default=0) for _, words in rows]
+    above = [num * _LINE_HEIGHT + (3 if num else 0) for num in lines]
     places = [start[1] + sum(above[: i + 1]) + i * (height + gap) for i in range(len(rows))]
     num = max(len(pictures) for pictures, _ in rows)
     size = (start[0] + num * (width + gap) - gap + end[0], places[-1] + height + end[1])
@@ -113,10 +114,6 @@ def _paint(
                 draw.text((x, y - space), words[j], fill=_INK, font=_words_font(), spacing=1)
             sheet.paste(picture, (x, y))
     return sheet, places
-
-
-def _words_height(texts: Sequence[str]) -> int:
-    return max((text.count("\n") + 1 for text in texts), default=0) * _LINE_HEIGHT + (3 if texts else 0)
 
 
 def _words_font() -> Any:
