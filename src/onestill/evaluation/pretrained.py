@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -130,24 +130,16 @@ def name_with_commit(source: str) -> str:
     return f"{source}@{Path(cached).parent.name[:12]}" if isinstance(cached, str) else source
 
 
-class _Processor(Protocol):
-    image_mean: list[float]
-    image_std: list[float]
-
-
-def _load_processor(source: str, local_files_only: bool) -> _Processor:
+def _load_processor(source: str, local_files_only: bool) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        processor: _Processor = AutoImageProcessor.from_pretrained(
-            source, trust_remote_code=False, local_files_only=local_files_only
-        )
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
         raise SettingError("features", source, f"has no usable image processor: {in_one_line(error)}") from error
-    return processor
 
 
-def _input_size(processor: _Processor, source: str) -> tuple[int, int]:
+def _input_size(processor: Any, source: str) -> tuple[int, int]:
     """Return the height and width that the network sees: the crop's where there is a crop."""
     crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
     size = getattr(processor, "crop_size" if crops else "size", None)
