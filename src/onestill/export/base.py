@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from onestill.core.tensors import Cond, noise
@@ -29,6 +28,8 @@ class Format(ABC):
 
     def __init__(self, student: Student, t: float = 0.0, guidance_scale: float | None = None) -> None:
         self.student, self.t, self.guidance_scale = student, t, guidance_scale
+        # The student's own: two devices differ by more than an export may (TF32 convolutions, for one).
+        self.device = next(student.parameters()).device
 
     @abstractmethod
     def write(self, step: OneStep, folder: Path) -> None:
@@ -48,11 +49,6 @@ class Format(ABC):
     def facts(self, folder: Path, facts: Facts) -> Facts:
         """Return what the card says, with what the written folder adds to it."""
         return facts
-
-    @property
-    def device(self) -> torch.device:
-        """The student's own: two devices differ by more than an export may (TF32 convolutions, for one)."""
-        return next(self.student.parameters()).device
 
     def expected(self, eps: Tensor, cond: Cond) -> Tensor:
         """Return the student's own samples of some noise, on its device."""

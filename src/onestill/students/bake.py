@@ -19,8 +19,8 @@ def bake(student: Student, t: float = 0.0, guidance_scale: float | None = None) 
 
     For every time embedding fed by the time: weight 0, bias the embedding of start level and target time,
     so the network ignores the time it is given, eq. (13). Without a reachable time embedding the target time
-    goes into the layers' biases and the network must still be given the start level's time. The guidance scale w is
-    the middle of the student's range if None. Its device, which its training has filled, never holds the copy.
+    goes into the layers' biases and the network must still be given the start level's time. A guidance scale of None
+    is the middle of the range. The student's device, which its training has filled, never holds the copy.
     """
     times = torch.tensor([t], dtype=torch.float64)
     extra = student.embedding(times, student.with_scale({}, guidance_scale, 1))[0]
@@ -29,7 +29,13 @@ def bake(student: Student, t: float = 0.0, guidance_scale: float | None = None) 
     for module in network.modules():
         module._forward_hooks.clear()
     if isinstance(student.injection, TimeEmbeddingInjection):
-        _bake_start_level(student, network)
+        teacher, own, t_max = student.teacher, student.network, student.spec.t_max
+        names = time_embeddings(network)
+        at_start = observe(teacher, own, names, lambda x_t, cond: teacher.denoised_by(own, x_t, t_max, cond))
+        for name, (_, output) in at_start.items():
+            layer = last_layer(network.get_submodule(name))
+            layer.weight.zero_()
+            layer.bias.copy_(output[0])
     student.injection.bake(network, extra)
     return network
 
@@ -45,17 +51,6 @@ def ignores_time(network: object) -> bool:
         return False
     layers = [last_layer(network.get_submodule(name)) for name in time_embeddings(network)]
     return bool(layers) and all(not layer.weight.any() for layer in layers)
-
-
-def _bake_start_level(student: Student, network: nn.Module) -> None:
-    """Make every time embedding of `network` constant: what the student's own gives at the start level."""
-    teacher, own = student.teacher, student.network
-    names, t_max = time_embeddings(network), student.spec.t_max
-    seen = observe(teacher, own, names, lambda x_t, cond: teacher.denoised_by(own, x_t, t_max, cond))
-    for name, (_, output) in seen.items():
-        layer = last_layer(network.get_submodule(name))
-        layer.weight.zero_()
-        layer.bias.copy_(output[0])
 
 
 def _copy_on_cpu(network: nn.Module) -> nn.Module:

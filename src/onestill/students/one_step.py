@@ -27,11 +27,7 @@ class OneStep(nn.Module):
         super().__init__()
         self.network, self.call = network, call
         self.a, self.b, self.c, self.net_time = a, b, c, net_time
-
-    @property
-    def head(self) -> dict[str, float]:
-        """The numbers of eq. (19) by name."""
-        return {"a": self.a, "b": self.b, "c": self.c, "net_time": self.net_time}
+        self.head = {"a": a, "b": b, "c": c, "net_time": net_time}
 
     def forward(self, eps: Tensor, cond: Cond) -> Tensor:
         """Return the sample of noise eps [B, *sample_shape] in float32 or more."""
