@@ -30,7 +30,7 @@ def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6) -> Tr
     rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 100}
     settings = {"teacher": "digits", "output_dir": f"{folder}/run", "device": "cpu", "max_train_steps": steps}
     prepared = build_run(make_config({**settings, "train_batch_size": batch, **rare}))
-    return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprints)
+    return Trainer(prepared.config, prepared.student, prepared.conditions, prepared.fingerprints)
 
 
 def training_step(batch: int = 64, repeats: int = 30) -> None:

@@ -193,12 +193,14 @@ def test_inspect_says_the_call() -> None:
 
 def test_a_teacher_object_brings_its_own(tmp_path: Path) -> None:
     made = load_teacher(teacher("sd-epsilon"), arguments={"height": 24, "width": 32})
+    own_size = {"height": 24, "width": 32, "num_images": 1, "num_inference_steps": 1}
+    assert onestill.sample(teacher=made, prompts=["red"], **own_size).shape == (1, 3, 24, 32)
     own = {**FAST, "prompt_file": place() / "p.txt", "prompt_cache_dir": tmp_path / "cache", "max_train_steps": 1}
     with pytest.raises(ValueError, match="height=16: was given with a teacher object"):
         onestill.distill(made, tmp_path / "run", height=16, width=16, show_progress=False, **own)
     onestill.distill(made, tmp_path / "run", show_progress=False, **own)
     assert onestill.sample(tmp_path / "run" / "checkpoint-1", prompts=["red"], num_images=1).shape == (1, 3, 24, 32)
-    with pytest.raises(ValueError, match="height=8: was given with a teacher object"):
+    with pytest.raises(ValueError, match="height=8: was given with a teacher object made with 24"):
         onestill.sample(teacher=made, height=8, width=8, prompts=["red"])
 
 

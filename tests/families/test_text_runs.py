@@ -32,6 +32,7 @@ from runs_helpers import (
 from safetensors.torch import load_file, save_file
 
 import onestill
+from onestill.core.files import MARK_FILE
 from onestill.data.prompt_pool import choose
 from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import export_student
@@ -150,15 +151,27 @@ def test_students_and_teachers_are_not_taken_for_each_other() -> None:
     assert not (place() / "x.png").exists()
 
 
-def test_the_license_of_a_teacher_of_the_hub_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = copied(place() / "t", tmp_path / "snapshot")
+def hub_with(files: dict[str, str], snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub have the teacher as "owner/name", with some files that come only if they are asked for."""
+    copied(place() / "t", snapshot)
 
     def fetch(_source: str, name: str, **_: Any) -> str:
-        (snapshot / name).write_text("---\nlicense: mit\n---\n")
+        (snapshot / name).write_text(files[name])
         return str(snapshot / name)
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: str(snapshot))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+
+
+def test_a_student_of_the_hub_is_known_by_its_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = (text_run() / "pipeline" / MARK_FILE).read_text()
+    hub_with({MARK_FILE: mark}, tmp_path / "snapshot", monkeypatch)
+    with pytest.raises(ValueError, match="owner/name.*is a one-step student"):
+        onestill.distill("owner/name", tmp_path / "run", show_progress=False, **settings(tmp_path / "cache"))
+
+
+def test_the_license_of_a_teacher_of_the_hub_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_with({"README.md": "---\nlicense: mit\n---\n"}, tmp_path / "snapshot", monkeypatch)
     result = onestill.distill("owner/name", tmp_path / "run", show_progress=False, **settings(tmp_path / "cache"))
     assert result.pipeline is not None
     said = (result.pipeline / "README.md").read_text(encoding="utf-8")

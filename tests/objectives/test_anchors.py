@@ -115,7 +115,7 @@ def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
     # With the student's own prediction in the place of the teacher's signal, its rows have no residual at all.
     values = {"teacher": str(teacher_folder()), "output_dir": tmp_path / "run", **FAST, **POOL, "boundary_weight": 0}
     prepared = build_run(make_config(values))
-    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints("x"))
+    trainer = Trainer(prepared.config, prepared.student, prepared.conditions, Fingerprints("x"))
     (tmp_path / "run").mkdir()
     assert sum(num for _, num in trainer.prepare()) == 10
     boot, anchors = trainer.objectives
@@ -154,7 +154,7 @@ def test_a_pool_that_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: py
         (tmp_path / name / "config.yaml").touch()
         own |= {"output_dir": tmp_path / name, "resume_from_checkpoint": "latest"}
         prepared = build_run(make_config({**own, **FAST, **POOL}))
-        return Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, Fingerprints("x"))
+        return Trainer(prepared.config, prepared.student, prepared.conditions, Fingerprints("x"))
 
     whole = trainer("whole")
     made = lambda trainer: [num for _, num in trainer.prepare()]  # noqa: E731 - short

@@ -323,6 +323,9 @@ def test_another_null_class_than_the_objects_is_refused(tmp_path: Path) -> None:
     teacher = load_teacher(teacher_folder("class"))
     with pytest.raises(ValueError, match="null_class=1: was given with a teacher object"):
         distil(tmp_path / "run", teacher=teacher, null_class=1)
+    null = load_teacher(teacher_folder("class"), null_class=2)
+    with pytest.raises(ValueError, match="height=2: was given with a teacher object"):
+        onestill.sample(teacher=null, height=2, width=2)
 
 
 def test_a_teacher_that_changed_since_is_noticed(tmp_path: Path) -> None:

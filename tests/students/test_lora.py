@@ -321,7 +321,7 @@ def test_checkpoint_run_and_pipeline_sample_alike(tmp_path: Path) -> None:
 def test_validation_draws_the_teacher_without_the_lora(tmp_path: Path) -> None:
     settings = {**FAST, "teacher": str(teacher_folder()), "output_dir": tmp_path / "run", **LORA, "learning_rate": 1e-2}
     prepared = build_run(make_config(settings))
-    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprints)
+    trainer = Trainer(prepared.config, prepared.student, prepared.conditions, prepared.fingerprints)
     for _ in range(3):
         trainer.update()
     _, rms = trainer.validate()

@@ -13,10 +13,11 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from onestill.core.files import MARK_FILE
 from onestill.core.tensors import Cond, noise
 from onestill.export.export import ExportError, export_student, is_exported
 from onestill.sampling.generate import student_generator
-from onestill.students.mark import MARK_FILE, Mark, is_student, read_mark, refuse_student
+from onestill.students.mark import Mark, is_student, read_mark, refuse_student
 from onestill.students.one_step import OneStep, one_step_of
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
@@ -83,7 +84,7 @@ def test_torch_export_traces_it(name: str, cases: dict[str, Any]) -> None:
     step = one_step_of(trained(teacher)).eval()
     eps, cond = noise(range(2), teacher.spec.sample_shape), teacher.example_rows(2)
     program = torch.export.export(step, (eps, cond))
-    assert not any(hasattr(module, "_extra") for module in step.modules()), "nothing of the student is in it"
+    assert not any(hasattr(module, "extra") for module in step.modules()), "nothing of the student is in it"
     with torch.no_grad():
         torch.testing.assert_close(program.module()(eps, cond), step(eps, cond), rtol=0, atol=1e-6)
 

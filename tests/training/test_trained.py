@@ -26,10 +26,10 @@ class Net(nn.Module):
 
 
 def make_trained(seed: int = 0, name: str = "net", follower: nn.Module | None = None) -> Trained:
-    config = make_config({"teacher": "x", "output_dir": "y", "learning_rate": 1e-2, "lr_scheduler": "constant"})
-    net = Net(seed)
-    kept = {"averages": {"ema": 0.9}, "follower": follower, "follower_decay": 0.5 if follower else 0.0}
-    return Trained(name, net, Accelerator(cpu=True), config, **kept)  # type: ignore[arg-type]
+    given = {"learning_rate": 1e-2, "lr_scheduler": "constant", "ema_decay": 0.9}
+    config = make_config({"teacher": "x", "output_dir": "y", **given})
+    decay = 0.5 if follower else 0.0
+    return Trained(name, Net(seed), Accelerator(cpu=True), config, follower=follower, follower_decay=decay)
 
 
 def train(trained: Trained, num_steps: int) -> None:

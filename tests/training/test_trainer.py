@@ -51,7 +51,7 @@ GUIDANCE = {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale
 def make_trainer(tmp_path: Path, kind: str = "plain", **settings: Any) -> tuple[Trainer, Run]:
     values = {**FAST, "teacher": str(teacher_folder(kind)), "output_dir": tmp_path / "run", **settings}
     prepared = build_run(make_config(values))
-    trainer = Trainer(prepared.config, prepared.teacher, prepared.student, prepared.conditions, prepared.fingerprints)
+    trainer = Trainer(prepared.config, prepared.student, prepared.conditions, prepared.fingerprints)
     return trainer, prepared
 
 
@@ -126,7 +126,7 @@ def test_the_averages_follow_the_weights(tmp_path: Path) -> None:
     found = dict(zip(expected, kept["target_ema"].shadow_params, strict=True))
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
     assert kept["ema"].optimization_step == 6
-    with trainer.averaged():
+    with trainer.trained[0].averaged():
         assert equal(parameters(trainer), dict(zip(expected, kept["ema"].shadow_params, strict=True)))
     assert not equal(parameters(trainer), dict(zip(expected, kept["ema"].shadow_params, strict=True)))
 

@@ -42,14 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # In the order of the help.
-for command in (
-    distill.distill,
-    inspect.inspect,
-    sample.sample,
-    evaluate.evaluate,
-    export.export,
-    demo.demo,
-):
+for command in (distill.distill, inspect.inspect, sample.sample, evaluate.evaluate, export.export, demo.demo):
     app.command(cls=Command)(command)
 
 
@@ -72,9 +65,8 @@ def main() -> None:
 
 def _usage(error: Any) -> str:
     """Return a mistake in a command line in one line: in the words of the parser, naming the flag first."""
-    near = difflib.get_close_matches(
-        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), n=1
-    )
+    possible = getattr(error, "possibilities", None) or ()
+    near = difflib.get_close_matches(getattr(error, "option_name", ""), possible, n=1)
     words = " ".join((error.message if near else error.format_message()).split()).rstrip(".")
     if value := re.match(r"Invalid value for '(--\w+)'.*?: (?:Value error, )?(.*)", words):
         return f"{value[1]}: {value[2][:1].lower()}{value[2][1:]}"
@@ -87,10 +79,9 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+def _root(version: Version = False) -> None:
     """One-step generators from pre-trained diffusion models, without a training image."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onestill.cli.fields import from_config
+from onestill.cli.fields import ConfigFile, from_config
 from onestill.cli.output import note, quiet, say
 from onestill.core.errors import shown_as_flags
 from onestill.training.config import DistillConfig, make_config
@@ -19,14 +18,13 @@ if TYPE_CHECKING:
     from onestill.runs.build import Run
     from onestill.runs.distill import RunResult
 
-
 NOTHING_WRITTEN = "stopped before the first step; nothing was written"
 
 
 @from_config(DistillConfig)
 def distill(
     settings: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")] = None,
+    config: ConfigFile = None,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything, train nothing.")] = False,
 ) -> None:
     """Distil a teacher into a one-step student and export it to OUTPUT_DIR/pipeline."""
@@ -66,10 +64,8 @@ def _prepare(config: DistillConfig) -> Run:
         note(message)
     classes = f", {spec.num_classes} classes" if spec.num_classes else ""
     shape = "x".join(map(str, spec.sample_shape))
-    note(
-        f"teacher {run.config.teacher}: {spec.family}, {spec.prediction_type}, {shape}{classes}, "
-        f"start level t = {spec.t_max:.4g} ({spec.t_max_reason})"
-    )
+    level = f"start level t = {spec.t_max:.4g} ({spec.t_max_reason})"
+    note(f"teacher {run.config.teacher}: {spec.family}, {spec.prediction_type}, {shape}{classes}, {level}")
     return run
 
 
@@ -91,12 +87,9 @@ def _run(run: Run) -> RunResult:
     except PromptCacheError as error:
         note(("error:", "red"), f" {shown_as_flags(error)}")
         raise typer.Exit(2) from None
-    except NonFiniteLossError as error:
+    except (ValueError, OSError, SafetensorError, ExportError, NonFiniteLossError, torch.OutOfMemoryError) as error:
         note(("stopped:", "red"), f" {shown_as_flags(error)}")
-        raise typer.Exit(1) from None
-    except (ValueError, OSError, SafetensorError, ExportError, torch.OutOfMemoryError) as error:
-        note(("stopped:", "red"), f" {shown_as_flags(error)}")
-        if is_run(folder):
+        if is_run(folder) and not isinstance(error, NonFiniteLossError):  # which names the last checkpoint itself
             note(f"what was saved is kept. Go on with: {go_on(folder)}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -107,7 +100,7 @@ def _run(run: Run) -> RunResult:
 
 
 def _left_by(run: Run) -> str:
-    """Return what to say of a run that was stopped before or after its steps, which themselves end with a checkpoint."""
+    """Return what to say of a run that was stopped before or after its steps, which end with a checkpoint."""
     from onestill.runs.folder import is_run
     from onestill.training.checkpoint import list_checkpoints, step_of
 
@@ -127,8 +120,9 @@ def _left_by(run: Run) -> str:
 def go_on(run: Path) -> str:
     """Return the command that goes on with a run, whose folder holds all its settings."""
     from onestill.runs.folder import CONFIG_FILE
+    from onestill.runs.resume import num_processes
 
-    num = int(os.environ.get("WORLD_SIZE", 1))
+    num = num_processes()
     # Each process has its own random state, so it takes as many.
     start = ["onestill"] if num == 1 else ["torchrun", "--nproc_per_node", str(num), "-m", "onestill"]
     return shlex.join([*start, "distill", "--config", str(run / CONFIG_FILE), "--resume_from_checkpoint", "latest"])

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from onestill.cli.fields import from_config
+from onestill.cli.fields import AsJson, ConfigFile, from_config
 from onestill.cli.output import note, out, quiet, say
 from onestill.core.settings import make
 from onestill.evaluation.config import EvaluateConfig
 
 
 @from_config(EvaluateConfig)
-def evaluate(
-    settings: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:
+def evaluate(settings: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Compare a student's one step with its teacher's many, in a table with its protocol."""
     made = make(EvaluateConfig, settings, config)
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
 
-from onestill.core.errors import as_flags
+from onestill.core.errors import as_flags, plain
 
 ALIASES = {"teacher": ["--pretrained_model_name_or_path"], "prompts": ["--prompt"]}
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def from_config(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give `command(settings, ...)` one flag per field of a model, so that flags and model cannot differ.
 
     A flag that is not given is absent from `settings`: then the YAML file or the model's default holds.
-
-    Args:
-        model: The settings of the command.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,17 +45,10 @@ def _parameter(name: str, info: Any) -> inspect.Parameter:
     """Return the keyword parameter, and with it the flag, of one field."""
     told = info.json_schema_extra or {}
     kind = str if told.get("commas") else _plain_type(info.annotation)
-    names = [f"--{name}", *ALIASES.get(name, [])]
-    if kind is bool:
-        names = [f"--{name}/--no_{name}"]
-    required = info.is_required()
-    shown = "" if required or info.default in (None, ()) else f" [default: {_short(info.default)}]"
-    option = typer.Option(
-        *names,
-        help=f"{as_flags(info.description)}{' [required]' if required else ''}{shown}",
-        rich_help_panel=told.get("panel"),
-        show_default=False,
-    )
+    names = [f"--{name}/--no_{name}" if kind is bool else f"--{name}", *ALIASES.get(name, [])]
+    default = "" if info.default in (None, ()) else f" [default: {plain(info.default)}]"
+    shown = f"{as_flags(info.description)}{' [required]' if info.is_required() else default}"
+    option = typer.Option(*names, help=shown, rich_help_panel=told.get("panel"), show_default=False)
     annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045 - made at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -63,13 +56,6 @@ def _parameter(name: str, info: Any) -> inspect.Parameter:
 def _plain_type(annotation: Any) -> Any:
     """Return what typer should parse for a field's type: X of X | None, list[int] of tuple[int, ...]."""
     if get_origin(annotation) is tuple:
-        # A type made at run time, which mypy cannot follow.
         return list[get_args(annotation)[0]]  # type: ignore[misc]  # made at run time
     options = [a for a in get_args(annotation) if a is not type(None)]
     return options[0] if type(None) in get_args(annotation) else annotation
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(_short, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

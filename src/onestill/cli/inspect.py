@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onestill.cli.fields import from_config
+from onestill.cli.fields import AsJson, ConfigFile, from_config
 from onestill.cli.output import out, quiet
 from onestill.core.errors import as_flags
 from onestill.training.config import DistillConfig, make_config
@@ -20,18 +20,14 @@ if TYPE_CHECKING:
 
 
 @from_config(DistillConfig)
-def inspect(
-    settings: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def inspect(settings: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
     from onestill.runs.inspect import inspect_run
 
     quiet()
     found = inspect_run(make_config({"output_dir": Path("run"), **settings}, config))
     if as_json:
-        print(as_flags(json.dumps(found.as_dict(), ensure_ascii=False)))
+        print(as_flags(json.dumps(asdict(found), ensure_ascii=False)))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in _rows(found).items():
@@ -69,7 +65,8 @@ def _rows(found: Inspection) -> dict[str, str]:
 def _estimate(found: Inspection) -> str:
     """Return what a run takes, in words."""
     seconds = found.estimated_seconds_per_step
-    step = f"{found.estimated_memory_gb:.2f} GB and {seconds:.3g} s per step on {found.estimate_device}, batch {found.train_batch_size}"
+    place = f"on {found.estimate_device}, batch {found.train_batch_size}"
+    step = f"{found.estimated_memory_gb:.2f} GB and {seconds:.3g} s per step {place}"
     run = f"{found.max_train_steps:,} steps take {_time(seconds * found.max_train_steps)}"
     if found.num_anchors:
         run += f", {found.num_anchors:,} anchors {_time(found.estimated_seconds_per_anchor * found.num_anchors)} more"

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from onestill.cli.fields import from_config
+from onestill.cli.fields import ConfigFile, from_config
 from onestill.cli.output import note, quiet, say
 from onestill.core.settings import make
 from onestill.sampling.config import SampleConfig
 
 
 @from_config(SampleConfig)
-def sample(
-    settings: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file of these settings; flags win.")] = None,
-) -> None:
+def sample(settings: dict[str, Any], config: ConfigFile = None) -> None:
     """Generate images: a student's in one step, or a teacher's in many."""
     made = make(SampleConfig, settings, config)
-    if made.output is None:
-        made = made.model_copy(update={"output": Path("samples.png")})
+    output = made.output or Path("samples.png")
     from onestill.runs.sample import draw
     from onestill.sampling.explore import Samples
 
     quiet()
-    assert made.output is not None
-    found = draw(made, show_progress=True, say=note)
-    written = found.save(made.output, overwrite=made.overwrite)
+    found = draw(made.model_copy(update={"output": output}), show_progress=True, say=note)
+    written = found.save(output, overwrite=made.overwrite)
     if isinstance(found, Samples):
         last = found.seed + len(found.images) - 1
         seeds = f"seed {last}" if last == found.seed else f"seeds {found.seed}..{last}"
         say(f"{_images(len(found.images))}, {seeds} -> {written}")
         return
-    moves = made.output.suffix == ".gif" and found.num_frames > 1
+    moves = output.suffix == ".gif" and found.num_frames > 1
     frames = f", {found.num_frames} frames there and back" if moves else ""
     say(f"{_images(found.images.shape[0] * found.images.shape[1])} (--{made.exploring}){frames} -> {written}")
 

@@ -11,11 +11,7 @@ from onestill.core.errors import SettingError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a name stands for: auto, cpu, cuda, cuda:N or mps.
-
-    Raises:
-        SettingError: If it is no device of this machine.
-    """
+    """Return the device that a name stands for: auto, cpu, cuda, cuda:N or mps; refuse what is not here."""
     if name == "auto":
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)

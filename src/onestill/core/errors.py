@@ -7,9 +7,10 @@ setting inside a text with `named("t_min")`. Whoever shows the text chooses the 
 
 from __future__ import annotations
 
+import enum
 import functools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,14 +18,12 @@ from typing import Any, Final
 _OPEN, _CLOSE = "\ue000", "\ue001"
 
 
-class _NotGiven:
-    """The value of a setting that is complained of for being absent, or whose value says nothing."""
-
-    def __repr__(self) -> str:
-        return "NOT_GIVEN"
+class _NotGiven(enum.Enum):  # which stays one and the same through pickle and copy
+    NOT_GIVEN = enum.auto()
 
 
-NOT_GIVEN: Final = _NotGiven()
+NOT_GIVEN: Final = _NotGiven.NOT_GIVEN
+"""The value of a setting that is complained of for being absent, or whose value says nothing."""
 
 
 def named(setting: str) -> str:
@@ -57,19 +56,13 @@ class SettingError(ValueError):
     """
 
     def __init__(
-        self,
-        setting: str | Sequence[str],
-        given: Any = NOT_GIVEN,
-        why: str = "",
-        todo: str = "",
-        *,
-        where: str = "",
+        self, setting: str | Sequence[str], given: Any = NOT_GIVEN, why: str = "", todo: str = "", *, where: str = ""
     ) -> None:
         self.settings = (setting,) if isinstance(setting, str) else tuple(setting)
         several = not isinstance(setting, str) and given is not NOT_GIVEN
         self.given: tuple[Any, ...] = tuple(given) if several else (given,) + (NOT_GIVEN,) * (len(self.settings) - 1)
         self.why, self.todo, self.where = why, todo, where
-        super().__init__(self.as_arguments())
+        super().__init__(as_arguments(self._text(_argument)))
 
     # An exception of several arguments is pickled by them, not by its text.
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,13 +70,9 @@ class SettingError(ValueError):
         names, values = (self.settings, self.given) if several else (self.settings[0], self.given[0])
         return functools.partial(type(self), where=self.where), (names, values, self.why, self.todo)
 
-    def as_arguments(self) -> str:
-        """Return the message as Python shows it."""
-        return as_arguments(self._text(" and ".join(_argument(n, v) for n, v in self._pairs())))
-
     def as_flags(self) -> str:
         """Return the message as the command line shows it."""
-        return as_flags(self._text(" and ".join(_flag(n, v) for n, v in self._pairs())))
+        return as_flags(self._text(_flag))
 
     def about(self, setting: str, given: Any) -> SettingError:
         """Return the same complaint of another setting, such as the list that the value came in."""
@@ -93,20 +82,14 @@ class SettingError(ValueError):
         """Return the same complaint, saying first what it was found in."""
         return SettingError(*self.__reduce__()[1][:4], where=where)
 
-    def _pairs(self) -> list[tuple[str, Any]]:
-        return list(zip(self.settings, self.given, strict=True))
-
-    def _text(self, head: str) -> str:
+    def _text(self, spelt: Callable[[str, Any], str]) -> str:
+        head = " and ".join(spelt(*pair) for pair in zip(self.settings, self.given, strict=True))
         where = f"{self.where}: " if self.where else ""
         return f"{where}{head}: {self.why}{'; ' if self.todo else ''}{self.todo}"
 
 
 class SettingErrors(ValueError):
-    """Several settings that cannot be used, all found at once; one line each.
-
-    Args:
-        errors: The errors.
-    """
+    """Several settings that cannot be used, all found at once; one line each."""
 
     def __init__(self, errors: Sequence[SettingError]) -> None:
         self.errors = tuple(errors)
@@ -118,11 +101,7 @@ class SettingErrors(ValueError):
 
 
 class RunError(RuntimeError):
-    """Something that has begun cannot go on.
-
-    Args:
-        text: Why, and what to do; may mention settings by `named`.
-    """
+    """Something that has begun cannot go on; `text` says why and what to do, and may mention settings by `named`."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -140,9 +119,7 @@ def shown_as_flags(error: BaseException) -> str:
 
 def found_in(where: str, error: ValueError) -> ValueError:
     """Return an error that says first what it was found in; one of a setting stays one."""
-    if isinstance(error, SettingError):
-        return error.found_in(where)
-    return ValueError(f"{where}: {error}")
+    return error.found_in(where) if isinstance(error, SettingError) else ValueError(f"{where}: {error}")
 
 
 def in_short(error: BaseException, most: int = 200) -> str:
@@ -155,17 +132,18 @@ def _flag(name: str, value: Any) -> str:
         return f"--{name}"
     if isinstance(value, bool):
         return f"--{name if value else 'no_' + name}"
-    if isinstance(value, float):
-        return f"--{name} {value:g}"
     if isinstance(value, Mapping):
         return f"--{name} {dict(value)}"
     if isinstance(value, (list, tuple)):
-        return f"--{name} {','.join(_plain(part) for part in value)}"
+        return f"--{name} {plain(value)}"
     # As it has to be typed; what breaks the line would break the message.
-    return f"--{name} {shlex.quote(' '.join(str(value).split()) if isinstance(value, str) else str(value))}"
+    return f"--{name} {shlex.quote(' '.join(value.split()) if isinstance(value, str) else plain(value))}"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """Return the value of a setting as it is typed: numbers in short, lists with commas."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(plain, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -15,6 +15,8 @@ from onestill.core.errors import SettingError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Ends the names of files that are pickles, which can run code when they are opened: none is ever opened."""
+MARK_FILE = "onestill.json"
+"""Says that its folder holds a one-step student, beside stock files."""
 PROBE = ".probe"
 """Ends the name of an empty file that shows the mode of new files and is gone at once; no other file ends so."""
 

@@ -61,7 +61,7 @@ class Settings(BaseModel):
 
     @classmethod
     def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
-        """Return the names that a file sets and that `values`, which win over it, exclude; rooms extend it by `super`."""
+        """Return the names that a file sets and that `values`, which win over it, exclude; rooms extend this."""
         return set()
 
 
@@ -74,10 +74,9 @@ def make(cls: type[S], values: Mapping[str, Any], config_file: str | Path | None
         config_file: A YAML file, or the name of a shipped recipe.
 
     Raises:
-        SettingError: If a value is unusable; `SettingErrors` if several are.
-        ValueError: If a name is unknown.
+        ValueError: If a name is unknown; SettingError if a value is unusable, `SettingErrors` if several are.
     """
-    read = read_yaml(config_file) if config_file is not None else {}
+    read = {} if config_file is None else read_yaml(config_file)
     for names, where in ((read, str(config_file)), (values, "the configuration")):
         refuse_unknown(names, cls.model_fields, where)
     left_out = cls.overruled(values, read)
@@ -89,11 +88,7 @@ def make(cls: type[S], values: Mapping[str, Any], config_file: str | Path | None
 
 
 def find_config(config_file: str | Path) -> Path:
-    """Return the path of a YAML file that is named by its path, or by a shipped recipe's name.
-
-    Raises:
-        SettingError: If there is neither.
-    """
+    """Return the path of a YAML file that is named by its path, or by a shipped recipe's name."""
     path = Path(config_file).expanduser()
     if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
@@ -106,11 +101,7 @@ def find_config(config_file: str | Path) -> Path:
 
 
 def read_yaml(config_file: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file, or in a shipped recipe.
-
-    Raises:
-        SettingError: If the file is missing or holds no mapping.
-    """
+    """Return the mapping in a YAML file, or in a shipped recipe; SettingError if it is missing or holds none."""
     path = find_config(config_file)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -122,8 +113,7 @@ def read_yaml(config_file: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingError("config", str(path), f"is no YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
-        why = f"must hold 'name: value' lines, it holds {type(content).__name__}"
-        raise SettingError("config", str(path), why)
+        raise SettingError("config", str(path), f"must hold 'name: value' lines, it holds {type(content).__name__}")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
@@ -134,12 +124,11 @@ def write_yaml(settings: Settings, path: Path) -> None:
 
 def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
     """Raise ValueError naming each unknown key of `values` and the nearest known name."""
-    problems = []
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            problems.append(f"{where}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if problems:
+    unknown = {key: difflib.get_close_matches(key, known, n=1) for key in values if key not in known}
+    if problems := [
+        f"{where}: unknown setting {key!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+        for key, near in unknown.items()
+    ]:
         raise ValueError("\n".join(problems))
 
 

@@ -6,7 +6,6 @@ Times and the coefficients computed from them live on the CPU in float64 (they a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
@@ -18,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SELF_CHECK_TOLERANCE = 1e-4
-"""The largest difference between what is computed here and what diffusers computes of the same, in images of [-1, 1]."""
+"""The largest difference between what is computed here and what diffusers does of the same, in images of [-1, 1]."""
 
 Cond = dict[str, Tensor]
 """What conditions an image: named tensors with the batch as first axis. Empty for unconditional teachers."""
@@ -47,9 +46,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> R:
-        with contextlib.ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 
     return plain

@@ -7,7 +7,7 @@ earlier stage, y_I(eps_I, prompt), in training and in sampling alike, from the s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,16 +35,17 @@ PROBES = ("", "A Photo, of (it)!", "a long photo of it " * 60)
 
 
 class FirstStage:
-    """A student of an earlier stage: its exported pipeline, asked for pictures in one step.
+    """A student of an earlier stage: its exported pipeline, loaded as teachers are and asked for pictures in one step.
 
     Attributes:
-        teacher: The exported pipeline, loaded as teachers are.
-        folder: Where it was loaded from.
+        shape: Shape of the noise of one picture.
+        name: The last two parts of its folder.
         examples: Two of its pictures, [2, C, h, w] in [-1, 1].
     """
 
     def __init__(self, teacher: Teacher, folder: Path) -> None:
         self.teacher, self.folder = teacher, folder
+        self.shape, self.name = teacher.spec.sample_shape, "/".join(folder.parts[-2:])
         self.examples = self.seeded(range(2), EXAMPLE_PROMPTS).cpu()
 
     def to(self, device: torch.device | str) -> FirstStage:
@@ -52,30 +53,15 @@ class FirstStage:
         self.teacher.to(device)
         return self
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the noise of one picture."""
-        return self.teacher.spec.sample_shape
-
-    @property
-    def name(self) -> str:
-        """The last two parts of its folder."""
-        return "/".join(self.folder.parts[-2:])
-
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of its weights, the decoder's included, its schedule and its text encoders: the same pictures, or not."""
+        """A hash of its weights, the decoder's too, its schedule and its text encoders: the same pictures, or not."""
         return self.teacher.pictures_fingerprint()
 
     @torch.no_grad()
     @without_autocast
     def pictures(self, eps: Tensor, cond: Cond) -> Tensor:
-        """Return the pictures of one step, [B, C, h, w] in [-1, 1], in full precision.
-
-        Args:
-            eps: Noise, [B, *shape].
-            cond: Its own conditions, B rows each.
-        """
+        """Return the pictures of one step from noise [B, *shape], [B, C, h, w] in [-1, 1], in full precision."""
         device = next(self.teacher.network.parameters()).device
         return self.teacher.one_step(eps.to(device), to_device(cond, device)).clamp(-1, 1)
 
@@ -100,10 +86,7 @@ class FirstStage:
 class CascadeConditions:
     """Encoded prompts, and for each row the picture that the first stage draws from the same prompt.
 
-    Attributes:
-        prompts: The prompts' conditions, with those of the first stage under `PREFIX`.
-        teacher: The teacher that enlarges the pictures.
-        first_stage: The student that draws them.
+    Those of the first stage are among the prompts' conditions, under `PREFIX`; the teacher enlarges the pictures.
     """
 
     prompts: PromptConditions
@@ -139,13 +122,10 @@ class CascadeConditions:
 
 
 def second_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return [N, *shape], the second draw of each seed's generator: the pipelines' noise for the picture they are given."""
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        torch.randn(1, *shape, generator=generator)
-        rows.append(torch.randn(1, *shape, generator=generator))
-    return torch.cat(rows) if rows else torch.empty(0, *shape)
+    """Return [N, *shape], the second draw of each seed's generator: the pipelines' noise for a given picture."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = [torch.randn(1, *shape, generator=generator) for generator in generators for _ in range(2)]
+    return torch.cat(draws[1::2]) if draws else torch.empty(0, *shape)
 
 
 def seeded_rows(teacher: Teacher, first_stage: FirstStage, seeds: Sequence[int], prompts: Sequence[str]) -> Cond:
@@ -159,37 +139,16 @@ def with_prefix(cond: Cond) -> Cond:
     return {f"{PREFIX}{name}": value for name, value in cond.items()}
 
 
-def joined_rows(own: Cond, first_stage: Callable[[], Cond] | None, names: Sequence[str]) -> Cond:
-    """Return the teacher's rows and the first stage's.
-
-    Args:
-        own: The teacher's.
-        first_stage: Gives the first stage's; None where the teacher's hold them.
-        names: Names of the first stage's conditions.
-    """
-    found = {name: own[name].clone() for name in names} if first_stage is None else first_stage()
-    return {**own, **with_prefix(found)}
-
-
 def with_first_stage(
-    teacher: Teacher,
-    path: str | Path | None,
-    noise_level: int | None = None,
-    *,
-    device: torch.device | str = "cpu",
+    teacher: Teacher, path: str | Path | None, noise_level: int | None = None, *, device: torch.device | str = "cpu"
 ) -> tuple[Teacher, FirstStage | None]:
     """Return a teacher, and the student that draws the pictures that it enlarges; None for a teacher that takes none.
 
-    The teacher that is returned knows the noise level, and checks itself with the student's own pictures.
-
-    Args:
-        teacher: The teacher.
-        path: A run of the earlier stage, or its exported pipeline.
-        noise_level: How much noise is mixed into the pictures; the pipeline's own default if None.
-        device: Where the student goes.
+    The teacher that is returned knows the noise level, the pipeline's own default if None, and checks itself with the
+    student's own pictures. The path is a run of the earlier stage, or its exported pipeline.
 
     Raises:
-        ValueError: If one is needed and not given or the other way round, or the student does not fit the teacher.
+        SettingError: If one is needed and not given or the other way round, or the student does not fit the teacher.
     """
     if teacher.image_condition is None:
         for name, value in (("base_student", path), ("noise_level", noise_level)):
@@ -197,7 +156,8 @@ def with_first_stage(
                 raise SettingError(name, value, "this teacher takes no picture", "leave it out")
         return teacher, None
     if path is None:
-        why = f"{teacher.kind} enlarges the picture of an earlier model, which without data has to come from a distilled student"
+        needed = "which without data has to come from a distilled student"
+        why = f"{teacher.kind} enlarges the picture of an earlier model, {needed}"
         raise SettingError("base_student", why=why, todo="distil the earlier model first, and give that run")
     level = teacher.image_condition.level if noise_level is None else noise_level
     teacher.with_image_condition(level)  # which is refused before anything else is loaded
@@ -207,11 +167,7 @@ def with_first_stage(
 
 
 def find_first_stage(path: str | Path) -> Path:
-    """Return the folder of the exported pipeline in a run's folder, or that folder itself.
-
-    Raises:
-        SettingError: If there is none.
-    """
+    """Return the folder of the exported pipeline in a run's folder, or that folder itself; SettingError if none is."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise SettingError("base_student", path, "no such folder", "give a run of the earlier stage, or its pipeline/")
@@ -223,22 +179,16 @@ def find_first_stage(path: str | Path) -> Path:
 
 
 def open_first_stage(path: str | Path) -> FirstStage:
-    """Return the one-step student in a run's folder or an exported pipeline.
-
-    Raises:
-        SettingError: If there is none that draws pictures from prompts in one step.
-    """
+    """Return the one-step student in a run's folder or an exported pipeline; SettingError if it takes no prompts."""
     path, folder = Path(path).expanduser(), find_first_stage(path)
     try:
         takes_labels = read_index(folder, str(folder))["_class_name"] in UNET2D_PIPELINES
         teacher = None if takes_labels else load_teacher(folder, local_files_only=True, arguments=read_call(folder))
     except ValueError as error:
-        why = str(error).removeprefix(f"{folder}: ")
-        raise SettingError("base_student", path, why) from error
+        raise SettingError("base_student", path, str(error).removeprefix(f"{folder}: ")) from error
     if teacher is None or not teacher.spec.text:
-        raise SettingError(
-            "base_student", path, "takes no text, and the teacher takes prompts: both must draw the same"
-        )
+        why = "takes no text, and the teacher takes prompts: both must draw the same"
+        raise SettingError("base_student", path, why)
     if teacher.image_condition is not None:
         raise SettingError("base_student", path, f"needs a picture itself ({teacher.kind})", "give the first stage")
     if not is_student(folder, teacher.network):
@@ -250,18 +200,18 @@ def open_first_stage(path: str | Path) -> FirstStage:
 
 def check_shape(first_stage: FirstStage, wanted: tuple[int, ...]) -> None:
     """Raise SettingError if a student's pictures cannot become samples of a shape by a whole factor."""
-    found = tuple(first_stage.examples.shape[1:])
+    found, why = tuple(first_stage.examples.shape[1:]), ""
     if len(found) != len(wanted):
         why = f"draws no pictures but samples of shape {'x'.join(map(str, found))}"
-        raise SettingError("base_student", first_stage.folder, why)
-    if found[0] != wanted[0]:
+    elif found[0] != wanted[0]:
         why = f"draws pictures of {found[0]} channels, and the teacher takes {wanted[0]}"
-        raise SettingError("base_student", first_stage.folder, why)
-    factors = {large / small for small, large in zip(found[1:], wanted[1:], strict=True)}
-    if len(factors) > 1 or not (factor := factors.pop()).is_integer() or factor < 2:
-        sides = " or ".join(f"{wanted[1] // n}x{wanted[2] // n}" for n in (4, 2) if min(wanted[1:]) >= n)
-        small, large = f"{found[1]}x{found[2]}", f"{wanted[1]}x{wanted[2]}"
-        why = f"draws pictures of {small}, and the teacher makes {large} of smaller ones, such as {sides}"
+    else:
+        factors = {large / small for small, large in zip(found[1:], wanted[1:], strict=True)}
+        if len(factors) > 1 or not (factor := factors.pop()).is_integer() or factor < 2:
+            sides = " or ".join(f"{wanted[1] // n}x{wanted[2] // n}" for n in (4, 2) if min(wanted[1:]) >= n)
+            small, large = f"{found[1]}x{found[2]}", f"{wanted[1]}x{wanted[2]}"
+            why = f"draws pictures of {small}, and the teacher makes {large} of smaller ones, such as {sides}"
+    if why:
         raise SettingError("base_student", first_stage.folder, why)
 
 
@@ -270,11 +220,9 @@ def messages(first_stage: FirstStage, teacher: Teacher) -> tuple[str, ...]:
     condition = teacher.image_condition
     assert condition is not None, "with_first_stage has been called"
     small, large = first_stage.examples.shape[-1], teacher.spec.sample_shape[-1]
-    sizes = f"{small}x{small} pictures of {first_stage.name} to {large}x{large}, noise level {condition.level}"
-    found = [f"enlarging the {sizes}"]
-    if large // small != condition.usual_factor:
-        found.append(
-            f"warning: the pictures are enlarged {large // small} times; published pipelines of this kind are made for "
-            f"{condition.usual_factor}"
-        )
-    return tuple(found)
+    sizes = f"{small}x{small} pictures of {first_stage.name} to {large}x{large}"
+    said, usual = f"enlarging the {sizes}, noise level {condition.level}", condition.usual_factor
+    if large // small == usual:
+        return (said,)
+    enlarged = f"the pictures are enlarged {large // small} times"
+    return said, f"warning: {enlarged}; published pipelines of this kind are made for {usual}"

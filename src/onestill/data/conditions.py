@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -23,37 +23,28 @@ class Conditions(Protocol):
     @property
     def captions(self) -> tuple[str, ...]:
         """What the conditions of `grid` are, in words; empty if that need not be said."""
-        ...
 
     def choose(self, num: int, generator: torch.Generator) -> Cond:
         """Return `num` random choices in short, such as keys of prompts; every draw is from `generator`."""
-        ...
 
     def rows(self, chosen: Cond) -> Cond:
         """Return the conditions that choices stand for, a row each: what the networks are given."""
-        ...
 
     def grid(self, num: int) -> Cond:
         """Return `num` fixed conditions; the guidance scale is the middle of its range."""
-        ...
 
 
 @dataclass(frozen=True)
 class LabelConditions:
-    """The labels a teacher can be asked for, drawn uniformly.
+    """The labels a teacher can be asked for, none of an unconditional one, drawn uniformly.
 
-    Attributes:
-        labels: Labels to draw from; empty for an unconditional teacher.
-        guidance_range: Range of the guidance scale given to the student with each image; None if it is fixed.
+    The guidance scale is drawn from `guidance_range` for each image; None if it is fixed.
     """
 
     labels: tuple[int, ...] = ()
     guidance_range: tuple[float, float] | None = None
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """Nothing: the labels are seen."""
-        return ()
+    captions: ClassVar[tuple[str, ...]] = ()
+    """Nothing: the labels are seen."""
 
     def choose(self, num: int, generator: torch.Generator) -> Cond:
         """Return `num` random conditions; every draw is from `generator`."""
@@ -133,21 +124,15 @@ def middle_guidance(limits: tuple[float, float] | None, num: int) -> Cond:
 
 
 def check_labels(labels: Sequence[int], spec: TeacherSpec) -> tuple[int, ...]:
-    """Return the labels as given, or all the teacher's if none are given.
-
-    Raises:
-        SettingError: If the teacher is unconditional, or a label is not one of its classes.
-    """
+    """Return the labels as given, all the teacher's if none are; SettingError if one is not one of its classes."""
     if not labels:
         return tuple(spec.labels)
     if spec.num_classes is None:
         takes = "takes prompts, not labels" if spec.text else "is unconditional"
         raise SettingError("class_labels", list(labels), f"the teacher {takes}", "leave it out")
     if spec.null_class in labels:
-        raise SettingError(
-            "class_labels", spec.null_class, "is the null class, which means 'no class' and draws nothing"
-        )
-    unknown = sorted(set(labels) - set(spec.labels))
-    if unknown:
+        why = "is the null class, which means 'no class' and draws nothing"
+        raise SettingError("class_labels", spec.null_class, why)
+    if unknown := sorted(set(labels) - set(spec.labels)):
         raise SettingError("class_labels", unknown, f"the teacher's classes are {spec.labels[0]} to {spec.labels[-1]}")
     return tuple(labels)

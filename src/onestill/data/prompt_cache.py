@@ -54,10 +54,9 @@ def in_words(num_bytes: int) -> str:
 
 def _published(path: Path) -> tuple[int, str]:
     """Return what shards are ordered by, oldest first; one that is gone meanwhile is first, and cannot be read."""
-    try:
+    with suppress(FileNotFoundError):
         return path.stat().st_mtime_ns, path.name
-    except FileNotFoundError:
-        return 0, path.name
+    return 0, path.name
 
 
 class PromptCache:
@@ -65,6 +64,7 @@ class PromptCache:
 
     Attributes:
         folder: Folder of this encoder's shards.
+        row_bytes: Size of one encoded prompt.
         messages: What was found that is not used, in words.
 
     Args:
@@ -75,23 +75,18 @@ class PromptCache:
 
     def __init__(self, root: Path, encoder: str, like: Cond) -> None:
         self.root, self.encoder, self.folder, self.like = root, encoder, root / encoder, like
+        self.row_bytes = row_bytes(like)
         self.messages: list[str] = []
         self._handles: OrderedDict[Path, Any] = OrderedDict()
         self.refresh()
         others = sorted(p.name for p in root.iterdir() if p.is_dir() and p != self.folder) if root.is_dir() else []
         if others and not len(self):
-            self.messages.append(
-                f"{root} holds prompts of other text encoders or settings too, which are kept apart: {', '.join(others[:3])}"
-                f"{', ...' if len(others) > 3 else ''}"
-            )
+            listed = ", ".join(others[:3] + (["..."] if len(others) > 3 else []))
+            kept = f"{root} holds prompts of other text encoders or settings too, which are kept apart: {listed}"
+            self.messages.append(kept)
 
     def __len__(self) -> int:
         return len(self._keys)
-
-    @property
-    def row_bytes(self) -> int:
-        """Size of one encoded prompt."""
-        return row_bytes(self.like)
 
     def refresh(self) -> None:
         """Read which rows the folder holds now; the oldest of equal ones counts, so that resuming reads the same."""
@@ -112,7 +107,7 @@ class PromptCache:
         self._keys, self._shard, self._row, self._cut = keys, shard[first], row[first], cut[first]
 
     def _read_index(self, path: Path) -> tuple[Ints, Ints]:
-        """Return (keys, which limits of the encoder each prompt exceeds) of a shard; ValueError if it is not of this encoder."""
+        """Return (keys, which limits each prompt exceeds) of a shard; ValueError if it is not of this encoder."""
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("encoder") != self.encoder:
                 raise ValueError("it was written for another text encoder")
@@ -149,13 +144,10 @@ class PromptCache:
         *,
         progress: Callable[[int], object] = lambda num: None,
     ) -> None:
-        """Encode prompts in batches and write them; what was written stays if a later part fails.
+        """Encode missing prompts in batches and write them; what was written stays if a later part fails.
 
-        Args:
-            texts: Prompts that are missing.
-            encode: From prompts to their conditions.
-            cuts: Which limits of the encoder each prompt exceeds: bit i for the i-th.
-            progress: Called with the number of prompts written.
+        Which limits of the encoder each exceeds is told by `cuts`, bit i for the i-th; `progress` hears how many were
+        written.
 
         Raises:
             PromptCacheError: If a shard cannot be written; nothing half-written is left.
@@ -174,16 +166,13 @@ class PromptCache:
 
     def _checked(self, cond: Cond, texts: Sequence[str]) -> Cond:
         for name, value in self.like.items():
-            rows = cond[name].detach().cpu()
-            if rows.shape != (len(texts), *value.shape[1:]):
-                raise ValueError(
-                    f"the conditions of {texts[0]!r} have shape {tuple(rows.shape[1:])} and those of other prompts "
-                    f"{tuple(value.shape[1:])} ({name}): this pipeline's prompts cannot be kept"
-                )
+            rows, usual = cond[name].detach(), tuple(value.shape[1:])
+            if rows.shape != (len(texts), *usual):
+                found = f"the conditions of {texts[0]!r} have shape {tuple(rows.shape[1:])} and those of other prompts"
+                raise ValueError(f"{found} {usual} ({name}): this pipeline's prompts cannot be kept")
             if not rows.isfinite().all():
-                raise ValueError(
-                    f"the text encoder gave non-finite numbers for a prompt among {texts[0]!r} ... ({name})"
-                )
+                gave = "the text encoder gave non-finite numbers for a prompt among"
+                raise ValueError(f"{gave} {texts[0]!r} ... ({name})")
         return {name: cond[name].detach().cpu().contiguous() for name in self.like}
 
     def _write(self, rows: dict[str, Tensor]) -> None:
@@ -211,15 +200,10 @@ class PromptCache:
         try:
             os.link(partial, final)
         except OSError:  # it is there, or this file system has no links
-            if not self._is_usable(final):
+            try:
+                self._read_index(final)
+            except (SafetensorError, OSError, ValueError):
                 os.replace(partial, final)
-
-    def _is_usable(self, path: Path) -> bool:
-        try:
-            self._read_index(path)
-        except (SafetensorError, OSError, ValueError):
-            return False
-        return True
 
     def _remove_stale(self) -> None:
         """Remove what a killed process left a day or more ago; a younger one may still be being written."""
@@ -229,11 +213,7 @@ class PromptCache:
                     left.unlink()
 
     def rows(self, keys: Ints) -> Cond:
-        """Return the conditions of prompts by their keys, read from the mapped files.
-
-        Raises:
-            KeyError: If a prompt is not in the cache.
-        """
+        """Return the conditions of prompts by their keys, read from the mapped files; KeyError if one is not there."""
         places = np.searchsorted(self._keys, keys)
         if len(keys) and (places.max() >= len(self._keys) or (self._keys[places] != keys).any()):
             raise KeyError("a prompt is not in the cache")

@@ -13,7 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from onestill.core.errors import SettingError, named
-from onestill.data.cascade import CascadeConditions, FirstStage, joined_rows, with_prefix
+from onestill.core.tensors import Cond
+from onestill.data.cascade import CascadeConditions, FirstStage, with_prefix
 from onestill.data.conditions import Conditions, PromptConditions
 from onestill.data.prompt_cache import BATCH_SIZE, PromptCache, default_cache_dir, in_words
 from onestill.data.prompts import Ints, PromptFile, text_key
@@ -53,60 +54,45 @@ class PromptPool:
     @property
     def fingerprint(self) -> str:
         """Return a hash of the encoder and of all prompts, and after a + that of the first stage, if there is one."""
-        digest = hashlib.blake2b(self.cache.encoder.encode(), digest_size=8)
-        digest.update(np.ascontiguousarray(self.prompts.keys).tobytes())
+        digest = hashlib.blake2b(self.cache.encoder.encode() + self.prompts.keys.tobytes(), digest_size=8)
         return digest.hexdigest() + (f"+{self.first_stage.fingerprint}" if self.first_stage is not None else "")
 
     @property
     def drawn_fingerprint(self) -> str:
         """Return a hash of which of the prompts the run draws from."""
-        return hashlib.blake2b(np.ascontiguousarray(self.drawn).tobytes(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.drawn.tobytes(), digest_size=8).hexdigest()
 
     def encode(self, *, show_progress: bool = False) -> None:
-        """Encode what the cache lacks and let the text encoders go.
-
-        Raises:
-            PromptCacheError: If the cache cannot be written.
-        """
+        """Encode what the cache lacks and let the text encoders go; PromptCacheError if it cannot be written."""
         self._fill(self.cache, self.teacher, show_progress)
-        if self.first_stage is not None and self.first_stage_cache is not None:
-            self._fill(self.first_stage_cache, self.first_stage.teacher, show_progress)
-        self.prompts.close()
-        self.teacher.release_encoders()
         if self.first_stage is not None:
+            if self.first_stage_cache is not None:
+                self._fill(self.first_stage_cache, self.first_stage.teacher, show_progress)
             self.first_stage.teacher.release_encoders()
+        self.teacher.release_encoders()
+        self.prompts.close()
 
     def _fill(self, cache: PromptCache, teacher: Teacher, show_progress: bool) -> None:
         cache.refresh()  # another run, or another process of this one, may have been here since
-        texts = list(cache.missing(self.keys))
-        if not texts:
+        places = cache.missing(self.keys)
+        if not len(places):
             return
         # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
         rate = 0.5 if sys.stderr.isatty() else 10
-        with (
-            encoders.quiet(),
-            tqdm(total=len(texts), disable=not show_progress, desc="encoding", mininterval=rate) as bar,
-        ):
-            cache.add(
-                self._texts(texts),
-                teacher.encode,
-                teacher.exceeded_limits,
-                progress=bar.update,
-            )
+        bar = tqdm(total=len(places), disable=not show_progress, desc="encoding", mininterval=rate)
+        with encoders.quiet(), bar:
+            cache.add(self._texts(places), teacher.encode, teacher.exceeded_limits, progress=bar.update)
 
-    def missing(self) -> Ints:
-        """Return which prompts are to be encoded: places in the shown ones and the drawn ones, one after the other."""
-        return self.cache.missing(self.keys)
-
-    def _texts(self, places: Ints | list[int]) -> Iterator[str]:
+    def _texts(self, places: Ints) -> Iterator[str]:
+        """Yield prompts by their places in the shown ones and the drawn ones, one after the other."""
         for place in places:
             index = int(place) - len(self.shown)
             yield self.shown[place] if index < 0 else self.prompts[int(self.drawn[index])]
 
     def num_cut(self) -> list[int]:
         """Return how many of the prompts exceed each limit of the text encoders, which cut them there."""
-        texts, keys, places = self._texts(self.missing()), np.unique(self.keys), range(len(self.teacher.prompt_limits))
-        found = [self.cache.num_cut(keys, place) for place in places]
+        texts, keys = self._texts(self.cache.missing(self.keys)), np.unique(self.keys)
+        found = [self.cache.num_cut(keys, place) for place in range(len(self.teacher.prompt_limits))]
         while batch := list(islice(texts, 32 * BATCH_SIZE)):
             cuts = self.teacher.exceeded_limits(batch)
             found = [num + sum(cut >> place & 1 for cut in cuts) for place, num in enumerate(found)]
@@ -117,7 +103,7 @@ def refuse_prompts(settings: PromptSettings, shown: Sequence[str] = ()) -> None:
     """Raise SettingError if a setting for prompts, or a prompt to be shown, was given to a teacher without."""
     given = {name: getattr(settings, name) for name in PromptSettings.model_fields}
     given = {name: v for name, v in given.items() if v != PromptSettings.model_fields[name].default}
-    for name, value in {**given, **({"validation_prompt": shown[0]} if shown else {})}.items():
+    for name, value in [*given.items(), *(("validation_prompt", prompt) for prompt in shown)]:
         raise SettingError(name, value, "was given, but this teacher takes no text", "leave it out")
 
 
@@ -139,24 +125,11 @@ def make_prompt_pool(
     guidance_range: tuple[float, float] | None = None,
     first_stage: FirstStage | None = None,
 ) -> PromptPool:
-    """Return the prompts of a run, all checked; nothing is written.
+    """Return the prompts of a run, all checked, SettingError if the disk has no room for them; nothing is written.
 
-    The run draws from as many different prompts as it has draws. Which ones is decided by its seed, and a longer
-    run of the same seed has all prompts of a shorter one.
-
-    Args:
-        settings: What the run says of prompts.
-        teacher: The teacher.
-        prompts: The prompts to choose from.
-        num_draws: How many prompts the run draws in all, with repetition.
-        seed: Of the choice.
-        shown: The validation prompts.
-        num_shown: How many of the file's first ones take their place where there are none.
-        guidance_range: Range of the guidance scale that is drawn with each prompt; None if it is fixed.
-        first_stage: The student that draws the pictures that the teacher enlarges, if it does.
-
-    Raises:
-        SettingError: If a setting does not fit the teacher, or the disk has no room.
+    The run draws from as many different prompts as it has draws, `num_draws` with repetition. Which ones is decided by
+    its seed, and a longer run of the same seed has all prompts of a shorter one. Where none are to be `shown`, the
+    file's first `num_shown` are. `PromptConditions` says what the guidance range is, `PromptPool` the rest.
     """
     if teacher.encoders_released:
         raise ValueError("the text encoders of this teacher were released by an earlier run: load it again")
@@ -181,7 +154,7 @@ def make_prompt_pool(
         conditions = CascadeConditions(encoded, teacher, first_stage)
     keys = np.concatenate([encoded.shown, encoded.keys])
     pool = PromptPool(teacher, prompts, drawn, shown, keys, cache, conditions, (), first_stage, own_cache)
-    cache.check_space(len(pool.missing()))
+    cache.check_space(len(cache.missing(keys)))
     if own_cache is not None:
         own_cache.check_space(len(own_cache.missing(keys)))
     return replace(pool, messages=_messages(pool, settings))
@@ -191,16 +164,19 @@ def _with_first_stage(
     encoded: PromptConditions, cache: PromptCache, teacher: Teacher, first_stage: FirstStage
 ) -> tuple[PromptConditions, PromptCache | None]:
     """Return (the conditions with those of the first stage among them, its own cache or None if it needs none)."""
-    names = tuple(first_stage.teacher.example_cond)
-    empty = with_prefix(first_stage.teacher.encode([""]))
-    if first_stage.shares_rows(teacher):
-        rows = lambda keys: joined_rows(cache.rows(keys), None, names)  # noqa: E731 - passed on at once
-        own = None
-        first_stage.fingerprint  # noqa: B018 - of its encoders too, which go here: those of the teacher do the same
-        first_stage.teacher.release_encoders()
+    first, own = first_stage.teacher, None
+    empty = with_prefix(first.encode([""]))
+    if not first_stage.shares_rows(teacher):
+        own = PromptCache(cache.root, first.encoder_identity(), first.example_cond)
     else:
-        own = PromptCache(cache.root, first_stage.teacher.encoder_identity(), first_stage.teacher.example_cond)
-        rows = lambda keys: joined_rows(cache.rows(keys), lambda: own.rows(keys), names)  # noqa: E731 - passed on at once
+        first_stage.fingerprint  # noqa: B018 - of its encoders too, which go here: those of the teacher do the same
+        first.release_encoders()
+
+    def rows(keys: Ints) -> Cond:
+        found = cache.rows(keys)
+        firsts = own.rows(keys) if own is not None else {name: found[name].clone() for name in first.example_cond}
+        return found | with_prefix(firsts)
+
     return replace(encoded, encoded=rows, empty_cond={**encoded.empty_cond, **empty}), own
 
 
@@ -213,19 +189,17 @@ def choose(num: int, wanted: int, seed: int) -> Ints:
 
 
 def _messages(pool: PromptPool, settings: PromptSettings) -> tuple[str, ...]:
-    prompts, missing = pool.prompts, len(pool.missing())
+    prompts, missing = pool.prompts, len(pool.cache.missing(pool.keys))
     repeated = f" ({prompts.num_repeated:,} repeated)" if prompts.num_repeated else ""
     drawn = "" if len(pool.drawn) == len(prompts) else f", of which the run draws from {len(pool.drawn):,}"
     size = in_words(missing * pool.cache.row_bytes)
     cached = f"{missing:,} to encode into {pool.cache.folder} ({size})" if missing else "all encoded already"
     found = [f"{prompts.path}: {len(prompts):,} prompts{repeated}{drawn}; {cached}", *pool.cache.messages]
-    if pool.first_stage_cache is not None and len(lacking := pool.first_stage_cache.missing(pool.keys)):
-        size = in_words(len(lacking) * pool.first_stage_cache.row_bytes)
-        found.append(
-            f"{len(lacking):,} to encode for {named('base_student')} into {pool.first_stage_cache.folder} ({size})"
-        )
-    if pool.first_stage_cache is not None:
-        found.extend(pool.first_stage_cache.messages)
+    if (cache := pool.first_stage_cache) is not None:
+        if missing := len(cache.missing(pool.keys)):
+            size = in_words(missing * cache.row_bytes)
+            found.append(f"{missing:,} to encode for {named('base_student')} into {cache.folder} ({size})")
+        found.extend(cache.messages)
     if settings.num_prompts is not None and settings.num_prompts > len(prompts):
         found.append(f"{named('num_prompts')} {settings.num_prompts:,} is more than there are, and all are drawn from")
     limits = pool.teacher.prompt_limits

@@ -21,7 +21,6 @@ from onestill.core.errors import SettingError, named
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 KINDS = (".txt", ".jsonl", ".csv")
-DEFAULT_FIELD = "prompt"
 LONGEST_LINE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
@@ -33,7 +32,6 @@ def text_key(text: str) -> int:
 
 
 def _in_line(path: Path, number: int, why: str, todo: str = "") -> SettingError:
-    """Return an error that says in which line of a file something is wrong."""
     return SettingError("prompt_file", path, f"line {number}: {why}", todo)
 
 
@@ -47,16 +45,16 @@ class PromptFile(Sequence[str]):
 
     Args:
         path: A .txt, .jsonl or .csv file in UTF-8.
-        field: Field of the prompt in a .jsonl or .csv; "prompt" if None.
+        field: Field of the prompt in a .jsonl or .csv.
 
     Raises:
-        ValueError: If the file is missing, empty, binary, not UTF-8 or of another kind, or a line has no such field;
+        SettingError: If the file is missing, empty, binary, not UTF-8 or of another kind, or a line has no such field;
             names the line.
     """
 
     def __init__(self, path: Path, field: str | None = None) -> None:
         self.path, self._kind = path, _kind_of(path, field)
-        self._field = DEFAULT_FIELD if field is None else field
+        self._field = "prompt" if field is None else field
         self._column = 0
         offsets, keys = array("q"), array("q")
         with _opened(path) as file:
@@ -102,11 +100,12 @@ class PromptFile(Sequence[str]):
         """Yield (offset, prompt) for every record that is not blank."""
         source = _Lines(self.path, file)
         lines = source.lines()
-        if self._kind == ".csv":
-            self._column = _column_of(self.path, lines, self._field)
         while True:
             offset, start = source.offset, source.number + 1
             try:
+                if self._kind == ".csv" and start == 1:
+                    self._column = _column_of(lines, self._field)
+                    continue
                 text = self._parse(lines)
             except StopIteration:
                 return
@@ -165,8 +164,7 @@ def _kind_of(path: Path, field: str | None) -> str:
     if kind == ".txt" and field is not None:
         raise SettingError("prompt_field", field, f"{path} is a .txt, which has one prompt per line", "leave it out")
     if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "no such file"
-        raise SettingError("prompt_file", path, reason)
+        raise SettingError("prompt_file", path, "is a folder" if path.is_dir() else "no such file")
     return kind
 
 
@@ -179,27 +177,17 @@ def _opened(path: Path) -> BinaryIO:
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
     """Yield the rows of a CSV; a row takes from `lines` what is its own and nothing more."""
-    rows = csv.reader(lines, strict=True)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(f"it is no CSV: {error}") from None
-        yield row
-
-
-def _column_of(path: Path, lines: Iterator[str], field: str) -> int:
     try:
-        header = [name.strip() for name in next(_csv_rows(lines), [])]
-    except SettingError:
-        raise
-    except ValueError as error:
-        raise _in_line(path, 1, str(error)) from None
+        yield from csv.reader(lines, strict=True)
+    except csv.Error as error:
+        raise ValueError(f"it is no CSV: {error}") from None
+
+
+def _column_of(lines: Iterator[str], field: str) -> int:
+    header = [name.strip() for name in next(_csv_rows(lines), [])]
     if field not in header:
-        has = ", ".join(header) if header else "nothing"
-        raise _in_line(path, 1, f"no column {field!r}, it has {has}", f"name one with {named('prompt_field')}")
+        has = ", ".join(header) or "nothing"
+        raise ValueError(f"no column {field!r}, it has {has}; name one with {named('prompt_field')}")
     return header.index(field)
 
 
@@ -211,12 +199,11 @@ def _json_field(line: str, field: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f'it holds no object such as {{"{field}": "..."}}')
     if field not in record:
-        raise ValueError(
-            f"no field {field!r}, it has {', '.join(record) or 'nothing'}; name one with {named('prompt_field')}"
-        )
+        has = ", ".join(record) or "nothing"
+        raise ValueError(f"no field {field!r}, it has {has}; name one with {named('prompt_field')}")
     if not isinstance(record[field], str):
         raise ValueError(f"field {field!r} is no text but {record[field]!r}"[:200])
-    text = str(record[field]).strip()
+    text: str = record[field].strip()
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -227,11 +214,7 @@ def _json_field(line: str, field: str) -> str:
 def read_prompts(
     prompts: Sequence[str] = (), prompt_file: str | Path | None = None, prompt_field: str | None = None
 ) -> Sequence[str]:
-    """Return the prompts that are given, or those of a file, which are read as they are asked for.
-
-    Raises:
-        ValueError: If both are given, or the file is unusable.
-    """
+    """Return the prompts that are given, or those of a file, which are read as they are asked for."""
     if isinstance(prompts, str):
         raise SettingError("prompts", prompts, "must be a list of prompts, not one string")
     if prompt_file is None:

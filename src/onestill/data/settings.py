@@ -12,11 +12,9 @@ PROMPTS = "Prompts"
 class PromptSettings(Settings):
     """Prompts of a text teacher."""
 
+    # May change: the prompts themselves are compared.
     prompt_file: Path | None = setting(
-        None,
-        PROMPTS,
-        "Prompts of a text teacher: a .txt (one per line), .jsonl or .csv in UTF-8.",
-        may_change=True,  # the prompts themselves are compared
+        None, PROMPTS, "Prompts of a text teacher: a .txt (one per line), .jsonl or .csv in UTF-8.", may_change=True
     )
     prompt_field: str | None = setting(
         None, PROMPTS, "Field of the prompt in a .jsonl or .csv; 'prompt' if not given.", may_change=True, min_length=1

@@ -1,4 +1,4 @@
-"""What a network may predict, and the linear map from its output to x_0: denoised = c_skip x_t + c_out network(c_in x_t)."""
+"""What a network may predict, and the linear map from its output to x_0: c_skip x_t + c_out network(c_in x_t)."""
 
 from __future__ import annotations
 
@@ -19,23 +19,11 @@ class Preconditioning(NamedTuple):
 
 
 def output_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (a, b) with network output = a x_0 + b eps, eq. (2).
-
-    sample (1, 0) · epsilon (0, 1) · v_prediction (-sigma, alpha) · velocity (-1, 1).
-
-    Raises:
-        ValueError: If the prediction type is not one of these.
-    """
+    """Return (a, b) with network output = a x_0 + b eps, eq. (2); ValueError for another prediction type."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    match prediction_type:
-        case "sample":
-            return one, zero
-        case "epsilon":
-            return zero, one
-        case "v_prediction":
-            return -sigma, alpha
-        case "velocity":
-            return -one, one
+    known = {"sample": (one, zero), "epsilon": (zero, one), "v_prediction": (-sigma, alpha), "velocity": (-one, one)}
+    if prediction_type in known:
+        return known[prediction_type]
     raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
@@ -44,13 +32,8 @@ def preconditioning(prediction_type: str, alpha: Tensor, sigma: Tensor, sigma_da
 
     With output = a x_0 + b eps and x_t = alpha x_0 + sigma eps: x_0 = (b x_t - sigma output) / (alpha b - sigma a).
     "edm" is the preconditioning of Karras et al. (2206.00364, table 1) for a network that is not yet wrapped:
-    c_in = 1 / sqrt(sigma^2 + sigma_data^2), c_skip = sigma_data^2 c_in^2, c_out = sigma sigma_data c_in.
-
-    Args:
-        prediction_type: One of `PREDICTION_TYPES`.
-        alpha: Signal level, [B].
-        sigma: Noise level, [B].
-        sigma_data: Standard deviation of the data, "edm" only.
+    c_in = 1 / sqrt(sigma^2 + sigma_data^2), c_skip = sigma_data^2 c_in^2, c_out = sigma sigma_data c_in, where
+    sigma_data is the standard deviation of the data.
     """
     one = torch.ones_like(alpha)
     if prediction_type == "sample":

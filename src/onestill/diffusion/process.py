@@ -55,10 +55,7 @@ class Process(ABC):
         """Return the start level t_max of a student, and the reason in a few words.
 
         x_0, v, velocity and EDM networks stay bounded at pure noise and start at t = 1. What an epsilon network says
-        of x_0 is divided by alpha, so it starts at the noisiest time with alpha >= 0.05.
-
-        Raises:
-            ValueError: If an epsilon network cannot be distilled on this process.
+        of x_0 is divided by alpha, so it starts at the noisiest time with alpha >= 0.05; ValueError if it cannot.
         """
         if prediction_type != "epsilon":
             return 1.0, f"{prediction_type} stays bounded at pure noise"
@@ -96,18 +93,15 @@ class DiscreteVP(Process):
     last but one index when the terminal SNR is zero.
 
     Args:
-        alphas_cumprod: alpha^2 at the N training times, in [0, 1), falling. [N]
-
-    Raises:
-        ValueError: If the values are not a falling sequence in [0, 1).
+        alphas_cumprod: alpha^2 at the N training times, in [0, 1), falling; ValueError if it is not. [N]
     """
 
     name = "vp"
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         squares = alphas_cumprod.detach().to(device="cpu", dtype=torch.float64)
-        falling = squares.ndim == 1 and len(squares) > 1 and bool((squares[1:] < squares[:-1]).all())
-        if not falling or not bool(((squares >= 0) & (squares < 1)).all()):
+        falling = squares.ndim == 1 and len(squares) > 1 and (squares[1:] < squares[:-1]).all()
+        if not falling or not ((squares >= 0) & (squares < 1)).all():
             raise ValueError("alphas_cumprod must be a one-dimensional falling sequence in [0, 1)")
         self.num_train_timesteps = len(squares)
         self.t_min = 1 / self.num_train_timesteps
@@ -122,10 +116,7 @@ class DiscreteVP(Process):
         a_0, a_1 = self._alpha[low], self._alpha[low + 1]
         s_0, s_1 = self._sigma[low], self._sigma[low + 1]
         # A pair (alpha, sigma) up to its norm, in each of the three kinds of cell.
-        geometric = (
-            (a_0.log() * (1 - part) + a_1.log() * part).exp(),
-            (s_0.log() * (1 - part) + s_1.log() * part).exp(),
-        )
+        geometric = ((v_0.log() * (1 - part) + v_1.log() * part).exp() for v_0, v_1 in ((a_0, a_1), (s_0, s_1)))
         clean = (torch.ones_like(part), part * s_1 / a_1)
         noisy = ((1 - part) * a_0 / s_0, torch.ones_like(part))
         ends = zip(clean, noisy, geometric, strict=True)
@@ -149,17 +140,15 @@ class DiscreteVP(Process):
 
     def _check_epsilon(self, alpha_end: float) -> None:
         if alpha_end == 0:  # the output at the last step carries no image; continuous processes start earlier instead
-            raise ValueError(
-                "an epsilon-prediction teacher with zero terminal SNR cannot be distilled: at pure noise x_0 = (x - eps) / 0. "
-                "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
-            )
+            what = "an epsilon-prediction teacher with zero terminal SNR cannot be distilled"
+            todo = "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
+            raise ValueError(f"{what}: at pure noise x_0 = (x - eps) / 0. {todo}")
 
 
 class CosineVP(Process):
     """The continuous cosine process alpha = cos(pi t / 2), sigma = sin(pi t / 2); zero terminal SNR.
 
-    Args:
-        net_scale: The network's time is net_scale * t.
+    The network's time is net_scale * t.
     """
 
     name = "cosine"
@@ -198,28 +187,24 @@ class VE(Process):
     t_min = 1e-3
 
     def __init__(
-        self,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-        time_input: str = "log_sigma",
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, time_input: str = "log_sigma"
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         if time_input not in ("log_sigma", "sigma"):
             raise ValueError(f"time_input must be 'log_sigma' or 'sigma', got {time_input!r}")
         self.sigma_min, self.sigma_max, self.rho, self.time_input = sigma_min, sigma_max, rho, time_input
+        self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.to(torch.float64)
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        warped = (low + (t - self.t_min).clamp(min=0) / (1 - self.t_min) * (high - low)) ** self.rho
+        warped = (self._low + (t - self.t_min).clamp(min=0) / (1 - self.t_min) * (self._high - self._low)) ** self.rho
         return torch.ones_like(t), torch.where(t < self.t_min, t / self.t_min * self.sigma_min, warped)
 
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
         sigma = torch.exp(-log_snr.to(torch.float64) / 2)
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        warped = self.t_min + (sigma ** (1 / self.rho) - low) / (high - low) * (1 - self.t_min)
+        place = (sigma ** (1 / self.rho) - self._low) / (self._high - self._low)
+        warped = self.t_min + place * (1 - self.t_min)
         return torch.where(sigma < self.sigma_min, sigma / self.sigma_min * self.t_min, warped)
 
     def net_time(self, t: Tensor) -> Tensor:
@@ -227,10 +212,10 @@ class VE(Process):
         return sigma if self.time_input == "sigma" else sigma.log() / 4
 
     def _check_epsilon(self, alpha_end: float) -> None:
-        raise ValueError(
-            "an epsilon-prediction network on a variance-exploding process cannot be distilled: its head multiplies "
-            "every error by sigma, 80 and more at the start. Use prediction_type 'edm', or 'sample' for a wrapped network"
-        )
+        why = "its head multiplies every error by sigma, 80 and more at the start"
+        todo = "Use prediction_type 'edm', or 'sample' for a wrapped network"
+        what = "an epsilon-prediction network on a variance-exploding process cannot be distilled"
+        raise ValueError(f"{what}: {why}. {todo}")
 
 
 class FlowMatching(Process):

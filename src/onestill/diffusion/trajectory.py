@@ -7,8 +7,8 @@ From a start state x_a at level a, the state of the ODE at a cleaner time s is (
 and with w = alpha / sigma the ODE is d/dw ((w - w_a) y) = f(x, t). One step of any order from t to s < t mixes
 the old signal with a mean of f (eq. 7): y_s = (1 - rho) y_t + rho mean(f), rho = (w_s - w_t) / (w_s - w_a).
 All coefficients are written without a division by alpha or by sigma_s: they are finite at alpha = 0 (pure
-noise) and at sigma = 0 (clean). Nothing in them asks for a to be the ODE's first level: any state x_a on the way may
-be started from, so all that follows takes a level for each row where it is not `t_max`.
+noise) and at sigma = 0 (clean). Any state x_a on the way may be started from: all takes a level a for each row, [B]
+float64, where it is not `t_max`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,12 +29,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The teacher's ODE from a start level.
-
-    Attributes:
-        process: The noise process.
-        t_max: The start level a, in (0, 1].
-    """
+    """The teacher's ODE in a noise process, from a start level a = t_max in (0, 1]."""
 
     process: Process
     t_max: float
@@ -45,10 +39,6 @@ class Trajectory:
 
         This is what samplers start from: data of unit variance has that scale at level a. It is eps itself for
         variance-preserving processes, and for flow at t_max = 1.
-
-        Args:
-            eps: Standard normal noise, [B, ...].
-            a: Start level of each row, [B] float64; `t_max` if None, here and below.
         """
         alpha, sigma = self._level(a)
         scale = (alpha**2 + sigma**2) ** 0.5
@@ -94,30 +84,11 @@ class Trajectory:
         return sigma_s / sigma_a, alpha_s - alpha_a * sigma_s / sigma_a
 
 
-class Step(Protocol):
-    """One step of a solver on the signal."""
+Step = Callable[[Trajectory, Denoiser, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(the ODE, the teacher, the start state x_a [B, ...], y_t [B, ...], t and s < t [B] float64) -> y_s: one step.
 
-    def __call__(
-        self,
-        trajectory: Trajectory,
-        denoised: Denoiser,
-        x_a: Tensor,
-        y_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        a: Tensor | None = None,
-    ) -> Tensor:
-        """Return y_s.
-
-        Args:
-            trajectory: The ODE.
-            denoised: The teacher.
-            x_a: Start state, [B, ...].
-            y_t: Signal at t, [B, ...].
-            t: Time now, [B] float64.
-            s: Time after the step, [B] float64, s < t.
-            a: Start level of each row, [B] float64, t <= a; the trajectory's `t_max` if None.
-        """
+It may be given the start level of each row after these, t <= a, where that is not the trajectory's `t_max`.
+"""
 
 
 def _advance(trajectory: Trajectory, y_t: Tensor, mean: Tensor, t: Tensor, s: Tensor, a: Tensor | None) -> Tensor:
@@ -127,14 +98,14 @@ def _advance(trajectory: Trajectory, y_t: Tensor, mean: Tensor, t: Tensor, s: Te
 def ddim_step(
     trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
-    """Return y_s = y_t + rho (f(x_t, t) - y_t), eq. (7): DDIM (Song et al., 2010.02502); order 1; as `Step`."""
+    """Return y_s = y_t + rho (f(x_t, t) - y_t), eq. (7): DDIM (Song et al., 2010.02502); order 1."""
     return _advance(trajectory, y_t, denoised(trajectory.state(y_t, x_a, t, a), t), t, s, a)
 
 
 def heun_step(
     trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
-    """Return the step with the mean of f at both ends, eq. (8); order 2, two teacher calls; as `Step`.
+    """Return the step with the mean of f at both ends, eq. (8); order 2, two teacher calls.
 
     Below the network's smallest time f(x, s) is x / alpha itself, which makes the last step a DDIM step.
     """
@@ -149,7 +120,7 @@ def heun_step(
 def midpoint_step(
     trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, y_t: Tensor, t: Tensor, s: Tensor, a: Tensor | None = None
 ) -> Tensor:
-    """Return the step with f at the log-SNR midpoint, reached by DDIM, eq. (9); order 2, two teacher calls; as `Step`."""
+    """Return the step with f at the log-SNR midpoint, reached by DDIM, eq. (9); order 2, two teacher calls."""
     m = trajectory.middle(t, s)
     y_m = ddim_step(trajectory, denoised, x_a, y_t, t, m, a)
     return _advance(trajectory, y_t, denoised(trajectory.state(y_m, x_a, m, a), m), t, s, a)

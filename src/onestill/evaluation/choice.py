@@ -35,19 +35,12 @@ def choose_features(spec: str, teacher: Teacher, *, local_files_only: bool, devi
 
 
 def load_features(spec: str, *, local_files_only: bool = False, device: str | torch.device = "cpu") -> FeatureExtractor:
-    """Return the extractor that is named by a file, a folder or an id.
-
-    Args:
-        spec: A `.safetensors` file written by `ConvFeatures.save`, or the folder or hub id of a transformers
-            vision model.
-        local_files_only: Never ask the network.
-        device: Where the extractor runs.
+    """Return the extractor of a file written by `ConvFeatures.save`, or a transformers model's folder or hub id.
 
     Raises:
         SettingError: If there is no such file or folder, it is a pickle, or it is of another kind.
     """
-    path = Path(spec)
-    suffix = path.suffix.lower()
+    path, suffix = Path(spec), Path(spec).suffix.lower()
     if suffix in PICKLE_SUFFIXES and not path.is_dir():
         why = f"is a pickle ({suffix}), which can run code when it is opened"
         raise SettingError("features", spec, why, f"give {_GIVE} with safetensors weights")
@@ -89,8 +82,7 @@ def teacher_features(teacher: Teacher, device: torch.device) -> FeatureExtractor
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
     middle = _middle_of(network)
-    of_what = " of latents" if teacher.has_decoder else ""
-    name = f"the teacher's own {middle}{of_what} at log-SNR {MIDDLE_LOG_SNR:g}"
+    name = f"the teacher's own {middle}{' of latents' if teacher.has_decoder else ''} at log-SNR {MIDDLE_LOG_SNR:g}"
     return MiddleFeatures(network, look, submodule=middle, name=name, of_latents=teacher.has_decoder)
 
 

@@ -39,8 +39,8 @@ class ConvFeatures(nn.Module):
 
     Attributes:
         config: The arguments above.
-        record: What is known about the weights (for example `held_out_accuracy`); saved with them. `heads` and
-            `prompt_pattern` in it are read by the properties of these names.
+        record: What is known about the weights (for example `held_out_accuracy`); saved with them. The properties
+            `heads` and `prompt_pattern` read it, and raise ValueError where what it says of them does not fit.
         name: The extractor's name in a protocol; after `load` it carries a fingerprint of the file.
 
     Raises:
@@ -59,17 +59,11 @@ class ConvFeatures(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.config: dict[str, int | float] = {
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "width": width,
-            "num_stages": num_stages,
-            "blocks_per_stage": blocks_per_stage,
-            "feature_dim": feature_dim,
-            "dropout": dropout,
-        }
-        for key, value in self.config.items():
-            if key != "dropout" and value < 1:
+        sizes = {"in_channels": in_channels, "num_classes": num_classes, "width": width, "num_stages": num_stages}
+        sizes |= {"blocks_per_stage": blocks_per_stage, "feature_dim": feature_dim}
+        self.config: dict[str, int | float] = {**sizes, "dropout": dropout}
+        for key, value in sizes.items():
+            if value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
         if width % _NORM_GROUPS:
             raise ValueError(f"width must be a multiple of {_NORM_GROUPS}, got {width}")
@@ -90,20 +84,12 @@ class ConvFeatures(nn.Module):
 
     @property
     def heads(self) -> dict[str, tuple[str, ...]]:
-        """The classes of each head, in the order of the logits side by side; empty where the record names none.
-
-        Raises:
-            ValueError: If the record's heads do not fit the logits.
-        """
+        """The classes of each head, in the order of the logits side by side; empty where the record names none."""
         return heads_of(self.record, int(self.config["num_classes"]))
 
     @property
     def prompt_pattern(self) -> re.Pattern[str] | None:
-        """How a prompt says what each head must see: one named group for each; None where the record has none.
-
-        Raises:
-            ValueError: If it is no regular expression, or its groups are not the heads.
-        """
+        """How a prompt says what each head must see: one named group for each; None where the record has none."""
         return pattern_of(self.record, self.heads)
 
     def features(self, images: Tensor) -> Tensor:
@@ -115,9 +101,8 @@ class ConvFeatures(nn.Module):
         channels = self.config["in_channels"]
         if images.ndim != 4 or images.shape[1] != channels:
             why = f"this classifier sees images of {channels} channel(s), [N, {channels}, H, W], and was given "
-            raise SettingError(
-                "features", why=f"{why}{list(images.shape)}", todo="choose what fits the teacher's images"
-            )
+            todo = "choose what fits the teacher's images"
+            raise SettingError("features", why=f"{why}{list(images.shape)}", todo=todo)
         pooled: Tensor = self.blocks(self.stem(images.to(self.stem.weight))).mean(dim=(2, 3))
         return functional.silu(self.embed(pooled))
 
@@ -145,12 +130,12 @@ class ConvFeatures(nn.Module):
         Raises:
             SettingError: If there is no such file, or it is not a `ConvFeatures` file.
         """
-        source = _existing_file(path)
+        source = Path(path)
+        if not source.is_file():
+            raise SettingError("path", source, "no such file")
         about = _read_about(source)
-        if about.get("kind") != KIND:
-            why = (
-                f"was not written by ConvFeatures.save (its metadata says kind={about.get('kind')!r}, wanted {KIND!r})"
-            )
+        if (kind := about.get("kind")) != KIND:
+            why = f"was not written by ConvFeatures.save (its metadata says kind={kind!r}, wanted {KIND!r})"
             raise SettingError("path", source, why, "for a transformers model give its folder or id")
         try:
             model = cls(**about["config"])
@@ -159,7 +144,9 @@ class ConvFeatures(nn.Module):
             _ = model.prompt_pattern  # and with it the heads: said now, not after the first row
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise SettingError("path", source, f"is damaged or of another version: {error}") from error
-        model.name = _classifier_name(model, source)
+        accuracy, fingerprint = model.record.get("held_out_accuracy"), hashlib.sha256(source.read_bytes()).hexdigest()
+        known = f", held-out accuracy {accuracy:.1%}" if isinstance(accuracy, float) else ""
+        model.name = f"ConvFeatures ({model.config['feature_dim']}-d{known}, sha256 {fingerprint[:8]})"
         return model.to(device).eval().requires_grad_(False)
 
 
@@ -181,13 +168,6 @@ class _Block(nn.Module):
         return result
 
 
-def _existing_file(path: str | os.PathLike[str]) -> Path:
-    source = Path(path)
-    if not source.is_file():
-        raise SettingError("path", source, "no such file")
-    return source
-
-
 def _read_about(source: Path) -> dict[str, Any]:
     """Return what a file says about itself; empty where it is not a file of this package."""
     try:
@@ -196,10 +176,3 @@ def _read_about(source: Path) -> dict[str, Any]:
             return about if isinstance(about, dict) else {}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise SettingError("path", source, f"is not a readable safetensors file ({error})") from error
-
-
-def _classifier_name(model: ConvFeatures, source: Path) -> str:
-    accuracy = model.record.get("held_out_accuracy")
-    known = f", held-out accuracy {accuracy:.1%}" if isinstance(accuracy, float) else ""
-    fingerprint = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
-    return f"ConvFeatures ({model.config['feature_dim']}-d{known}, sha256 {fingerprint})"

@@ -23,7 +23,6 @@ class ClipScore:
     Args:
         model: A folder or hub id of a `CLIPModel`. Only safetensors weights are read and no remote code is run;
             nothing is downloaded for a folder.
-        revision: Branch, tag or commit of a hub id.
         local_files_only: Never ask the network.
         device: Where the model runs, in float32.
 
@@ -43,21 +42,21 @@ class ClipScore:
         self,
         model: str | os.PathLike[str],
         *,
-        revision: str | None = None,
         local_files_only: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
         source = os.fspath(model)
         is_folder = os.path.isdir(source)  # unlike Path.is_dir, also of names too long for a path
         if not is_folder and (os.path.exists(source) or not HUB_ID.fullmatch(source)):
-            todo = "give the folder or hub id of a transformers CLIP model"
-            raise SettingError("clip", source, "no such folder", todo)
-        self._model, self._processor = _load(source, revision, local_files_only or is_folder)
+            raise SettingError(
+                "clip", source, "no such folder", "give the folder or hub id of a transformers CLIP model"
+            )
+        self._model, self._processor = _load(source, local_files_only or is_folder)
         self._model.to(device).eval().requires_grad_(False)
         self._device = torch.device(device)
         self._texts: dict[str, Tensor] = {}
         self.max_tokens = int(self._model.config.text_config.max_position_embeddings)
-        self.name = name_with_commit(source, revision)
+        self.name = name_with_commit(source)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Return the score of each picture, [N] float32 in [0, 100].
@@ -97,28 +96,25 @@ class ClipScore:
     def _of_texts(self, prompts: Sequence[str]) -> Tensor:
         """Return embeddings [N, D] of length 1; each prompt is looked at once, however many pictures it has."""
         if new := list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._texts)):
-            tokens = self._processor.tokenizer(
-                new, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-            ).to(self._device)
-            found = _unit(
-                self._model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            )
-            self._texts |= dict(zip(new, found, strict=True))
+            cut = {"truncation": True, "max_length": self.max_tokens}
+            tokens = self._processor.tokenizer(new, padding=True, return_tensors="pt", **cut).to(self._device)
+            given = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+            self._texts |= dict(zip(new, _unit(self._model.get_text_features(**given)), strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
 
 def check_pictures(shape: Sequence[int]) -> None:
-    """Raise ValueError if what a teacher makes, of this shape without the batch, are no pictures."""
+    """Raise SettingError if what a teacher makes, of this shape without the batch, are no pictures."""
     if len(shape) != 3 or shape[0] not in (1, 3):
         why = f"CLIP sees pictures, [1 or 3, height, width], and this teacher makes {list(shape)}"
         raise SettingError("clip", why=why, todo="leave it out")
 
 
-def _load(source: str, revision: str | None, offline: bool) -> tuple[Any, Any]:
+def _load(source: str, offline: bool) -> tuple[Any, Any]:
     """Return (the CLIPModel in float32, its CLIPProcessor)."""
     from transformers import AutoConfig, CLIPProcessor
 
-    arguments = {"revision": revision, "trust_remote_code": False, "local_files_only": offline}
+    arguments = {"trust_remote_code": False, "local_files_only": offline}
     nothing = " (local files only: nothing was downloaded)" if offline else ""
     try:
         kind = AutoConfig.from_pretrained(source, **arguments).model_type
@@ -128,7 +124,7 @@ def _load(source: str, revision: str | None, offline: bool) -> tuple[Any, Any]:
     if kind != "clip":
         why = f"is a transformers model of type {kind!r}, and the CLIP score needs a whole CLIP"
         raise SettingError("clip", source, f"{why} ('clip': pictures and texts)")
-    model, _ = load_transformers(source, revision, offline, setting="clip", dtype=torch.float32)
+    model, _ = load_transformers(source, offline, setting="clip", dtype=torch.float32)
     try:
         processor = CLIPProcessor.from_pretrained(source, **arguments)
     except (OSError, ValueError, TypeError) as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,16 +95,10 @@ class Comparison:
         self.say(f"{entry.name}: {self.config.num_samples:,} images")
         draw = self._draw(entry)
         seen = draw.seen_by(self.extractor)
-        of_latents = looks_at_latents(self.extractor, entry.sampler)
-        shown = draw.first_pictures() if of_latents else seen[:NUM_SHOWN]
+        shown = draw.drawn(slice(16)) if looks_at_latents(self.extractor, entry.sampler) else seen[:NUM_SHOWN]
         fake = extract(self.extractor, seen)
-        kernel = (
-            None
-            if paired
-            else metrics.kernel_distance(
-                real, fake, subset_size=_subset_size(len(real), len(fake)), num_subsets=KERNEL_SUBSETS
-            )
-        )
+        subsets = {"subset_size": min(LARGEST_SUBSET, len(real), len(fake)), "num_subsets": KERNEL_SUBSETS}
+        kernel, spread = (None, None) if paired else metrics.kernel_distance(real, fake, **subsets)
         precision, recall = metrics.precision_recall(real, fake, k=NEIGHBOURS)
         row = Row(
             name=entry.name,
@@ -111,8 +106,8 @@ class Comparison:
             num_steps=entry.sampler.num_steps,
             network_evaluations=entry.sampler.evaluations,
             frechet_distance=metrics.frechet_distance(real, fake),
-            kernel_distance=kernel[0] if kernel else None,
-            kernel_distance_std=kernel[1] if kernel else None,
+            kernel_distance=kernel,
+            kernel_distance_std=spread,
             precision=precision,
             recall=recall,
             label_accuracy=_label_accuracy(self.extractor, seen, draw.rows.get("class_labels")),
@@ -132,12 +127,9 @@ class Comparison:
             eps, rows = noise(range(num), sampler.sample_shape), self.subjects.rows(sampler, num)
             return lambda: sampler(eps, rows)
 
+        how: dict[str, Any] = {"device": self.config.device, "repeats": SPEED_ROUNDS}
         one, large = (
-            speed.compare(
-                {entry.name: call(entry.sampler, num) for entry in entries},
-                device=self.config.device,
-                repeats=SPEED_ROUNDS,
-            )
+            speed.compare({entry.name: call(entry.sampler, num) for entry in entries}, **how)
             for num in (1, self.config.batch_size)
         )
         return {name: (one[name], large[name]) for name in one}
@@ -145,7 +137,7 @@ class Comparison:
     def _protocol(
         self, entries: Sequence[Entry], real: Tensor, paired: bool, notes: tuple[str, ...]
     ) -> EvaluationProtocol:
-        config, reference = self.config, self.reference
+        config, reference, threads = self.config, self.reference, torch.get_num_threads()
         return EvaluationProtocol(
             teacher=self.teacher,
             student=next((_short_name(entry.sampler.name) for entry in entries if entry.is_student), None),
@@ -156,10 +148,10 @@ class Comparison:
             num_reference_images=len(reference.images),
             seeds=f"{config.seed}..{config.seed + config.num_samples - 1}",
             guidance_scale=config.guidance_scale,
-            device=f"cpu, {_threads()}" if config.device == "cpu" else config.device,
+            device=f"cpu, {threads} thread{'s' if threads != 1 else ''}" if config.device == "cpu" else config.device,
             clip_model=None if self.clip is None else self.clip.name,
             large_batch_size=config.batch_size if config.speed else None,
-            kernel_subset_size=None if paired else _subset_size(len(real), config.num_samples),
+            kernel_subset_size=None if paired else min(LARGEST_SUBSET, len(real), config.num_samples),
             kernel_num_subsets=None if paired else KERNEL_SUBSETS,
             neighbours=NEIGHBOURS,
             speedup_over=entries[0].name if config.speed else None,
@@ -176,11 +168,8 @@ def _label_accuracy(extractor: FeatureExtractor, images: Tensor, labels: Tensor 
 
 
 def _clip_score(clip: ClipScore, pictures: Iterator[Tensor], prompts: Sequence[str]) -> float:
-    scores: list[Tensor] = []
-    done = 0
-    for batch in pictures:
-        scores.append(clip(batch.clamp(-1, 1), prompts[done : done + len(batch)]))
-        done += len(batch)
+    texts = iter(prompts)
+    scores = [clip(batch.clamp(-1, 1), list(itertools.islice(texts, len(batch)))) for batch in pictures]
     return float(torch.cat(scores).double().mean())
 
 
@@ -196,22 +185,9 @@ def _speed_columns(name: str, seconds: dict[str, tuple[float, float]], batch_siz
     if not seconds:
         return {}
     (one, large), (_, baseline) = seconds[name], next(iter(seconds.values()))
-    return {
-        "images_per_second": 1 / one,
-        "images_per_second_large": batch_size / large,
-        "speedup": baseline / large,
-    }
-
-
-def _threads() -> str:
-    num = torch.get_num_threads()
-    return f"{num} thread{'s' if num != 1 else ''}"
+    return {"images_per_second": 1 / one, "images_per_second_large": batch_size / large, "speedup": baseline / large}
 
 
 def _short_name(name: str) -> str:
     """Return the last two parts of a student's path: the whole one says where it lay, which is nobody's business."""
     return "/".join(Path(name.removeprefix("the student in ")).parts[-2:])
-
-
-def _subset_size(num_real: int, num_fake: int) -> int:
-    return min(LARGEST_SUBSET, num_real, num_fake)

@@ -1,7 +1,6 @@
 """Feature extractors: the eyes through which two sets of images are compared.
 
-A Fréchet distance is a number about images *and* an extractor, so every extractor carries a `name` that is
-printed beneath the table. Images are floats in [-1, 1], [N, C, H, W]; features are float32, [N, D].
+A Fréchet distance is a number about images *and* an extractor, whose `name` is therefore printed beneath the table.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +19,9 @@ class FeatureExtractor(Protocol):
     @property
     def name(self) -> str:
         """What is printed as the extractor in the protocol: enough to tell two extractors apart."""
-        ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return features [N, D], float32, of images [N, C, H, W] in [-1, 1]."""
-        ...
 
 
 def sees_latents(extractor: FeatureExtractor) -> bool:
@@ -33,15 +30,7 @@ def sees_latents(extractor: FeatureExtractor) -> bool:
 
 
 def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Return the features of all images, computed batch by batch without gradients.
-
-    Args:
-        extractor: Any `FeatureExtractor`.
-        images: [N, C, H, W], floats.
-        batch_size: Images per call of the extractor; it changes memory, not the result.
-
-    Returns:
-        Features [N, D], float32, on the CPU.
+    """Return the features [N, D] of images [N, C, H, W], batch by batch without gradients, float32 on the CPU.
 
     Raises:
         ValueError: If the images are not a non-empty, finite [N, C, H, W] float tensor, if `batch_size` is
@@ -55,24 +44,18 @@ def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 256) 
         for batch in torch.split(images, batch_size):
             features = extractor(batch)
             if features.ndim != 2 or len(features) != len(batch):
-                raise ValueError(
-                    f"the extractor {extractor.name!r} returned features of shape {list(features.shape)} for "
-                    f"{len(batch)} images; it must return one row per image, [{len(batch)}, D]"
-                )
+                what = f"features of shape {list(features.shape)} for {len(batch)} images"
+                wanted = f"it must return one row per image, [{len(batch)}, D]"
+                raise ValueError(f"the extractor {extractor.name!r} returned {what}; {wanted}")
             rows.append(features.float().cpu())
     return torch.cat(rows)
 
 
 class ClassifierFeatures:
-    """A `ConvFeatures` classifier as an extractor; its `logits` serve the label accuracy.
-
-    Args:
-        classifier: The classifier; it is run in evaluation mode.
-    """
+    """A `ConvFeatures` classifier, run in evaluation mode, as an extractor; its `logits` serve the label accuracy."""
 
     def __init__(self, classifier: ConvFeatures) -> None:
-        self.classifier = classifier
-        self.name = classifier.name
+        self.classifier, self.name = classifier, classifier.name
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the penultimate features [N, D] of images in [-1, 1]."""
@@ -117,19 +100,13 @@ class MiddleFeatures:
         found = dict(network.named_modules()).get(submodule)
         if found is None or not submodule:
             children = ", ".join(key for key, _ in network.named_children()) or "none"
-            raise ValueError(
-                f"{type(network).__name__} has no submodule {submodule!r} to take features from; "
-                f"its children are: {children}"
-            )
+            why = f"has no submodule {submodule!r} to take features from; its children are: {children}"
+            raise ValueError(f"{type(network).__name__} {why}")
         self._network, self._submodule, self._run, self.of_latents = network, found, run, of_latents
         self.name = name or f"{type(network).__name__}.{submodule}"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return features [N, D]: the submodule's output, averaged over space.
-
-        Raises:
-            ValueError: If `run` did not pass through the submodule exactly once with all images.
-        """
+        """Return features [N, D]: the submodule's output, averaged over space."""
         seen: list[object] = []
         handle = self._submodule.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
         try:
@@ -139,12 +116,14 @@ class MiddleFeatures:
             handle.remove()
         if len(seen) != 1:
             raise ValueError(f"{self.name}: run(images) must pass through the submodule once, it did {len(seen)} times")
-        features = pooled(_first_tensor(seen[0], self.name), self.name)
+        first = seen[0][0] if isinstance(seen[0], tuple | list) and seen[0] else seen[0]
+        if not isinstance(first, Tensor):
+            kind = type(seen[0]).__name__
+            raise ValueError(f"{self.name}: expected a tensor or a tuple that starts with one, got {kind}")
+        features = pooled(first, self.name)
         if len(features) != len(images):
-            raise ValueError(
-                f"{self.name}: run(images) sent {len(features)} images through the network for {len(images)} "
-                "given; run each once, without guidance"
-            )
+            why = f"run(images) sent {len(features)} images through the network for {len(images)} given"
+            raise ValueError(f"{self.name}: {why}; run each once, without guidance")
         return features
 
 
@@ -154,7 +133,7 @@ def _check_images(images: Tensor) -> None:
     if not images.is_floating_point():
         raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}: images / 127.5 - 1")
     if not images.isfinite().all():
-        bad = (~images.isfinite()).flatten(1).any(dim=1).sum().item()
+        bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
         raise ValueError(f"{bad} of {len(images)} images hold NaN or infinity: the sampler diverged")
 
 
@@ -182,14 +161,6 @@ def as_parameters(images: Tensor, module: nn.Module) -> Tensor:
     """Return the images on the device and in the precision of the module's first parameter, if it has one."""
     parameter = next(module.parameters(), None)
     return images if parameter is None else images.to(parameter.device, parameter.dtype)
-
-
-def _first_tensor(output: object, name: str) -> Tensor:
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor):
-        kind = type(output).__name__
-        raise ValueError(f"{name}: expected a tensor or a tuple that starts with one, got {kind}")
-    return first
 
 
 def pooled(features: Tensor, name: str) -> Tensor:

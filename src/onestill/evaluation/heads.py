@@ -20,11 +20,7 @@ ALL = "all"
 
 
 def heads_of(record: Mapping[str, object], num_classes: int) -> dict[str, tuple[str, ...]]:
-    """Return the heads that a classifier's record names; empty where it names none.
-
-    Args:
-        record: `ConvFeatures.record`.
-        num_classes: Logits of the classifier.
+    """Return the heads that the record of a classifier of `num_classes` logits names; empty where it names none.
 
     Raises:
         ValueError: If the heads are not lists of different words with `num_classes` in all, or one is named "all".
@@ -44,10 +40,6 @@ def heads_of(record: Mapping[str, object], num_classes: int) -> dict[str, tuple[
 def pattern_of(record: Mapping[str, object], heads: Heads) -> re.Pattern[str] | None:
     """Return the pattern by which prompts are read; None where a classifier's record has none.
 
-    Args:
-        record: `ConvFeatures.record`.
-        heads: Its heads.
-
     Raises:
         ValueError: If the pattern is no regular expression, or its named groups are not the heads.
     """
@@ -59,10 +51,8 @@ def pattern_of(record: Mapping[str, object], heads: Heads) -> re.Pattern[str] | 
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"record['prompt_pattern'] is no regular expression: {error}") from error
     if set(pattern.groupindex) != set(heads):
-        raise ValueError(
-            f"record['prompt_pattern'] must have one named group for each head, {_listed(heads)}; "
-            f"it has {_listed(pattern.groupindex)}"
-        )
+        wanted, found = (", ".join(names) or "none" for names in (heads, pattern.groupindex))
+        raise ValueError(f"record['prompt_pattern'] must have one named group for each head, {wanted}; it has {found}")
     return pattern if heads else None
 
 
@@ -81,36 +71,17 @@ def split_logits(logits: Tensor, heads: Heads) -> dict[str, Tensor]:
 
 
 def head_hits(logits: Tensor, labels: Tensor, heads: Heads) -> Tensor:
-    """Return whether each head's largest logit is at its label, [N, num_heads] bool.
-
-    Args:
-        logits: [N, sum of classes], of the pictures.
-        labels: [N, num_heads], integers: what each picture was asked to show, in the order of the heads.
-        heads: The heads.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-    """
+    """Return whether each head's largest logit [N, sum of classes] is at its label, both [N, num_heads]."""
     total = sum(map(len, heads.values()))
     if logits.ndim != 2 or logits.shape[1] != total or labels.shape != (len(logits), len(heads)):
-        raise ValueError(
-            f"logits must be [N, {total}] and labels [N, {len(heads)}], got {list(logits.shape)} and "
-            f"{list(labels.shape)}"
-        )
+        found = f"{list(logits.shape)} and {list(labels.shape)}"
+        raise ValueError(f"logits must be [N, {total}] and labels [N, {len(heads)}], got {found}")
     guesses = torch.stack([part.argmax(dim=1) for part in split_logits(logits, heads).values()], dim=1)
     return guesses.cpu() == labels.cpu()
 
 
 def head_accuracies(hits: Tensor, heads: Heads) -> dict[str, float]:
-    """Return the share of pictures on which every head is right, as `all`, and that of each head.
-
-    Args:
-        hits: [N, num_heads] bool, N >= 1.
-        heads: The heads.
-
-    Raises:
-        ValueError: If there is no picture.
-    """
+    """Return the share of pictures on which every head hits, as `all`, and that of each head; of hits [N, num_heads]."""
     if not len(hits):
         raise ValueError("an accuracy needs at least one picture")
     each = hits.double().mean(dim=0).tolist()
@@ -121,7 +92,3 @@ def _are_words(classes: object) -> bool:
     if not isinstance(classes, Sequence) or isinstance(classes, str) or not classes:
         return False
     return all(isinstance(word, str) for word in classes) and len(set(classes)) == len(classes)
-
-
-def _listed(names: Mapping[str, object]) -> str:
-    return ", ".join(names) or "none"

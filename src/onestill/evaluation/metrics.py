@@ -1,7 +1,7 @@
-"""Metrics: pure functions of features, real [N, D] and generated [M, D].
+"""Metrics: pure functions of features, real [N, D] and generated [M, D], in double precision.
 
-All are computed in double precision and without touching the global random state. None of them knows where
-the features come from: the protocol beside the numbers says that.
+None touches the global random state or knows where the features come from: the protocol beside the numbers says that.
+Each raises ValueError where there are too few rows, the shapes do not fit, or a feature is not finite.
 """
 
 import warnings
@@ -22,12 +22,6 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     Args:
         real: [N, D], N >= 2.
         fake: [M, D], M >= 2.
-
-    Returns:
-        The squared distance; 0 for identical features.
-
-    Raises:
-        ValueError: If a set has fewer than 2 rows, the shapes do not fit, or a feature is not finite.
 
     Source:
         Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
@@ -61,13 +55,6 @@ def kernel_distance(
         num_subsets: Subsets that are averaged.
         seed: Seed of the subsets.
 
-    Returns:
-        Mean and standard deviation over the subsets.
-
-    Raises:
-        ValueError: If a set has fewer than 2 or `subset_size` rows, the shapes do not fit, a feature is not
-            finite, or a count is too small.
-
     Source:
         Bińkowski et al. 2018, "Demystifying MMD GANs" (there with Inception features: KID).
     """
@@ -75,10 +62,9 @@ def kernel_distance(
 
     real, fake = _checked(real, fake)
     if not 2 <= subset_size <= min(len(real), len(fake)):
-        raise ValueError(
-            f"subset_size must lie between 2 and the smaller set, got {subset_size} for {len(real)} real and "
-            f"{len(fake)} generated images: lower it or generate more images"
-        )
+        found = f"{subset_size} for {len(real)} real and {len(fake)} generated images"
+        todo = "lower it or generate more images"
+        raise ValueError(f"subset_size must lie between 2 and the smaller set, got {found}: {todo}")
     if num_subsets < 1:
         raise ValueError(f"num_subsets must be at least 1, got {num_subsets}")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -107,43 +93,26 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> tuple[float, 
         fake: [M, D], M > k.
         k: Which neighbour sets a ball's radius.
 
-    Raises:
-        ValueError: If a set has no more than `k` rows, the shapes do not fit, or a feature is not finite.
-
     Source:
         Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models".
     """
     real, fake = _checked(real, fake)
     if not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(
-            f"k must lie between 1 and the smaller set less one, got k={k} for {len(real)} real and "
-            f"{len(fake)} generated images"
-        )
+        found = f"k={k} for {len(real)} real and {len(fake)} generated images"
+        raise ValueError(f"k must lie between 1 and the smaller set less one, got {found}")
     origin = real.mean(dim=0)
     real, fake = real - origin, fake - origin
     return _share_inside(fake, real, k), _share_inside(real, fake, k)
 
 
 def label_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of images that a classifier assigns to the label they were generated for.
-
-    Args:
-        logits: [N, num_classes], of the generated images.
-        labels: [N], integers, the labels that the images were asked to show.
-
-    Raises:
-        ValueError: If the shapes do not fit, there is no image, or a label is no class of the classifier.
-    """
+    """Return the share of images whose logits [N, num_classes] say the label [N] that they were generated for."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(
-            f"logits must be [N, num_classes] and labels [N] with N >= 1, got {list(logits.shape)} and "
-            f"{list(labels.shape)}"
-        )
+        found = f"{list(logits.shape)} and {list(labels.shape)}"
+        raise ValueError(f"logits must be [N, num_classes] and labels [N] with N >= 1, got {found}")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f"labels must lie in 0..{logits.shape[1] - 1} for this classifier, got "
-            f"{int(labels.min())}..{int(labels.max())}"
-        )
+        found = f"{int(labels.min())}..{int(labels.max())}"
+        raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1} for this classifier, got {found}")
     return float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
 
 
@@ -152,8 +121,7 @@ def sample_warning(num_real: int, num_fake: int, feature_dim: int) -> str | None
 
     With no more images than feature dimensions the covariance is singular, and the distance is mostly bias.
     """
-    fewest = min(num_real, num_fake)
-    if fewest > feature_dim:
+    if min(num_real, num_fake) > feature_dim:
         return None
     return (
         f"the Fréchet distance rests on {num_real} real and {num_fake} generated images in {feature_dim} "
@@ -161,15 +129,12 @@ def sample_warning(num_real: int, num_fake: int, feature_dim: int) -> str | None
     )
 
 
-class _Identity(nn.Module):
+class _Identity(nn.Identity):
     """torchmetrics' door for features that exist already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def _checked(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,10 +147,8 @@ def _checked(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         if not features.isfinite().all():
             raise ValueError(f"{name} features hold NaN or infinity: look at the images before measuring")
     if real.shape[1] != fake.shape[1]:
-        raise ValueError(
-            f"real and generated features must come from one extractor, got {real.shape[1]} and "
-            f"{fake.shape[1]} dimensions"
-        )
+        found = f"{real.shape[1]} and {fake.shape[1]} dimensions"
+        raise ValueError(f"real and generated features must come from one extractor, got {found}")
     device = torch.device("cpu") if real.device.type == "mps" else real.device
     return real.detach().to(device, torch.float64), fake.detach().to(device, torch.float64)
 
@@ -193,10 +156,7 @@ def _checked(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
 def _share_inside(points: Tensor, manifold: Tensor, k: int) -> float:
     """Return the share of points that lie in a ball around some point of the manifold."""
     # Each row's nearest neighbour is itself, at distance 0: hence the (k + 1)-th smallest.
-    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in _rows(manifold)])
-    inside = [(torch.cdist(rows, manifold) <= radii).any(dim=1) for rows in _rows(points)]
+    own = torch.split(manifold, _CHUNK // 4)
+    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in own])
+    inside = [(torch.cdist(rows, manifold) <= radii).any(dim=1) for rows in torch.split(points, _CHUNK // 4)]
     return float(torch.cat(inside).double().mean())
-
-
-def _rows(features: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.split(features, _CHUNK // 4))

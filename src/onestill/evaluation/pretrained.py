@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ class TransformersFeatures:
 
     Args:
         model_id: A local folder or a hub id. Only safetensors weights are read and no remote code is run.
-        revision: Branch, tag or commit of a hub id.
         local_files_only: Never ask the network.
         device: Where the model runs.
 
@@ -38,32 +37,25 @@ class TransformersFeatures:
         self,
         model_id: str | os.PathLike[str],
         *,
-        revision: str | None = None,
         local_files_only: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
         source = os.fspath(model_id)
         local_files_only = local_files_only or Path(source).is_dir()
-        self._model, has_pooler = _load_vision(source, revision, local_files_only)
+        self._model, has_pooler = _load_vision(source, local_files_only)
         self._model.to(device).eval().requires_grad_(False)
-        processor = _load_processor(source, revision, local_files_only)
+        processor = _load_processor(source, local_files_only)
         self.size = _input_size(processor, source)
         self._mean = torch.tensor(processor.image_mean).view(1, -1, 1, 1)
         self._std = torch.tensor(processor.image_std).view(1, -1, 1, 1)
         with torch.no_grad():
-            blank = as_parameters(torch.zeros(1, 3, *self.size), self._model)
-            output = self._model(pixel_values=blank)
+            output = self._model(pixel_values=as_parameters(torch.zeros(1, 3, *self.size), self._model))
         self._use_pooler = has_pooler and getattr(output, "pooler_output", None) is not None
         pooling = "pooled output" if self._use_pooler else "mean of tokens"
-        height, width = self.size
-        self.name = f"{name_with_commit(source, revision)} ({pooling}, {height}x{width} bicubic)"
+        self.name = f"{name_with_commit(source)} ({pooling}, {self.size[0]}x{self.size[1]} bicubic)"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return features [N, D] of images [N, 1 or 3, H, W] in [-1, 1].
-
-        Raises:
-            ValueError: If the images have neither 1 nor 3 channels.
-        """
+        """Return features [N, D] of images [N, 1 or 3, H, W] in [-1, 1]."""
         output = self._model(pixel_values=self.pixels(images))
         return pooled(output.pooler_output if self._use_pooler else output.last_hidden_state, self.name)
 
@@ -71,9 +63,8 @@ class TransformersFeatures:
         """Return the model's input: resized to `size`, in [0, 1], then `(pixels - mean) / std`."""
         check_range(images)
         if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"{self.name} sees grey or RGB images, [N, 1 or 3, H, W], and was given {list(images.shape)}"
-            )
+            found = list(images.shape)
+            raise ValueError(f"{self.name} sees grey or RGB images, [N, 1 or 3, H, W], and was given {found}")
         pixels = images.float().expand(-1, 3, -1, -1) / 2 + 0.5
         pixels = functional.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         normalised = (pixels - self._mean.to(pixels)) / self._std.to(pixels)
@@ -81,33 +72,20 @@ class TransformersFeatures:
 
 
 def load_transformers(
-    source: str,
-    revision: str | None,
-    local_files_only: bool,
-    *,
-    setting: str,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    source: str, local_files_only: bool, *, setting: str, dtype: torch.dtype | Literal["auto"] = "auto"
 ) -> tuple[nn.Module, set[str]]:
     """Return the transformers model of a folder or hub id, and the names of the weights that its file lacks.
 
-    Only safetensors are read and no remote code is run.
-
-    Args:
-        source: The folder or hub id.
-        revision: Branch, tag or commit of a hub id.
-        local_files_only: Never ask the network.
-        setting: What errors are about.
-        dtype: Precision of the weights; "auto" is that of the file.
+    Only safetensors are read, in the file's precision if `dtype` is "auto", and no remote code is run.
 
     Raises:
-        ValueError: If it cannot be loaded, or lacks more weights than those of a pooler.
+        SettingError: About `setting`, if it cannot be loaded, or lacks more weights than those of a pooler.
     """
     from transformers import AutoModel
 
     try:
         model, info = AutoModel.from_pretrained(
             source,
-            revision=revision,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=local_files_only,
@@ -122,10 +100,9 @@ def load_transformers(
         raise SettingError(setting, source, why) from error
     # transformers fills what a file lacks with random numbers; nothing measured must depend on those.
     missing = set(info["missing_keys"])
-    without_pooler = {key for key in missing if "pooler" not in key}
-    if without_pooler:
-        shown = ", ".join(sorted(without_pooler)[:3])
-        raise SettingError(setting, source, f"its weights are incomplete; missing: {shown}, ...")
+    if without_pooler := sorted(key for key in missing if "pooler" not in key):
+        why = f"its weights are incomplete; missing: {', '.join(without_pooler[:3])}, ..."
+        raise SettingError(setting, source, why)
     return model, missing
 
 
@@ -134,44 +111,35 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _load_vision(source: str, revision: str | None, local_files_only: bool) -> tuple[nn.Module, bool]:
+def _load_vision(source: str, local_files_only: bool) -> tuple[nn.Module, bool]:
     """Return the vision model and whether its pooled output has trained weights."""
-    model, missing = load_transformers(source, revision, local_files_only, setting="features")
+    model, missing = load_transformers(source, local_files_only, setting="features")
     vision = getattr(model, "vision_model", model)
     if getattr(vision, "main_input_name", None) != "pixel_values":
         raise SettingError("features", source, f"a {type(model).__name__} does not take images")
     return vision, not missing
 
 
-def name_with_commit(source: str, revision: str | None) -> str:
+def name_with_commit(source: str) -> str:
     """Return a folder's name, or a hub id with the commit that was loaded, which a branch does not tell."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():
         return Path(source).resolve().name
-    cached = try_to_load_from_cache(source, "config.json", revision=revision)
-    commit = Path(cached).parent.name[:12] if isinstance(cached, str) else revision
-    return f"{source}@{commit}" if commit else source
+    cached = try_to_load_from_cache(source, "config.json")
+    return f"{source}@{Path(cached).parent.name[:12]}" if isinstance(cached, str) else source
 
 
-class _Processor(Protocol):
-    image_mean: list[float]
-    image_std: list[float]
-
-
-def _load_processor(source: str, revision: str | None, local_files_only: bool) -> _Processor:
+def _load_processor(source: str, local_files_only: bool) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        processor: _Processor = AutoImageProcessor.from_pretrained(
-            source, revision=revision, trust_remote_code=False, local_files_only=local_files_only
-        )
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
         raise SettingError("features", source, f"has no usable image processor: {in_one_line(error)}") from error
-    return processor
 
 
-def _input_size(processor: _Processor, source: str) -> tuple[int, int]:
+def _input_size(processor: Any, source: str) -> tuple[int, int]:
     """Return the height and width that the network sees: the crop's where there is a crop."""
     crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
     size = getattr(processor, "crop_size" if crops else "size", None)

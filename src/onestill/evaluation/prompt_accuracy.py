@@ -14,13 +14,7 @@ from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
 
 @dataclass(frozen=True)
 class PromptTargets:
-    """What the classifier has to see.
-
-    Attributes:
-        judge: The classifier, as an extractor.
-        rows: [M], the images whose prompt it can read.
-        labels: [M, num_heads], what they have to show.
-    """
+    """What the classifier has to see: the images whose prompt it can read, [M], and their labels, [M, num_heads]."""
 
     judge: ClassifierFeatures
     rows: Tensor
@@ -33,12 +27,7 @@ class PromptTargets:
 
 
 def read_prompts(extractor: FeatureExtractor, prompts: Sequence[str]) -> tuple[PromptTargets | None, tuple[str, ...]]:
-    """Return what has to be seen in the images of the prompts, and lines about it for the protocol.
-
-    Args:
-        extractor: The features; without a classifier of several heads there is nothing to see, and None.
-        prompts: One for each image.
-    """
+    """Return what has to be seen in images of these prompts (None without a fit classifier), and lines about it."""
     if not isinstance(extractor, ClassifierFeatures):
         return None, ()
     heads, pattern = extractor.classifier.heads, extractor.classifier.prompt_pattern

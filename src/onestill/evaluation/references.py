@@ -24,13 +24,7 @@ REFERENCE_SEED = 10_000_000
 
 @dataclass(frozen=True)
 class Reference:
-    """Images to compare with, and what they are.
-
-    Attributes:
-        images: [N, C, H, W], or latents.
-        name: What they are, in words.
-        prompts: Prompts that they show, where that is known.
-    """
+    """Images [N, C, H, W] (or latents) to compare with, what they are, and the prompts that they show, if known."""
 
     images: Tensor
     name: str
@@ -55,11 +49,7 @@ def teacher_reference(
 
 
 def folder_reference(folder: Path, image_shape: Sequence[int]) -> Reference:
-    """Return the images in a folder (searched recursively), in the teacher's size.
-
-    Raises:
-        ValueError: If there is no folder, fewer than two images, or an image of another size.
-    """
+    """Return the images in a folder (searched recursively), all of which must have the teacher's size."""
     if not folder.is_dir():
         todo = "give 'teacher', an embedded teacher's name, or a folder of images"
         raise SettingError("reference", str(folder), "no such folder", todo)
@@ -88,8 +78,8 @@ def _pixels(picture: Image.Image, channels: int) -> Tensor:
 
 def embedded_reference(name: str) -> Reference:
     """Return the real images that an embedded teacher ships for evaluation."""
-    images = load_file(EMBEDDED[name].folder / "images.safetensors")["images"]
-    pictures = images.float() * (2 / EMBEDDED[name].white) - 1
-    held_out = EMBEDDED[name].heldout
-    prompts = [] if held_out is None else held_out.read_text(encoding="utf-8").splitlines()
+    teacher = EMBEDDED[name]
+    images = load_file(teacher.folder / "images.safetensors")["images"]
+    pictures = images.float() * (2 / teacher.white) - 1
+    prompts = [] if teacher.heldout is None else teacher.heldout.read_text(encoding="utf-8").splitlines()
     return Reference(pictures, f"the {len(images):,} real {name} (only ever read by evaluate)", prompts)

@@ -76,10 +76,16 @@ class EvaluationProtocol(_Record):
         """Return the protocol as short lines of text, as printed beneath every table."""
         scale = self.guidance_scale
         guidance = "" if scale is None else f", guidance scale {scale:g} (1 = none)"
-        lines = [f"teacher {self.teacher}" + (f", student {self.student}" if self.student else "")]
-        lines.append(f"{self.num_images:,} images per row, seeds {self.seeds}{guidance}")
-        lines.append(f"compared with {self.num_reference_images:,} images: {self.reference}")
-        lines.append(f"features {self.extractor}, D = {self.feature_dim}{self._metric_settings()}")
+        lines = [
+            f"teacher {self.teacher}" + (f", student {self.student}" if self.student else ""),
+            f"{self.num_images:,} images per row, seeds {self.seeds}{guidance}",
+            f"compared with {self.num_reference_images:,} images: {self.reference}",
+            f"features {self.extractor}, D = {self.feature_dim}",
+        ]
+        if self.kernel_subset_size and self.kernel_num_subsets:
+            lines[-1] += f", KD over {self.kernel_num_subsets} subsets of {self.kernel_subset_size:,}"
+        if self.neighbours:
+            lines[-1] += f", k = {self.neighbours}"
         if self.clip_model:
             lines.append(f"CLIP score with {self.clip_model}: mean of max(100 cos, 0)")
         if self.large_batch_size:
@@ -87,12 +93,6 @@ class EvaluationProtocol(_Record):
         if self.versions:
             lines.append(", ".join(f"{name} {number}" for name, number in self.versions.items()))
         return lines + list(self.notes)
-
-    def _metric_settings(self) -> str:
-        kernel = ""
-        if self.kernel_subset_size and self.kernel_num_subsets:
-            kernel = f", KD over {self.kernel_num_subsets} subsets of {self.kernel_subset_size:,}"
-        return kernel + (f", k = {self.neighbours}" if self.neighbours else "")
 
 
 class Row(_Record):
@@ -158,19 +158,14 @@ class Report(_Record):
         return "\n\n".join(blocks) + "\n"
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> tuple[Path, Path]:
-        """Write `report.json` and `report.md` into the folder and return their paths.
-
-        Args:
-            folder: Where to; made if missing.
-            overwrite: Replace a report that is there already.
+        """Write `report.json` and `report.md` into the folder, which is made if missing, and return their paths.
 
         Raises:
             SettingError: If there is a report already and `overwrite` is not set.
         """
         target = Path(folder)
         paths = (target / JSON_NAME, target / MARKDOWN_NAME)
-        existing = [path.name for path in paths if path.exists()]
-        if existing and not overwrite:
+        if (existing := [path.name for path in paths if path.exists()]) and not overwrite:
             todo = f"name another folder, or give {named('overwrite')}"
             raise SettingError("output", target, f"already holds {' and '.join(existing)}", todo)
         target.mkdir(parents=True, exist_ok=True)
@@ -192,10 +187,7 @@ def package_versions(names: Sequence[str] = ("onestill", "torch", "diffusers")) 
 
 
 def print_report(report: Report, console: "Console") -> None:
-    """Print the tables, the warnings and the protocol on a rich console; fits 80 columns of a terminal.
-
-    Elsewhere, as in a file, the lines beneath the tables are not wrapped: a sentence stays one line.
-    """
+    """Print tables, warnings and protocol on a rich console, in 80 columns; lines are wrapped on a terminal only."""
     from rich.text import Text
 
     columns, heads = _columns(report), _head_columns(report)
@@ -243,25 +235,19 @@ def _columns(report: Report) -> list[_Column]:
         _Column("steps", lambda row: f"{row.num_steps:,}"),
         _Column("NFE", lambda row: f"{row.network_evaluations:,}", "NFE: network evaluations per image"),
         _Column("FD↓", lambda row: _number(row.frechet_distance), "FD: Fréchet distance"),
-        _Column("KD↓\n×10³", _kernel_cell, "KD: kernel distance"),
+        _Column("KD↓\n×10³", lambda row: _number(row.kernel_distance, scale=1e3), "KD: kernel distance"),
         _Column("prec↑", lambda row: _share(row.precision)),
         _Column("rec↑", lambda row: _share(row.recall)),
         _Column("label↑", lambda row: _share(row.label_accuracy), "label: share that shows its label"),
         _Column("prompt↑", lambda row: _of_head(row, ALL), "prompt: share that shows all its prompt says"),
         _Column("CLIP↑", lambda row: _number(row.clip_score), "CLIP: CLIP score"),
         _Column("img/s\n×1", lambda row: _number(row.images_per_second), "×B: images per second in batches of B"),
-        _Column(
-            f"img/s\n×{large:,}" if large else "img/s\nlarge",
-            lambda row: _number(row.images_per_second_large),
-        ),
-        _Column("speedup", lambda row: _times(row.speedup), f"speedup over {baseline}" if baseline else ""),
+        _Column(f"img/s\n×{large:,}" if large else "img/s\nlarge", lambda row: _number(row.images_per_second_large)),
+        _Column("speedup", lambda row: _number(row.speedup, "×"), f"speedup over {baseline}" if baseline else ""),
     ]
-    always = 3
-    return [
-        column
-        for index, column in enumerate(columns)
-        if index < always or any(column.cell(row) != _MISSING for row in report.rows)
-    ]
+    # The first three always are; a table without rows has no others.
+    measured = [column for column in columns[3:] if any(column.cell(row) != _MISSING for row in report.rows)]
+    return [*columns[:3], *measured]
 
 
 def _head_columns(report: Report) -> list[_Column]:
@@ -275,24 +261,17 @@ def _of_head(row: Row, name: str) -> str:
     return _share((row.prompt_accuracy or {}).get(name))
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, unit: str = "", scale: float = 1) -> str:
     """Three significant digits, never an exponent for what a reader compares by eye."""
     if value is None:
         return _MISSING
+    value *= scale
     decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return f"{value:,.{decimals}f}"
+    return f"{value:,.{decimals}f}{unit}"
 
 
 def _share(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.3f}"
-
-
-def _times(value: float | None) -> str:
-    return _MISSING if value is None else f"{_number(value)}×"
-
-
-def _kernel_cell(row: Row) -> str:
-    return _number(None if row.kernel_distance is None else row.kernel_distance * 1e3)
 
 
 def _legend(columns: Sequence[_Column]) -> str:
@@ -301,15 +280,9 @@ def _legend(columns: Sequence[_Column]) -> str:
 
 def _markdown_table(columns: Sequence[_Column], rows: Sequence[Row]) -> str:
     """Return the rows as a GitHub-flavoured table, students in bold."""
-    lines = [
-        _markdown_row([column.title.replace("\n", " ") for column in columns]),
-        _markdown_row([":---" if column.left else "---:" for column in columns]),
-    ]
+    lines = [[column.title.replace("\n", " ") for column in columns]]
+    lines.append([":---" if column.left else "---:" for column in columns])
     for row in rows:
-        texts = [column.cell(row) for column in columns]
-        lines.append(_markdown_row([f"**{text}**" if row.is_student else text for text in texts]))
-    return "\n".join(lines)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        mark = "**" if row.is_student else ""
+        lines.append([f"{mark}{column.cell(row)}{mark}" for column in columns])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)

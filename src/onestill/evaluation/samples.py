@@ -10,18 +10,13 @@ from torch import Tensor
 
 from onestill.core.errors import SettingError
 from onestill.evaluation.features import FeatureExtractor, sees_latents
-from onestill.sampling.generate import Generate, Rows, generate_images
+from onestill.sampling.generate import Rows, generate_images
 from onestill.sampling.samplers.base import Sampler
 
 
 @dataclass(frozen=True)
 class Subjects:
-    """What the images of every row show.
-
-    Attributes:
-        class_labels: Labels to go round; all if empty.
-        prompts: Prompts to go round, for text teachers.
-    """
+    """What the images of every row show: labels (all if empty) or prompts to go round."""
 
     class_labels: tuple[int, ...] = ()
     prompts: Sequence[str] = ()
@@ -33,15 +28,7 @@ class Subjects:
 
 @dataclass(frozen=True)
 class Draw:
-    """Images of one sampler, and how they are drawn.
-
-    Attributes:
-        sampler: The sampler.
-        seeds: A seed for each image.
-        rows: What they show.
-        batch_size: Images in one network call.
-        show_progress: Whether to show a bar on a terminal.
-    """
+    """Images of one sampler, one for each seed and row, in batches."""
 
     sampler: Sampler
     seeds: range
@@ -51,14 +38,12 @@ class Draw:
 
     def seen_by(self, extractor: FeatureExtractor) -> Tensor:
         """Return what an extractor looks at: images, or the latents they are decoded from."""
+        how: dict[str, Any] = {"batch_size": self.batch_size, "show_progress": self.show_progress}
         if looks_at_latents(extractor, self.sampler):
-            return self._generate(self.sampler.latents).float()
+            shape = self.sampler.sample_shape
+            return generate_images(self.sampler.latents, self.seeds, shape, self.rows, **how).float()
         # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
-        return self._generate(self.sampler).clamp(-1, 1)
-
-    def first_pictures(self, num: int = 16) -> Tensor:
-        """Return the first pictures, to be shown."""
-        return self._pictures(slice(num))
+        return self.sampler.images(self.seeds, self.rows, **how).clamp(-1, 1)
 
     def pictures(self, seen: Tensor, extractor: FeatureExtractor) -> Iterator[Tensor]:
         """Yield the pictures in batches: what `seen_by` returned, or decoded from it."""
@@ -69,15 +54,11 @@ class Draw:
             elif self.sampler.can_decode:
                 yield self.sampler.decode(seen[batch]).cpu()
             else:  # an exported pipeline decodes inside its call
-                yield self._pictures(batch)
+                yield self.drawn(batch)
 
-    def _generate(self, generate: Generate) -> Tensor:
-        how: dict[str, Any] = {"batch_size": self.batch_size, "show_progress": self.show_progress}
-        return generate_images(generate, self.seeds, self.sampler.sample_shape, self.rows, **how)
-
-    def _pictures(self, part: slice) -> Tensor:
-        rows = {name: value[part] for name, value in self.rows.items()}
-        seeds = self.seeds[part]
+    def drawn(self, part: slice) -> Tensor:
+        """Return some of the pictures, whatever an extractor looks at."""
+        rows, seeds = {name: value[part] for name, value in self.rows.items()}, self.seeds[part]
         return self.sampler.images(seeds, rows, batch_size=len(seeds))
 
 

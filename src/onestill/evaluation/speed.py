@@ -17,22 +17,10 @@ def compare(
     repeats: int = 10,
     warmup: int = 1,
 ) -> dict[str, float]:
-    """Return the median seconds of each candidate, timed in turns.
+    """Return the median seconds of each candidate over `repeats` rounds, after `warmup` others; `device` is waited for.
 
-    Round after round each candidate runs once, and each round starts with another one, so that whatever else
-    the machine does falls on all of them alike: ratios hold within one call of this function.
-
-    Args:
-        candidates: What to time, by name.
-        device: Where they work; it is waited for.
-        repeats: Rounds.
-        warmup: Rounds before the clock starts.
-
-    Returns:
-        Seconds per call, in the order of `candidates`.
-
-    Raises:
-        ValueError: If there is no candidate, `repeats` is below 1 or `warmup` is negative.
+    In a round each candidate runs once, and each round starts with another one, so that whatever else the machine does
+    falls on all of them alike: ratios hold within one call of this function.
     """
     if not candidates:
         raise ValueError("compare needs at least one candidate")

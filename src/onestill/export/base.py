@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from onestill.core.tensors import Cond, noise
+from onestill.data.conditions import LabelConditions
 from onestill.sampling.generate import student_generator
 from onestill.students.model_card import Facts
 from onestill.students.one_step import OneStep
@@ -16,16 +16,11 @@ from onestill.students.student import Student
 
 
 class Format(ABC):
-    """One way of writing a student as a folder; an instance writes one student.
+    """One way of writing a student as a folder; an instance writes one student, at a target time and guidance scale.
 
     `export_student` makes the student's `OneStep` and compares it with the student, has it written, lets go of it, and
-    has the folder checked, before it gets its name; all of it without gradients and autocast. A format may keep between `write` and `check` what it needs, but
-    no network: a run is at its end here, and its device and memory as full as they ever were.
-
-    Args:
-        student: The student.
-        t: The target time.
-        guidance_scale: w, for students that take it; the middle of their range if None.
+    has the folder checked, before it gets its name; all of it without gradients and autocast. A format may keep between
+    `write` and `check` what it needs, but no network: a run is at its end here, and its memory as full as it ever was.
     """
 
     library = "onestill"
@@ -33,14 +28,14 @@ class Format(ABC):
 
     def __init__(self, student: Student, t: float = 0.0, guidance_scale: float | None = None) -> None:
         self.student, self.t, self.guidance_scale = student, t, guidance_scale
+        # The student's own: two devices differ by more than an export may (TF32 convolutions, for one).
+        self.device = next(student.parameters()).device
 
     @abstractmethod
     def write(self, step: OneStep, folder: Path) -> None:
-        """Write a student into an empty folder, all but its card and its mark.
+        """Write a student, its one step on the CPU, into an empty folder, all but its card and its mark.
 
-        Args:
-            step: Its one step, on the CPU, which may be changed: nobody uses it afterwards.
-            folder: The folder.
+        The one step may be changed: nobody uses it afterwards.
         """
 
     @abstractmethod
@@ -55,11 +50,6 @@ class Format(ABC):
         """Return what the card says, with what the written folder adds to it."""
         return facts
 
-    @property
-    def device(self) -> torch.device:
-        """The student's own: two devices differ by more than an export may (TF32 convolutions, for one)."""
-        return next(self.student.parameters()).device
-
     def expected(self, eps: Tensor, cond: Cond) -> Tensor:
         """Return the student's own samples of some noise, on its device."""
         cond = self.student.with_scale(cond, self.guidance_scale, len(eps))
@@ -69,5 +59,5 @@ class Format(ABC):
         """Return (the noise of the seeds 0, 1, ..., some conditions, all labels in turn)."""
         spec, cond = self.student.spec, self.student.teacher.example_rows(num)
         if spec.num_classes:
-            cond = {"class_labels": torch.tensor([spec.labels[i % len(spec.labels)] for i in range(num)])}
+            cond = LabelConditions(tuple(spec.labels)).grid(num)
         return noise(range(num), spec.sample_shape), cond

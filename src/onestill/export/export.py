@@ -1,8 +1,7 @@
 """From a trained student to a folder that others load and sample in one network evaluation.
 
 The target time is baked into the weights, eq. (13), and what is left is one step, eq. (19): `OneStep`. How that is
-written is the teacher's choice of a format. Each export is loaded afresh and compared with the student before it gets
-its name.
+written is the teacher's choice of a format. Each is loaded afresh and compared with the student before it has its name.
 """
 
 from __future__ import annotations
@@ -28,11 +27,7 @@ from onestill.students.model_card import Facts, teacher_license, write_card
 from onestill.students.one_step import OneStep, one_step_of
 from onestill.students.student import Student
 
-FORMATS: dict[str, type[Format]] = {
-    "pixel": PixelFormat,
-    "pipeline": PipelineFormat,
-    "module": ModuleFormat,
-}
+FORMATS: dict[str, type[Format]] = {"pixel": PixelFormat, "pipeline": PipelineFormat, "module": ModuleFormat}
 """By the name that `Teacher.student_format` has for each."""
 
 
@@ -71,9 +66,8 @@ def export_student(
         ExportError: If the self-check fails; nothing is left under the folder's name then.
     """
     if folder.exists() and not overwrite:
-        raise SettingError(
-            "output", folder, "exists", f"name another folder, or give {named('overwrite')} to replace it"
-        )
+        todo = f"name another folder, or give {named('overwrite')} to replace it"
+        raise SettingError("output", folder, "exists", todo)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -110,9 +104,9 @@ def _write(form: Format, name: str, folder: Path) -> None:
     mark.write(folder)
 
 
-def _difference(step: OneStep, form: Format, num: int = 2) -> float:
+def _difference(step: OneStep, form: Format) -> float:
     """Return the largest difference of samples between a student and its one step, relative to their size."""
-    eps, cond = form.example(num)
+    eps, cond = form.example(2)
     expected = form.expected(eps, cond)
     found = step.to(form.device)(eps.to(form.device), to_device(cond, form.device))
     step.to("cpu")
@@ -122,9 +116,8 @@ def _difference(step: OneStep, form: Format, num: int = 2) -> float:
 def _passed(error: float, what: str) -> float:
     """Return an error that is small enough; raise ExportError if it is not."""
     if not error <= SELF_CHECK_TOLERANCE:
-        raise ExportError(
-            f"export self-check failed: {what} from the student's by {error:.1e} (allowed {SELF_CHECK_TOLERANCE:.0e})"
-        )
+        allowed = f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
+        raise ExportError(f"export self-check failed: {what} from the student's by {error:.1e} {allowed}")
     return error
 
 
@@ -141,15 +134,15 @@ def _describe(form: Format, folder: Path, facts: Facts, error: float) -> None:
 
 def _put_in_place(partial: Path, folder: Path) -> None:
     """Give a finished export its name, in the place of an older one if there is one."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
+    if not folder.exists():
         os.replace(partial, folder)
+        return
+    old = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -41,16 +41,11 @@ def write_lora(
 ) -> None:
     """Write `pytorch_lora_weights.safetensors` for the teacher's own pipeline, and the scheduler of its one step.
 
-    Args:
-        teacher: The teacher.
-        network: The student's network with its adapters.
-        embeddings: For each time embedding the constant that it is to give, by name; it replaces its adapters.
-        net_time: The time that the one step gives the network.
-        folder: Where to.
+    The student's network has its adapters. Each time embedding is to give a constant instead, by name in `embeddings`;
+    `net_time` is the time that the one step gives the network.
     """
     spec, pipeline_spec = teacher.spec, teacher.pipeline_spec
-    tensors = adapter_tensors(network, without=tuple(embeddings))
-    tensors |= constant_updates(teacher, net_time, embeddings)
+    tensors = adapter_tensors(network, without=tuple(embeddings)) | constant_updates(teacher, net_time, embeddings)
     save = type(teacher.pipeline).save_lora_weights
     save(folder, **{f"{pipeline_spec.network}_lora_layers": tensors}, safe_serialization=True)
     alpha = spec.process.level(spec.t_max)[0]
@@ -59,14 +54,13 @@ def write_lora(
 
 def constant_updates(teacher: PipelineTeacher, net_time: float, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the updates of rank 1 that give each time embedding its constant in the one step at `net_time`."""
-    network = teacher.network
 
     def run(x_t: Tensor, cond: Cond) -> None:
-        teacher.call(network, x_t, torch.full((1,), net_time, device=x_t.device, dtype=x_t.dtype), cond)
+        teacher.call(teacher.network, x_t, torch.full((1,), net_time, device=x_t.device, dtype=x_t.dtype), cond)
 
     constants = {f"{name}.linear_2": value for name, value in embeddings.items()}
     found: dict[str, Tensor] = {}
-    for layer, seen in observe(teacher, network, constants, run).items():
+    for layer, seen in observe(teacher, teacher.network, constants, run).items():
         h, output = (value[0].double().cpu() for value in seen)
         u = constants[layer].double().cpu() - output
         found[f"{layer}.lora_A.weight"] = (h / h.norm())[None].float()
@@ -87,12 +81,11 @@ def lora_words(student: Student, folder: Path) -> str:
     assert student.lora is not None
     if (reason := why_no_file(student)) is not None:
         return f"rank {student.lora.rank}, merged into the weights; there is no LoRA file: {reason}"
-    kind = _scheduler_class(folder / LORA_FOLDER)
+    kind, place = _scheduler_class(folder / LORA_FOLDER), f'"path/to/this/folder/{LORA_FOLDER}"'
     return (
-        f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's own "
-        f'pipeline: `pipe.load_lora_weights("path/to/this/folder/{LORA_FOLDER}")`, then `pipe.scheduler = '
-        f'diffusers.{kind}.from_pretrained("path/to/this/folder/{LORA_FOLDER}")`, then the call above; '
-        "scheduler and LoRA belong together"
+        f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's "
+        f"own pipeline: `pipe.load_lora_weights({place})`, then `pipe.scheduler = diffusers.{kind}.from_pretrained({place})`, "
+        "then the call above; scheduler and LoRA belong together"
     )
 
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from onestill.core.files import save_tensors
+from onestill.core.files import MARK_FILE, save_tensors
 from onestill.core.tensors import Cond, to_device
 from onestill.export.base import Format
 from onestill.sampling.generate import Generate
 from onestill.students.bake import bake
-from onestill.students.mark import MARK_FILE, read_mark
+from onestill.students.mark import read_mark
 from onestill.students.model_card import Facts
 from onestill.students.one_step import OneStep
 
@@ -28,8 +28,8 @@ class ModuleFormat(Format):
         weights = {name: value.detach().contiguous().clone() for name, value in step.network.state_dict().items()}
         save_tensors(weights, folder / MODULE_WEIGHTS)
 
-    def check(self, folder: Path, num: int = 4) -> float:
-        eps, cond = self.example(num)
+    def check(self, folder: Path) -> float:
+        eps, cond = self.example(4)
         fresh = bake(self.student, self.t, self.guidance_scale)
         for parameter in fresh.parameters():
             parameter.data.zero_()
@@ -63,9 +63,8 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
-            f"{folder}: the weights are not of this network: {str(error).splitlines()[1].strip()}"
-        ) from error
+        why = str(error).splitlines()[1].strip()
+        raise ValueError(f"{folder}: the weights are not of this network: {why}") from error
     step = OneStep(network.eval(), lambda net, x, net_time, cond: net(x, net_time, **cond), **mark.head)
 
     @torch.no_grad()

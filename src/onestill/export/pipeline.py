@@ -70,12 +70,12 @@ class PipelineFormat(Format):
 
     def check(self, folder: Path) -> float:
         error = self._difference(self.plain, load_stock(type(self.teacher.pipeline), folder))
-        if why_no_file(self.student) is None:
-            gc.collect()  # what was checked
-            # This pipeline is the teacher's own, whose default size is another.
-            with_lora = load_with_lora(self.teacher, folder / LORA_FOLDER)
-            error = max(error, self._difference(self.teacher.pipeline_spec, with_lora))
-        return error
+        if why_no_file(self.student) is not None:
+            return error
+        gc.collect()  # what was checked
+        # This pipeline is the teacher's own, whose default size is another.
+        with_lora = load_with_lora(self.teacher, folder / LORA_FOLDER)
+        return max(error, self._difference(self.teacher.pipeline_spec, with_lora))
 
     def code(self, facts: Facts) -> str:
         teacher, condition = self.teacher, self.teacher.image_condition
@@ -89,20 +89,17 @@ class PipelineFormat(Format):
         return stock_code(teacher.output_field, arguments, before)
 
     def facts(self, folder: Path, facts: Facts) -> Facts:
-        return replace(facts, checked=has_checker(folder), size=self._size() or facts.size)
-
-    def _size(self) -> str:
-        """Return what a card says of the arguments that were asked for; "" if none were."""
         given = ", ".join(f"{name} {value}" for name, value in self.teacher.arguments.items())
         is_default = self.plain is not self.teacher.pipeline_spec
         default = "this folder's default size is that one too" if is_default else "the folder's defaults are others"
-        return f"{given}, as distilled and as in the call above; {default}" if given else ""
+        size = f"{given}, as distilled and as in the call above; {default}" if given else facts.size
+        return replace(facts, checked=has_checker(folder), size=size)
 
-    def _difference(self, pipeline_spec: PipelineSpec, pipeline: Any, num: int = 2) -> float:
+    def _difference(self, pipeline_spec: PipelineSpec, pipeline: Any) -> float:
         """Return the largest difference of images between the plain call of a pipeline, on the CPU, and the student."""
         calls, decoder = PipelineCalls(pipeline_spec, pipeline), getattr(pipeline, "vae", None)
         with computing_on(self.device, (calls.network, "forward"), (decoder, "decode")):
-            images, eps, cond = calls.plain_call(self.teacher.signature, num)
+            images, eps, cond = calls.plain_call(self.teacher.signature, 2)
         expected = self.teacher.decode(self.expected(eps, cond))
         return float((images.clamp(-1, 1) - expected.cpu().clamp(-1, 1)).abs().max())
 
@@ -117,12 +114,7 @@ def _keep_facts(old: Path, new: Path) -> None:
 
 @contextmanager
 def computing_on(device: torch.device, *methods: tuple[Any, str]) -> Iterator[None]:
-    """Let modules on the CPU compute on a device: each goes there for a call of its method, and back.
-
-    Args:
-        device: The device.
-        methods: Modules and names of their methods; None in the place of a module that is not there.
-    """
+    """Let modules on the CPU compute on a device: each, but None, goes there for a call of its method, and back."""
 
     def there(module: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)  # pipelines read its signature

@@ -37,10 +37,10 @@ class PixelFormat(Format):
         scheduler = _fold_head(step, spec.prediction_type)
         ConsistencyModelPipeline(unet=network, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
 
-    def check(self, folder: Path, num: int = 4) -> float:
-        eps, cond = self.example(num)
+    def check(self, folder: Path) -> float:
+        eps, cond = self.example(4)
         labels = cond["class_labels"].tolist() if "class_labels" in cond else None
-        images = call_pipeline(load_stock(DiffusionPipeline, folder).to(self.device), range(num), labels)
+        images = call_pipeline(load_stock(DiffusionPipeline, folder).to(self.device), range(4), labels)
         return float((images - self.expected(eps, cond).cpu().clamp(-1, 1)).abs().max())
 
     def code(self, facts: Facts) -> str:

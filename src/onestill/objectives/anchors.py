@@ -1,9 +1,8 @@
 """Anchors: the ends of a few teacher trajectories, kept as exact regression targets beside the bootstrap, eq. (20).
 
 A bootstrap target is only as good as the student's own signal at the time before it. An anchor is the teacher's
-signal at t_min itself, from noise to end in some steps of the same solver: a row of eq. (10) whose one step is the whole
-trajectory, so rho = 1. A pool of them is made once, from noise and conditions alone, and drawn from all along the
-training.
+signal at t_min itself, from noise to end in some steps of the same solver: a row of eq. (10) whose one step is all the
+trajectory, so rho = 1. A pool of them is made once, from noise and conditions alone, and drawn from throughout.
 """
 
 from __future__ import annotations
@@ -112,8 +111,7 @@ class Anchors(Objective[_Both]):
         from onestill.core.tensors import to_device
         from onestill.diffusion.trajectory import STEPS, solve, uniform_times
 
-        context, settings = self.context, self.settings
-        spec = context.teacher.spec
+        context, settings, spec = self.context, self.settings, self.context.teacher.spec
         times = uniform_times(spec.t_max, settings.num_anchor_steps, settings.t_min)
         for start in range(first, num, context.batch_size):
             rows = min(context.batch_size, num - start)
@@ -132,8 +130,7 @@ class Anchors(Objective[_Both]):
 
         assert self.pool is not None, "prepare has run to its end"
         context, settings = self.context, self.settings
-        drawn = self.pool.draw(num, context.generator)
-        trajectory = context.teacher.spec.trajectory
+        drawn, trajectory = self.pool.draw(num, context.generator), context.teacher.spec.trajectory
         t = torch.full((num,), trajectory.t_max, dtype=torch.float64)
         s = torch.full((num,), settings.t_min, dtype=torch.float64)
         weights = row_weights(settings.bootstrap_weight, trajectory, t, s).float()
@@ -149,8 +146,7 @@ class Pool:
     Attributes:
         eps: Noise, [N, *sample_shape].
         signal: The teacher's signal at t_min from that noise, [N, *sample_shape].
-        chosen: Which conditions, N rows each: the choices in short, not what the networks are given, which for a
-            text teacher is many times larger than the sample.
+        chosen: Which conditions, N rows each: choices, since what the networks are given may be far larger.
     """
 
     eps: Tensor
@@ -169,23 +165,12 @@ def joined(batches: list[Pool]) -> Pool:
     """Return batches of anchors as one pool."""
     import torch
 
-    names = batches[0].chosen
-    return Pool(
-        torch.cat([batch.eps for batch in batches]),
-        torch.cat([batch.signal for batch in batches]),
-        {name: torch.cat([batch.chosen[name] for batch in batches]) for name in names},
-    )
+    eps, signal = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("eps", "signal"))
+    return Pool(eps, signal, {name: torch.cat([b.chosen[name] for b in batches]) for name in batches[0].chosen})
 
 
 def write_pool(pool: Pool, generator: torch.Generator, path: Path, identity: Mapping[str, object]) -> None:
-    """Write a pool, whole or its first batches, with what made it, in one rename.
-
-    Args:
-        pool: The pool.
-        generator: As the last batch left it.
-        path: The file.
-        identity: Everything that decides what a pool is.
-    """
+    """Write a pool, whole or its first batches, with the generator as the last batch left it, in one rename."""
     from onestill.core.files import save_tensors
 
     tensors = {"eps": pool.eps, "signal": pool.signal, "generator": generator.get_state()}
@@ -198,13 +183,7 @@ def write_pool(pool: Pool, generator: torch.Generator, path: Path, identity: Map
 
 
 def read_pool(path: Path, identity: Mapping[str, object], generator: torch.Generator) -> Pool | None:
-    """Return the pool in a file, or None if there is none that was made with the same settings.
-
-    Args:
-        path: The file.
-        identity: Everything that decides what a pool is.
-        generator: Is left as the pool's last batch left the one that made it.
-    """
+    """Return the pool in a file, or None if none of this identity is there; the generator goes on where it ended."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

@@ -4,10 +4,7 @@ In each forward pass of training every objective gives some rows of one batch, a
 
     L = sum over means m of  1 / |m|  sum over rows i of m  w_i |y_i - target_i|^2 / D      (+ losses of own networks),
 
-y_i being the student's prediction for row i and D the size of a sample; a row's mean is named by a number. An objective
-owns its settings, which are part of the run's flat configuration, and may own a pool that is made before the first step
-and networks that are trained beside the student.
-
+y_i being the student's prediction for row i and D the size of a sample; a row's mean is named by a number.
 Modules of this room load torch inside functions only: their settings are read by every command line.
 """
 
@@ -140,9 +137,6 @@ class Objective(ABC, Generic[S]):
         unit: What its pool is counted in, for progress bars.
         networks: Networks that are trained with it, by name. Each gets an optimiser, clipping and an average as the
             student's, and is in every checkpoint. After the objective is made, these are the ones to call.
-
-    Args:
-        context: What objectives are made of.
     """
 
     name: ClassVar[str]

@@ -7,7 +7,7 @@ have s = t = t_max, for which a step of any order gives f(x_a, t_max).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from onestill.core.settings import Settings, setting
 from onestill.objectives.base import Batch, Cost, Objective
@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from onestill.diffusion.trajectory import Denoiser, Step, Trajectory
 
 OBJECTIVE = "Objective"
+Solver = Literal["ddim", "heun", "midpoint"]
 TimeSampling = Literal["uniform", "s_first", "progressive"]
 Weight = Literal["inverse_rho", "velocity", "none"]
-TIME_SAMPLINGS, WEIGHTS = get_args(TimeSampling), get_args(Weight)
 SIGMA_FLOOR = 0.05
-BOOTSTRAP, BOUNDARY = 0, 1
-"""The two means."""
+BOOTSTRAP, BOUNDARY = 0, 1  # the two means
 
 
 class BootSettings(Settings):
@@ -32,9 +31,7 @@ class BootSettings(Settings):
     time_sampling: TimeSampling = setting("s_first", OBJECTIVE, "How step times are drawn.")
     delta: float = setting(1 / 25, OBJECTIVE, "Step size in t.", gt=0, lt=1)
     t_min: float = setting(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
-    solver: Literal["ddim", "heun", "midpoint"] = setting(
-        "midpoint", OBJECTIVE, "Step that makes the bootstrap target."
-    )
+    solver: Solver = setting("midpoint", OBJECTIVE, "Step that makes the bootstrap target.")
     bootstrap_weight: Weight = setting("velocity", OBJECTIVE, "Weight of the residuals.")
     boundary_weight: float = setting(1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0)
     boundary_fraction: float = setting(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)
@@ -95,14 +92,8 @@ def bootstrap_target(
 ) -> Tensor:
     """Return sg[y_t + rho (mean of f - y_t)], the right side of eq. (10), [B, ...].
 
-    Args:
-        step: One of `onestill.diffusion.trajectory.STEPS`.
-        trajectory: The teacher's ODE.
-        denoised: The teacher, guided and thresholded as its sampler would.
-        x_a: Start state, [B, ...].
-        y_t: The student's signal at t, [B, ...].
-        t: Times, [B] float64.
-        s: Cleaner times, [B] float64; s = t = t_max on boundary rows.
+    `x_a` are start states and `y_t` the student's signal at t, [B, ...]; `t` and the cleaner `s`, [B] float64, are both
+    t_max on boundary rows. `denoised` is the teacher, guided and thresholded as its sampler would.
     """
     import torch
 
@@ -111,27 +102,15 @@ def bootstrap_target(
 
 
 def draw_times(
-    u: Tensor, strategy: str, delta: float, t_min: float, t_max: float, progress: float = 0.0
+    u: Tensor, strategy: TimeSampling, delta: float, t_min: float, t_max: float, progress: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return (t, s), the times of a bootstrap step from t to s = t - delta.
 
-    uniform: t ~ U[t_min + delta, t_max], as reported of BOOT. s_first: s ~ U[t_min, t_max] and t = min(s + delta, t_max),
+    uniform: t ~ U[t_min + delta, t_max], as reported of BOOT. s_first: s ~ U[t_min, t_max], t = min(s + delta, t_max),
     which gives the last delta before t_max a target too. progressive: as s_first, from a window whose cleaner
-    end moves from t_max to t_min with `progress`.
-
-    Args:
-        u: Uniform numbers in [0, 1), [B] float64.
-        strategy: One of `TIME_SAMPLINGS`.
-        delta: Step size in t.
-        t_min: Cleanest target time.
-        t_max: Start level.
-        progress: Share of the training done, in [0, 1].
-
-    Raises:
-        ValueError: If the strategy is not one of these.
+    end moves from t_max to t_min with `progress`, the share of the training done. `u` are uniform numbers in [0, 1),
+    [B] float64.
     """
-    if strategy not in TIME_SAMPLINGS:
-        raise ValueError(f"unknown time sampling {strategy!r}; known: {', '.join(TIME_SAMPLINGS)}")
     if strategy == "uniform":
         t = t_min + delta + u * (t_max - t_min - delta)
         return t, t - delta
@@ -143,18 +122,13 @@ def draw_times(
     return (s + delta).clamp(max=t_max), s
 
 
-def row_weights(weight: str, trajectory: Trajectory, t: Tensor, s: Tensor) -> Tensor:
+def row_weights(weight: Weight, trajectory: Trajectory, t: Tensor, s: Tensor) -> Tensor:
     """Return the weight of each row's squared residual, [B] float64.
 
     inverse_rho: 1 / rho^2 (known as BOOT's 1 / d^2), which turns the residual into units of f. velocity:
-    1 / (rho min(1, max(sigma_s, 0.05)))^2, units of the ODE's velocity, which adds weight at the clean end, where detail
+    1 / (rho min(1, max(sigma_s, 0.05)))^2, units of the ODE's velocity, more weight at the clean end, where detail
     forms. none: 1. On boundary rows rho is 1.
-
-    Raises:
-        ValueError: If the name is not one of these.
     """
-    if weight not in WEIGHTS:
-        raise ValueError(f"unknown weight {weight!r}; known: {', '.join(WEIGHTS)}")
     rho = trajectory.rho(t, s)
     if weight == "none":
         return rho.new_ones(rho.shape)

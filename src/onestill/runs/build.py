@@ -66,13 +66,8 @@ class Run:
 def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn.Module | None = None) -> Run:
     """Check every setting against the machine, the teacher and the output folder; write nothing.
 
-    Args:
-        config: The run.
-        teacher: The teacher, where it is an object; loaded as the configuration says if None.
-        network: A module to train as the student, for teachers that are plain callables.
-
-    Raises:
-        SettingError: If anything does not fit.
+    The teacher is loaded as the configuration says where it is no object; `network` is a module to train as the
+    student, for teachers that are plain callables.
     """
     check_tracker(config.report_to)
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
@@ -107,18 +102,12 @@ def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn
 def open_teacher(
     config: DistillConfig, teacher: Teacher | None = None, *, needs_first_stage: bool = True
 ) -> tuple[DistillConfig, Teacher, FirstStage | None, PromptFile | None]:
-    """Return the teacher of a run, guided and thresholded, with all that is known once it is there.
+    """Return the teacher of a run, loaded if it is no object, guided and thresholded, with what is known then.
 
-    Args:
-        config: The run.
-        teacher: The teacher, where it is an object; loaded as the configuration says if None.
-        needs_first_stage: Whether a teacher that enlarges pictures must be given the student that draws them.
+    Without `needs_first_stage` a teacher that enlarges pictures may lack the student that draws them.
 
     Returns:
         (the settings with what the teacher decides, the teacher, the first stage or None, the prompts' file or None).
-
-    Raises:
-        SettingError: If anything does not fit.
     """
     resolve_device(config.device)
     config = with_embedded_prompts(config)
@@ -153,59 +142,38 @@ def open_teacher(
 def configure(
     teacher: str | Path | Teacher, given: Mapping[str, Any], config_file: str | Path | None = None
 ) -> DistillConfig:
-    """Return the configuration of a run of a teacher, which is named or given.
-
-    Args:
-        teacher: A pipeline folder, a hub id, an embedded teacher's name, or a teacher object.
-        given: Settings, which win over the file's.
-        config_file: YAML file of settings, or the name of a shipped recipe.
-
-    Raises:
-        SettingError: If a setting is unusable, or does not fit a teacher object.
-    """
-    if isinstance(teacher, Teacher):
-        return make_config({**given, **_facts_of(teacher, given)}, config_file)
-    return make_config({**given, "teacher": _absolute(str(teacher))}, config_file)
+    """Return the configuration of a run of a teacher, which is named or an object; `given` wins over the file."""
+    said = _facts_of(teacher, given) if isinstance(teacher, Teacher) else {"teacher": _absolute(str(teacher))}
+    return make_config({**given, **said}, config_file)
 
 
 def _facts_of(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the run's configuration must say of a teacher object, so that it can be opened again.
-
-    Raises:
-        SettingError: If the settings name another null class than the object has, or other arguments of its call.
-    """
-    spec, arguments = teacher.spec, teacher.arguments
-    if given.get("null_class") not in (None, spec.null_class):
-        why = f"was given with a teacher object whose null class is {spec.null_class}"
-        todo = "name it where the object is made: load_teacher or module_teacher"
-        raise SettingError("null_class", given["null_class"], why, todo)
-    for name in CALL_ARGUMENTS:
-        if given.get(name) not in (None, arguments.get(name)):
-            todo = "name it where the object is made: load_teacher(..., arguments={...})"
-            raise SettingError(name, given[name], "was given with a teacher object", todo)
+    """Return what the run's configuration must say of a teacher object, so that it can be opened again."""
+    spec, arguments, own = teacher.spec, teacher.arguments, refuse_other_facts(teacher, given)
     if others := sorted(set(arguments) - set(CALL_ARGUMENTS)):
-        raise ValueError(
-            f"the teacher object was loaded with the argument {others[0]} = {arguments[others[0]]}, which a run cannot "
-            f"record, so that it could not be opened again; it records {', '.join(CALL_ARGUMENTS)}"
-        )
+        argument = f"the argument {others[0]} = {arguments[others[0]]}, which a run cannot record"
+        records = f"so that it could not be opened again; it records {', '.join(CALL_ARGUMENTS)}"
+        raise ValueError(f"the teacher object was loaded with {argument}, {records}")
     t_max = spec.t_max if given.get("t_max") is None else given["t_max"]
-    facts = {"teacher": spec.source or PYTHON_OBJECT, "null_class": spec.null_class, "t_max": t_max}
-    return {**facts, **{name: arguments.get(name) for name in CALL_ARGUMENTS}}
+    return {"teacher": spec.source or PYTHON_OBJECT, "t_max": t_max, **own}
+
+
+def refuse_other_facts(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a teacher object's null class and arguments of its call; SettingError if others are given beside it."""
+    own = {"null_class": teacher.spec.null_class, **{name: teacher.arguments.get(name) for name in CALL_ARGUMENTS}}
+    for name, value in own.items():
+        if given.get(name) not in (None, value):
+            why = f"was given with a teacher object made with {value}"
+            todo = "name it where the object is made: load_teacher or module_teacher"
+            raise SettingError(name, given[name], why, todo)
+    return own
 
 
 def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> Teacher:
     """Return the teacher that a configuration names, loaded as it says; SettingError if it cannot be."""
-    return load_teacher(
-        config.teacher,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        local_files_only=config.local_files_only or local_files_only,
-        null_class=config.null_class,
-        t_max=config.t_max,
-        arguments=config.call_arguments,
-        device=device,
-    )
+    own = {name: getattr(config, name) for name in ("revision", "variant", "cache_dir", "null_class", "t_max")}
+    offline = config.local_files_only or local_files_only
+    return load_teacher(config.teacher, local_files_only=offline, arguments=config.call_arguments, device=device, **own)
 
 
 def guided_as(teacher: Teacher, config: DistillConfig, guidance_scale: float | None = None) -> Teacher:
@@ -224,9 +192,8 @@ def chosen_threshold(config: DistillConfig) -> Threshold | None:
 
 def make_student(teacher: Teacher, config: DistillConfig, network: nn.Module | None = None) -> Student:
     """Return the untrained student that the configuration says."""
-    lora = None
-    if config.lora_rank is not None:
-        lora = Lora(config.lora_rank, config.lora_alpha, config.lora_target_modules)
+    rank = config.lora_rank
+    lora = None if rank is None else Lora(rank, config.lora_alpha, config.lora_target_modules)
     return Student(teacher, guidance_range=config.guidance_range, network=network, lora=lora)
 
 
@@ -257,11 +224,8 @@ def check_tracker(name: str | None) -> None:
 
 def _from_anywhere(config: DistillConfig) -> DistillConfig:
     """Return the configuration with absolute paths, so that its run opens from anywhere; names and hub ids stay."""
-    found: dict[str, Any] = {
-        name: path.expanduser().absolute()
-        for name in ("prompt_file", "prompt_cache_dir", "cache_dir")
-        if (path := getattr(config, name)) is not None
-    }
+    paths = {name: getattr(config, name) for name in ("prompt_file", "prompt_cache_dir", "cache_dir")}
+    found: dict[str, Any] = {name: path.expanduser().absolute() for name, path in paths.items() if path is not None}
     return config.model_copy(update={**found, "teacher": _absolute(config.teacher)})
 
 
@@ -272,11 +236,10 @@ def _absolute(teacher: str) -> str:
 
 
 def _with_usual_guidance(config: DistillConfig, teacher: Teacher) -> DistillConfig:
-    """Return the configuration with the scale that the teacher's network is told, where it is told one and none is named."""
+    """Return the configuration with the scale that the teacher's network is told, if it is and none is named."""
     is_named = config.guidance_range is not None or "guidance_scale" in config.model_fields_set
-    if teacher.guidance_input is None or is_named:
-        return config
-    return config.model_copy(update={"guidance_scale": teacher.usual_guidance})
+    is_told = teacher.guidance_input is not None and not is_named
+    return config.model_copy(update={"guidance_scale": teacher.usual_guidance}) if is_told else config
 
 
 def _check_times(config: DistillConfig, teacher: Teacher) -> None:
@@ -318,10 +281,7 @@ def _check_longer(pool: PromptPool, config: DistillConfig, begun_with: int) -> N
     """Raise SettingError if a run that was begun with so many steps draws from other prompts now that it has more."""
     drew = min(len(pool.prompts), config.num_prompts or num_draws(config, begun_with))
     if drew != len(pool.drawn):
-        raise SettingError(
-            "max_train_steps",
-            config.max_train_steps,
-            f"the run was begun with {begun_with}, and draws from {drew:,} of the {len(pool.prompts):,} prompts; a longer "
-            f"one draws from {len(pool.drawn):,}, so it is another run",
-            f"name a new {named('output_dir')}; with {named('num_prompts')} from the start a run can be made longer",
-        )
+        draws = f"draws from {drew:,} of the {len(pool.prompts):,} prompts; a longer one draws from {len(pool.drawn):,}"
+        why = f"the run was begun with {begun_with}, and {draws}, so it is another run"
+        todo = f"name a new {named('output_dir')}; with {named('num_prompts')} from the start a run can be made longer"
+        raise SettingError("max_train_steps", config.max_train_steps, why, todo)

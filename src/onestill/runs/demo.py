@@ -26,21 +26,12 @@ PROJECT_NAME = "onestill-demo"
 
 @dataclass(frozen=True)
 class Demo:
-    """What is done to one embedded teacher.
-
-    Attributes:
-        distillation: Settings of `distill`.
-        evaluation: Settings of `evaluate`; the teacher's rows are those of the picture too.
-        shown: Settings of `sample` that say what the picture shows.
-        columns: Words above the picture's columns.
-        size: Side of one image in the picture, in pixels.
-    """
+    """What is done to one embedded teacher: settings of `distill`, `evaluate` and `sample`."""
 
     distillation: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
-    shown: Mapping[str, Any]
-    columns: tuple[str, ...] = ()
-    size: int = 72
+    evaluation: Mapping[str, Any]  # its steps are the teacher's rows of the picture too
+    shown: Mapping[str, Any]  # what the picture shows
+    columns: tuple[str, ...] = ()  # words above the picture's columns
 
 
 # All of combinations that were held out from the teacher and from the student.
@@ -54,6 +45,7 @@ PROMPTS = (
     "an italic red sans W on a white background",
     "a bold black mono 8 on a green background",
 )
+COMMON = {"learning_rate": 1e-3, "lr_scheduler": "cosine", "checkpointing_steps": 400, "validation_steps": 400}
 DEMOS = {
     "glyphs": Demo(
         distillation={
@@ -65,26 +57,15 @@ DEMOS = {
             "anchor_fraction": 0.875,
             "num_anchors": 1_000,
             "num_anchor_steps": 5,
-            "learning_rate": 1e-3,
-            "lr_scheduler": "cosine",
-            "checkpointing_steps": 400,
-            "validation_steps": 400,
             "num_validation_images": 8,
+            **COMMON,
         },
         evaluation={"num_samples": 480, "batch_size": 16, "steps": (50, 8, 4, 1)},
         shown={"prompts": PROMPTS, "num_images": len(PROMPTS), "seed": 0},
         columns=PROMPTS,
     ),
     "digits": Demo(
-        distillation={
-            "max_train_steps": 1600,
-            "anchor_fraction": 0.75,
-            "num_anchors": 6_400,
-            "learning_rate": 1e-3,
-            "lr_scheduler": "cosine",
-            "checkpointing_steps": 400,
-            "validation_steps": 400,
-        },
+        distillation={"max_train_steps": 1600, "anchor_fraction": 0.75, "num_anchors": 6_400, **COMMON},
         evaluation={"num_samples": 1800, "batch_size": 64, "steps": (50, 10, 4, 1)},
         # A multiple of ten, so that the columns are the classes in order.
         shown={"num_images": 10, "seed": 70},
@@ -104,18 +85,8 @@ def run_demo(
 ) -> tuple[Report, Path]:
     """Distil, evaluate and draw; return the report and the picture.
 
-    Args:
-        output_dir: Folder of the run; with `overwrite`, an earlier demo there is removed first.
-        teacher: Name of an embedded teacher.
-        seed: Seed of the training.
-        device: Where to run.
-        max_train_steps: Steps, if not the demo's own.
-        overwrite: Replace an earlier demo.
-        say: Called with a line before each part.
-
-    Raises:
-        ValueError: If there is no such demo, or `output_dir` holds something else, or an earlier demo and not
-            `overwrite`.
+    An earlier demo in `output_dir` is removed first with `overwrite`, and refused without, as is anything else there;
+    `max_train_steps` takes the place of the demo's own; `say` is called with a line before each part.
     """
     if teacher not in DEMOS:
         raise SettingError("teacher", teacher, "there is no demo of it", f"choose one of {', '.join(DEMOS)}")
@@ -144,17 +115,14 @@ def run_demo(
 def draw(run: Path, teacher: str, device: str = "cpu") -> Path:
     """Write the picture: the teacher at several steps above the student at one, same noise in each column."""
     demo = DEMOS[teacher]
-    scale = demo.distillation.get("guidance_scale")
+    given = {"guidance_scale": demo.distillation.get("guidance_scale"), "device": device, **demo.shown}
     rows = {
-        f"teacher, {n} step{'s' if n > 1 else ''}": sample(
-            teacher=teacher, num_inference_steps=n, guidance_scale=scale, device=device, **demo.shown
-        )
+        f"teacher, {n} step{'s' if n > 1 else ''}": sample(teacher=teacher, num_inference_steps=n, **given)
         for n in demo.evaluation["steps"]
     }
     rows["student, 1 step"] = sample(run, device=device, **demo.shown)
-    what = "same prompt" if demo.columns else "same class order"
-    title = f"{teacher}: same noise in each column, {what}"
-    return pictures.save_rows(rows, run / "demo.png", title=title, size=demo.size, columns=demo.columns)
+    title = f"{teacher}: same noise in each column, {'same prompt' if demo.columns else 'same class order'}"
+    return pictures.save_rows(rows, run / "demo.png", title=title, size=72, columns=demo.columns)
 
 
 def _make_room(output_dir: Path, overwrite: bool) -> None:

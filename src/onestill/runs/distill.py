@@ -81,9 +81,6 @@ def distill(
         on_step: Called after each optimiser step.
         **settings: Fields of `onestill.DistillConfig`; an unknown name is refused.
 
-    Returns:
-        What the run left behind.
-
     Raises:
         ValueError: If any input is unusable; nothing has been written then.
         NonFiniteLossError: If the loss stays non-finite; names the last good checkpoint.
@@ -98,16 +95,16 @@ def distill(
 
 def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None) -> RunResult:
     """Train a run to its end, or until SIGINT or SIGTERM, and export it."""
-    config = run.config
+    config, steps, pipeline = run.config, run.config.max_train_steps, run.config.output_dir / PIPELINE_FOLDER
     trainer = make_trainer(run, show_progress=show_progress)
     checkpoint = _begin(run, trainer)
     first, started = trainer.progress.step, time.monotonic()
-    if first == config.max_train_steps and (config.output_dir / PIPELINE_FOLDER).is_dir():
-        return RunResult(config.output_dir, first, config.output_dir / PIPELINE_FOLDER, checkpoint)
+    if first == steps and pipeline.is_dir():
+        return RunResult(config.output_dir, first, pipeline, checkpoint)
     with _stopping(trainer) as signals:
         _make_pools(trainer, show_progress)
         going_on = show_progress and not trainer.stop_requested
-        with _bar(trainer, going_on, "distilling", config.max_train_steps, first) as bar:
+        with _bar(trainer, going_on, desc="distilling", total=steps, initial=first, unit="step") as bar:
             for log in trainer.steps():
                 checkpoint = log.checkpoint or checkpoint
                 bar.update()
@@ -115,13 +112,13 @@ def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLo
                     bar.set_postfix(loss=f"{log.loss:.4g}", refresh=False)
                 if on_step is not None:
                     on_step(log)
-        if trainer.stop_requested and trainer.progress.step < config.max_train_steps:
+        if trainer.stop_requested and trainer.progress.step < steps:
             checkpoint = trainer.save()
     seconds = time.monotonic() - started
     if config.report_to:
         trainer.accelerator.end_training()
     step = trainer.progress.step
-    if step < config.max_train_steps:
+    if step < steps:
         # The signal may have reached another process of this run only.
         stopped_by = signals[0] if signals else int(signal.SIGTERM)
         return RunResult(config.output_dir, step, None, checkpoint, stopped_by=stopped_by, num_trained=step - first)
@@ -165,23 +162,19 @@ def _make_pools(trainer: Trainer, show_progress: bool) -> None:
     """Make what the objectives need before the first step, a bar for each."""
     for objective, items in groupby(trainer.prepare(), key=itemgetter(0)):
         total = objective.cost(trainer.config, trainer.config.train_batch_size).pool
-        with _bar(trainer, show_progress, f"making {objective.name}", total, unit=objective.unit) as bar:
+        with _bar(trainer, show_progress, desc=f"making {objective.name}", total=total, unit=objective.unit) as bar:
             for _, num in items:
                 bar.update(num)
 
 
 def make_trainer(run: Run, *, show_progress: bool = False) -> Trainer:
-    """Return the trainer of a run; its prompts are encoded then, and their encoders are gone.
-
-    Raises:
-        PromptCacheError: If the encoded prompts cannot be written.
-    """
-    trainer = Trainer(run.config, run.teacher, run.student, run.conditions, run.fingerprints)
+    """Return the trainer of a run; its prompts are encoded then, and their encoders are gone."""
+    trainer = Trainer(run.config, run.student, run.conditions, run.fingerprints)
     run.teacher.to(trainer.device)
     if run.first_stage is not None:
         run.first_stage.teacher.to(trainer.device)
+    accelerator = trainer.accelerator
     if run.prompts is not None:
-        accelerator = trainer.accelerator
         # One process of each machine encodes; the others then find everything in the cache.
         with accelerator.local_main_process_first():
             run.prompts.encode(show_progress=show_progress and accelerator.is_local_main_process)
@@ -194,14 +187,9 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
     # Takes accelerate's mixed precision off the student: what is exported is compared in full precision.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.accelerator.is_main_process:
-        with trainer.averaged():
-            error = export_student(
-                run.student,
-                folder,
-                t=config.t_min,
-                facts=card_facts(run, num_steps, seconds),
-                overwrite=True,
-            )
+        with trainer.trained[0].averaged():
+            facts = card_facts(run, num_steps, seconds)
+            error = export_student(run.student, folder, t=config.t_min, facts=facts, overwrite=True)
     trainer.accelerator.wait_for_everyone()
     return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error, num_trained=num_steps)
 
@@ -211,13 +199,12 @@ def card_facts(run: Run, num_steps: int, seconds: float) -> card.Facts:
     config = run.config
     images = config.train_batch_size * config.gradient_accumulation_steps
     device, threads = next(run.student.parameters()).device, torch.get_num_threads()
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
-    )
-    training = f"{config.max_train_steps:,} steps of {images:,} images, {num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}, seed {config.seed}"
-    settings = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets, learning rate {config.learning_rate:g}"
+    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    now = f"{num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}"
+    training = f"{config.max_train_steps:,} steps of {images:,} images, {now}, seed {config.seed}"
+    targets = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets"
+    settings = f"{targets}, learning rate {config.learning_rate:g}"
     return replace(distilled_facts(config, run.teacher), training=training, settings=settings)
 
 
@@ -234,10 +221,8 @@ def distilled_facts(config: DistillConfig, teacher: Teacher, guidance_scale: flo
     else:
         away = "" if config.negative_prompt is None else f", away from the negative prompt {config.negative_prompt!r}"
         words = f"w = {w:g} in u + w (c - u){away}{trained}" if w != 1 or away or trained else "none"
-    said = card.Distilled(
-        w, config.negative_prompt, class_labels=config.class_labels, threshold=chosen_threshold(config)
-    )
-    embedded = EMBEDDED.get(config.teacher)
+    threshold, embedded = chosen_threshold(config), EMBEDDED.get(config.teacher)
+    said = card.Distilled(w, config.negative_prompt, class_labels=config.class_labels, threshold=threshold)
     if embedded is None or embedded.prompts is None or config.prompt_file != embedded.prompts:
         return card.Facts(words, said)  # prompts of the user's own are not shown to others
     return card.Facts(words, said, PromptFile(embedded.prompts)[0])
@@ -263,17 +248,8 @@ def _stopping(trainer: Trainer) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _bar(trainer: Trainer, show: bool, name: str, total: int, initial: int = 0, unit: str = "step") -> Iterator[Any]:
-    hidden = not show or not trainer.accelerator.is_main_process
-    with tqdm(
-        total=total,
-        initial=initial,
-        disable=hidden,
-        desc=name,
-        unit=unit,
-        dynamic_ncols=True,
-        # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    ) as bar:
-        yield bar
+def _bar(trainer: Trainer, show: bool, **settings: Any) -> Any:
+    """Return a bar as tqdm makes it of the settings, on the main process alone."""
+    # One line in ten seconds where the bar cannot redraw itself, such as in a log file.
+    every, hidden = 0.5 if sys.stderr.isatty() else 10, not show or not trainer.accelerator.is_main_process
+    return tqdm(disable=hidden, dynamic_ncols=True, mininterval=every, **settings)

@@ -70,36 +70,38 @@ def evaluate(
     _check_output(config)
     pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
     offline = config.local_files_only
-    if features is None or isinstance(features, (str, Path)):
+    extractor = features
+    if extractor is None or isinstance(extractor, (str, Path)):
         extractor = choose_features(config.features, pair.teacher, local_files_only=offline, device=pair.device)
-    else:
-        extractor = features
-    check_features(extractor, pair.one_step)
+    check_features(extractor, pair.student.sampler)
     source = _reference_source(config, pair, extractor)
     subjects, notes = _subjects(config, pair, source)
-    for warning in pair.one_step.warnings(subjects.prompts[: config.num_samples]):
+    for warning in pair.student.sampler.warnings(subjects.prompts[: config.num_samples]):
         say(warning)
     clip = None if config.clip is None else _open_clip(config.clip, pair, offline=offline)
     resolved = {"guidance_scale": _guidance_of(config, pair.student, pair.teacher), "device": str(pair.device)}
     config = config.model_copy(update=resolved)
-    reference = _reference(source, config, pair, extractor, subjects, show_progress, say)
+    if source == "teacher":
+        say(f"reference: {config.num_samples:,} samples of the teacher at {config.num_reference_steps} steps")
+    reference = _reference(source, config, pair, extractor, subjects, shows=show_progress)
+    name = pair.teacher.spec.source
     comparison = Comparison(
-        reference, extractor, subjects, config, pair.name, clip, notes, show_progress=show_progress, say=say
+        reference, extractor, subjects, config, name, clip, notes, show_progress=show_progress, say=say
     )
     rows = [Entry(f"DDIM-{n}", pair.many_steps(n)) for n in config.steps]
-    report, shown = comparison.run([*rows, Entry("student", pair.one_step, is_student=True)])
+    report, shown = comparison.run([*rows, Entry("student", pair.student.sampler, is_student=True)])
     if config.output is not None:
-        _write(report, shown, config.output, subjects.prompts, pair.student.pipeline, overwrite=config.overwrite)
+        _write(report, shown, config.output, subjects.prompts, overwrite=config.overwrite)
+        if pair.student.pipeline is not None:
+            model_card.write_table(pair.student.pipeline, report.to_markdown())
     return report
 
 
 def _configured(values: Mapping[str, Any], config_file: str | Path | None) -> EvaluateConfig:
     """Return the settings; paths are given as text, as names are, and objects come beside them."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    for name in ("student", "teacher", "features"):
-        if not isinstance(given[name], str):
-            del given[name]
-    return make(EvaluateConfig, given, config_file)
+    objects = {name for name in ("student", "teacher", "features") if not isinstance(given[name], str)}
+    return make(EvaluateConfig, {name: v for name, v in given.items() if name not in objects}, config_file)
 
 
 def _check_output(config: EvaluateConfig) -> None:
@@ -116,45 +118,21 @@ def _check_output(config: EvaluateConfig) -> None:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A student and its teacher, opened.
-
-    Attributes:
-        student: The student, and what is known of where it comes from.
-        teacher: The teacher, guided and thresholded as its rows are.
-        device: Where both are.
-    """
+    """A student and its teacher, opened, the teacher guided and thresholded as its rows are."""
 
     student: LoadedStudent
     teacher: Teacher
     device: torch.device
 
-    @property
-    def name(self) -> str:
-        """The teacher's name or path."""
-        return self.teacher.spec.source
-
-    @property
-    def one_step(self) -> Sampler:
-        """The student's one step."""
-        return self.student.sampler
-
     def many_steps(self, num: int) -> Sampler:
         """Return the teacher's DDIM sampler."""
-        return TeacherSampler(self.teacher, num_steps=num, device=self.device, first_stage=self.one_step.first_stage)
+        first_stage = self.student.sampler.first_stage
+        return TeacherSampler(self.teacher, num_steps=num, device=self.device, first_stage=first_stage)
 
 
 def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
-    """Return the student and the teacher to evaluate.
-
-    Args:
-        config: Which; w of both is as asked for.
-        teacher: The teacher, where it is an object.
-
-    Raises:
-        ValueError: If one does not load, they cannot be compared, or the guidance is not known.
-    """
-    device = resolve_device(config.device)
-    offline, base = config.local_files_only, config.base_student
+    """Return the student and the teacher, which may be an object, with w of both as the settings say."""
+    device, offline, base = resolve_device(config.device), config.local_files_only, config.base_student
     found = load_student(config.student, device=device, local_files_only=offline, base_student=base)
     student = _at_scale(found, config)
     teacher = _load_teacher(config, student, device) if teacher is None else teacher
@@ -182,15 +160,9 @@ def _load_teacher(config: EvaluateConfig, student: LoadedStudent, device: torch.
             why = "is an exported folder that does not know its teacher"
             raise SettingError("student", config.student, why, f"name it with {named('teacher')}")
         return run_teacher(student.run, device, local_files_only=config.local_files_only)
-    load = functools.partial(
-        load_teacher,
-        config.teacher,
-        local_files_only=config.local_files_only,
-        device=str(device),
-        arguments=student.sampler.arguments,
-        t_max=None if run is None else run.t_max,
-        variant=None if run is None else run.variant,
-    )
+    given: dict[str, Any] = {} if run is None else {"t_max": run.t_max, "variant": run.variant}
+    given |= {"arguments": student.sampler.arguments, "local_files_only": config.local_files_only}
+    load = functools.partial(load_teacher, config.teacher, device=str(device), **given)
     known = _recorded(student).null_class
     try:
         return load(null_class=known if config.null_class is None else config.null_class)
@@ -253,23 +225,17 @@ def _reference_source(config: EvaluateConfig, pair: _Pair, extractor: FeatureExt
     """Return what the rows are compared with: "teacher", an embedded teacher's name, or a folder."""
     if config.reference != "auto":
         return config.reference
-    return pair.name if pair.name in EMBEDDED and not sees_latents(extractor) else "teacher"
+    name = pair.teacher.spec.source
+    return name if name in EMBEDDED and not sees_latents(extractor) else "teacher"
 
 
 def _reference(
-    source: str,
-    config: EvaluateConfig,
-    pair: _Pair,
-    extractor: FeatureExtractor,
-    subjects: Subjects,
-    show_progress: bool,
-    say: Callable[[str], None],
+    source: str, config: EvaluateConfig, pair: _Pair, extractor: FeatureExtractor, subjects: Subjects, *, shows: bool
 ) -> Reference:
-    """Return the images, or the latents, to compare with."""
+    """Return the images, or the latents, to compare with; `shows` a bar while the teacher makes them."""
     if source == "teacher":
         sampler = pair.many_steps(config.num_reference_steps)
-        say(f"reference: {config.num_samples:,} samples of the teacher at {sampler.num_steps} steps")
-        return teacher_reference(sampler, extractor, subjects, config, show_progress=show_progress)
+        return teacher_reference(sampler, extractor, subjects, config, show_progress=shows)
     embedded = source in EMBEDDED
     found = embedded_reference(source) if embedded else folder_reference(Path(source), _decoded_shape(pair))
     if sees_latents(extractor):
@@ -279,13 +245,9 @@ def _reference(
 
 
 def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subjects, tuple[str, ...]]:
-    """Return what the images of every row show, and lines about it for the protocol.
-
-    Raises:
-        ValueError: If the student cannot draw it.
-    """
-    student = pair.one_step
-    held_out = _held_out_prompts(source, pair.name, pair.student.config)
+    """Return what the images of every row show, and lines about it for the protocol."""
+    student = pair.student.sampler
+    held_out = _held_out_prompts(source, pair.teacher.spec.source, pair.student.config)
     prompts, origin = _prompts_of(pair.student, config, held_out)
     student.conditions(1, config.class_labels, prompts)
     notes = [f"prompts: {origin}"] if origin else []
@@ -303,9 +265,7 @@ def _held_out_prompts(reference: str, teacher: str, run: DistillConfig | None) -
     if reference in EMBEDDED:
         return EMBEDDED[reference].heldout
     own = EMBEDDED.get(teacher)
-    if own is None or (run is not None and run.prompt_file != own.prompts):
-        return None
-    return own.heldout
+    return own.heldout if own is not None and (run is None or run.prompt_file == own.prompts) else None
 
 
 def _prompts_of(student: LoadedStudent, config: EvaluateConfig, held_out: Path | None) -> tuple[Sequence[str], str]:
@@ -323,11 +283,7 @@ def _prompts_of(student: LoadedStudent, config: EvaluateConfig, held_out: Path |
 
 
 def _open_clip(clip: str, pair: _Pair, *, offline: bool) -> ClipScore:
-    """Return what measures how well images fit their prompts.
-
-    Raises:
-        SettingError: If there are no prompts or no pictures, or this is no CLIP model.
-    """
+    """Return what measures how well images fit their prompts."""
     if not pair.teacher.spec.text:
         raise SettingError("clip", clip, "compares pictures with their prompts, and this teacher takes no text")
     check_pictures(_decoded_shape(pair))
@@ -342,22 +298,13 @@ def _decoded_shape(pair: _Pair) -> torch.Size:
 
 
 def _write(
-    report: Report,
-    shown: Mapping[str, Tensor],
-    output: Path,
-    prompts: Sequence[str],
-    exported: Path | None,
-    *,
-    overwrite: bool,
+    report: Report, shown: Mapping[str, Tensor], output: Path, prompts: Sequence[str], *, overwrite: bool
 ) -> None:
-    """Write the report, a picture of the first images of each row, and the table into the card of the student."""
+    """Write the report, and a picture of the first images of each row."""
     report.save(output, overwrite=overwrite)
     if pictures.can_be_shown(next(iter(shown.values())).shape[1:]):
-        first = {name: images[:16] for name, images in shown.items()}
-        title = "same noise in every column"
+        first, title = {name: images[:16] for name, images in shown.items()}, "same noise in every column"
         pictures.save_rows(first, output / PICTURE_NAME, title=title, columns=prompts[:16])
-    if exported is not None:
-        model_card.write_table(exported, report.to_markdown())
 
 
 def default_report_folder(student: str | Path) -> Path:
@@ -367,6 +314,5 @@ def default_report_folder(student: str | Path) -> Path:
         path = path.resolve()  # "." says neither its name nor what it lies in
     if path.name == PIPELINE_FOLDER and is_run(path.parent):
         path = path.parent
-    if is_run(path) or is_run(path.parent):
-        return path / "evaluation"
-    return path.with_name(f"{path.name}-evaluation")
+    inside = is_run(path) or is_run(path.parent)
+    return path / "evaluation" if inside else path.with_name(f"{path.name}-evaluation")

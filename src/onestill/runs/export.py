@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
@@ -20,7 +18,6 @@ from onestill.runs.distill import distilled_facts
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import restore_student, run_teacher
 from onestill.sampling.samplers.network import check_trained
-from onestill.students.student import Student
 
 
 def export(student: str | Path, output: str | Path, **settings: Any) -> float:
@@ -47,29 +44,21 @@ def write_student(config: ExportConfig) -> float:
     if run is None:
         raise SettingError("student", path, "is no run and no checkpoint-N folder of one")
     if output.exists() and not config.overwrite:
-        raise SettingError(
-            "output", output, "exists", f"name another folder, or give {named('overwrite')} to replace it"
-        )
+        todo = f"name another folder, or give {named('overwrite')} to replace it"
+        raise SettingError("output", output, "exists", todo)
     if output.exists() and not is_exported(output):
         why = f"is no exported student, so {named('overwrite')} does not replace it"
         raise SettingError("output", output, why)
     check_writable(output.absolute().parent, "output")
-    student = _restored(run, path, device)
+    teacher = run_teacher(run, device)
+    if run.config.base_student is not None:
+        # The teacher checks itself with its pictures where they are still there; what is written does not need them.
+        with contextlib.suppress(ValueError):
+            teacher, _ = with_first_stage(teacher, run.config.base_student, run.config.noise_level, device=device)
+    student = restore_student(run, teacher, path).to(device)
     t, scale = config.target_time, config.guidance_scale
     check_trained(student, t or 0.0, scale, run.distilled, run.config.t_min)
-    facts = replace(
-        distilled_facts(run.config, student.teacher, scale),
-        training=f"{run.config.max_train_steps:,} steps planned, exported from {path.name}, seed {run.config.seed}",
-    )
+    training = f"{run.config.max_train_steps:,} steps planned, exported from {path.name}, seed {run.config.seed}"
+    facts = replace(distilled_facts(run.config, student.teacher, scale), training=training)
     t = run.config.t_min if t is None else max(t, run.config.t_min)
     return export_student(student, output, t=t, guidance_scale=scale, facts=facts, overwrite=config.overwrite)
-
-
-def _restored(run: RunFolder, path: Path, device: torch.device) -> Student:
-    """Return the student, whose teacher checks itself with pictures of the first stage where that is still there."""
-    config, teacher = run.config, run_teacher(run, device)
-    if config.base_student is not None:
-        # What is written does not depend on them.
-        with contextlib.suppress(ValueError):
-            teacher, _ = with_first_stage(teacher, config.base_student, config.noise_level, device=device)
-    return restore_student(run, teacher, path).to(device)

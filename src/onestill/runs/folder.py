@@ -27,11 +27,7 @@ def is_run(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run on disk.
-
-    Attributes:
-        path: Its folder.
-    """
+    """A run on disk, in the folder `path`."""
 
     path: Path
 
@@ -65,16 +61,12 @@ class RunFolder:
 
     @functools.cached_property
     def facts(self) -> Mapping[str, Any]:
-        """What it was distilled from: "fingerprint" of the teacher, "teacher", and "base_student", a fingerprint, if any."""
+        """What it was distilled from: "teacher", its "fingerprint", and "base_student", a fingerprint, if any."""
         path = self.path / TEACHER_FILE
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def checkpoint(self, folder: Path | None = None) -> Checkpoint:
-        """Return one of its checkpoint-N folders; the newest that is whole if None, warning of those passed over.
-
-        Raises:
-            ValueError: If it is corrupt, or there is none.
-        """
+        """Return one of its checkpoint-N folders; the newest that is whole if None, warning of those passed over."""
         if folder is not None:
             return read_checkpoint(folder)
         _, found, messages = read_latest(self.path)

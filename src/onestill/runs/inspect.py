@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from onestill.training.config import DistillConfig
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `onestill inspect` says; `as_dict` are plain values."""
+    """What `onestill inspect` says."""
 
     teacher: str
     folder: str
@@ -60,10 +60,6 @@ class Inspection:
     estimate_device: str
     enlarges: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
 
 def inspect_teacher(
     teacher: str | Path | Teacher, *, config_file: str | Path | None = None, **settings: Any
@@ -83,69 +79,44 @@ def inspect_teacher(
 
 
 def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspection:
-    """Return what is known of the teacher of a run, and what the run would cost; writes nothing.
-
-    Args:
-        config: The run.
-        teacher: The teacher, where it is an object; loaded as the configuration says if None.
-
-    Raises:
-        SettingError: If the teacher or a setting is unusable.
-    """
+    """Return what is known of the teacher of a run, given where it is an object, and what the run would cost."""
     config, teacher, first_stage, prompt_file = open_teacher(config, teacher, needs_first_stage=False)
     check_labels(config.class_labels, teacher.spec)
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
-    cost = estimate(teacher, student, config, device, first_stage)
+    cost = estimate(student, config, device, first_stage)
+    alpha, sigma = spec.process.level(spec.t_max)
+    limits = teacher.prompt_limits if spec.text else ()
+    way = "classifier-free" if teacher.can_guide else "none"
+    way = "embedded" if teacher.guidance_input is not None else way  # an input of its network
     reached = isinstance(student.injection, TimeEmbeddingInjection)
+    of_spec = ("family", "prediction_type", "conditioning", "num_classes", "null_class", "sample_shape", "t_max")
+    of_config = ("guidance_scale", "train_batch_size", "max_train_steps")
     return Inspection(
+        **{name: getattr(spec, name) for name in (*of_spec, "t_max_reason")},
+        **{name: getattr(config, name) for name in of_config},
         teacher=spec.source,
         folder="" if teacher.folder is None else str(teacher.folder),
-        family=spec.family,
         process=spec.process.name,
-        prediction_type=spec.prediction_type,
-        conditioning=spec.conditioning,
-        num_classes=spec.num_classes,
-        null_class=spec.null_class,
-        sample_shape=spec.sample_shape,
         arguments=dict(teacher.arguments),
-        num_parameters=num_parameters(teacher.network) if isinstance(teacher.network, torch.nn.Module) else 0,
-        t_max=spec.t_max,
-        t_max_reason=spec.t_max_reason,
-        alpha_at_t_max=spec.process.level(spec.t_max)[0],
-        sigma_at_t_max=spec.process.level(spec.t_max)[1],
+        num_parameters=_num_weights(teacher),
+        alpha_at_t_max=alpha,
+        sigma_at_t_max=sigma,
         thresholding=spec.threshold.mode,
-        guidance=_guidance(teacher),
-        guidance_scale=config.guidance_scale,
+        guidance=way,
         negative_prompts=spec.text and teacher.can_guide,
-        prompt_limits=_prompt_limits(teacher),
+        prompt_limits={name: limit.room for limit in limits for name in limit.encoders},
         num_prompts=_num_prompts(teacher, config, prompt_file),
         prompt_bytes=_prompt_bytes(teacher, first_stage),
         target_time_enters="at the network's time embedding" if reached else "as a bias of every layer (fallback)",
-        train_batch_size=config.train_batch_size,
         estimated_memory_gb=cost.memory / 1e9,
         estimated_seconds_per_step=cost.step_seconds,
-        max_train_steps=config.max_train_steps,
         estimated_seconds_per_anchor=cost.item_seconds,
         num_anchors=cost.pool,
         estimate_device=str(device),
         enlarges=_enlarges(teacher, first_stage),
     )
-
-
-def _guidance(teacher: Teacher) -> str:
-    """Return how a teacher is guided: "classifier-free", "embedded" (an input of its network) or "none"."""
-    if teacher.guidance_input is not None:
-        return "embedded"
-    return "classifier-free" if teacher.can_guide else "none"
-
-
-def _prompt_limits(teacher: Teacher) -> dict[str, int]:
-    """Return the tokens of a prompt that each text encoder takes, where that is known."""
-    if not teacher.spec.text:
-        return {}
-    return {name: limit.room for limit in teacher.prompt_limits for name in limit.encoders}
 
 
 def _num_prompts(teacher: Teacher, config: DistillConfig, prompts: PromptFile | None) -> int:
@@ -179,14 +150,7 @@ def _enlarges(teacher: Teacher, first_stage: FirstStage | None) -> str:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run takes.
-
-    Attributes:
-        memory: Bytes.
-        step_seconds: Of one optimiser step.
-        pool: Items that the objectives make before the first step.
-        item_seconds: Of one of them, or of one that another run would make.
-    """
+    """What a run takes: bytes, seconds of a step, items that pools hold, seconds of one (or of one they might hold)."""
 
     memory: float
     step_seconds: float
@@ -195,11 +159,7 @@ class RunCost:
 
 
 def estimate(
-    teacher: Teacher,
-    student: Student,
-    config: DistillConfig,
-    device: torch.device,
-    first_stage: FirstStage | None = None,
+    student: Student, config: DistillConfig, device: torch.device, first_stage: FirstStage | None = None
 ) -> RunCost:
     """Return what a run takes.
 
@@ -207,22 +167,14 @@ def estimate(
     moments and their averages; and the activations kept for the backward pass. Time: a forward with backward for every
     row, and what each objective says that its rows and its pool cost besides. Both are measured on a few images and
     scaled to the batch. A first stage adds its weights and its one step.
-
-    Args:
-        teacher: The teacher, guided.
-        student: The student.
-        config: The run.
-        device: Where both are.
-        first_stage: The student that draws what is enlarged.
     """
     num = min(8, config.train_batch_size)
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    passes = _Passes(teacher, student, config, device, num)
+    passes = _Passes(student, config, device, num)
     kept = passes.activations()
-    learning, of_student, of_teacher = (
-        _seconds(call, device) for call in (passes.learn, passes.student_target, passes.teacher_call)
-    )
+    calls = (passes.learn, passes.student_target, passes.teacher_call)
+    learning, of_student, of_teacher = (_seconds(call, device) for call in calls)
     student.zero_grad()
     of_stage = 0.0
     if first_stage is not None:
@@ -237,9 +189,10 @@ def estimate(
         pool += cost.pool if share else 0
         possible += cost.pool
         in_pool += cost.pool * (cost.teacher_per_item * of_teacher + of_stage) / num
+    teachers = [student.teacher, *([first_stage.teacher] if first_stage else [])]
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = copies * trained + _num_weights(teacher) + (_num_weights(first_stage.teacher) if first_stage else 0)
+    weights = copies * trained + sum(_num_weights(teacher) for teacher in teachers)
     step = seconds * scale * config.gradient_accumulation_steps
     return RunCost(4 * weights + kept * scale, step, pool, in_pool / max(possible, 1))
 
@@ -247,34 +200,30 @@ def estimate(
 class _Passes:
     """The passes that a step is made of, each on a few images."""
 
-    def __init__(
-        self, teacher: Teacher, student: Student, config: DistillConfig, device: torch.device, num: int
-    ) -> None:
-        self.teacher, self.student = teacher, student
-        self.cond = to_device({**teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
-        self.x = teacher.spec.trajectory.start(torch.zeros(num, *teacher.spec.sample_shape, device=device))
-        self.t = teacher.spec.t_max / 2
+    def __init__(self, student: Student, config: DistillConfig, device: torch.device, num: int) -> None:
+        self.student, self.teacher, spec = student, student.teacher, student.spec
+        self.cond = to_device({**self.teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
+        self.x = spec.trajectory.start(torch.zeros(num, *spec.sample_shape, device=device))
+        self.t = spec.t_max / 2
         self.precision, self.device = config.mixed_precision, device
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which a run of this precision calls its networks."""
         dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "no")
 
     def learn(self) -> None:
-        """A forward and a backward of the student."""
         with self.autocast():
             loss = self.student(self.x, None, self.t, self.cond).square().mean()
         loss.backward()
 
+    @torch.no_grad()
     def student_target(self) -> None:
-        """A forward of the student without gradient."""
-        with torch.no_grad(), self.autocast():
+        with self.autocast():
             self.student(self.x, None, self.t, self.cond)
 
+    @torch.no_grad()
     def teacher_call(self) -> None:
-        """One call of the guided teacher."""
-        with torch.no_grad(), self.autocast():
+        with self.autocast():
             self.teacher.denoised(self.x, self.t, self.cond)
 
     def activations(self) -> int:

@@ -15,7 +15,7 @@ from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import make
 from onestill.data.cascade import FirstStage, open_first_stage, with_first_stage
-from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student
+from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student, refuse_other_facts
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, RunFolder
 from onestill.sampling.config import SamplerSettings
 from onestill.sampling.samplers.base import Sampler
@@ -38,7 +38,7 @@ class LoadedStudent:
     Attributes:
         sampler: Its one step.
         pipeline: The exported pipeline that draws it; None where the run's own weights do.
-        run: The run that it comes from; None if that is not known.
+        run: The run that it comes from, if that is known.
     """
 
     sampler: Sampler
@@ -83,57 +83,32 @@ def generator(
 
 
 def open_sampler(config: SamplerSettings, teacher: Teacher | None = None) -> Sampler:
-    """Return the sampler that settings describe.
-
-    Args:
-        config: The settings.
-        teacher: The teacher that they name, where it is an object.
-
-    Raises:
-        ValueError: If it does not exist or cannot do this.
-    """
-    resolve_device(config.device)
+    """Return the sampler that settings describe; `teacher` is the one that they name, where it is an object."""
     device = resolve_device(config.device)
     if config.student is None:
         return _teacher_sampler(config, teacher, device)
-    return load_student(
-        config.student,
-        device=device,
-        target_time=config.target_time,
-        guidance_scale=config.guidance_scale,
-        local_files_only=config.local_files_only,
-        base_student=config.base_student,
-    ).sampler
+    names = ("target_time", "guidance_scale", "local_files_only", "base_student")
+    return load_student(config.student, device=device, **{name: getattr(config, name) for name in names}).sampler
 
 
 def _teacher_sampler(config: SamplerSettings, teacher: Teacher | None, device: torch.device) -> TeacherSampler:
     """Return a teacher's multi-step sampler, thresholded as its own scheduler does."""
     assert config.teacher is not None
     if teacher is not None:
-        for name in ("null_class", *config.call_arguments):
-            if (value := getattr(config, name)) not in (None, teacher.spec.null_class):
-                why, todo = "was given with a teacher object", "name it where the object is made: load_teacher"
-                raise SettingError(name, value, why, todo)
+        refuse_other_facts(teacher, dict(config))
     else:
+        offline, label, given = config.local_files_only, config.null_class, config.call_arguments
         teacher = load_teacher(
-            config.teacher,
-            local_files_only=config.local_files_only,
-            null_class=config.null_class,
-            device=str(device),
-            arguments=config.call_arguments,
+            config.teacher, local_files_only=offline, null_class=label, device=str(device), arguments=given
         )
     refuse_student(teacher)
     teacher, first_stage = with_first_stage(teacher, config.base_student, config.noise_level, device=device)
     scale = teacher.usual_guidance if config.guidance_scale is None else config.guidance_scale
     is_guided = teacher.unguided is not teacher and config.guidance_scale is None
     teacher = teacher.with_negative_prompt(config.negative_prompt, acts=is_guided or scale != 1)
-    return TeacherSampler(
-        teacher if is_guided else guided(teacher, scale),
-        num_steps=config.num_inference_steps or 50,
-        solver=config.solver or "ddim",
-        device=device,
-        first_stage=first_stage,
-    )
+    teacher = teacher if is_guided else guided(teacher, scale)
+    steps, solver = config.num_inference_steps or 50, config.solver or "ddim"
+    return TeacherSampler(teacher, num_steps=steps, solver=solver, device=device, first_stage=first_stage)
 
 
 def load_student(
@@ -148,18 +123,7 @@ def load_student(
     """Return the one-step student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
     A run's exported pipeline is used where it can be; another target time, or the guidance scale of a student that
-    takes one, needs the run's checkpoint and teacher.
-
-    Args:
-        path: The folder.
-        device: Where it goes.
-        target_time: The student's target time.
-        guidance_scale: w, for a student that takes it.
-        local_files_only: Never use the network.
-        base_student: For a student that enlarges pictures: who draws them; that of its run if None.
-
-    Raises:
-        ValueError: If there is no student, or the exported folder cannot do this.
+    takes one, needs the run's checkpoint and teacher. `base_student`, or that of the run, draws what is enlarged.
     """
     path, device = Path(path), torch.device(device)
     check_folder(path)
@@ -204,13 +168,9 @@ def _exported(
         first_stage = _first_stage_of_pipeline(path, run, base_student).to(device)
     elif base_student is not None:
         raise SettingError("base_student", base_student, f"{path} enlarges no picture", "leave it out")
+    said, level = (None, None) if run is None else (run.distilled, run.config.noise_level)
     sampler = open_pipeline(
-        pipeline,
-        device,
-        distilled=None if run is None else run.distilled,
-        noise_level=None if run is None else run.config.noise_level,
-        first_stage=first_stage,
-        trained=trained,
+        pipeline, device, distilled=said, noise_level=level, first_stage=first_stage, trained=trained
     )
     return LoadedStudent(sampler, pipeline, run)
 
@@ -219,14 +179,13 @@ def _trained(
     run: RunFolder,
     path: Path,
     device: torch.device,
-    local_files_only: bool,
+    offline: bool,
     base_student: str | Path | None,
     target_time: float = 0.0,
     guidance_scale: float | None = None,
 ) -> StudentSampler:
     """Return the student of a run, or of one of its checkpoints, with its own weights."""
-    teacher = run_teacher(run, device, local_files_only=local_files_only)
-    recorded = run.config.base_student
+    teacher, recorded = run_teacher(run, device, local_files_only=offline), run.config.base_student
     found = base_student if recorded is None else _lies_at(run, recorded, base_student)
     teacher, first_stage = with_first_stage(teacher, found, run.config.noise_level, device=device)
     if first_stage is not None:
@@ -244,11 +203,7 @@ def _trained(
 
 
 def run_teacher(run: RunFolder, device: torch.device, *, local_files_only: bool = False) -> Teacher:
-    """Return the teacher of a run.
-
-    Raises:
-        ValueError: If it was a Python object, is gone, or is not the one that was distilled any more.
-    """
+    """Return the teacher of a run; ValueError if it was a Python object, is gone, or has changed since."""
     config = run.config
     if config.teacher == PYTHON_OBJECT:
         raise ValueError(
@@ -256,9 +211,8 @@ def run_teacher(run: RunFolder, device: torch.device, *, local_files_only: bool 
         )
     teacher = configured_teacher(config, device=str(device), local_files_only=local_files_only)
     if run.facts.get("fingerprint", teacher.fingerprint()) != teacher.fingerprint():
-        raise ValueError(
-            f"{run.path}: the teacher {config.teacher} is not the one it was distilled from: it has changed since"
-        )
+        why = "is not the one it was distilled from: it has changed since"
+        raise ValueError(f"{run.path}: the teacher {config.teacher} {why}")
     teacher = teacher.with_negative_prompt(config.negative_prompt)
     return teacher if config.noise_level is None else teacher.with_image_condition(config.noise_level)
 
@@ -266,10 +220,7 @@ def run_teacher(run: RunFolder, device: torch.device, *, local_files_only: bool 
 def restore_student(run: RunFolder, teacher: Teacher, path: Path | None = None) -> Student:
     """Return the student of a run, with averaged weights where they were averaged.
 
-    Args:
-        run: The run.
-        teacher: Its teacher.
-        path: One of its checkpoint-N folders; the newest that is whole if it is the run's own folder, or None.
+    Of the checkpoint-N folder that `path` is; of the newest that is whole if it is the run's own folder, or None.
     """
     checkpoint = run.checkpoint(None if path in (None, run.path) else path)
     student = make_student(teacher, run.config)
@@ -278,11 +229,7 @@ def restore_student(run: RunFolder, teacher: Teacher, path: Path | None = None) 
 
 
 def _first_stage_of_pipeline(path: Path, run: RunFolder | None, given: str | Path | None) -> FirstStage:
-    """Return the student that draws the pictures that an exported pipeline enlarges.
-
-    Raises:
-        ValueError: If it is not known, or has changed since.
-    """
+    """Return the student that draws the pictures that an exported pipeline enlarges."""
     found = given
     if run is not None and (recorded := run.config.base_student) is not None:
         found = _lies_at(run, recorded, given)
@@ -298,10 +245,8 @@ def _first_stage_of_pipeline(path: Path, run: RunFolder | None, given: str | Pat
 def _lies_at(run: RunFolder, recorded: Path, given: str | Path | None) -> str | Path:
     """Return where the first stage of a run lies: `given`, or what the run recorded if that is still there."""
     if given is None and not recorded.is_dir():
-        raise ValueError(
-            f"{run.path} enlarges the pictures of the student in {recorded}, which is not there any more: say where it is "
-            f"with {named('base_student')}"
-        )
+        gone = f"which is not there any more: say where it is with {named('base_student')}"
+        raise ValueError(f"{run.path} enlarges the pictures of the student in {recorded}, {gone}")
     return recorded if given is None else given
 
 
@@ -310,8 +255,9 @@ def _compare(first_stage: FirstStage, run: RunFolder, given: str | Path | None) 
     if run.facts.get("base_student") in (None, first_stage.fingerprint):
         return
     if given is None:
-        raise ValueError(
-            f"{run.path}: the student in {first_stage.folder} is not the one whose pictures it was trained on: it has "
-            f"changed since. Give that one, or this one all the same, with {named('base_student')}"
+        why = (
+            f"the student in {first_stage.folder} is not the one whose pictures it was trained on: it has changed since"
         )
+        todo = f"Give that one, or this one all the same, with {named('base_student')}"
+        raise ValueError(f"{run.path}: {why}. {todo}")
     warnings.warn(f"{run.path} was trained on the pictures of another student than that in {given}", stacklevel=4)

@@ -15,14 +15,13 @@ from onestill.training.trainer import Fingerprints
 
 
 def made_longer(config: DistillConfig, old: Mapping[str, Any]) -> DistillConfig:
-    """Return the configuration of a run that goes on, with the warm-up it began with where the default would be another.
+    """Return the configuration of a run that goes on, with the warm-up it began with where the default is another.
 
     A run of less than 1,000 steps has a shorter one, which does not grow with it.
     """
     short, begun = config.lr_warmup_steps, old.get("lr_warmup_steps")
-    usual = {
-        usual_warmup(steps) for steps in (old.get("max_train_steps"), config.max_train_steps) if isinstance(steps, int)
-    }
+    lengths = (old.get("max_train_steps"), config.max_train_steps)
+    usual = {usual_warmup(steps) for steps in lengths if isinstance(steps, int)}
     if not _can_be_longer(config) or short == begun or not {short, begun} <= usual:
         return config
     return config.model_copy(update={"lr_warmup_steps": begun})
@@ -52,9 +51,6 @@ def find_resume(
     """Return (the checkpoint to go on from or None, messages).
 
     "latest" in a folder without any checkpoint starts from the beginning, so that one command can be re-queued.
-
-    Raises:
-        SettingError: If no checkpoint is usable, or its teacher or settings are not this run's.
     """
     source = config.resume_from_checkpoint
     if source is None:
@@ -66,9 +62,7 @@ def find_resume(
     step = checkpoint.values["progress"]["step"]
     newer = [path.name for path in list_checkpoints(config.output_dir) if step_of(path) > step]
     if newer and source != "latest":
-        why = (
-            f"{config.output_dir} holds newer checkpoints ({', '.join(newer)}) that going on from here would overwrite"
-        )
+        why = f"{config.output_dir} holds newer checkpoints ({', '.join(newer)}) that going on here would overwrite"
         raise SettingError("resume_from_checkpoint", source, why, "move them away first, or use 'latest'")
     return (folder, checkpoint), (*warnings, f"resuming from {folder}")
 
@@ -77,10 +71,8 @@ def _read(config: DistillConfig, source: str) -> tuple[Path, Checkpoint, list[st
     """Return (folder, content, warnings) of the checkpoint that is named."""
     if source == "latest":
         return read_latest(config.output_dir)
-    folder = Path(source)
-    if not folder.is_dir() and (config.output_dir / folder).is_dir():
-        folder = config.output_dir / folder
-    if not folder.is_dir():
+    folder = next((path for path in (Path(source), config.output_dir / source) if path.is_dir()), None)
+    if folder is None:
         raise SettingError("resume_from_checkpoint", source, "no such folder", "give 'latest' or a checkpoint-N folder")
     return folder, read_checkpoint(folder), []
 
@@ -89,18 +81,15 @@ def _check_same_run(config: DistillConfig, fingerprints: Fingerprints, folder: P
     """Raise SettingError if a checkpoint is of another run than the configuration's."""
 
     def other(why: str, todo: str = "") -> SettingError:
-        return SettingError(
-            "resume_from_checkpoint", config.resume_from_checkpoint, f"{folder} was trained {why}", todo
-        )
+        given = config.resume_from_checkpoint
+        return SettingError("resume_from_checkpoint", given, f"{folder} was trained {why}", todo)
 
     values = checkpoint.values
     old, begun = values["config"], Fingerprints(**values["fingerprints"])
     if changes := changed_settings(old, made_longer(config, old)):
-        raise other(
-            f"with other settings: {'; '.join(changes)}",
-            f"give those, or a new {named('output_dir')}; only a run with a constant {named('lr_scheduler')} and no "
-            "progressive times can be made longer",
-        )
+        longer = f"only a run with a constant {named('lr_scheduler')} and no progressive times can be made longer"
+        todo = f"give those, or a new {named('output_dir')}; {longer}"
+        raise other(f"with other settings: {'; '.join(changes)}", todo)
     if begun.teacher != fingerprints.teacher:
         raise other(f"on a teacher with other weights ({old['teacher']}) than {named('teacher')} {config.teacher}")
     (old_prompts, old_stage), (prompts, stage) = map(split_fingerprint, (begun.prompts, fingerprints.prompts))

@@ -61,14 +61,8 @@ def draw(
 ) -> Samples | Sheet:
     """Return the images that a configuration describes; nothing is loaded before all of it has been checked.
 
-    Args:
-        config: The configuration.
-        teacher: The teacher that it names, where it is an object.
-        show_progress: Show a bar on a terminal.
-        say: Called with a line for each limit of the text encoders that prompts exceed.
-
-    Raises:
-        ValueError: If the sampler does not exist or cannot draw this.
+    `teacher` is the one that it names, where that is an object; `say` is called with a line for each limit of the text
+    encoders that prompts exceed.
     """
     if config.output is not None:
         check_output(config.output, overwrite=config.overwrite, moves=config.exploring is not None)
@@ -86,7 +80,7 @@ def draw(
 
 
 def _open(config: SampleConfig, teacher: Teacher | None) -> Sampler:
-    """Return the sampler at the value of a list that most samplers refuse: the scale furthest from none, the earliest time."""
+    """Return the sampler at the value of a list that most refuse: the scale furthest from none, the earliest time."""
     listed, one = None, {}
     if config.guidance_scales:
         listed, one = "guidance_scales", {"guidance_scale": max(config.guidance_scales, key=lambda w: abs(w - 1))}

@@ -12,11 +12,8 @@ from onestill.core.errors import SettingError, named
 from onestill.core.settings import Settings, setting
 from onestill.teachers.settings import CallSettings
 
-GENERATOR, IMAGES, EXPLORING = (
-    "What generates",
-    "Images",
-    "Exploring (one of them; the same noise or condition all over)",
-)
+GENERATOR, IMAGES = "What generates", "Images"
+EXPLORING = "Exploring (one of them; the same noise or condition all over)"
 WAYS = ("interpolate", "fixed_noise", "guidance_scales", "target_times")
 """Settings that say how a sampler is explored."""
 
@@ -150,9 +147,8 @@ def check_interpolation(num_images: int, drawn: DrawSettings, to_seed: int | Non
             todo = f"give two {named('prompts')} (got {len(prompts)}), or {one}{named('to_seed')}"
             raise SettingError("interpolate", num_images, "needs two ends", todo)
     elif len(prompts) > 1:
-        raise SettingError(
-            "to_seed", to_seed, "keeps the prompt", f"give one of {named('prompts')}, not {len(prompts)}"
-        )
+        todo = f"give one of {named('prompts')}, not {len(prompts)}"
+        raise SettingError("to_seed", to_seed, "keeps the prompt", todo)
     elif to_seed == drawn.seed:
         raise SettingError("to_seed", to_seed, f"is {named('seed')}: there is nothing between a noise and itself")
     elif not 0 <= to_seed < 2**63 - 1:

@@ -30,24 +30,14 @@ NUM_SAMPLES, MOST_IMAGES = 16, 8
 
 @dataclass(frozen=True)
 class Samples:
-    """Plain samples.
-
-    Attributes:
-        images: [N, C, H, W] in [-1, 1].
-        words: What each shows; empty where nothing conditions it.
-        seed: Seed of the first; image i has seed + i.
-    """
+    """Plain samples, [N, C, H, W] in [-1, 1], and what each shows, if anything; image i has seed + i."""
 
     images: Tensor
     words: tuple[str, ...]
     seed: int
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write them and return the path: a .png (a grid), a .safetensors, or a folder (one PNG for each seed).
-
-        Raises:
-            ValueError: If `path` is anything else, or something is there, or the samples are no pictures.
-        """
+        """Write them and return the path: a .png (a grid), a .safetensors, or a folder (one PNG for each seed)."""
         path = Path(path)
         pictures.check_output(path, overwrite=overwrite)
         return pictures.save_samples(self.images, path, self.seed, self.words)
@@ -74,16 +64,13 @@ class Sheet:
     @property
     def num_frames(self) -> int:
         """The frames of a .gif, there and back."""
-        there = self.images.shape[0 if self.down else 1]
-        return max(2 * there - 2, 1)
+        return max(2 * self.images.shape[0 if self.down else 1] - 2, 1)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the images and return the path.
 
-        Args:
-            path: A .png (captioned rows), a .gif (there and back, in a loop), a .safetensors ("images", row by row:
-                [R N, C, H, W]), or a folder (numbered PNGs, row by row).
-            overwrite: Replace what is there.
+        It is a .png (captioned rows), a .gif (there and back, in a loop), a .safetensors ("images", row by row:
+        [R N, C, H, W]), or a folder (numbered PNGs, row by row).
 
         Raises:
             ValueError: If `path` is anything else, or something is there, or the samples are no pictures.
@@ -94,24 +81,15 @@ class Sheet:
             rows = dict(zip(self.rows, self.images, strict=True))
             return pictures.save_rows(rows, path, title=self.title, columns=self.columns)
         if path.suffix == ".gif":
-            return self._save_gif(path)
+            frames = self.images if self.down else self.images.transpose(0, 1)
+            steps, others = (self.rows, self.columns) if self.down else (self.columns, self.rows)
+            words = [[": ".join(filter(None, (step, one))) for one in others] for step in steps]
+            return pictures.save_gif(frames, path, columns=words if all(steps) else ())
         return pictures.save_samples(self.images.flatten(0, 1), path, 0)
-
-    def _save_gif(self, path: Path) -> Path:
-        frames = self.images if self.down else self.images.transpose(0, 1)
-        steps, others = (self.rows, self.columns) if self.down else (self.columns, self.rows)
-        words = [[": ".join(filter(None, (step, one))) for one in others] for step in steps]
-        return pictures.save_gif(frames, path, columns=words if all(steps) else ())
 
 
 def samples(sampler: Sampler, *, show_progress: bool = False, **settings: Any) -> Samples:
-    """Return plain samples.
-
-    Args:
-        sampler: What generates.
-        show_progress: Show a bar on a terminal.
-        **settings: Fields of `DrawSettings`; 16 images, and all labels in turn, if not given.
-    """
+    """Return plain samples, by fields of `DrawSettings`; 16 images, and all labels in turn, if not given."""
     drawn = make(DrawSettings, settings)
     num = drawn.num_images or NUM_SAMPLES
     rows = sampler.conditions(num, drawn.class_labels, drawn.prompts, seed=drawn.seed)
@@ -170,12 +148,7 @@ def _between(name: str, a: Tensor, b: Tensor, u: Tensor) -> Tensor:
 
 
 def interpolate(
-    sampler: Sampler,
-    num_images: int,
-    *,
-    to_seed: int | None = None,
-    show_progress: bool = False,
-    **settings: Any,
+    sampler: Sampler, num_images: int, *, to_seed: int | None = None, show_progress: bool = False, **settings: Any
 ) -> Sheet:
     """Return images on the way from one noise to another, or from one prompt to another; one row.
 
@@ -194,8 +167,7 @@ def interpolate(
     drawn = make(DrawSettings, settings)
     check_interpolation(num_images, drawn, to_seed, drawn.prompts)
     if sampler.first_stage is not None:
-        first = sampler.first_stage.name
-        why = f"{sampler.name} enlarges the pictures of {first}, which decides what is seen"
+        why = f"{sampler.name} enlarges the pictures of {sampler.first_stage.name}, which decides what is seen"
         raise SettingError("interpolate", num_images, why, f"interpolate with that one as {named('student')}")
     u = torch.linspace(0, 1, num_images, dtype=torch.float64)
     ends = [drawn.seed, drawn.seed if to_seed is None else to_seed]
@@ -241,11 +213,7 @@ def fixed_noise(sampler: Sampler, *, show_progress: bool = False, **settings: An
 
 
 def guidance_sweep(
-    sampler: Sampler,
-    guidance_scales: Sequence[float],
-    *,
-    show_progress: bool = False,
-    **settings: Any,
+    sampler: Sampler, guidance_scales: Sequence[float], *, show_progress: bool = False, **settings: Any
 ) -> Sheet:
     """Return images at several guidance scales: one row for each, the same noise and condition in every column.
 
@@ -264,11 +232,7 @@ def guidance_sweep(
 
 
 def student_trajectory(
-    sampler: Sampler,
-    target_times: Sequence[float],
-    *,
-    show_progress: bool = False,
-    **settings: Any,
+    sampler: Sampler, target_times: Sequence[float], *, show_progress: bool = False, **settings: Any
 ) -> Sheet:
     """Return what a student predicts at several target times: one column for each, one noise in every row.
 
@@ -293,12 +257,7 @@ def student_trajectory(
 
 
 def _at_each(
-    sampler: Sampler,
-    setting: str,
-    values: Sequence[float],
-    num_images: int,
-    drawn: DrawSettings,
-    show_progress: bool,
+    sampler: Sampler, setting: str, values: Sequence[float], num_images: int, drawn: DrawSettings, show_progress: bool
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Return (images [S, N, C, H, W] at the S values of a setting that takes a list, what each of the N shows)."""
     check_values(setting, values)

@@ -16,8 +16,7 @@ from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 
 Rows = dict[str, Any]
-"""What images show, one row for each: labels as a tensor, or prompts as a list of strings. Where a smaller
-picture is drawn first, their seeds too."""
+"""What images show, a row each: a tensor of labels, or a list of prompts (and of seeds, if a smaller picture is first)."""
 Part = TypeVar("Part")
 Generate = Callable[[Tensor, Cond], Tensor]
 """(eps [B, *sample_shape], cond) -> images [B, *sample_shape] in [-1, 1]."""
@@ -37,14 +36,7 @@ def student_generator(student: Student, *, t: float = 0.0, device: torch.device 
 def teacher_generator(
     teacher: Teacher, *, num_steps: int, solver: str = "ddim", device: torch.device | str = "cpu"
 ) -> Generate:
-    """Return multi-step generation by the teacher on a uniform grid of times, as DDIM's "trailing" spacing.
-
-    Args:
-        teacher: The teacher, guided and thresholded as wanted.
-        num_steps: Steps; each costs `CALLS_PER_STEP[solver] * teacher.evaluations` network evaluations.
-        solver: One of `onestill.diffusion.trajectory.STEPS`.
-        device: Where the teacher is.
-    """
+    """Return generation by the teacher in steps of `STEPS[solver]` on a uniform grid, as DDIM's "trailing" spacing."""
     times = uniform_times(teacher.spec.t_max, num_steps)
 
     @torch.no_grad()
@@ -64,23 +56,21 @@ def generate_images(
     batch_size: int = 64,
     show_progress: bool = False,
 ) -> Tensor:
-    """Return the images of `seeds`, one row each, on the CPU; row i of `cond` belongs to seeds[i].
+    """Return the images of `seeds`, [N, ...] on the CPU; row i of `cond` belongs to seeds[i].
 
     Args:
         generate: The generator.
         seeds: One for each image, or the noise itself, [N, *shape].
         shape: Shape of the noise of one image.
-        cond: Conditions with as many rows as seeds.
+        cond: What they show, N rows.
         batch_size: Images in one network call; it changes no image beyond the last float digits.
-        show_progress: Show a bar on standard error, as `with_progress` does.
+        show_progress: Show a bar on a terminal.
     """
-    batches = [
-        generate(
-            _noise_of(seeds[i : i + batch_size], shape),
-            {name: value[i : i + batch_size] for name, value in cond.items()},
-        ).cpu()
-        for i in with_progress(range(0, len(seeds), batch_size), show_progress)
-    ]
+    batches = []
+    for first in with_progress(range(0, len(seeds), batch_size), show_progress):
+        part = slice(first, first + batch_size)
+        eps = seeds[part] if isinstance(seeds, Tensor) else noise(seeds[part], shape)
+        batches.append(generate(eps, {name: value[part] for name, value in cond.items()}).cpu())
     return torch.cat(batches) if batches else torch.empty(0, *shape)
 
 
@@ -88,7 +78,3 @@ def with_progress(parts: Sequence[Part], show: bool, unit: str = "batch") -> Ite
     """Return the parts of some work; going through several shows a bar on a terminal, which is gone at the end."""
     hidden = not show or len(parts) < 2 or not sys.stderr.isatty()
     return tqdm(parts, disable=hidden, leave=False, desc="generating", unit=unit, dynamic_ncols=True, mininterval=0.5)
-
-
-def _noise_of(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
-    return seeds if isinstance(seeds, Tensor) else noise(seeds, shape)

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from onestill.core.errors import SettingError, named
+from onestill.core.files import save_tensors
 
 _INK, _PAPER, _GAP, _GUTTER = (40, 40, 40), (255, 255, 255), 4, 8
 # Words above a column: the least width, the most lines, the height of one.
@@ -21,11 +22,7 @@ WORDS_WIDTH, _WORDS_LINES, _LINE_HEIGHT = 112, 3, 14
 
 
 def to_pil(images: Tensor, width: int | None = None) -> list[Image.Image]:
-    """Return images [N, C, H, W] in [-1, 1] as pictures; enlarged smoothly to `width` pixels if that is given.
-
-    Raises:
-        ValueError: If the samples have no shape of a picture (1 or 3 channels).
-    """
+    """Return images [N, 1 or 3, H, W] in [-1, 1] as pictures; enlarged smoothly to `width` pixels if that is given."""
     if not is_picture(images.shape[1:]):
         raise ValueError(_no_pictures(images))
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -36,12 +33,12 @@ def to_pil(images: Tensor, width: int | None = None) -> list[Image.Image]:
     return [p.resize((width, height), Image.Resampling.BICUBIC) for p in pictures]
 
 
-def is_picture(shape: torch.Size | tuple[int, ...]) -> bool:
+def is_picture(shape: Sequence[int]) -> bool:
     """Return whether a sample of this shape can be drawn as an image."""
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
-def can_be_shown(shape: torch.Size | tuple[int, ...]) -> bool:
+def can_be_shown(shape: Sequence[int]) -> bool:
     """Return whether `save_rows` shows samples of this shape: images, or points."""
     return is_picture(shape) or len(shape) == 1
 
@@ -53,7 +50,7 @@ def _no_pictures(samples: Tensor) -> str:
 def save_rows(
     rows: Mapping[str, Tensor], path: Path, *, title: str = "", size: int = 56, columns: Sequence[str] = ()
 ) -> Path:
-    """Write one PNG with a captioned row of samples per entry; the columns share their noise.
+    """Write one PNG with a captioned row of samples per entry, and return `path`; the columns share their noise.
 
     Args:
         rows: Caption to samples [N, C, H, W] in [-1, 1]; points [N, D] become scatter plots.
@@ -62,9 +59,6 @@ def save_rows(
         size: Least width of one image in the picture, in pixels.
         columns: Words above the columns, such as prompts; gone round if there are fewer than columns.
 
-    Returns:
-        `path`.
-
     Raises:
         ValueError: If the samples are neither images (1 or 3 channels) nor points.
     """
@@ -72,9 +66,10 @@ def save_rows(
     if not can_be_shown(first.shape[1:]):
         raise ValueError(_no_pictures(first))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not is_picture(first.shape[1:]):
-        return _save_scatter(rows, path, title)
-    _sheet(rows, title, size, columns).save(path)
+    if is_picture(first.shape[1:]):
+        _sheet(rows, title, size, columns).save(path)
+    else:
+        _save_scatter(rows, path, title)
     return path
 
 
@@ -100,16 +95,13 @@ def _sheet(rows: Mapping[str, Tensor], title: str, size: int, columns: Sequence[
 def _paint(
     rows: Sequence[tuple[Sequence[Image.Image], Sequence[str]]], gap: int, start: tuple[int, int], end: tuple[int, int]
 ) -> tuple[Image.Image, list[int]]:
-    """Return a sheet of pictures of one size, and where each row of them begins.
+    """Return a sheet of rows of pictures of one size under their words, and where each row begins.
 
-    Args:
-        rows: The pictures of each row, and the words above them; no space is left above a row without words.
-        gap: Pixels between the pictures.
-        start: Pixels left of the first picture, and above the first row.
-        end: Pixels right of the last picture of the longest row, and below the last row.
+    There are `gap` pixels between the pictures, `start` left of and above them, `end` right of and below them.
     """
     width, height = rows[0][0][0].size
-    above = [_words_height(words) for _, words in rows]
+    lines = [max((text.count("\n") + 1 for text in words), default=0) for _, words in rows]
+    above = [num * _LINE_HEIGHT + (3 if num else 0) for num in lines]
     places = [start[1] + sum(above[: i + 1]) + i * (height + gap) for i in range(len(rows))]
     num = max(len(pictures) for pictures, _ in rows)
     size = (start[0] + num * (width + gap) - gap + end[0], places[-1] + height + end[1])
@@ -122,10 +114,6 @@ def _paint(
                 draw.text((x, y - space), words[j], fill=_INK, font=_words_font(), spacing=1)
             sheet.paste(picture, (x, y))
     return sheet, places
-
-
-def _words_height(texts: Sequence[str]) -> int:
-    return max((text.count("\n") + 1 for text in texts), default=0) * _LINE_HEIGHT + (3 if texts else 0)
 
 
 def _words_font() -> Any:
@@ -195,16 +183,13 @@ def _num_columns(num: int, words: Sequence[str]) -> int:
 
 
 def save_gif(frames: Tensor, path: Path, *, columns: Sequence[Sequence[str]] = (), size: int = 128) -> Path:
-    """Write an animation that runs to its end and back, for ever.
+    """Write an animation that runs to its end and back, for ever, and return `path`.
 
     Args:
         frames: Pictures [F, K, C, H, W] in [-1, 1]: F frames of K pictures beside each other.
         path: The GIF.
         columns: For each frame, words above its pictures.
         size: Least width of one picture, in pixels.
-
-    Returns:
-        `path`.
     """
     from diffusers.utils import export_to_gif, make_image_grid
 
@@ -221,7 +206,7 @@ def save_gif(frames: Tensor, path: Path, *, columns: Sequence[Sequence[str]] = (
     return path
 
 
-def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
+def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -234,17 +219,10 @@ def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> Path:
         axes.set_title(caption, fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
-    return path
 
 
 def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
-    """Raise SettingError if samples cannot be written to `path`, or would overwrite something.
-
-    Args:
-        path: A .png, a .safetensors, or a folder.
-        overwrite: Replace what is there.
-        moves: Whether the samples have an order in time, so that `path` may be a .gif too.
-    """
+    """Raise SettingError if samples cannot be written to `path`, or would overwrite something; what `moves` may be a .gif."""
     if path.suffix not in (".png", ".safetensors", "", *([".gif"] if moves else [])):
         known = f"give a .png, {'a .gif, ' if moves else ''}a .safetensors, or a folder"
         if path.suffix == ".gif":
@@ -266,8 +244,6 @@ def save_samples(images: Tensor, path: Path, seed: int, words: Sequence[str] = (
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        from onestill.core.files import save_tensors
-
         save_tensors({"images": images.contiguous()}, path)
         return path
     if path.suffix == ".png":

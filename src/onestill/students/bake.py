@@ -19,13 +19,8 @@ def bake(student: Student, t: float = 0.0, guidance_scale: float | None = None) 
 
     For every time embedding fed by the time: weight 0, bias the embedding of start level and target time,
     so the network ignores the time it is given, eq. (13). Without a reachable time embedding the target time
-    goes into the layers' biases and the network must still be given the start level's time. The device the student
-    is on, which its training has filled, never holds the copy.
-
-    Args:
-        student: The student, which stays as it is.
-        t: Target time.
-        guidance_scale: w, for students that take it; the middle of their range if None.
+    goes into the layers' biases and the network must still be given the start level's time. A guidance scale of None
+    is the middle of the range. The student's device, which its training has filled, never holds the copy.
     """
     times = torch.tensor([t], dtype=torch.float64)
     extra = student.embedding(times, student.with_scale({}, guidance_scale, 1))[0]
@@ -34,7 +29,13 @@ def bake(student: Student, t: float = 0.0, guidance_scale: float | None = None) 
     for module in network.modules():
         module._forward_hooks.clear()
     if isinstance(student.injection, TimeEmbeddingInjection):
-        _bake_start_level(student, network)
+        teacher, own, t_max = student.teacher, student.network, student.spec.t_max
+        names = time_embeddings(network)
+        at_start = observe(teacher, own, names, lambda x_t, cond: teacher.denoised_by(own, x_t, t_max, cond))
+        for name, (_, output) in at_start.items():
+            layer = last_layer(network.get_submodule(name))
+            layer.weight.zero_()
+            layer.bias.copy_(output[0])
     student.injection.bake(network, extra)
     return network
 
@@ -52,21 +53,9 @@ def ignores_time(network: object) -> bool:
     return bool(layers) and all(not layer.weight.any() for layer in layers)
 
 
-def _bake_start_level(student: Student, network: nn.Module) -> None:
-    """Make every time embedding of `network` constant: what the student's own gives at the start level."""
-    teacher, own = student.teacher, student.network
-    at_start = lambda x_t, cond: teacher.denoised_by(own, x_t, student.spec.t_max, cond)  # noqa: E731 - passed on at once
-    for name, (_, output) in observe(teacher, own, time_embeddings(network), at_start).items():
-        layer = last_layer(network.get_submodule(name))
-        layer.weight.zero_()
-        layer.bias.copy_(output[0])
-
-
 def _copy_on_cpu(network: nn.Module) -> nn.Module:
     """Return a copy of a network, whose weights are copied to the CPU one by one."""
-    copies: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        copied = tensor.detach().to("cpu", copy=True)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        copies[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    copies: dict[int, Any] = {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in network.buffers()}
+    for weight in network.parameters():
+        copies[id(weight)] = nn.Parameter(weight.detach().to("cpu", copy=True), weight.requires_grad)
     return copy.deepcopy(network, copies)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from onestill.core.patch import replaced
 from onestill.core.tensors import Cond, to_device
 from onestill.teachers.base import Teacher
 
@@ -24,13 +26,9 @@ TIME_EMBEDDINGS = ("time_embedding", "timestep_embedder", "time_embedder", "time
 
 
 class Embedding(nn.Module):
-    """Fourier features of one number per image, then a two-layer perceptron.
+    """Fourier features of `scale` times one number per image, then a perceptron of two layers, the last zero at first.
 
-    Args:
-        num_features: Width of the output.
-        scale: Factor on the input before the features.
-        starts_at_zero: Whether the last layer is zero at first. Where more layers follow that are zero (the bias
-            fallback) it must not be: two zero layers in a row have no gradient.
+    It must not be zero where more layers follow that are (the bias fallback): two in a row have no gradient.
     """
 
     def __init__(self, num_features: int, scale: float, *, starts_at_zero: bool = True) -> None:
@@ -52,28 +50,19 @@ class Injection(nn.Module):
     """Where the new embedding enters a network. Hooks, so that the network keeps its stock class and names."""
 
     num_features: int
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._extra: Tensor | None = None
-
-    def hold(self, extra: Tensor | None) -> None:
-        """Set what the next forward pass adds, [B, num_features], or clear it."""
-        self._extra = extra
+    extra: Tensor | None = None
+    """What a forward pass adds, [B, num_features]; held for the time of that pass."""
 
     def checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a part of the network whose activations the backward pass computes again, when nothing is held any more.
+        """Call a part of the network whose activations the backward pass computes again, when `extra` is held no more.
 
         What gradient checkpointing of diffusers calls in place of its own function.
         """
-        extra = self._extra
+        extra = self.extra
 
         def again(*inputs: Any) -> Any:
-            held, self._extra = self._extra, extra
-            try:
+            with replaced(self, "extra", extra):
                 return function(*inputs)
-            finally:
-                self._extra = held
 
         return checkpoint(again, *args, use_reentrant=False)
 
@@ -94,7 +83,7 @@ class TimeEmbeddingInjection(Injection):
             network.get_submodule(name).register_forward_hook(self._add_to)
 
     def _add_to(self, _embedding: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output if self._extra is None else output + self._extra.to(output.dtype)
+        return output if self.extra is None else output + self.extra.to(output.dtype)
 
     def bake(self, network: nn.Module, extra: Tensor) -> None:
         for name in time_embeddings(network):
@@ -107,35 +96,27 @@ class BiasInjection(Injection):
 
     Each `Linear` and `ConvNd` gets its own zero-initialised linear map of the embedding, added to its output
     channels. That is what a time embedding amounts to inside most networks, and it bakes into the layers' biases.
-
-    Args:
-        network: The network.
-        num_features: Width of the shared embedding.
-
-    Raises:
-        ValueError: If the network has no such layer.
     """
 
-    def __init__(self, network: nn.Module, num_features: int = 128) -> None:
+    num_features = 128
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.num_features = num_features
         self.maps = nn.ModuleDict()
         for name, layer in _weighted_layers(network):
             channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-            self.maps[name.replace(".", "/")] = zero = nn.Linear(num_features, channels)
+            self.maps[name.replace(".", "/")] = zero = nn.Linear(self.num_features, channels)
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
             layer.register_forward_hook(functools.partial(self._add_to, zero=zero))
         if not self.maps:
-            raise ValueError(
-                "the teacher's network has no Linear or Conv layer that a target time could enter; "
-                "pass a torch.nn.Module of the student as `network=`"
-            )
+            why = "the teacher's network has no Linear or Conv layer that a target time could enter"
+            raise ValueError(f"{why}; pass a torch.nn.Module of the student as `network=`")
 
     def _add_to(self, layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, zero: nn.Linear) -> Tensor:
-        if self._extra is None:
+        if self.extra is None:
             return output
-        bias = zero(self._extra.to(zero.weight.dtype)).to(output.dtype)
+        bias = zero(self.extra.to(zero.weight.dtype)).to(output.dtype)
         if isinstance(layer, nn.Linear):
             return output + bias.reshape(len(bias), *([1] * (output.ndim - 2)), -1)
         return output + bias.reshape(*bias.shape, *([1] * (output.ndim - 2)))
@@ -176,19 +157,13 @@ def observe(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (input, output) of some modules of a network, by name, in one call `run(x_t = 0, some conditions)`."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        network.get_submodule(name).register_forward_hook(
-            lambda _m, inputs, output, name=name: seen.update({name: (inputs[0].clone(), output.clone())})
-        )
-        for name in names
-    ]
     weight = next(network.parameters())
     x_t = torch.zeros(1, *teacher.spec.sample_shape, device=weight.device, dtype=weight.dtype)
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            keep = lambda _, x, y, name=name: seen.update({name: (x[0].clone(), y.clone())})  # noqa: E731
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(keep))
         run(x_t, to_device(teacher.example_rows(1), weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
 
 

@@ -8,9 +8,9 @@ off, and no exception, no other user of the teacher and no recomputation in a ba
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,9 @@ Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 @dataclass(frozen=True)
 class Lora:
-    """What is trained beside the teacher's weights.
+    """What is trained beside the teacher's weights: updates of rank r, scaled by alpha / r; alpha is r if None.
 
-    Attributes:
-        rank: Rank r of every update.
-        alpha: Updates are scaled by alpha / r; alpha is r if None.
-        target_modules: Ends of names of the layers to adapt; the default is chosen from the network if empty.
+    `target_modules` are the ends of the names of the layers to adapt, chosen from the network if empty.
     """
 
     rank: int
@@ -49,11 +46,16 @@ def attach(network: nn.Module, lora: Lora) -> None:
         SettingError: If peft is not installed, no layer fits, no layer has so high a rank, or one cannot take it.
     """
     names = target_layers(network, lora.target_modules)
-    if lora.rank > (full := max(min(weight.flatten(1).shape) for weight in _weights(network, names))):
+    weights = (cast(Layer, network.get_submodule(name)).weight for name in names)
+    if lora.rank > (full := max(min(weight.flatten(1).shape) for weight in weights)):
         why = f"no adapted layer of {type(network).__name__} has more than rank {full}"
         todo = "give a smaller one (16 to 128 are usual), or leave it out and train all weights"
         raise SettingError("lora_rank", lora.rank, why, todo)
-    peft = _peft(lora.rank)
+    try:
+        import peft
+    except ImportError:
+        todo = "pip install 'onestill[lora]'"
+        raise SettingError("lora_rank", lora.rank, "needs peft, which is not installed", todo) from None
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
@@ -69,16 +71,9 @@ def attach(network: nn.Module, lora: Lora) -> None:
 
 
 def target_layers(network: nn.Module, wanted: tuple[str, ...] = ()) -> list[str]:
-    """Return the names of the layers to adapt.
+    """Return the names of the layers to adapt: the wanted, by names or last parts; SettingError if one is missing.
 
     The default: attention projections and feed-forwards; every layer where those are scarce, as in pixel U-Nets.
-
-    Args:
-        network: A network without adapters.
-        wanted: Names, or their last parts; each must be found.
-
-    Raises:
-        SettingError: If there is no such layer.
     """
     # A grouped convolution could be trained, but peft cannot merge it afterwards.
     layers = {n: m for n, m in network.named_modules() if isinstance(m, Layer) and getattr(m, "groups", 1) == 1}
@@ -92,29 +87,13 @@ def target_layers(network: nn.Module, wanted: tuple[str, ...] = ()) -> list[str]
     if not wanted and num < SCARCE * total:
         found = list(layers)
     if not found:
-        why = f"{type(network).__name__} has no Linear or ungrouped Conv layer that an update of low rank could stand beside"
+        why = f"{type(network).__name__} has no Linear or ungrouped Conv layer that an update could stand beside"
         raise SettingError("lora_rank", why=why, todo="distil without it")
     return found
 
 
-def _ending(layers: Mapping[str, nn.Module], ends: tuple[str, ...]) -> list[str]:
+def _ending(layers: Iterable[str], ends: tuple[str, ...]) -> list[str]:
     return [name for name in layers if any(f".{name}".endswith(f".{end}") for end in ends)]
-
-
-def _weights(network: nn.Module, names: list[str]) -> Iterator[Tensor]:
-    for name in names:
-        weight = network.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        yield weight
-
-
-def _peft(rank: int) -> Any:
-    try:
-        import peft
-    except ImportError:
-        todo = "pip install 'onestill[lora]'"
-        raise SettingError("lora_rank", rank, "needs peft, which is not installed", todo) from None
-    return peft
 
 
 def adapters(network: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -134,12 +113,7 @@ def merge(network: nn.Module) -> None:
 
 @torch.no_grad()
 def adapter_tensors(network: nn.Module, *, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Return A and B by stock layer name, alpha / r multiplied into B: the file needs no alpha beside it.
-
-    Args:
-        network: A network with adapters.
-        without: Parts of the network to leave out.
-    """
+    """Return A and B by stock layer name, alpha / r multiplied into B, `without` some parts of the network."""
     found: dict[str, Tensor] = {}
     for name, layer in adapters(network):
         if any(f"{name}.".startswith(f"{part}.") for part in without):

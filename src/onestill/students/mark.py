@@ -9,23 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from onestill.core.errors import SettingError, named
+from onestill.core.files import MARK_FILE
 from onestill.students.bake import ignores_time
 from onestill.teachers.base import Teacher
 
-MARK_FILE = "onestill.json"
 KIND = "one-step student"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What the folder of a student says of it.
+    """What the folder of a student says of it: its format, as "pixel", what is baked in, and a, b, c, tau of eq. (19).
 
-    Attributes:
-        format: Name of the format that it is written in, such as "pixel".
-        sample_shape: Shape of the noise of one image.
-        head: a, b, c and net_time of eq. (19).
-        target_time: The target time that is baked in.
-        guidance_scale: The guidance scale that is; None if the student takes none.
+    The guidance scale is None if the student takes none.
     """
 
     format: str
@@ -40,11 +35,7 @@ class Mark:
 
 
 def read_mark(folder: Path | None) -> Mark | None:
-    """Return what a folder says of the student in it; None if it says nothing, as one of anything else.
-
-    Raises:
-        ValueError: If the file is there and holds something else.
-    """
+    """Return what a folder says of the student in it; None if it says nothing, ValueError if it says something else."""
     if folder is None or not (path := folder / MARK_FILE).is_file():
         return None
     try:
@@ -57,16 +48,13 @@ def read_mark(folder: Path | None) -> Mark | None:
 
 
 def is_student(folder: Path | None, network: object = None) -> bool:
-    """Return whether a folder holds a one-step student: it says so, or, written by others, its network ignores the time."""
+    """Return whether a folder holds a one-step student: it says so, or, of others, its network ignores the time."""
     return read_mark(folder) is not None or ignores_time(network)
 
 
 def refuse_student(teacher: Teacher) -> None:
     """Raise SettingError if a teacher is an exported student, which knows one step and no other."""
     if is_student(teacher.folder, teacher.network):
-        raise SettingError(
-            "teacher",
-            teacher.spec.source,
-            "is a one-step student: its network has no use for the time that it is given",
-            f"name the teacher of many steps that it was distilled from; {named('student')} draws with what is there",
-        )
+        why = "is a one-step student: its network has no use for the time that it is given"
+        todo = f"name the teacher of many steps that it was distilled from; {named('student')} draws with what is there"
+        raise SettingError("teacher", teacher.spec.source, why, todo)

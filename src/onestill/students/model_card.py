@@ -17,13 +17,9 @@ from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
 TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
-NOISE_LEVEL = "onestill_noise_level"
-GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOLDING = (
-    "onestill_guidance_scale",
-    "onestill_negative_prompt",
-    "onestill_null_class",
-    "onestill_class_labels",
-    "onestill_thresholding",
+NOISE_LEVEL, GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOLDING = (
+    f"onestill_{name}"
+    for name in ("noise_level", "guidance_scale", "negative_prompt", "null_class", "class_labels", "thresholding")
 )
 CHECKED = """- Safety checker: the teacher's, as it was; this folder's own call blackens what it flags. The self-check below and all
   numbers of `onestill evaluate` are without it, for student and teacher alike.
@@ -79,44 +75,29 @@ class Facts:
     checked: bool = False
 
 
-def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str) -> Path:
-    """Write README.md into an exported folder and return its path.
+def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str) -> None:
+    """Write README.md into an exported folder, which `library` loads and `code` draws with.
 
-    Args:
-        folder: The folder.
-        teacher: The student's teacher.
-        facts: What is known of the run.
-        self_check: Largest difference between the folder and the student.
-        library: What loads the folder, by the hub's name.
-        code: Python that draws with it.
+    `self_check` is the largest difference between the folder and the student.
     """
     front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
-    path = folder / "README.md"
-    path.write_text(f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code)}", encoding="utf-8")
-    return path
+    card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code)}"
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_table(folder: Path, table: str) -> None:
     """Put a measured table into the card of an exported folder, in place of the one there."""
     path = folder / "README.md"
-    if not path.is_file():
-        return
-    text = path.read_text(encoding="utf-8")
-    pattern = re.compile(re.escape(TABLE_START) + ".*?" + re.escape(TABLE_END), re.DOTALL)
-    if pattern.search(text):
+    if path.is_file():
+        pattern = re.compile(re.escape(TABLE_START) + ".*?" + re.escape(TABLE_END), re.DOTALL)
+        text = path.read_text(encoding="utf-8")
         path.write_text(pattern.sub(lambda _: f"{TABLE_START}\n{table}\n{TABLE_END}", text), encoding="utf-8")
 
 
 def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
-    """Return what the card in a teacher's folder says of its license, in the front matter's own words.
+    """Return what the card in a teacher's folder says of its license, in the front matter's words; {} if not one.
 
-    Args:
-        folder: The folder.
-        source: What the teacher was asked for as. A link to a file beside the card is kept for a hub id alone, as an
-            address: that file does not come along.
-
-    Returns:
-        Nothing if the card names no license or more than one.
+    A link to a file beside the card is kept where `source` is a hub id, as an address: that file does not come along.
     """
     front = _read_front_matter(folder)
     found = {key: front[key] for key in LICENSE if isinstance(front.get(key), str)}
@@ -174,13 +155,7 @@ def _is_hub_id(source: str) -> bool:
 
 
 def stock_code(results: str, arguments: str, before: str = "") -> str:
-    """Return the plain call of a stock pipeline's folder, for its card.
-
-    Args:
-        results: Where the call's output has its results: "images", "frames" or "audios".
-        arguments: Arguments of the call.
-        before: Lines between loading and calling.
-    """
+    """Return the plain call of a stock pipeline's folder, for its card; `before` are lines before the call."""
     return (
         "from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
@@ -218,8 +193,7 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
 def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str) -> str:
     shape, name = " x ".join(map(str, spec.sample_shape)), Path(spec.source).name or "a network"
     given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
-    size = f"- Size: {facts.size}.\n" if facts.size else ""
-    lora = f"- LoRA: {facts.lora}.\n" if facts.lora else ""
+    more = "".join(f"- {name}: {said}.\n" for name, said in (("Size", facts.size), ("LoRA", facts.lora)) if said)
     return f"""# One-step student of {name}
 
 Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}) by BOOT
@@ -232,7 +206,7 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 - Guidance distilled in: {facts.guidance}. Do not guide again.
 - Training: {facts.training or "not recorded"}.
 - Settings: {facts.settings or "see config.yaml of the run"}.
-{size}{lora}{CHECKED if facts.checked else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
+{more}{CHECKED if facts.checked else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).
 
 ## Measured
 

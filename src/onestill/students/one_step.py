@@ -20,24 +20,14 @@ Call = Callable[[Callable[..., Any], Tensor, Tensor, Cond], Tensor]
 class OneStep(nn.Module):
     """y = a eps + b F(c eps, tau; cond), eq. (19); a plain module, which `torch.export` traces.
 
-    Args:
-        network: F, with the target time baked in.
-        call: How it is called.
-        a: Share of the noise.
-        b: Factor on the network's output.
-        c: Factor on its input.
-        net_time: tau, its time at the start level.
+    F is the network with the target time baked in, called by `call`; tau, `net_time`, is its time at the start level.
     """
 
     def __init__(self, network: nn.Module, call: Call, *, a: float, b: float, c: float, net_time: float) -> None:
         super().__init__()
         self.network, self.call = network, call
         self.a, self.b, self.c, self.net_time = a, b, c, net_time
-
-    @property
-    def head(self) -> dict[str, float]:
-        """The numbers of eq. (19) by name."""
-        return {"a": self.a, "b": self.b, "c": self.c, "net_time": self.net_time}
+        self.head = {"a": a, "b": b, "c": c, "net_time": net_time}
 
     def forward(self, eps: Tensor, cond: Cond) -> Tensor:
         """Return the sample of noise eps [B, *sample_shape] in float32 or more."""
@@ -49,12 +39,8 @@ class OneStep(nn.Module):
 def one_step_of(student: Student, t: float = 0.0, guidance_scale: float | None = None) -> OneStep:
     """Return the one step of a student from noise, on the CPU: c_skip, c_out and c_in at its start level times |x_a|.
 
-    With x_a = k eps, k^2 = alpha_a^2 + sigma_a^2, eq. (4): a = k c_skip, b = c_out and c = k c_in, eq. (3).
-
-    Args:
-        student: The student, which stays as it is.
-        t: Target time; 0 is the finished image.
-        guidance_scale: w, for students that take it; the middle of their range if None.
+    With x_a = k eps, k^2 = alpha_a^2 + sigma_a^2, eq. (4): a = k c_skip, b = c_out and c = k c_in, eq. (3). The
+    target time t and the guidance scale are baked in, see `bake`.
     """
     spec = student.spec
     start = torch.tensor([spec.t_max], dtype=torch.float64)

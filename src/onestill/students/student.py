@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.errors import SettingError
+from onestill.core.patch import replaced
 from onestill.core.tensors import Cond, as_times
 from onestill.students.injection import BiasInjection, Embedding, Injection, TimeEmbeddingInjection, time_embeddings
 from onestill.students.lora import Lora, attach
@@ -50,23 +51,19 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         if lora is not None and network is not None:
-            raise SettingError(
-                "lora_rank", lora.rank, "trains beside the teacher's own weights", "leave `network=` out"
-            )
+            why, todo = "trains beside the teacher's own weights", "leave `network=` out"
+            raise SettingError("lora_rank", lora.rank, why, todo)
         self.teacher, self.guidance_range, self.lora = teacher, guidance_range, lora
-        if lora is not None:
-            self.network = teacher.share_network()
-        else:
-            self.network = teacher.copy_network() if network is None else network.eval()
-        self.injection: Injection = (
-            TimeEmbeddingInjection(self.network) if time_embeddings(self.network) else BiasInjection(self.network)
-        )
-        width, direct = self.injection.num_features, isinstance(self.injection, TimeEmbeddingInjection)
+        if network is None:
+            network = teacher.copy_network() if lora is None else teacher.share_network()
+        self.network, direct = network.eval(), bool(time_embeddings(network))
+        self.injection: Injection = TimeEmbeddingInjection(network) if direct else BiasInjection(network)
+        width = self.injection.num_features
         self.target_embedding = Embedding(width, TIME_SCALE, starts_at_zero=direct)
         self.guidance_embedding = Embedding(width, GUIDANCE_SCALE, starts_at_zero=direct) if guidance_range else None
         if lora is not None:
             # Last: the way in has found the layers by their stock names, and stays hooked to them.
-            attach(self.network, lora)
+            attach(network, lora)
 
     @property
     def spec(self) -> TeacherSpec:
@@ -88,11 +85,8 @@ class Student(nn.Module):
         """
         extra = self.embedding(as_times(s, len(x_r)), cond)
         cond = {name: value for name, value in cond.items() if name != "guidance_scale"}
-        self.injection.hold(extra)
-        try:
+        with replaced(self.injection, "extra", extra):
             return self.teacher.denoised_by(self.network, x_r, self.spec.t_max if r is None else r, cond)
-        finally:
-            self.injection.hold(None)
 
     def twin(self) -> Student:
         """Return a student with trained parameters of its own, equal to these now, around the same frozen weights."""
@@ -105,11 +99,7 @@ class Student(nn.Module):
         return super().train(False)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass to save memory.
-
-        Raises:
-            SettingError: If the network has no support for it.
-        """
+        """Recompute activations in the backward pass to save memory; SettingError if the network cannot."""
         enable = getattr(self.network, "enable_gradient_checkpointing", None)
         if enable is None:
             why = f"{type(self.network).__name__} has no support for it"

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 
 from onestill.core.errors import SettingError, named
+from onestill.core.files import MARK_FILE
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.build import load_family
 from onestill.teachers.pipelines.families import FAMILIES
@@ -205,9 +206,10 @@ def _download(
     except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
         why = f"no such teacher: it is no folder here, and the hub gave no pipeline of that name: {_why_not(error, offline)}"
         raise SettingError("teacher", source, why) from error
-    # Its card, which names its license, is in no pipeline's download; there may be none.
-    with suppress(Exception):
-        hf_hub_download(source, "README.md", revision=revision, cache_dir=cache_dir, local_files_only=offline)
+    # Its card, which names its license, and the mark of a student are in no pipeline's download; there may be none.
+    for name in ("README.md", MARK_FILE):
+        with suppress(Exception):
+            hf_hub_download(source, name, revision=revision, cache_dir=cache_dir, local_files_only=offline)
     return folder
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from onestill.core.files import save_tensors
 
 STATE_FILE = "state.json"
+FORMAT = 2
+"""Of the names of groups and values; what another version wrote is refused, not misread."""
 Tensors = dict[str, Tensor]
 
 
@@ -34,12 +36,9 @@ class Checkpoint:
 
 
 def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint-{step}` so that it is either complete or not there.
+    """Write the folder `checkpoint-{step}`, which is returned, so that it is either complete or not there.
 
     Everything goes into a hidden folder and to the disk first; the rename at the end is atomic.
-
-    Returns:
-        The folder.
     """
     final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -50,7 +49,7 @@ def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Pat
         save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
         digests[path.name] = _digest(path)
         _sync(path)
-    state = {"step": step, "files": digests, "values": checkpoint.values}
+    state = {"format": FORMAT, "step": step, "files": digests, "values": checkpoint.values}
     (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     _sync(partial / STATE_FILE)
     _sync(partial)
@@ -62,26 +61,24 @@ def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Pat
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Return what `folder` holds.
-
-    Raises:
-        ValueError: If a file is missing, or not what was written.
-    """
+    """Return what `folder` holds; ValueError if a file is missing, not what was written, or of another version."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        files, values = dict(state["files"]), dict(state["values"])
+        version, files, values = state.get("format"), dict(state["files"]), dict(state["values"])
         for name, digest in files.items():
             if _digest(folder / name) != digest:
                 raise ValueError(f"{name} is not what was written")
         tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in files}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {folder} is corrupt: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"checkpoint {folder} is of another version of onestill: use that one, or distil again")
     return Checkpoint(tensors, values)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the `checkpoint-N` folders, newest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    found = (p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -91,11 +88,7 @@ def step_of(folder: Path) -> int:
 
 
 def read_latest(output_dir: Path) -> tuple[Path, Checkpoint, list[str]]:
-    """Return (folder, content, warnings) of the newest checkpoint that is whole.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return (folder, content, warnings) of the newest checkpoint that is whole; ValueError if there is none."""
     warnings: list[str] = []
     for folder in list_checkpoints(output_dir):
         try:
@@ -109,11 +102,8 @@ def read_latest(output_dir: Path) -> tuple[Path, Checkpoint, list[str]]:
 def rotate(output_dir: Path, limit: int, newest: int) -> None:
     """Remove what is not among the `limit` last checkpoints, and what interrupted writes and removals left.
 
-    Args:
-        output_dir: The run's folder.
-        limit: How many are kept.
-        newest: Step of the one just written. A checkpoint of a later step is one that could not be read, or the run
-            would have gone on from it.
+    A checkpoint of a later step than `newest`, the one just written, is one that could not be read, or the run would
+    have gone on from it.
     """
     found = list_checkpoints(output_dir)
     unread = [folder for folder in found if step_of(folder) > newest]

@@ -39,11 +39,7 @@ class OptimisationSettings(Settings):
     adam_epsilon: float = setting(1e-8, OPTIMISATION, "AdamW epsilon.", gt=0)
     max_grad_norm: float = setting(1.0, OPTIMISATION, "Gradient norm to clip to.", gt=0)
     ema_decay: float = setting(
-        0.9999,
-        OPTIMISATION,
-        "Largest decay of the averaged weights that are exported; 0 is none.",
-        ge=0,
-        lt=1,
+        0.9999, OPTIMISATION, "Largest decay of the averaged weights that are exported; 0 is none.", ge=0, lt=1
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", OPTIMISATION, "Precision of the networks.")
     allow_tf32: bool = setting(False, OPTIMISATION, "Allow TF32 matrix products on NVIDIA GPUs.")
@@ -55,9 +51,9 @@ class OptimisationSettings(Settings):
     @classmethod
     def _shorten_warmup(cls, data: Any) -> Any:
         steps = data.get("max_train_steps") if isinstance(data, dict) else None
-        if not isinstance(steps, int) or data.get("lr_warmup_steps") is not None:
-            return data
-        return {**data, "lr_warmup_steps": usual_warmup(steps)}
+        if isinstance(steps, int) and data.get("lr_warmup_steps") is None:
+            return {**data, "lr_warmup_steps": usual_warmup(steps)}
+        return data
 
     @model_validator(mode="after")
     def _warms_up_within_the_run(self) -> Self:
@@ -87,35 +83,25 @@ class RunSettings(Settings):
     checkpoints_total_limit: int = setting(2, RUN, "Checkpoints kept.", may_change=True, ge=1)
 
 
+def _shown(default: Any, description: str, **limits: Any) -> Any:
+    return setting(default, WATCHING, description, may_change=True, **limits)
+
+
 class WatchSettings(Settings):
     """What a run shows of itself."""
 
-    logging_steps: int = setting(20, WATCHING, "Steps between lines of logs/metrics.jsonl.", may_change=True, ge=1)
-    validation_steps: int = setting(
-        500, WATCHING, "Steps between pictures of student beside teacher.", may_change=True, ge=1
+    logging_steps: int = _shown(20, "Steps between lines of logs/metrics.jsonl.", ge=1)
+    validation_steps: int = _shown(500, "Steps between pictures of student beside teacher.", ge=1)
+    num_validation_images: int = _shown(10, "Images in such a picture.", ge=1, le=64)
+    validation_prompt: tuple[str, ...] = _shown(
+        (), "Prompt of such a picture; repeat for more. The file's first if not given."
     )
-    num_validation_images: int = setting(10, WATCHING, "Images in such a picture.", may_change=True, ge=1, le=64)
-    validation_prompt: tuple[str, ...] = setting(
-        (),
-        WATCHING,
-        "Prompt of such a picture; repeat for more. The first ones of the file if not given.",
-        may_change=True,
+    num_teacher_steps: int = _shown(50, "DDIM steps of the teacher in such a picture.", ge=1, le=1000)
+    num_time_bins: int = _shown(10, "Bins of target time in which the residual is logged.", ge=1, le=100)
+    report_to: Annotated[str | None, Field(min_length=1)] = _shown(
+        None, "Tracker of accelerate, such as tensorboard; JSON and PNG are always written."
     )
-    num_teacher_steps: int = setting(
-        50, WATCHING, "DDIM steps of the teacher in such a picture.", may_change=True, ge=1, le=1000
-    )
-    num_time_bins: int = setting(
-        10, WATCHING, "Bins of target time in which the residual is logged.", may_change=True, ge=1, le=100
-    )
-    report_to: Annotated[str | None, Field(min_length=1)] = setting(
-        None,
-        WATCHING,
-        "Tracker of accelerate, such as tensorboard; JSON lines and PNG are always written.",
-        may_change=True,
-    )
-    tracker_project_name: str = setting(
-        "onestill", WATCHING, "Project name for the tracker.", may_change=True, min_length=1
-    )
+    tracker_project_name: str = _shown("onestill", "Project name for the tracker.", min_length=1)
 
     @model_validator(mode="after")
     def _shows_every_prompt(self) -> Self:
@@ -144,16 +130,12 @@ class DistillConfig(
     @model_validator(mode="after")
     def _leaves_bootstrap_rows(self) -> Self:
         size = self.train_batch_size
-        rows = rows_of(self, size)
-        if next(iter(rows.values())) > self.num_boundary_rows(size):
+        if next(iter(rows_of(self, size).values())) > self.num_boundary_rows(size):
             return self
-        names = [
-            name
-            for name in ("boundary_fraction", "anchor_fraction")
-            if getattr(self, name.replace("boundary_fraction", "boundary_weight")) > 0
-        ]
-        values = [getattr(self, name) for name in names]
-        raise SettingError(names, values, f"no bootstrap rows are left in a batch of {size}")
+        weights = {"boundary_fraction": self.boundary_weight, "anchor_fraction": self.anchor_fraction}
+        names = [name for name, weight in weights.items() if weight > 0]
+        given = [getattr(self, name) for name in names]
+        raise SettingError(names, given, f"no bootstrap rows are left in a batch of {size}")
 
 
 def usual_warmup(steps: int) -> int:

@@ -37,12 +37,6 @@ def squared_residuals(y: Tensor, target: Tensor) -> Tensor:
 
 
 def regression(residuals: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
-    """Return sum over m of 1 / |m| sum over rows i of mean m of w_i residual_i.
-
-    Args:
-        residuals: `squared_residuals`, [B].
-        weights: Weight of each row, [B].
-        mean: Which mean each row enters, [B] integers.
-    """
+    """Return sum over m of 1 / |m| sum over rows i of w_i residual_i; `mean`, [B] integers, is the m of each row."""
     counts = torch.bincount(mean)[mean]
     return (weights.to(residuals) * residuals / counts.to(residuals)).sum()

@@ -1,7 +1,7 @@
 """Something that is trained: a module with its optimiser, its schedule and its averages, and the state of all of them.
 
 Parameters are taken after `accelerator.prepare`, and state is read and written by name through
-`torch.distributed.checkpoint.state_dict`, gathered on all processes: a sharded module has the same state as a whole one.
+`torch.distributed.checkpoint.state_dict`, gathered on all processes: a sharded module has the state of a whole one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from onestill.training.config import OptimisationSettings
 
@@ -34,15 +30,14 @@ class Trained:
         name: Its name in checkpoints.
         module: The module itself.
         model: The module as accelerate has prepared it, which is what is called for a loss.
-        averages: Running averages of the trained parameters, by name.
+        averages: Running averages of the trained parameters, by name: "ema", unless its decay is 0, and "target_ema".
 
     Args:
         name: Its name in checkpoints.
         module: The module; what of it requires a gradient is trained.
         accelerator: The engine.
-        config: Optimiser, schedule, clipping.
+        config: Optimiser, schedule, clipping, average.
         learning_rate: Its own peak rate; that of `config` if None.
-        averages: Decay of each average, by name.
         follower: A copy of the module whose weights are the average "target_ema" of decay `follower_decay`.
         follower_decay: That decay, the same at every step.
     """
@@ -55,7 +50,6 @@ class Trained:
         config: OptimisationSettings,
         *,
         learning_rate: float | None = None,
-        averages: Mapping[str, float] = {},
         follower: nn.Module | None = None,
         follower_decay: float = 0.0,
     ) -> None:
@@ -70,17 +64,11 @@ class Trained:
         )
         self.module = module.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
-        self.schedule = get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
-        self.averages = {
-            average: EMAModel(self.parameters(), decay=decay, foreach=True)
-            for average, decay in averages.items()
-            if decay
-        }
+        warmup, steps = config.lr_warmup_steps, config.max_train_steps
+        self.schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        self.averages: dict[str, EMAModel] = {}
+        if config.ema_decay:
+            self.averages["ema"] = EMAModel(self.parameters(), decay=config.ema_decay, foreach=True)
         if follower is not None:
             followed = EMAModel(self.parameters(), decay=follower_decay, min_decay=follower_decay, foreach=True)
             # The average's own tensors are the follower's weights: it changes with every update, and is kept once.
@@ -123,8 +111,6 @@ class Trained:
             yield
         finally:
             average.restore(parameters)
-
-    # State
 
     def tensors(self) -> dict[str, Tensors]:
         """Return everything that changes, as groups of tensors by name: parameters, moments, averages."""
@@ -182,11 +168,7 @@ class Trained:
 
 
 def load_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put trained parameters into a module.
-
-    Raises:
-        ValueError: If they are not this module's.
-    """
+    """Put trained parameters into a module; ValueError if they are not this module's."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if set(tensors) != set(trained):
         raise ValueError("the checkpoint's tensors are not this student's: another teacher, or other settings")

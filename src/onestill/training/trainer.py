@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from onestill.objectives.base import Context, Objective
 from onestill.objectives.registry import rows_of
 from onestill.sampling.generate import student_generator, teacher_generator
 from onestill.students.student import Student
-from onestill.teachers.base import Teacher
 from onestill.training.checkpoint import Checkpoint, rotate, write_checkpoint
 from onestill.training.config import DistillConfig, pool_settings
 from onestill.training.loss import joined_inputs, regression, squared_residuals, targets
@@ -40,17 +38,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Hashes of what a run is made of.
+    """Hashes of what a run is made of; "" of prompts where there are none."""
 
-    Attributes:
-        teacher: Of the teacher's weights.
-        prompts: Of the prompts, and of what draws pictures from them; "" without.
-        drawn: Of those of them that the run draws from, which its length may decide.
-    """
-
-    teacher: str
-    prompts: str = ""
-    drawn: str = ""
+    teacher: str  # of its weights
+    prompts: str = ""  # and of what draws pictures from them
+    drawn: str = ""  # those of them that the run draws from, which its length may decide
 
 
 class NonFiniteLossError(RunError):
@@ -65,53 +57,32 @@ class Trainer:
 
     Args:
         config: The run.
-        teacher: The teacher, guided and thresholded as wanted.
-        student: The student.
+        student: The student of a teacher that is guided and thresholded as wanted.
         conditions: Where conditions are drawn from.
         fingerprints: Kept with every checkpoint.
     """
 
     def __init__(
-        self,
-        config: DistillConfig,
-        teacher: Teacher,
-        student: Student,
-        conditions: Conditions,
-        fingerprints: Fingerprints,
+        self, config: DistillConfig, student: Student, conditions: Conditions, fingerprints: Fingerprints
     ) -> None:
-        self.config, self.teacher, self.conditions = config, teacher, conditions
-        self.fingerprints = fingerprints
+        self.config, self.teacher, self.student = config, student.teacher, student
+        self.conditions, self.fingerprints = conditions, fingerprints
         self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         if config.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        follower = student.twin() if config.ema_target_decay else None
-        self.student = student
-        averages = {"ema": config.ema_decay}
-        self.trained = [
-            Trained(
-                "student",
-                student,
-                self.accelerator,
-                config,
-                averages=averages,
-                follower=follower,
-                follower_decay=config.ema_target_decay,
-            )
-        ]
-        self.model = self.trained[0].model
+        decay = config.ema_target_decay
+        follower = student.twin() if decay else None
+        own = Trained("student", student, self.accelerator, config, follower=follower, follower_decay=decay)
+        self.trained, self.model = [own], own.model
         self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.accelerator.process_index)
         self.progress = Progress()
-        self.watch = Watch(config, self.accelerator, teacher.spec, conditions)
+        self.watch = Watch(config, self.accelerator, student.spec, conditions)
         self.objectives = self._make_objectives(student if follower is None else follower)
         self.stop_requested = False
         self.last_checkpoint: Path | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.accelerator.device
 
     def _make_objectives(self, target_student: nn.Module) -> dict[Objective[Any], int]:
         """Return the objectives with their rows of a batch; networks of theirs are trained from now on."""
@@ -141,20 +112,13 @@ class Trainer:
         made = {kind(context): num for kind, num in rows_of(config, config.train_batch_size).items()}
         for objective in made:
             for name, network in objective.networks.items():
-                trained = Trained(
-                    f"{objective.name}.{name}",
-                    network,
-                    accelerator,
-                    config,
-                    learning_rate=objective.learning_rate(config, name),
-                    averages={"ema": config.ema_decay},
-                )
-                self.trained.append(trained)
-                objective.networks[name] = trained.model
+                rate, full_name = objective.learning_rate(config, name), f"{objective.name}.{name}"
+                self.trained.append(Trained(full_name, network, accelerator, config, learning_rate=rate))
+                objective.networks[name] = self.trained[-1].model
         return made
 
     def prepare(self) -> Iterator[tuple[Objective[Any], int]]:
-        """Make the pools of the objectives; yield (objective, how many items came) each time, until a stop is asked for."""
+        """Make the pools of the objectives; yield (objective, how many items came) until a stop is asked for."""
         for objective in self.objectives:
             for num in (items := objective.prepare()):
                 yield objective, num
@@ -196,8 +160,7 @@ class Trainer:
         Returns:
             (the student's loss, its gradient norm, its learning rate, losses of the objectives' networks).
         """
-        rate, losses, own = self.trained[0].learning_rate, [], {}
-        norms: list[float] = []
+        rate, losses, own, norms = self.trained[0].learning_rate, [], {}, []
         for _ in range(self.config.gradient_accumulation_steps):
             with self.accelerator.accumulate(*(trained.model for trained in self.trained)):
                 loss, own_losses = self._losses()
@@ -232,13 +195,10 @@ class Trainer:
         residuals = squared_residuals(y.float(), target.float())
         self.watch.count(found, residuals)
         loss = regression(residuals, *(torch.cat([getattr(b, name) for b in found]) for name in ("weights", "mean")))
-        own: dict[str, Tensor] = {}
         parts = torch.split(y.detach(), [len(batch.s) for batch in found])
         with self.accelerator.autocast():
-            for (objective, batch), part in zip(batches.items(), parts, strict=True):
-                if (own_loss := objective.own_loss(batch, part)) is not None:
-                    own[objective.name] = own_loss
-        return loss, own
+            own = {o.name: o.own_loss(batch, part) for (o, batch), part in zip(batches.items(), parts, strict=True)}
+        return loss, {name: own_loss for name, own_loss in own.items() if own_loss is not None}
 
     def _stops(self) -> bool:
         """Return whether a stop was asked of any process: all stop after the same step, or they wait for each other."""
@@ -248,14 +208,13 @@ class Trainer:
         return self.stop_requested
 
     def _count_nonfinite(self, loss: float, grad_norm: float) -> None:
-        progress, limit = self.progress, self.config.max_nonfinite_steps
+        progress, limit, last = self.progress, self.config.max_nonfinite_steps, self.last_checkpoint
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None):
             progress.nonfinite_in_row = 0
             return
         progress.nonfinite_in_row += 1
         progress.nonfinite_total += 1
         if progress.nonfinite_in_row >= limit:
-            last = self.last_checkpoint
             good = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
             raise NonFiniteLossError(
                 f"the loss was not finite {limit} times in a row, up to step {progress.step}; {good}. "
@@ -267,14 +226,8 @@ class Trainer:
         config = self.config
         teacher = teacher_generator(self.teacher, num_steps=config.num_teacher_steps, device=self.device)
         student = student_generator(self.student, t=config.t_min, device=self.device)
-        with self.accelerator.autocast(), self.averaged():
-            return self.watch.validate(
-                self.progress.step, teacher, student, lambda x, _: self.student.teacher.decode(x)
-            )
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the student has its averaged weights."""
-        return self.trained[0].averaged()
+        with self.accelerator.autocast(), self.trained[0].averaged():
+            return self.watch.validate(self.progress.step, teacher, student, self.teacher.decode)
 
     def save(self) -> Path:
         """Write a checkpoint of everything the run needs to go on exactly; return its folder."""

@@ -14,17 +14,14 @@ from torch import Tensor
 
 from onestill.data.conditions import VALIDATION_SEED, Conditions
 from onestill.sampling import pictures
-from onestill.sampling.generate import generate_images
+from onestill.sampling.generate import Generate, generate_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from onestill.core.tensors import Cond
     from onestill.objectives.base import Batch
     from onestill.teachers.teacher_spec import TeacherSpec
     from onestill.training.config import DistillConfig
-
-Generate = Callable[[Tensor, "Cond"], Tensor]
 
 
 @dataclass
@@ -50,33 +47,18 @@ class StepLog:
 
 
 class Watch:
-    """Logs, paints and tracks a run.
-
-    Args:
-        config: The run.
-        accelerator: The engine, with its trackers.
-        spec: What is known of the teacher.
-        conditions: Where the conditions of the pictures come from.
-    """
+    """Logs, paints and tracks a run, in pictures of some of its conditions."""
 
     def __init__(
         self, config: DistillConfig, accelerator: Accelerator, spec: TeacherSpec, conditions: Conditions
     ) -> None:
         self.config, self.accelerator, self.spec, self.conditions = config, accelerator, spec, conditions
+        self.path = config.output_dir / "logs" / "metrics.jsonl"
         self.teacher_images: Tensor | None = None
         self._bins = torch.zeros(2, config.num_time_bins, dtype=torch.float64)
 
-    @property
-    def _path(self) -> Path:
-        return self.config.output_dir / "logs" / "metrics.jsonl"
-
     def count(self, batches: Sequence[Batch], residuals: Tensor) -> None:
-        """Add the rows of one forward pass to the residual profile.
-
-        Args:
-            batches: The rows.
-            residuals: Their mean squared residuals, one after the other, [B].
-        """
+        """Add the rows of one forward pass, with their mean squared residuals [B], to the residual profile."""
         s = torch.cat([batch.s for batch in batches])
         t = torch.cat([torch.full_like(batch.s, self.spec.t_max) if batch.t is None else batch.t for batch in batches])
         rows = torch.cat(
@@ -85,16 +67,13 @@ class Watch:
         rho, kept = self.spec.trajectory.rho(t, s)[rows], residuals[rows.to(residuals.device)]
         self._bins += torch.stack(residual_by_time(kept, rho, s[rows], self.config.num_time_bins, self.spec.t_max))
 
-    def validate(self, step: int, teacher: Generate, student: Generate, decode: Generate) -> tuple[Path | None, float]:
+    def validate(
+        self, step: int, teacher: Generate, student: Generate, decode: Callable[[Tensor], Tensor]
+    ) -> tuple[Path | None, float]:
         """Draw student beside teacher from the same noise; return (picture, RMS difference of the two).
 
-        There is no picture of what cannot be shown in one, such as a video or a sound.
-
-        Args:
-            step: The step that the picture is named after.
-            teacher: The teacher's generation in `num_teacher_steps` steps, asked once in a run.
-            student: The student's, with averaged weights.
-            decode: From (samples, nothing) to images.
+        There is no picture of what cannot be shown in one, such as a video or a sound. The teacher is asked once in a
+        run; `decode` makes images of samples.
         """
         config = self.config
         seeds = range(VALIDATION_SEED, VALIDATION_SEED + config.num_validation_images)
@@ -107,7 +86,7 @@ class Watch:
             return None, rms
         drawn = {f"teacher, {config.num_teacher_steps} steps": self.teacher_images, "student, 1 step": images}
         # One by one: a decoder needs far more memory than the network.
-        rows = {words: torch.cat([decode(row[None], {}).cpu() for row in made]) for words, made in drawn.items()}
+        rows = {words: torch.cat([decode(row[None]).cpu() for row in made]) for words, made in drawn.items()}
         if not pictures.can_be_shown(next(iter(rows.values())).shape[1:]):
             return None, rms
         path = config.output_dir / "samples" / f"step-{step:06d}.png"
@@ -127,8 +106,8 @@ class Watch:
         if not self.accelerator.is_main_process:
             return
         record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(log).items() if v is not None}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record)) + "\n")
         if self.config.report_to:
             scalars = {k: v for k, v in record.items() if isinstance(v, float)} | (log.own_losses or {})
@@ -137,13 +116,13 @@ class Watch:
 
     def forget_after(self, step: int) -> None:
         """Drop the lines that an interrupted run wrote after `step`: those steps come again."""
-        if not self.accelerator.is_main_process or not self._path.is_file():
+        if not self.accelerator.is_main_process or not self.path.is_file():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        partial = self._path.with_suffix(".partial")
+        partial = self.path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self._path)
+        partial.replace(self.path)
 
 
 def residual_by_time(residuals: Tensor, rho: Tensor, s: Tensor, num_bins: int, t_max: float) -> tuple[Tensor, Tensor]:

@@ -82,11 +82,7 @@ class Sampler(ABC):
         return ()
 
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Sampler:
-        """Return the same at another guidance scale or target time; nothing is loaded twice.
-
-        Args:
-            guidance_scale: w; as it is if None.
-            target_time: The target time of a student; as it is if None.
+        """Return the same at another guidance scale w or target time t, if given; nothing is loaded twice.
 
         Raises:
             SettingError: If it cannot, as an exported folder, or was not trained for it.
@@ -105,15 +101,9 @@ class Sampler(ABC):
     def conditions(
         self, num: int, class_labels: Sequence[int] = (), prompts: Sequence[str] = (), *, seed: int = 0
     ) -> Rows:
-        """Return what `num` images show: going round `prompts` or `class_labels`.
+        """Return what `num` images of seed, seed + 1, ... show: going round `prompts` or `class_labels`.
 
         Where neither is given, seed i has label i modulo the number of all labels: one seed is one image.
-
-        Args:
-            num: How many.
-            class_labels: Labels to go round.
-            prompts: Prompts to go round.
-            seed: The first seed, of seed, seed + 1, ...
 
         Raises:
             SettingError: If labels or prompts are given to a sampler without, none to one that needs them, or a label

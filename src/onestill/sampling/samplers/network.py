@@ -25,12 +25,7 @@ NOTHING_SAID = Distilled()
 
 
 class NetworkSampler(Sampler):
-    """A sampler around the conditions and the decoder of a teacher.
-
-    Args:
-        teacher: The teacher.
-        first_stage: The student that draws the pictures that it enlarges, if it does.
-    """
+    """A sampler around the conditions and the decoder of a teacher; a `first_stage` draws what is enlarged, if it is."""
 
     clamps: bool
 
@@ -131,21 +126,12 @@ class StudentSampler(NetworkSampler):
 def check_trained(
     student: Student, target_time: float, guidance_scale: float | None, distilled: Distilled, t_min: float
 ) -> None:
-    """Raise SettingError if a student was not trained for a target time or a guidance scale.
-
-    Args:
-        student: The student.
-        target_time: The time, t.
-        guidance_scale: w; what it has if None.
-        distilled: What was distilled into it.
-        t_min: The cleanest target time that it was trained at; 0 stands for it, too.
-    """
-    if guidance_scale is not None and student.guidance_range is None:
-        fixed = "" if distilled.guidance_scale is None else f" = {distilled.guidance_scale:g}"
-        drawn = f"{named('guidance_scale_min')} and {named('guidance_scale_max')}"
-        todo = f"distil with {drawn} for one that takes it"
-        raise SettingError("guidance_scale", guidance_scale, f"this student was distilled with w{fixed} fixed", todo)
-    if guidance_scale is not None and student.guidance_range is not None:
+    """Raise SettingError if a student was not trained for a target time (0 stands for `t_min`, too) or for w."""
+    if guidance_scale is not None:
+        if student.guidance_range is None:
+            why = f"this student was distilled with w{'' if (w := distilled.guidance_scale) is None else f' = {w:g}'} fixed"
+            todo = f"distil with {named('guidance_scale_min')} and {named('guidance_scale_max')} for one that takes it"
+            raise SettingError("guidance_scale", guidance_scale, why, todo)
         low, high = student.guidance_range
         if not low <= guidance_scale <= high:
             why = f"is outside {low:g} to {high:g}, which the student was trained on"
@@ -155,9 +141,8 @@ def check_trained(
         why = f"must be between 0 (the finished image) and the start level, {t_max:.4g}"
         raise SettingError("target_time", target_time, why)
     if 0 < target_time < t_min:
-        raise SettingError(
-            "target_time", target_time, f"is below the run's {named('t_min')} {t_min:g}, the cleanest trained"
-        )
+        why = f"is below the run's {named('t_min')} {t_min:g}, the cleanest trained"
+        raise SettingError("target_time", target_time, why)
 
 
 @final

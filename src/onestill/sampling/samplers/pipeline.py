@@ -12,7 +12,7 @@ from typing import Any, final
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onestill.core.errors import SettingError, named
 from onestill.core.patch import replaced
@@ -52,7 +52,7 @@ def open_pipeline(
     noise_level: int | None = None,
     first_stage: FirstStage | None = None,
     trained: Callable[[], Sampler] | None = None,
-) -> ExportedSampler:
+) -> PipelineSampler:
     """Return the one step of an exported pipeline: its own components, on noise that is given.
 
     Args:
@@ -67,124 +67,111 @@ def open_pipeline(
         SettingError: If it does not load.
     """
     distilled = card.distilled(folder) if distilled is None else distilled
+    level = card.noise_level(folder) if noise_level is None else noise_level
     try:
         index = read_index(folder, "the folder")
-        pipeline = load_stock(getattr(diffusers, index["_class_name"]), folder).to(device)
-        if index["_class_name"] in UNET2D_PIPELINES:
-            _check_steps(pipeline.unet, folder)
-            made: ExportedSampler = PixelPipelineSampler(pipeline, distilled)
-        else:
-            family = FAMILY_OF_PIPELINE.get(index["_class_name"]) or plain_family(index, pipeline)
-            _check_steps(getattr(pipeline, family.network), folder)
-            family = family.with_arguments(read_call(folder))
-            if first_stage is None:
-                made = PipelineSampler(pipeline, family, distilled, device)
-            else:
-                level = card.noise_level(folder) if noise_level is None else noise_level
-                made = EnlargingSampler(pipeline, family, first_stage, level, device)
+        pipeline, spec = load_stock(getattr(diffusers, index["_class_name"]), folder).to(device), None
+        if index["_class_name"] not in UNET2D_PIPELINES:
+            spec = FAMILY_OF_PIPELINE.get(index["_class_name"]) or plain_family(index, pipeline)
+            spec = spec.with_arguments(read_call(folder))
+        network = pipeline.unet if spec is None else getattr(pipeline, spec.network)
+        # Where the time cannot be seen to enter, the folder may be of a student that somebody else wrote again.
+        if time_embeddings(network) and not is_student(folder, network):
+            raise ValueError(f"it is a pipeline of many steps, no one-step student; {named('teacher')} draws with it")
+        sampler = PipelineSampler(pipeline, spec, distilled, device, first_stage=first_stage, noise_level=level)
     except (OSError, ValueError, AttributeError) as error:
         raise SettingError("student", str(folder), f"does not load: {str(error).splitlines()[0]}") from error
     if first_stage is not None:
-        check_shape(first_stage, made.sample_shape)
-    made.name, made.trained = f"the student in {folder}", trained
-    return made
+        check_shape(first_stage, sampler.sample_shape)
+    sampler.name, sampler.trained = f"the student in {folder}", trained
+    return sampler
 
 
-def _check_steps(network: nn.Module, folder: Path) -> None:
-    # Where the time cannot be seen to enter, the folder may be of a student that somebody else wrote again.
-    if time_embeddings(network) and not is_student(folder, network):
-        raise ValueError(f"it is a pipeline of many steps, no one-step student; {named('teacher')} draws with it")
+@final
+class PipelineSampler(Sampler):
+    """The one step of an exported pipeline by its own call; its target time and its guidance scale are baked in.
 
+    Pipelines of a `UNet2DModel` take neither noise nor labels: there it is a step of their network and scheduler.
 
-class ExportedSampler(Sampler):
-    """An exported student: its target time and its guidance scale are baked in.
+    Args:
+        pipeline: The pipeline.
+        spec: What is known of pipelines of its kind; None for those of a `UNet2DModel`.
+        distilled: What was distilled into it.
+        device: Where it is.
+        first_stage: The student that draws the pictures that it enlarges, if it does.
+        noise_level: How much noise is mixed into them; the pipeline's own level if None.
 
     Attributes:
         trained: Opens the student whose export it is, which can go to other target times; None where it is not at hand.
     """
 
-    name = "an exported student"
     trained: Callable[[], Sampler] | None = None
 
-    def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Sampler:
-        if self.trained is None or guidance_scale is target_time is None:
-            return super().at(guidance_scale=guidance_scale, target_time=target_time)
-        return self.trained().at(guidance_scale=guidance_scale, target_time=target_time)
+    def __init__(
+        self,
+        pipeline: Any,
+        spec: PipelineSpec | None,
+        distilled: card.Distilled,
+        device: torch.device | str,
+        *,
+        first_stage: FirstStage | None = None,
+        noise_level: int | None = None,
+    ) -> None:
+        self.pipeline, self.device, self.first_stage = pipeline, device, first_stage
+        self.takes_noise = first_stage is None and "latents" in inspect.signature(pipeline.__call__).parameters
+        if spec is None:
+            config, size = pipeline.unet.config, pipeline.unet.config.sample_size
+            self.sample_shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+            self.labels = tuple(i for i in range(config.num_class_embeds or 0) if i != distilled.null_class)
+            pipeline.scheduler.set_timesteps(1)
+        else:
+            self.calls, self.given, self.arguments = (
+                PipelineCalls(spec, pipeline),
+                {**spec.export_arguments},
+                spec.given,
+            )
+            (self.seen,) = record(lambda: self.calls(self.calls.examples(1), self.given), self.calls.network)
+            start = spec.unpack(self.calls.sorted(self.seen).x_t, self.seen.arguments)
+            self.sample_shape, self.takes_text = tuple(start.shape[1:]), spec.prompt == "prompt"
+            self.labels = () if spec.null_class is None else tuple(range(spec.null_class(self.calls.network.config)))
+            self.has_decoder, self.gives_latents = spec.has_decoder, self.takes_noise and spec.has_decoder
+        self.labels = distilled.class_labels or self.labels
+        self._step = self._of_network if spec is None else self._images
+        if first_stage is not None:
+            assert spec is not None and spec.image_condition is not None
+            first_stage.teacher.lend_encoders(pipeline)
+            self.evaluations, self.noise_level = 2, spec.image_condition.level if noise_level is None else noise_level
 
-
-@final
-class PixelPipelineSampler(ExportedSampler):
-    """The one step of a stock pipeline around a `UNet2DModel`, by its own network and scheduler.
-
-    Args:
-        pipeline: The pipeline.
-        distilled: What was distilled into it.
-    """
-
-    def __init__(self, pipeline: Any, distilled: card.Distilled) -> None:
-        self.network, self.scheduler = pipeline.unet, pipeline.scheduler
-        config = self.network.config
-        size = config.sample_size
-        self.sample_shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-        classes = range(config.num_class_embeds or 0)
-        self.labels = distilled.class_labels or tuple(i for i in classes if i != distilled.null_class)
-        self.scheduler.set_timesteps(1)
+    def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
+        if not self.takes_text or "prompt" in rows:
+            return self._step(eps, rows)
+        with self.calls.encoded(self._signature, rows):
+            return self._step(eps, {"prompt": [""] * len(eps)})
 
     @torch.no_grad()
-    def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
-        network, scheduler, t = self.network, self.scheduler, self.scheduler.timesteps[0]
-        x = eps.to(network.device) * scheduler.init_noise_sigma
+    def _of_network(self, eps: Tensor, rows: Rows) -> Tensor:
+        network, scheduler = self.pipeline.unet, self.pipeline.scheduler
+        t, x = scheduler.timesteps[0], eps.to(network.device) * scheduler.init_noise_sigma
         labels = rows["class_labels"].to(network.device) if "class_labels" in rows else None
         images: Tensor = scheduler.step(network(x, t, class_labels=labels).sample, t, x).prev_sample
         return images
 
+    def _images(self, eps: Tensor, rows: Rows) -> Tensor:
+        return self.calls.spec.result(self._called(eps, rows, "pt")).float().clamp(-1, 1)
 
-class _CalledSampler(ExportedSampler):
-    """The plain call of an exported pipeline of a family, seen once to know its shapes."""
-
-    def __init__(self, pipeline: Any, family: PipelineSpec, device: torch.device | str) -> None:
-        self.calls, self.pipeline, self.family, self.device = PipelineCalls(family, pipeline), pipeline, family, device
-        self.given = dict(family.export_arguments)
-        (self.seen,) = record(lambda: self.calls(self.calls.examples(1), self.given), self.calls.network)
-        self.takes_text, self.has_decoder = family.prompt == "prompt", family.has_decoder
-        self.arguments = family.given
-
-    @functools.cached_property
-    def prompt_limits(self) -> tuple[PromptLimit, ...]:
-        if not self.takes_text:
-            return ()
-        with token_limits.listening(self.pipeline) as calls:
-            record(lambda: self.calls([EXAMPLE], self.given), self.calls.network)
-        return token_limits.limits(calls)
-
-
-@final
-class PipelineSampler(_CalledSampler):
-    """The plain call of an exported pipeline that draws what a prompt or a label says.
-
-    Args:
-        pipeline: The pipeline.
-        family: Its family.
-        distilled: What was distilled into it.
-        device: Where it is.
-    """
-
-    def __init__(
-        self, pipeline: Any, family: PipelineSpec, distilled: card.Distilled, device: torch.device | str
-    ) -> None:
-        super().__init__(pipeline, family, device)
-        start = family.unpack(self.calls.sorted(self.seen).x_t, self.seen.arguments)
-        self.sample_shape = tuple(start.shape[1:])
-        classes = 0 if family.null_class is None else family.null_class(self.calls.network.config)
-        self.labels = distilled.class_labels or tuple(range(classes))
-        self._takes_noise = "latents" in inspect.signature(pipeline.__call__).parameters
-        self.gives_latents = self._takes_noise and family.has_decoder
-
-    def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
-        if not self.takes_text or "prompt" in rows:
-            return self._images(eps, rows)
-        with self.calls.encoded(self._signature, rows):
-            return self._images(eps, {"prompt": [""] * len(eps)})
+    def _called(self, eps: Tensor, rows: Rows, output_type: str) -> Any:
+        spec, given = self.calls.spec, {**self.given, "output_type": output_type}
+        shown = rows["prompt"] if self.takes_text else rows["class_labels"].tolist()
+        draws = [spec.pack(eps.to(self.device), self.seen.arguments)]
+        if self.takes_noise:
+            return self.calls(shown, {**given, "latents": draws[0]})
+        if self.first_stage is not None and spec.image_condition is not None and self.noise_level is not None:
+            pictures = self.first_stage.seeded(rows["seed"], shown).to(self.device)
+            given |= spec.image_condition.arguments(pictures, self.noise_level)
+            # Its first draw is where it starts, its second the noise in the picture.
+            draws.append(second_noise(rows["seed"], self.sample_shape).to(self.device))
+        with _drawing(self.pipeline, *draws):
+            return self.calls(shown, given)
 
     def latents(self, eps: Tensor, rows: Rows) -> Tensor:
         latents: Tensor = self._called(eps, rows, "latent")[0]
@@ -197,56 +184,18 @@ class PipelineSampler(_CalledSampler):
     def _signature(self) -> Signature:
         return self.calls.signature()[0]
 
-    def _images(self, eps: Tensor, rows: Rows) -> Tensor:
-        return self.family.result(self._called(eps, rows, "pt")).float().clamp(-1, 1)
+    @functools.cached_property
+    def prompt_limits(self) -> tuple[PromptLimit, ...]:
+        if not self.takes_text:
+            return ()
+        with token_limits.listening(self.pipeline) as calls:
+            record(lambda: self.calls([EXAMPLE], self.given), self.calls.network)
+        return token_limits.limits(calls)
 
-    def _called(self, eps: Tensor, rows: Rows, output_type: str) -> Any:
-        shown = rows["prompt"] if self.takes_text else rows["class_labels"].tolist()
-        packed = self.family.pack(eps.to(self.device), self.seen.arguments)
-        given = {**self.given, "output_type": output_type}
-        if self._takes_noise:
-            return self.calls(shown, {**given, "latents": packed})
-        with _drawing(self.pipeline, packed):
-            return self.calls(shown, given)
-
-
-@final
-class EnlargingSampler(_CalledSampler):
-    """The plain call of an exported pipeline that enlarges the pictures of a first stage.
-
-    Args:
-        pipeline: The pipeline.
-        family: Its family.
-        first_stage: The student that draws the pictures.
-        noise_level: How much noise is mixed into them; the pipeline's own level if None.
-        device: Where it is.
-    """
-
-    evaluations = 2
-
-    def __init__(
-        self,
-        pipeline: Any,
-        family: PipelineSpec,
-        first_stage: FirstStage,
-        noise_level: int | None,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__(pipeline, family, device)
-        assert family.image_condition is not None
-        self.condition, self.first_stage = family.image_condition, first_stage
-        self.sample_shape = tuple(self.calls.sorted(self.seen).x_t.shape[1:])
-        first_stage.teacher.lend_encoders(pipeline)
-        self.noise_level = self.condition.level if noise_level is None else noise_level
-
-    def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
-        assert self.first_stage is not None and self.noise_level is not None
-        pictures = self.first_stage.seeded(rows["seed"], rows["prompt"]).to(self.device)
-        given = {**self.given, **self.condition.arguments(pictures, self.noise_level), "output_type": "pt"}
-        # Its first draw is where it starts, its second the noise in the picture.
-        blur = second_noise(rows["seed"], self.sample_shape)
-        with _drawing(self.pipeline, eps.to(self.device), blur.to(self.device)):
-            return self.family.result(self.calls(rows["prompt"], given)).float().clamp(-1, 1)
+    def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Sampler:
+        if self.trained is None or guidance_scale is target_time is None:
+            return super().at(guidance_scale=guidance_scale, target_time=target_time)
+        return self.trained().at(guidance_scale=guidance_scale, target_time=target_time)
 
 
 @contextmanager
