@@ -118,31 +118,20 @@ def load_teacher(
     if reason := REFUSED.get(class_name):
         supported = ", ".join(sorted([*UNET2D_PIPELINES, *FAMILY_OF_PIPELINE]))
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
-    _check_arguments(arguments or {}, class_name)
-    teacher = _load(folder, index, source, variant, null_class, arguments or {})
+    arguments = arguments or {}
+    _check_arguments(arguments, class_name)
+    teacher: Teacher
+    if class_name in UNET2D_PIPELINES:
+        teacher = load_unet2d(folder, index, source, variant, null_class)
+    elif null_class is not None:
+        raise SettingError("null_class", null_class, f"a {class_name} knows its own", "leave it out")
+    elif family := FAMILY_OF_PIPELINE.get(class_name):
+        teacher = load_family(family.with_arguments(arguments), folder, index, source, variant)
+    else:
+        teacher = load_generic(folder, index, source, variant, arguments)
     if t_max is not None:
         teacher = teacher.with_t_max(t_max)
     return teacher.to(device)
-
-
-def _load(
-    folder: Path,
-    index: dict[str, Any],
-    source: str,
-    variant: str | None,
-    null_class: int | None,
-    arguments: Mapping[str, Any],
-) -> Teacher:
-    """Return the teacher in the folder of a pipeline, as its class is loaded."""
-    name = index["_class_name"]
-    if name in UNET2D_PIPELINES:
-        return load_unet2d(folder, index, source, variant, null_class)
-    if null_class is not None:
-        raise SettingError("null_class", null_class, f"a {name} knows its own", "leave it out")
-    family = FAMILY_OF_PIPELINE.get(name)
-    if family is None:
-        return load_generic(folder, index, source, variant, arguments)
-    return load_family(family.with_arguments(arguments), folder, index, source, variant)
 
 
 def _check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
