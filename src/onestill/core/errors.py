@@ -122,6 +122,11 @@ def found_in(where: str, error: ValueError) -> ValueError:
     return error.found_in(where) if isinstance(error, SettingError) else ValueError(f"{where}: {error}")
 
 
+def in_short(error: BaseException, most: int = 200) -> str:
+    """Return a foreign error's message on one line, of `most` characters at most."""
+    return " ".join(str(error).split())[:most]
+
+
 def _flag(name: str, value: Any) -> str:
     if value is NOT_GIVEN:
         return f"--{name}"

@@ -27,6 +27,9 @@ from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.prompt_limits import PromptLimit, exceeded
 from onestill.teachers.teacher_spec import TeacherSpec
 
+NO_TEXT, NO_PICTURE = "takes no text", "takes no picture of an earlier model"
+NO_NETWORK = "is known in closed form, without a network that another could take the place of"
+
 
 class Teacher(ABC):
     """A pre-trained model that predicts x_0.
@@ -122,11 +125,7 @@ class Teacher(ABC):
     # Other teachers around the same network
 
     def with_t_max(self, t_max: float) -> Self:
-        """Return the teacher with another start level.
-
-        Raises:
-            SettingError: If it cannot start there.
-        """
+        """Return the teacher with another start level; SettingError if it cannot start there."""
         spec = self.spec
         spec.process.check_start_level(spec.prediction_type, t_max)
         return self._changed(spec=replace(spec, t_max=t_max, t_max_reason="given"))
@@ -134,13 +133,8 @@ class Teacher(ABC):
     def with_negative_prompt(self, prompt: str | None, *, acts: bool = True) -> Self:
         """Return the teacher with a negative prompt in the place of its null condition; itself where None is given.
 
-        Args:
-            prompt: The prompt.
-            acts: Whether anything uses the null condition.
-
         Raises:
-            SettingError: If the teacher takes no prompts, none of its guidance has a "no prompt", or nothing would
-                change.
+            SettingError: If the teacher takes no prompts or has no "no prompt", or if nothing uses it (`acts` is False).
         """
         if prompt is None:
             return self
@@ -154,23 +148,19 @@ class Teacher(ABC):
         return self._changed(null_cond=self.encode_negative(prompt))
 
     def with_image_condition(self, level: int, pictures: Tensor | None = None) -> Self:
-        """Return the teacher with another noise level of the pictures that it takes, and other pictures of its checks.
+        """Return the teacher with another noise level of the pictures that it takes; ValueError if it takes none.
 
-        Args:
-            level: How much noise is mixed into each picture.
-            pictures: Some real ones, [N, C, h, w] in [-1, 1], which example calls go round from now on; None to
-                leave what they have.
-
-        Raises:
-            ValueError: If this teacher takes no picture.
+        Its example calls go round `pictures`, some real ones [N, C, h, w] in [-1, 1], if there are any.
         """
-        raise self._takes_no_picture()
+        raise self._cannot(NO_PICTURE)
 
     def _changed(self, **attributes: Any) -> Self:
         other = copy.copy(self)
-        for name, value in attributes.items():
-            setattr(other, name, value)
+        vars(other).update(attributes)
         return other
+
+    def _cannot(self, why: str) -> ValueError:
+        return ValueError(f"this {self.kind} {why}")
 
     # Prompts
 
@@ -188,31 +178,24 @@ class Teacher(ABC):
         """Return the conditions of prompts, one row each; `seeds` for what the pipeline draws on the way.
 
         Raises:
-            RuntimeError: If the text encoders were released.
+            RuntimeError: If the text encoders were released; so do the methods below.
         """
-        raise self._takes_no_text()
+        raise self._cannot(NO_TEXT)
 
     def encode_negative(self, prompt: str) -> Cond:
         """Return the conditions that a prompt makes in the place of "no prompt", one row.
 
         They may differ from `encode`: some pipelines put words of their own before a prompt, and none before this one.
-
-        Raises:
-            RuntimeError: If the text encoders were released.
         """
-        raise self._takes_no_text()
+        raise self._cannot(NO_TEXT)
 
     def prompt_rows(self, cond: Cond) -> Cond:
         """Return the conditions that prompts decide: without those that come with a picture, if the teacher takes one."""
         return cond
 
     def encoder_identity(self) -> str:
-        """Return a name for what turns prompts into conditions: the same name is the same conditions.
-
-        Raises:
-            RuntimeError: If the text encoders were released.
-        """
-        raise self._takes_no_text()
+        """Return a name for what turns prompts into conditions: the same name is the same conditions."""
+        raise self._cannot(NO_TEXT)
 
     @property
     def prompt_limits(self) -> tuple[PromptLimit, ...]:
@@ -229,7 +212,7 @@ class Teacher(ABC):
 
     def release_encoders(self) -> None:
         """Let the text encoders go and all else that only `encode` needs, which is over."""
-        return None  # there are none
+        return None
 
     def has_encoders_of(self, other: Teacher) -> bool:
         """Return whether what makes conditions of prompts is equal to another teacher's, component by component."""
@@ -243,9 +226,6 @@ class Teacher(ABC):
         """Let a stock pipeline use the text encoders in the place of equal ones of its own."""
         return None
 
-    def _takes_no_text(self) -> ValueError:
-        return ValueError(f"this {self.kind} takes no text")
-
     # Pictures
 
     @property
@@ -256,15 +236,9 @@ class Teacher(ABC):
     def picture_rows(self, pictures: Tensor, noise: Tensor) -> Cond:
         """Return the conditions made of pictures [B, C, h, w] in [-1, 1] and of `noise` [B, *sample_shape].
 
-        They take the place of those that `encode` made of an example picture.
-
-        Raises:
-            ValueError: If this teacher takes no picture.
+        They take the place of those that `encode` made of an example picture; ValueError if the teacher takes none.
         """
-        raise self._takes_no_picture()
-
-    def _takes_no_picture(self) -> ValueError:
-        return ValueError(f"this {self.kind} takes no picture of an earlier model")
+        raise self._cannot(NO_PICTURE)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of what the network makes: the same, where it works on pixels."""
@@ -278,23 +252,14 @@ class Teacher(ABC):
 
     def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
         """Call a network: (network, scaled x_t, network time, cond) -> its raw output, of the sample's shape."""
-        raise self._has_no_network()
+        raise self._cannot(NO_NETWORK)
 
     def denoised_by(self, network: Callable[..., object], x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         """Return `denoised` with another network in this one's place, such as a student's copy."""
-        raise self._has_no_network()
-
-    def _has_no_network(self) -> ValueError:
-        return ValueError(
-            f"this {self.kind} is known in closed form, without a network that another could take the place of"
-        )
+        raise self._cannot(NO_NETWORK)
 
     def copy_network(self) -> nn.Module:
-        """Return a trainable copy of the network, in float32 and in evaluation mode (no dropout).
-
-        Raises:
-            ValueError: If the network is a plain function, which has no weights to copy.
-        """
+        """Return a trainable copy of the network, in float32 and in evaluation mode (no dropout)."""
         if not isinstance(self.network, nn.Module):
             raise ValueError(
                 "this teacher is a plain callable without weights, so the student cannot be a copy of it; "
@@ -306,9 +271,6 @@ class Teacher(ABC):
         """Return a network with modules of its own around this one's very parameters, frozen, in evaluation mode.
 
         What is hooked or put into its modules is not in this one's, and there is no second copy of the weights.
-
-        Raises:
-            ValueError: If the network is a plain function, which has no weights to share.
         """
         if not isinstance(self.network, nn.Module):
             raise ValueError("this teacher is a plain callable without weights, which nothing can be trained beside")
@@ -338,9 +300,7 @@ class Teacher(ABC):
 class NetworkTeacher(Teacher):
     """A teacher around a network, eq. (3): denoised = c_skip x_t + c_out network(c_in x_t, net_time(t), cond).
 
-    Args:
-        network: The network; put into evaluation mode, its parameters frozen.
-        spec: What is known of it.
+    The network is put into evaluation mode, its parameters frozen.
     """
 
     def __init__(self, network: Callable[..., object], spec: TeacherSpec) -> None:
@@ -356,10 +316,9 @@ class NetworkTeacher(Teacher):
 
     def denoised_by(self, network: Callable[..., object], x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         times = as_times(t, len(x_t))
-        c_in, c_skip, c_out = preconditioning(
-            self.spec.prediction_type, *self.spec.process.alpha_sigma(times), self.spec.sigma_data
-        )
-        net_time = self.spec.process.net_time(times).to(device=x_t.device, dtype=x_t.dtype)
+        spec, process = self.spec, self.spec.process
+        c_in, c_skip, c_out = preconditioning(spec.prediction_type, *process.alpha_sigma(times), spec.sigma_data)
+        net_time = process.net_time(times).to(device=x_t.device, dtype=x_t.dtype)
         output = float32_or_more(self.call(network, broadcast(c_in, x_t) * x_t, net_time, cond))
         x_t = float32_or_more(x_t)
         return broadcast(c_skip, x_t) * x_t + broadcast(c_out, x_t) * output

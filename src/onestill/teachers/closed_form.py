@@ -62,15 +62,7 @@ class MixtureTeacher(Teacher):
         self.means, self.std = means, std
         num = len(means) if conditional else None
         self.spec = TeacherSpec(
-            "mixture",
-            "",
-            process,
-            "denoised",
-            (means.shape[1],),
-            t_max,
-            "given",
-            num_classes=num,
-            null_class=num,
+            "mixture", "", process, "denoised", (means.shape[1],), t_max, "given", num_classes=num, null_class=num
         )
 
     def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:

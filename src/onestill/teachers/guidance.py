@@ -21,9 +21,6 @@ class Wrapped(Teacher):
 
     Whatever a teacher says of itself, its network, its prompts and its students, the inner one says. Only what
     follows from `denoised` is its own, and `with_...` puts the same wrapper around what the inner one returns.
-
-    Args:
-        teacher: The teacher inside.
     """
 
     def __init__(self, teacher: Teacher) -> None:
@@ -65,14 +62,7 @@ class Guided(Wrapped):
 
     w = 1 is no guidance and costs one evaluation; anything else costs two, in one batch. A "guidance_scale"
     in the conditions (one w for each image) takes the place of the fixed one. A teacher that is guided already is
-    guided at this scale instead.
-
-    Args:
-        teacher: The teacher to guide.
-        guidance_scale: w, as in diffusers.
-
-    Raises:
-        SettingError: If guidance is asked of a teacher without a null class.
+    guided at this scale instead. SettingError if guidance is asked of a teacher without a null class.
     """
 
     def __init__(self, teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False) -> None:
@@ -93,9 +83,8 @@ class Guided(Wrapped):
         null = self.teacher.null_rows(cond)
         times = t.repeat(2) if isinstance(t, Tensor) and t.ndim else t
         rows = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
-        both = self.teacher.denoised(torch.cat([x_t, x_t]), times, rows)
-        with_class, without = both.chunk(2)
-        scale = self.guidance_scale if drawn is None else broadcast(drawn, both)
+        with_class, without = self.teacher.denoised(torch.cat([x_t, x_t]), times, rows).chunk(2)
+        scale = self.guidance_scale if drawn is None else broadcast(drawn, without)
         return without + scale * (with_class - without)
 
 
@@ -103,21 +92,13 @@ class EmbeddedGuidance(Wrapped):
     """A teacher whose network takes the guidance scale as an input, told this one: one evaluation, no null condition.
 
     Its student keeps being told the pipeline's usual scale, so that an export's call needs no argument for it.
-
-    Args:
-        teacher: The teacher.
-        guidance_scale: As the pipeline's own argument.
-
-    Raises:
-        SettingError: If a range is asked for.
+    SettingError if scales are to be drawn.
     """
 
     def __init__(self, teacher: Teacher, guidance_scale: float, *, drawn: bool = False) -> None:
         if drawn:
-            why = (
-                f"the network of a {teacher.spec.family} pipeline takes the guidance scale as an input, and its student is "
-                "distilled at one of them"
-            )
+            told = f"the network of a {teacher.spec.family} pipeline takes the guidance scale as an input"
+            why = f"{told}, and its student is distilled at one of them"
             raise SettingError(RANGE, why=why, todo=f"give that with {named('guidance_scale')}")
         super().__init__(teacher.unguided)
         self.guidance_scale = guidance_scale
@@ -130,27 +111,22 @@ class EmbeddedGuidance(Wrapped):
 
 def _cannot_guide(spec: TeacherSpec, guidance_scale: float, *, drawn: bool) -> SettingError:
     """Return the error of a teacher without a null condition that is to be guided, at one scale or at drawn ones."""
-    setting, needs, instead = (
-        (RANGE, "need", "leave them out") if drawn else ("guidance_scale", "needs", "leave it at 1")
-    )
-    given = NOT_GIVEN if drawn else guidance_scale
+    needs, todo = ("need", "leave them out") if drawn else ("needs", "leave it at 1")
     if spec.text:
         why = f"{needs} a null condition, and a {spec.family} pipeline has none: guidance is in its weights already"
-        return SettingError(setting, given, why, instead)
-    lacks = "no classes" if spec.num_classes is None else "none that is known"
-    name = f"name it with {named('null_class')} if one of the labels means 'no class'"
-    return SettingError(
-        setting, given, f"{needs} a teacher with a null class, and this one has {lacks}", f"{name}, {instead} otherwise"
+    else:
+        lacks = "no classes" if spec.num_classes is None else "none that is known"
+        why = f"{needs} a teacher with a null class, and this one has {lacks}"
+        todo = f"name it with {named('null_class')} if one of the labels means 'no class', {todo} otherwise"
+    return (
+        SettingError(RANGE, NOT_GIVEN, why, todo)
+        if drawn
+        else SettingError("guidance_scale", guidance_scale, why, todo)
     )
 
 
 class Thresholded(Wrapped):
-    """The teacher's prediction after its sampler's thresholding, eq. (15).
-
-    Args:
-        teacher: The teacher, guided already if it is to be.
-        threshold: Static clipping, dynamic thresholding, or none.
-    """
+    """The teacher's prediction, guided already if it is to be, after its sampler's thresholding, eq. (15)."""
 
     def __init__(self, teacher: Teacher, threshold: Threshold) -> None:
         super().__init__(teacher)

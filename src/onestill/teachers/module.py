@@ -60,18 +60,16 @@ def module_teacher(
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-    if t_max is None:
-        chosen, reason = process.start_level(prediction_type)
-    else:
+    if t_max is not None:
         process.check_start_level(prediction_type, t_max)
-        chosen, reason = t_max, "given"
+    start, reason = process.start_level(prediction_type) if t_max is None else (t_max, "given")
     spec = TeacherSpec(
         family="module",
         source="",
         process=process,
         prediction_type=prediction_type,
         sample_shape=tuple(sample_shape),
-        t_max=chosen,
+        t_max=start,
         t_max_reason=reason,
         num_classes=num_classes,
         null_class=null_class,

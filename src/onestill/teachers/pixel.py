@@ -11,7 +11,7 @@ import torch
 from diffusers import EDMEulerScheduler, UNet2DModel
 from torch import Tensor
 
-from onestill.core.errors import SettingError, found_in
+from onestill.core.errors import SettingError, found_in, in_short
 from onestill.core.files import PICKLE_SUFFIXES
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, Cond, refuse_non_finite, without_autocast
 from onestill.diffusion.process import VE
@@ -38,14 +38,13 @@ def load_unet2d(
     folder: Path, index: dict[str, Any], source: str, variant: str | None, null_class: int | None
 ) -> PixelTeacher:
     """Return the teacher in a pipeline folder; `index` is its model_index.json."""
+    name = index["_class_name"]
     for part in ("unet", "scheduler"):
-        named = index.get(part)
-        if not (isinstance(named, list) and len(named) == 2 and isinstance(named[1], str)):
-            raise ValueError(f"{source}: model_index.json names no {part!r}, which a {index['_class_name']} must have")
+        entry = index.get(part)
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+            raise ValueError(f"{source}: model_index.json names no {part!r}, which a {name} must have")
     if index["unet"][1] != "UNet2DModel":
-        raise ValueError(
-            f"{source}: the network is a {index['unet'][1]}; {index['_class_name']} teachers need a UNet2DModel"
-        )
+        raise ValueError(f"{source}: the network is a {index['unet'][1]}; {name} teachers need a UNet2DModel")
     network = _load_network(folder, source, variant)
     scheduler = _load_scheduler(folder, index["scheduler"][1], source)
     try:
@@ -93,7 +92,7 @@ def unet2d_teacher(
         shape = "x".join(map(str, spec.sample_shape))
         raise ValueError(
             f"the network does not run on samples of its own shape {shape} (sample_size {size} in "
-            f"unet/config.json): {' '.join(str(error).split())[:200]}"
+            f"unet/config.json): {in_short(error)}"
         ) from error
     return teacher
 
@@ -101,20 +100,16 @@ def unet2d_teacher(
 @torch.no_grad()
 @without_autocast
 def self_check(teacher: PixelTeacher, scheduler: Any) -> float:
-    """Compare two deterministic steps of ours with the scheduler's own `step`; return the largest difference.
+    """Compare two deterministic steps of ours with the scheduler's own `step`; return the largest relative difference.
 
-    The states are compared relative to their size. Steps 4 to 6 of 10, where neither end hides an error.
-
-    Raises:
-        ValueError: If they differ by more than 1e-4.
+    Steps 4 to 6 of 10, where neither end hides an error. ValueError if they differ by more than 1e-4.
     """
     spec = teacher.spec
     stock = EDMEulerScheduler.from_config(scheduler.config) if isinstance(spec.process, VE) else plain_ddim(scheduler)
     stock.set_timesteps(10)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *spec.sample_shape, generator=generator)
+    x = torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))
     cond = {"class_labels": torch.tensor([0, 0])} if spec.num_classes else {}
-    device = next(teacher.network.parameters()).device if isinstance(teacher.network, torch.nn.Module) else "cpu"
+    device = next(teacher.network.parameters()).device
     x, cond = x.to(device), {name: value.to(device) for name, value in cond.items()}
     levels = times_of(stock, spec.process)
     x = x * (spec.process.level(levels[4])[1] ** 2 + 1) ** 0.5 if isinstance(spec.process, VE) else x
@@ -130,8 +125,7 @@ def self_check(teacher: PixelTeacher, scheduler: Any) -> float:
         theirs = stock.step(output, stock.timesteps[i], theirs).prev_sample
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= SELF_CHECK_TOLERANCE:
-        if isinstance(teacher.network, torch.nn.Module):
-            refuse_non_finite(teacher.network, "unet")
+        refuse_non_finite(teacher.network, "unet")
         raise ValueError(
             f"self-check failed: two steps of onestill and of {type(scheduler).__name__} differ by {error:.1e} "
             f"(allowed {SELF_CHECK_TOLERANCE:.0e}): the scheduler's configuration does not say what it does "
@@ -141,15 +135,11 @@ def self_check(teacher: PixelTeacher, scheduler: Any) -> float:
 
 
 def _refuse_unknown_parts(config: Any) -> None:
-    if config.get("time_embedding_type") != "positional":
-        raise ValueError(
-            f"UNet2DModel with time_embedding_type={config.get('time_embedding_type')!r} is not supported: its time "
-            "input is not continuous or divides the output; only 'positional' is"
-        )
-    if config.get("class_embed_type") is not None:
-        raise ValueError(
-            f"UNet2DModel with class_embed_type={config.class_embed_type!r} is not supported; only num_class_embeds is"
-        )
+    if (kind := config.get("time_embedding_type")) != "positional":
+        why = "its time input is not continuous or divides the output; only 'positional' is"
+        raise ValueError(f"UNet2DModel with time_embedding_type={kind!r} is not supported: {why}")
+    if (kind := config.get("class_embed_type")) is not None:
+        raise ValueError(f"UNet2DModel with class_embed_type={kind!r} is not supported; only num_class_embeds is")
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(
             f"a UNet2DModel with {config.in_channels} input and {config.out_channels} output channels takes more than "
@@ -157,13 +147,11 @@ def _refuse_unknown_parts(config: Any) -> None:
         )
     size = config.sample_size
     if isinstance(size, (list, tuple)) and len(set(size)) > 1:
-        raise ValueError(
-            f"sample_size {tuple(size)} is not square: no stock pipeline around a UNet2DModel makes other images"
-        )
+        shown = f"sample_size {tuple(size)} is not square"
+        raise ValueError(f"{shown}: no stock pipeline around a UNet2DModel makes other images")
     if size is None:
-        raise ValueError(
-            "the UNet2DModel's config has no sample_size, so the shape of an image is unknown; add it to unet/config.json"
-        )
+        todo = "the shape of an image is unknown; add it to unet/config.json"
+        raise ValueError(f"the UNet2DModel's config has no sample_size, so {todo}")
 
 
 def _count_classes(config: Any, null_class: int | None) -> int | None:
@@ -173,8 +161,7 @@ def _count_classes(config: Any, null_class: int | None) -> int | None:
     if not num:
         raise SettingError("null_class", null_class, "the teacher is unconditional", "leave it out")
     if not 0 <= null_class < num:
-        why = f"is not a label of the teacher, which has {num} (0 to {num - 1})"
-        raise SettingError("null_class", null_class, why)
+        raise SettingError("null_class", null_class, f"is not a label of the teacher, which has {num} (0 to {num - 1})")
     return int(num) - 1
 
 
@@ -183,36 +170,24 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
     flat = not (folder / "unet").is_dir() and (folder / "config.json").is_file()
     weights = folder if flat else folder / "unet"
     name = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
-    present = sorted(p.name for p in weights.glob("*")) if weights.is_dir() else []
+    present = sorted(p.name for p in weights.glob("*"))
     if not any(p.startswith(name) and ".safetensors" in p for p in present):
-        pickles = [p for p in present if p.endswith(PICKLE_SUFFIXES)]
-        if pickles:
+        if pickles := [p for p in present if p.endswith(PICKLE_SUFFIXES)]:
             raise ValueError(
                 f"{source}: unet/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it once where "
                 "you trust it: UNet2DModel.from_pretrained(folder, subfolder='unet').save_pretrained(folder + '/unet')"
             )
         raise ValueError(f"{source}: missing weights unet/{name}.safetensors; the folder holds {present or 'nothing'}")
+    options = {"use_safetensors": True, "variant": variant, "local_files_only": True, "output_loading_info": True}
     try:
-        network, info = UNet2DModel.from_pretrained(
-            folder,
-            subfolder=None if flat else "unet",
-            use_safetensors=True,
-            variant=variant,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        network, info = UNet2DModel.from_pretrained(folder, subfolder=None if flat else "unet", **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{source}: the UNet2DModel's weights or config do not load: {' '.join(str(error).split())[:200]}"
-        ) from error
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{source}: the weights lack {len(info['missing_keys'])} of the network's tensors, such as {info['missing_keys'][0]!r}"
-        )
-    if info["unexpected_keys"]:
-        raise ValueError(
-            f"{source}: the weights hold tensors that unet/config.json has no place for, such as {info['unexpected_keys'][0]!r}"
-        )
+        raise ValueError(f"{source}: the UNet2DModel's weights or config do not load: {in_short(error)}") from error
+    if lacking := info["missing_keys"]:
+        raise ValueError(f"{source}: the weights lack {len(lacking)} of the network's tensors, such as {lacking[0]!r}")
+    if unknown := info["unexpected_keys"]:
+        why = f"that unet/config.json has no place for, such as {unknown[0]!r}"
+        raise ValueError(f"{source}: the weights hold tensors {why}")
     return network
 
 
@@ -224,6 +199,4 @@ def _load_scheduler(folder: Path, class_name: str, source: str) -> Any:
         flat = not (folder / "scheduler").is_dir() and (folder / "scheduler_config.json").is_file()
         return cls.from_pretrained(folder, subfolder=None if flat else "scheduler", local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise ValueError(
-            f"{source}: scheduler/scheduler_config.json does not load: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ValueError(f"{source}: scheduler/scheduler_config.json does not load: {in_short(error)}") from error

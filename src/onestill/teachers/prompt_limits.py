@@ -15,7 +15,6 @@ class Truncation:
     """Where one tokenizer is told to truncate, with what the pipeline puts around a prompt.
 
     Attributes:
-        tokenizer: The tokenizer.
         before: What the pipeline puts before a prompt.
         after: What it puts behind it.
         most: The tokens of all three that it passes on.
@@ -30,10 +29,8 @@ class Truncation:
 
     def num_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text."""
-        rows = self.tokenizer(
-            list(texts), truncation=False, padding=False, add_special_tokens=self.special, verbose=False
-        ).input_ids
-        return [len(row) for row in rows]
+        options = {"truncation": False, "padding": False, "add_special_tokens": self.special, "verbose": False}
+        return [len(row) for row in self.tokenizer(list(texts), **options).input_ids]
 
     @property
     def room(self) -> int:
@@ -64,11 +61,8 @@ class PromptLimit:
         long = [i for i, text in enumerate(texts) if len(text.encode()) + 3 > self.room]
         found = [False] * len(texts)
         for truncation in self.truncations if long else ():
-            for i, num in zip(
-                long,
-                truncation.num_tokens([truncation.before + texts[i] + truncation.after for i in long]),
-                strict=True,
-            ):
+            numbers = truncation.num_tokens([truncation.before + texts[i] + truncation.after for i in long])
+            for i, num in zip(long, numbers, strict=True):
                 found[i] |= num > truncation.most
         return found
 
@@ -82,7 +76,5 @@ class PromptLimit:
 
 def exceeded(known: Sequence[PromptLimit], texts: Sequence[str]) -> list[int]:
     """Return which limits each prompt exceeds, as a number: bit i for the i-th."""
-    numbers = [0] * len(texts)
-    for place, limit in enumerate(known):
-        numbers = [old | is_cut << place for old, is_cut in zip(numbers, limit.are_exceeded(texts), strict=True)]
-    return numbers
+    bits = [[is_cut << place for is_cut in limit.are_exceeded(texts)] for place, limit in enumerate(known)]
+    return [sum(row) for row in zip(*bits, strict=True)] if bits else [0] * len(texts)

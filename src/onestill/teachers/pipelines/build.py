@@ -7,11 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
-from onestill.core.errors import SettingError, found_in, named
+from onestill.core.errors import SettingError, found_in, in_short, named
 from onestill.core.patch import replaced
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, as_times, refuse_non_finite
 from onestill.diffusion.process import FlowMatching, Process
@@ -28,12 +27,7 @@ from onestill.teachers.teacher_spec import TeacherSpec
 def load_family(
     family: PipelineSpec, folder: Path, index: dict[str, Any], source: str, variant: str | None
 ) -> PipelineTeacher:
-    """Return the teacher in the folder of a stock pipeline, after the self-check.
-
-    Raises:
-        ValueError: If a component is missing or a pickle, does not load, or the self-check fails.
-    """
-    cls = getattr(diffusers, index["_class_name"])
+    """Return the teacher in the folder of a stock pipeline, after the self-check."""
     pipeline = load_pipeline(folder, index, source, variant, family.without)
     try:
         return pipeline_teacher(family, pipeline, folder, source, variant)
@@ -41,12 +35,12 @@ def load_family(
         raise found_in(source, _about_arguments(error, family.given)) from error
     except (RuntimeError, AttributeError, TypeError, LookupError) as error:
         absent = [n for n, part in pipeline.components.items() if part is None and n.startswith(("text", "token"))]
-        why = f": {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why = f": {type(error).__name__}: {in_short(error)}"
         if absent:
             why = (
                 f" without {' and '.join(absent)}, which encode its prompts: use a folder that holds the whole pipeline"
             )
-        raise ValueError(f"{source}: the {cls.__name__} does not run{why}") from error
+        raise ValueError(f"{source}: the {index['_class_name']} does not run{why}") from error
 
 
 def _about_arguments(error: ValueError, given: Mapping[str, Any]) -> ValueError:
@@ -64,8 +58,7 @@ def pipeline_teacher(
     """Return the teacher inside a pipeline loaded from `folder`, after the self-check.
 
     Raises:
-        ValueError: If the pipeline's schedule or its way of calling the network is not supported, or the
-            self-check fails.
+        ValueError: If its schedule or its way of calling the network is not supported, or the self-check fails.
     """
     calls = PipelineCalls(family, pipeline)
     schedule = family.schedule(pipeline)
@@ -109,12 +102,11 @@ def _check_channels(family: PipelineSpec, config: Any) -> None:
 
 def _check_size(family: PipelineSpec, pipeline: Any, sample_shape: tuple[int, ...]) -> None:
     """Raise ValueError if the pipeline rounded a size that was asked for, which some do without a word."""
-    given = family.given
-    spatial = getattr(pipeline, "vae_scale_factor_spatial", getattr(pipeline, "vae_scale_factor", None))
+    given, made = family.given, {}
+    on_pixels = 1 if getattr(pipeline, "vae", None) is None else None
+    scale = getattr(pipeline, "vae_scale_factor", on_pixels)
+    spatial = getattr(pipeline, "vae_scale_factor_spatial", scale)
     temporal = getattr(pipeline, "vae_scale_factor_temporal", None)
-    made = {}
-    if spatial is None and getattr(pipeline, "vae", None) is None:
-        spatial = 1
     if spatial is not None and len(sample_shape) >= 3:
         made = {"height": sample_shape[-2] * spatial, "width": sample_shape[-1] * spatial}
     if temporal is not None and len(sample_shape) == 4:
@@ -156,18 +148,12 @@ def self_check(
     if negative_prompt is not None:
         given["negative_prompt"] = [negative_prompt] * len(conditions)
     with replaced(pipeline, "scheduler", stock):
-        x_t, theirs = watch(
-            lambda: teacher.calls(conditions, given, seeds=(0, 1)),
-            teacher.network,
-            stock,
-            num_steps,
-        )
+        x_t, theirs = watch(lambda: teacher.calls(conditions, given, seeds=(0, 1)), teacher.network, stock, num_steps)
     x_t, theirs = (family.unpack(x[:2], teacher.signature.constant) for x in (x_t, theirs))
     x_t = x_t[:, : teacher.spec.sample_shape[0]]
-    times = times_of(stock, teacher.spec.process)
     cond = teacher.encode(conditions)
     ours = x_t
-    for t, s in pairwise(times):
+    for t, s in pairwise(times_of(stock, teacher.spec.process)):
         f = teacher.denoised(ours, t, cond)
         if scale != 1:
             without = teacher.denoised(ours, t, teacher.null_rows(cond))

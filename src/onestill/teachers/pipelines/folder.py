@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, in_short
 from onestill.core.files import PICKLE_SUFFIXES
 
 INDEX = "model_index.json"
@@ -45,14 +45,7 @@ def load_stock(
 def load_pipeline(
     folder: Path, index: dict[str, Any], source: str, variant: str | None, without: tuple[str, ...] = ()
 ) -> Any:
-    """Return the stock pipeline in a folder, with the class that its index names.
-
-    Args:
-        folder: The folder.
-        index: Its model_index.json.
-        source: Its name in messages.
-        variant: Weights' variant.
-        without: Optional components that are not loaded.
+    """Return the stock pipeline in a folder, with the class that its index names, but for the components `without`.
 
     Raises:
         ValueError: If a component is missing or a pickle, or it does not load.
@@ -61,7 +54,7 @@ def load_pipeline(
     try:
         return load_stock(getattr(diffusers, index["_class_name"]), folder, options(without, variant))
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
-        raise ValueError(f"{source}: the pipeline does not load: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{source}: the pipeline does not load: {in_short(error, 300)}") from error
 
 
 def has_checker(folder: Path) -> bool:
@@ -83,13 +76,12 @@ def check_components(folder: Path, index: dict[str, Any], source: str, variant: 
         if not (folder / name).is_dir():
             raise ValueError(f"{source}: the folder {name}/ ({entry[1]}) is missing, which model_index.json names")
         files = [p.name for p in (folder / name).iterdir()]
+        weights = [f for f in files if f.endswith(".safetensors")]
         if pickles := [f for f in files if f.endswith(PICKLE_SUFFIXES)]:
-            if not any(f.endswith(".safetensors") for f in files):
+            if not weights:
                 raise ValueError(
                     f"{source}: {name}/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it "
                     "once where you trust it, with save_pretrained of its class"
                 )
-        elif variant and not any(f".{variant}." in f for f in files if f.endswith(".safetensors")):
-            weights = [f for f in files if f.endswith(".safetensors")]
-            if weights and name in ("unet", "transformer"):
-                raise SettingError("variant", variant, f"{name}/ holds {', '.join(weights)}", where=source)
+        elif variant and weights and name in ("unet", "transformer") and not any(f".{variant}." in f for f in weights):
+            raise SettingError("variant", variant, f"{name}/ holds {', '.join(weights)}", where=source)

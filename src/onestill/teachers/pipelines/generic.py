@@ -9,7 +9,7 @@ and so does the pipeline's own picture for the decoder; whatever does not fit is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, in_short
 from onestill.core.tensors import SELF_CHECK_TOLERANCE
 from onestill.teachers.pipelines.build import pipeline_teacher
 from onestill.teachers.pipelines.calls import PipelineCalls
@@ -50,11 +50,9 @@ def load_generic(
     Raises:
         ValueError: If the pipeline does not fit, saying what it would need.
     """
-    name = index["_class_name"]
-    if not hasattr(diffusers, name):
-        raise ValueError(
-            f"{source}: a {name} cannot be a teacher: diffusers {diffusers.__version__} has no such pipeline"
-        )
+    cannot = f"{source}: a {index['_class_name']} cannot be a teacher"
+    if not hasattr(diffusers, index["_class_name"]):
+        raise ValueError(f"{cannot}: diffusers {diffusers.__version__} has no such pipeline")
     try:
         network = _network(index)
         pipeline = load_pipeline(folder, index, source, variant)
@@ -63,21 +61,11 @@ def load_generic(
         raise error.found_in(source) from error
     except ValueError as error:
         message = str(error).removeprefix(f"{source}: ")
-        raise ValueError(
-            f"{source}: a {name} cannot be a teacher: no family names it, and none could be made: {message}"
-        ) from error
+        raise ValueError(f"{cannot}: no family names it, and none could be made: {message}") from error
 
 
 def plain_family(index: dict[str, Any], pipeline: Any) -> PipelineSpec:
-    """Return the description of an exported student's pipeline that no family names: enough for its plain call.
-
-    Args:
-        index: Its model_index.json.
-        pipeline: The pipeline.
-
-    Raises:
-        ValueError: If it is no pipeline that a teacher could be made of.
-    """
+    """Return the description of an exported student's pipeline that no family names: enough for its plain call."""
     return _described(_network(index), pipeline)
 
 
@@ -102,7 +90,7 @@ def _first_that_fits(
         except ValueError as found:
             error = error or found
         except FOREIGN as found:
-            error = error or ValueError(f"its network does not run as the pipeline runs it: {_short(found)}")
+            error = error or ValueError(f"its network does not run as the pipeline runs it: {in_short(found)}")
         else:
             _check_decoder(teacher)
             return teacher
@@ -111,7 +99,13 @@ def _first_that_fits(
 
 def _candidates(network: str, pipeline: Any, arguments: Mapping[str, Any]) -> Iterator[PipelineSpec]:
     """Yield the descriptions that a pipeline may have."""
-    _check_network(network, pipeline)
+    config = getattr(pipeline, network).config
+    sees, predicts = config.get("in_channels"), config.get("out_channels")
+    if isinstance(sees, int) and isinstance(predicts, int) and sees > predicts:
+        raise ValueError(
+            f"its {network} sees {sees} channels and predicts {predicts}: it is given an image or a mask beside the "
+            "noise. It would need a family that provides them"
+        )
     base = _described(network, pipeline).with_arguments(arguments)
     first = _first_call(base, pipeline)
     if hasattr(pipeline.scheduler, "alphas_cumprod") and not pipeline.scheduler.config.get("use_flow_sigmas"):
@@ -121,16 +115,6 @@ def _candidates(network: str, pipeline: Any, arguments: Mapping[str, Any]) -> It
         schedule = partial(flow_schedule, net_scale=net_scale, net_offset=net_offset)
         for sign in (1.0, -1.0):
             yield replace(base, schedule=schedule, one_step=one_flow_step, sign=sign)
-
-
-def _check_network(network: str, pipeline: Any) -> None:
-    config = getattr(pipeline, network).config
-    sees, predicts = config.get("in_channels"), config.get("out_channels")
-    if isinstance(sees, int) and isinstance(predicts, int) and sees > predicts:
-        raise ValueError(
-            f"its {network} sees {sees} channels and predicts {predicts}: it is given an image or a mask beside the "
-            "noise. It would need a family that provides them"
-        )
 
 
 def _described(network: str, pipeline: Any) -> PipelineSpec:
@@ -174,30 +158,23 @@ def _first_call(family: PipelineSpec, pipeline: Any) -> float:
         (call,) = record(run, calls.network)
     except (ValueError, *FOREIGN) as error:
         raise ValueError(
-            f"its call with a prompt alone ends with {type(error).__name__}: {_short(error)}. "
+            f"its call with a prompt alone ends with {type(error).__name__}: {in_short(error)}. "
             "It would need a family that gives it what it asks for"
         ) from error
     return float(call.net_time.reshape(-1)[0])
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 @torch.no_grad()
-def _check_decoder(teacher: PipelineTeacher, seeds: Sequence[int] = (0, 1)) -> None:
+def _check_decoder(teacher: PipelineTeacher) -> None:
     """Raise ValueError if our decoder does not make the pipeline's own picture of its own last state."""
-    calls = teacher.calls
-    prompts = calls.examples(len(seeds))
+    calls, given = teacher.calls, {"num_inference_steps": 2, "output_type": "pt"}
+    run = lambda: calls(calls.examples(2), given, seeds=(0, 1))  # noqa: E731 - passed on at once
     try:
-        output, latents = finish(
-            lambda: calls(prompts, {"num_inference_steps": 2, "output_type": "pt"}, seeds=seeds),
-            calls.pipeline.scheduler,
-        )
+        output, latents = finish(run, calls.pipeline.scheduler)
         theirs, ours = calls.spec.result(output), teacher.decode(latents)
     except FOREIGN as error:
         raise ValueError(
-            f"its latents do not decode plainly: {_short(error)}. It would need a family that decodes (and packs) them"
+            f"its latents do not decode plainly: {in_short(error)}. It would need a family that decodes (and packs) them"
         ) from error
     fits = ours.shape == theirs.shape
     if not fits or not (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().max() <= SELF_CHECK_TOLERANCE:

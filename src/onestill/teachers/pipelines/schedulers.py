@@ -20,9 +20,6 @@ def scheduler_process(scheduler: Any) -> tuple[Process, str, float]:
     """Return (process, prediction type, sigma_data) of a constructed scheduler.
 
     The schedule is read from `alphas_cumprod`, never from the betas' configuration, which may be overridden.
-
-    Raises:
-        ValueError: If the scheduler is of a kind that is not supported, by name.
     """
     name, config = type(scheduler).__name__, scheduler.config
     prediction = config.get("prediction_type", "epsilon")
@@ -37,23 +34,17 @@ def scheduler_process(scheduler: Any) -> tuple[Process, str, float]:
             "with onestill.module_teacher(network, process, prediction_type, sample_shape)"
         )
     if prediction not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(
-            f"the scheduler's prediction_type {prediction!r} is not supported; known: epsilon, sample, v_prediction"
-        )
+        known = "epsilon, sample, v_prediction"
+        raise ValueError(f"the scheduler's prediction_type {prediction!r} is not supported; known: {known}")
     return DiscreteVP(scheduler.alphas_cumprod), prediction, 0.5
 
 
 def flow_process(scheduler: Any, *, net_scale: float = 1000.0, net_offset: float = 0.0) -> FlowMatching:
-    """Return the linear path of a flow-matching scheduler, warped by its time shift.
-
-    Raises:
-        ValueError: If the scheduler is not one of flow matching.
-    """
-    config = scheduler.config
-    is_flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
-    if not is_flow:
+    """Return the linear path of a flow-matching scheduler, warped by its time shift; ValueError for any other one."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if not (name.startswith("FlowMatch") or config.get("use_flow_sigmas", False)):
         raise ValueError(
-            f"the scheduler {type(scheduler).__name__} is not one of flow matching, which this family is trained on; "
+            f"the scheduler {name} is not one of flow matching, which this family is trained on; "
             "save the pipeline with FlowMatchEulerDiscreteScheduler"
         )
     return FlowMatching(float(config.get("shift") or config.get("flow_shift") or 1.0), net_scale, net_offset)
@@ -63,9 +54,8 @@ def scheduler_threshold(scheduler: Any) -> Threshold:
     """Return what the scheduler's own `step` does to the predicted x_0."""
     config = scheduler.config
     if config.get("thresholding", False):
-        return Threshold(
-            "dynamic", config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
-        )
+        limit, ratio = config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
+        return Threshold("dynamic", limit, ratio)
     if config.get("clip_sample", False):
         return Threshold("static", config.get("clip_sample_range", 1.0))
     return Threshold()
@@ -105,13 +95,8 @@ def one_level(alpha: float, prediction_type: str, *, clip_sample: bool, stochast
     """Return the scheduler whose one step from unit noise is the head at a single level.
 
     "epsilon" gives (eps - sigma output) / alpha, "v_prediction" alpha eps - sigma output and "sample" the output.
-    The former two have few training steps, so that a call with many is refused.
-
-    Args:
-        alpha: Signal level of the start.
-        prediction_type: epsilon, v_prediction or sample.
-        clip_sample: Whether the result is clipped to [-1, 1].
-        stochastic: Write a `DDPMScheduler`, for pipelines that ask it for its variance; its last step adds none.
+    The former two have few training steps, so that a call with many is refused. `stochastic` writes a
+    `DDPMScheduler`, for pipelines that ask it for its variance; its last step adds none.
     """
     cls = DDPMScheduler if stochastic else DDIMScheduler
     level: dict[str, Any] = {}
@@ -120,18 +105,12 @@ def one_level(alpha: float, prediction_type: str, *, clip_sample: bool, stochast
         betas = [1 - (alpha**2) ** (1 / LEVEL_FACTORS)] * LEVEL_FACTORS if alpha else [0.5, 1.0]
         level = {"num_train_timesteps": len(betas), "trained_betas": betas}
     # The offset means nothing with this spacing, but Stable Diffusion's pipeline warns of any other.
-    own: dict[str, Any] = (
-        {"variance_type": "fixed_small"} if stochastic else {"set_alpha_to_one": True, "steps_offset": 1}
-    )
-    return cls(prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=clip_sample, **level, **own)
+    level |= {"variance_type": "fixed_small"} if stochastic else {"set_alpha_to_one": True, "steps_offset": 1}
+    return cls(prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=clip_sample, **level)
 
 
 def one_euler_step(alpha: float) -> FlowMatchEulerDiscreteScheduler:
-    """Return the scheduler whose one step from pure noise is eps - output.
-
-    Raises:
-        SettingError: If the start is not pure noise.
-    """
+    """Return the scheduler whose one step from pure noise is eps - output; SettingError for another start."""
     if alpha != 0:
         raise SettingError("t_max", why="a flow-matching student starts from pure noise", todo="leave it at 1")
     return FlowMatchEulerDiscreteScheduler(shift=1.0)

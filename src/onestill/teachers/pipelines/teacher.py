@@ -41,15 +41,7 @@ def _is_plain(value: Tensor) -> bool:
 class PipelineTeacher(NetworkTeacher):
     """A teacher inside a stock pipeline: besides its network it has prompts, a decoder, and a folder to write.
 
-    Args:
-        pipeline_spec: What is known of pipelines of its kind.
-        pipeline: The pipeline; its text encoders may be released once the prompts are encoded.
-        folder: Where it was loaded from.
-        spec: What is known of it.
-        signature: How its network is called.
-        null_cond: The conditions of "no prompt", one row; empty if the pipeline has no guidance.
-        example_cond: Those of some prompt.
-        variant: The variant of its weights, such as "fp16".
+    Its text encoders may be released once the prompts are encoded; `signature` says how its network is called.
     """
 
     folder: Path
@@ -132,13 +124,11 @@ class PipelineTeacher(NetworkTeacher):
             type(self.pipeline).__name__,
             [(name, tuple(v.shape[1:]), str(v.dtype)) for name, v in sorted(rows.items())],
             [(name, value) for name, value in arguments if name not in SIZES or not plain],
-            {name: value.tolist() for name, value in fixed.items()} if plain else self._made_of(),
+            {name: value.tolist() for name, value in fixed.items()}
+            if plain
+            else (encoders.plain_config(self.network.config), getattr(self.pipeline, "vae_scale_factor", None)),
         )
         return f"{self.pipeline_spec.name}-{encoders.identity(self.pipeline, facts)}"
-
-    def _made_of(self) -> tuple[object, ...]:
-        # The network of a pipeline has a configuration.
-        return encoders.plain_config(self.network.config), getattr(self.pipeline, "vae_scale_factor", None)
 
     @functools.cached_property
     def prompt_limits(self) -> tuple[PromptLimit, ...]:
@@ -186,12 +176,12 @@ class PipelineTeacher(NetworkTeacher):
 
     def picture_rows(self, pictures: Tensor, noise: Tensor) -> Cond:
         if (condition := self.image_condition) is None:
-            raise self._takes_no_picture()
+            return super().picture_rows(pictures, noise)
         return condition.rows(self.pipeline, pictures, noise, condition.level)
 
     def with_image_condition(self, level: int, pictures: Tensor | None = None) -> Self:
         if self.image_condition is None:
-            raise self._takes_no_picture()
+            return super().with_image_condition(level, pictures)
         num_levels = self.image_condition.num_levels(self.pipeline)
         if not 0 <= level < num_levels:
             raise SettingError("noise_level", level, f"this {self.kind} knows the levels 0 to {num_levels - 1}")
@@ -203,9 +193,11 @@ class PipelineTeacher(NetworkTeacher):
 
     def decode(self, latents: Tensor) -> Tensor:
         spec = self.pipeline_spec
-        if spec.decode is None:
-            return latents
-        return spec.trim(self.pipeline, spec.decode(self.pipeline, latents), spec.arguments)
+        return (
+            latents
+            if spec.decode is None
+            else spec.trim(self.pipeline, spec.decode(self.pipeline, latents), spec.arguments)
+        )
 
     # Students
 
@@ -229,16 +221,12 @@ class PipelineTeacher(NetworkTeacher):
 
     def load_afresh(self, parts: Mapping[str, Any], *, with_checker: bool = False) -> Any:
         """Return the pipeline as `load_stock` reads it from where it was loaded, with `parts` in place of its own."""
-        given = options(self.pipeline_spec.without, self.variant) | dict(parts)
+        given = {**options(self.pipeline_spec.without, self.variant), **parts}
         return load_stock(type(self.pipeline), self.folder, given, with_checker=with_checker)
 
 
 def read_call(folder: Path) -> dict[str, Any]:
-    """Return the arguments of the call that the student in an exported folder was distilled at.
-
-    Raises:
-        ValueError: If they do not parse.
-    """
+    """Return the arguments of the call that the student in an exported folder was distilled at."""
     path = folder / CALL_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(found, dict) or not all(isinstance(value, PLAIN) for value in found.values()):

@@ -15,10 +15,6 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     z = latents std / scale + mean where the autoencoder's config has per-channel statistics, else
     latents / scale + shift; the image is vae.decode(z). Runs in the autoencoder's own dtype, which is float32
     unless it was loaded otherwise: in float16 some overflow.
-
-    Args:
-        vae: An autoencoder of diffusers.
-        latents: [B, C, ...].
     """
     config, first = vae.config, next(vae.parameters())
     z = latents.to(device=first.device, dtype=first.dtype)

@@ -12,11 +12,7 @@ from onestill.teachers.pipelines.spec import Schedule
 
 
 def vp_schedule(pipeline: Any) -> Schedule:
-    """Return the schedule of a pipeline whose scheduler has `alphas_cumprod`; latents are never thresholded.
-
-    Raises:
-        ValueError: If the scheduler is of another kind.
-    """
+    """Return the schedule of a pipeline whose scheduler has `alphas_cumprod`; latents are never thresholded."""
     process, prediction, _ = scheduler_process(pipeline.scheduler)
     if prediction == "edm":
         raise ValueError(

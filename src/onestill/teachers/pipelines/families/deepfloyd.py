@@ -7,6 +7,7 @@ further channels, the level as `class_labels`. So these are its conditions, "low
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +18,11 @@ from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.pipelines.families._vp import vp_schedule
 from onestill.teachers.pipelines.schedulers import one_level, scheduler_threshold
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
-from onestill.teachers.teacher_spec import Threshold
 
 NOISE_LEVEL = 250
 """How much noise stage II mixes into the low-resolution picture, of 1000: its pipeline's own default."""
 ENLARGES = 4
 """How many times the published stage II enlarges its picture: 64 to 256 pixels."""
-
-# A prompt must not depend on whether the two packages that clean captions are installed.
-ARGUMENTS = {"clean_caption": False}
-# Saved, it does not load any more (diffusers 0.42.1 with transformers 5: its class lacks post_init).
-WITHOUT = ("safety_checker",)
 
 
 def schedule(pipeline: Any) -> Schedule:
@@ -47,24 +42,15 @@ def one_ddpm_step(pipeline: Any, prediction_type: str, alpha: float) -> Any:
     """Return the scheduler of an exported student: the head at one level, thresholded as the teacher's."""
     own = scheduler_threshold(pipeline.scheduler)
     scheduler = one_level(alpha, prediction_type, clip_sample=own.mode == "static", stochastic=True)
-    scheduler.register_to_config(**_threshold_config(own))
+    dynamic = {"thresholding": True, "sample_max_value": own.limit, "dynamic_thresholding_ratio": own.ratio}
+    scheduler.register_to_config(**(dynamic if own.mode == "dynamic" else {"clip_sample_range": own.limit}))
     return scheduler
 
 
-def _threshold_config(own: Threshold) -> dict[str, Any]:
-    if own.mode == "dynamic":
-        return {"thresholding": True, "sample_max_value": own.limit, "dynamic_thresholding_ratio": own.ratio}
-    return {"clip_sample_range": own.limit}
-
-
 def low_res_rows(pipeline: Any, pictures: Tensor, noise: Tensor, noise_level: int = NOISE_LEVEL) -> Cond:
-    """Return the conditions of stage II for low-resolution pictures, as its pipeline makes them.
+    """Return the conditions of stage II for pictures of stage I, as its pipeline makes them.
 
-    Args:
-        pipeline: An `IFSuperResolutionPipeline`.
-        pictures: What stage I made, [B, C, h, w] in [-1, 1].
-        noise: Standard normal noise of the large picture's shape, [B, C, H, W].
-        noise_level: How much of it is mixed in, of 1000.
+    They are [B, C, h, w] in [-1, 1]; the noise is standard normal, [B, C, H, W], and its level of 1000.
     """
     large = torch.nn.functional.interpolate(pictures, noise.shape[-2:], mode="bilinear", align_corners=True)
     levels = torch.full((len(pictures),), noise_level, device=pictures.device)
@@ -80,16 +66,6 @@ def example_pictures(pipeline: Any, num: int) -> Tensor:
     return torch.stack([slope * (1 - i / 2) for i in range(num)])
 
 
-def picture_arguments(pictures: Tensor, noise_level: int) -> dict[str, Any]:
-    """Return the arguments of stage II's call that give it low-resolution pictures."""
-    return {"image": pictures, "noise_level": noise_level}
-
-
-def num_noise_levels(pipeline: Any) -> int:
-    """Return how many noise levels stage II's pipeline knows."""
-    return int(pipeline.image_noising_scheduler.config.num_train_timesteps)
-
-
 def noisy_channels(config: Any) -> int:
     """Return the number of channels of the large picture: half of what stage II's network takes."""
     return int(config.in_channels) // 2
@@ -103,29 +79,24 @@ IF_STAGE_1 = PipelineSpec(
     decode=threshold,
     on_pixels=True,
     one_step=one_ddpm_step,
-    arguments=ARGUMENTS,
+    # A prompt must not depend on whether the two packages that clean captions are installed.
+    arguments={"clean_caption": False},
     result=lambda output: output.images,  # from -1 to 1 already
-    without=WITHOUT,
+    # Saved, it does not load any more (diffusers 0.42.1 with transformers 5: its class lacks post_init).
+    without=("safety_checker",),
 )
-IF_STAGE_2 = PipelineSpec(
+IF_STAGE_2 = replace(
+    IF_STAGE_1,
     name="deepfloyd_if_super_resolution",
     pipelines=("IFSuperResolutionPipeline",),
-    network="unet",
-    schedule=schedule,
-    decode=threshold,
-    on_pixels=True,
-    one_step=one_ddpm_step,
-    arguments=ARGUMENTS,
-    result=lambda output: output.images,  # from -1 to 1 already
-    without=WITHOUT,
     image_condition=ImageCondition(
         name="low_res",
         kept=("low_res", "class_labels"),
         channels=noisy_channels,
         example=example_pictures,
-        arguments=picture_arguments,
+        arguments=lambda pictures, level: {"image": pictures, "noise_level": level},
         rows=low_res_rows,
-        num_levels=num_noise_levels,
+        num_levels=lambda pipeline: int(pipeline.image_noising_scheduler.config.num_train_timesteps),
         level=NOISE_LEVEL,
         usual_factor=ENLARGES,
     ),

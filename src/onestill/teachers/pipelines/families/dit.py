@@ -11,11 +11,7 @@ PIPELINE_NULL_CLASS = 1000
 
 
 def null_class(config: Any) -> int:
-    """Return the label of "no class", the last one.
-
-    Raises:
-        ValueError: If it is not the one that `DiTPipeline` guides with.
-    """
+    """Return the label of "no class", the last one; ValueError if it is not the one that `DiTPipeline` guides with."""
     label = int(config.num_embeds_ada_norm)
     if label != PIPELINE_NULL_CLASS:
         raise ValueError(

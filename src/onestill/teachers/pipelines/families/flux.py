@@ -11,18 +11,13 @@ schnell has no such input.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families._vp import decode_vae
-from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
-
-
-def schedule(pipeline: Any) -> Schedule:
-    """Return the linear path under the scheduler's shift; the network's time is sigma itself."""
-    return flow_schedule(pipeline, net_scale=1.0)
+from onestill.teachers.pipelines.spec import PipelineSpec
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -33,12 +28,7 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(sequence: Tensor, ids: Tensor) -> Tensor:
-    """Return a sequence of patches as latents, the inverse of `pack`.
-
-    Args:
-        sequence: [B, H/2 W/2, 4 C].
-        ids: Place of each patch, (0, row, column). [H/2 W/2, 3]
-    """
+    """Return a sequence of patches as latents, the inverse of `pack`; `ids` are (0, row, column) of each patch."""
     height, width = (int(n) + 1 for n in ids[:, 1:].amax(dim=0))
     patches = sequence.reshape(len(sequence), height, width, -1, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(sequence), -1, 2 * height, 2 * width)
@@ -48,7 +38,7 @@ FLUX = PipelineSpec(
     name="flux",
     pipelines=("FluxPipeline",),
     network="transformer",
-    schedule=schedule,
+    schedule=partial(flow_schedule, net_scale=1.0),  # the network's time is sigma itself
     decode=decode_vae,
     one_step=one_flow_step,
     guidance=None,

@@ -6,23 +6,17 @@ guidance is the plain one, so the teacher is the pipeline called with `cfg_norma
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families._vp import decode_vae, square_size
-from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
-
-
-def schedule(pipeline: Any) -> Schedule:
-    """Return the linear path under the scheduler's shift; the network's time is 1 - sigma."""
-    return flow_schedule(pipeline, net_scale=-1.0, net_offset=1.0)
-
+from onestill.teachers.pipelines.spec import PipelineSpec
 
 LUMINA_2 = PipelineSpec(
     name="lumina2",
     pipelines=("Lumina2Pipeline",),
     network="transformer",
-    schedule=schedule,
+    schedule=partial(flow_schedule, net_scale=-1.0, net_offset=1.0),
     decode=decode_vae,
     one_step=one_flow_step,
     arguments={"cfg_normalization": False},

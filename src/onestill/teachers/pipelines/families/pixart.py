@@ -9,10 +9,6 @@ from __future__ import annotations
 from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step, vp_schedule
 from onestill.teachers.pipelines.spec import PipelineSpec
 
-# Binning is the identity at the sizes the networks were trained for and unknown at any other. Cleaning captions
-# needs two packages; a prompt must not depend on whether they are installed.
-ARGUMENTS = {"use_resolution_binning": False, "clean_caption": False}
-
 PIXART = PipelineSpec(
     name="pixart",
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
@@ -20,5 +16,7 @@ PIXART = PipelineSpec(
     schedule=vp_schedule,
     decode=decode_vae,
     one_step=one_ddim_step,
-    arguments=ARGUMENTS,
+    # Binning is the identity at the sizes the networks were trained for and unknown at any other. Cleaning captions
+    # needs two packages; a prompt must not depend on whether they are installed.
+    arguments={"use_resolution_binning": False, "clean_caption": False},
 )

@@ -38,11 +38,7 @@ class CosineEuler(EDMEulerScheduler):  # type: ignore[misc]  # diffusers is unty
 
 
 def schedule(pipeline: Any) -> Schedule:
-    """Return the cosine process; the network's time is t itself.
-
-    Raises:
-        ValueError: If the scheduler is another one, or not one of v-prediction with unit sigma_data.
-    """
+    """Return the cosine process; ValueError if the scheduler is not Stable Audio's own, with its configuration."""
     name, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
     if name != "CosineDPMSolverMultistepScheduler":
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -34,13 +35,6 @@ STABLE_DIFFUSION = PipelineSpec(
     adapt=guide_once,
     set_size=any_size,
 )
-STABLE_DIFFUSION_XL = PipelineSpec(
-    name="stable_diffusion_xl",
-    pipelines=("StableDiffusionXLPipeline",),
-    network="unet",
-    schedule=vp_schedule,
-    decode=decode_vae,
-    one_step=one_ddim_step,
-    adapt=guide_once,
-    set_size=square_size,
+STABLE_DIFFUSION_XL = replace(
+    STABLE_DIFFUSION, name="stable_diffusion_xl", pipelines=("StableDiffusionXLPipeline",), set_size=square_size
 )

@@ -7,30 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families._vp import decode_vae
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 
 
 def schedule(pipeline: Any) -> Schedule:
-    """Return the linear path under the scheduler's shift; the network's time is 1000 sigma.
-
-    Raises:
-        ValueError: If the pipeline is one of Wan 2.2, with two networks or a time for each token.
-    """
+    """Return the linear path under the scheduler's shift; ValueError for two networks or a time for each token."""
     if pipeline.config.boundary_ratio is not None:
         raise ValueError("a Wan 2.2 pipeline has one network for high noise and one for low; a teacher has one")
     if pipeline.config.expand_timesteps:
         raise ValueError("this Wan pipeline gives its network a time for each token; a teacher has one for each sample")
     return flow_schedule(pipeline)
-
-
-def frames(output: Any) -> Tensor:
-    """Return a pipeline's videos, [B, C, F, H, W] in [-1, 1]."""
-    videos: Tensor = output.frames
-    return videos.movedim(1, 2) * 2 - 1
 
 
 WAN = PipelineSpec(
@@ -40,6 +28,6 @@ WAN = PipelineSpec(
     schedule=schedule,
     decode=decode_vae,
     one_step=one_flow_step,
-    result=frames,
+    result=lambda output: output.frames.movedim(1, 2) * 2 - 1,  # [B, C, F, H, W]
     output_field="frames",
 )
