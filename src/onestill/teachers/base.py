@@ -134,7 +134,7 @@ class Teacher(ABC):
         """Return the teacher with a negative prompt in the place of its null condition; itself where None is given.
 
         Raises:
-            SettingError: If the teacher takes no prompts or has no "no prompt", or if nothing uses it (`acts` is False).
+            SettingError: If the teacher takes no prompts, has no "no prompt", or nothing uses it (`acts` is False).
         """
         if prompt is None:
             return self

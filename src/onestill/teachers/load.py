@@ -115,9 +115,8 @@ def load_teacher(
         folder = _find_folder(source, revision, variant, cache_dir, local_files_only)
     index = read_index(folder, source)
     class_name = index["_class_name"]
-    if class_name in REFUSED:
+    if reason := REFUSED.get(class_name):
         supported = ", ".join(sorted([*UNET2D_PIPELINES, *FAMILY_OF_PIPELINE]))
-        reason = REFUSED[class_name]
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
     _check_arguments(arguments or {}, class_name)
     teacher = _load(folder, index, source, variant, null_class, arguments or {})
@@ -242,10 +241,6 @@ def _is_of_the_network(error: BaseException) -> bool:
     return isinstance(error, kinds) or (isinstance(error, OSError) and error.errno in UNREACHABLE)
 
 
-def _is_component(entry: list[Any]) -> bool:
-    return len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
-
-
 def read_index(folder: Path, source: str) -> dict[str, Any]:
     """Return the model_index.json of a pipeline's folder; ValueError if there is none, or a broken one."""
     path = folder / "model_index.json"
@@ -258,7 +253,9 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{source}: model_index.json names no pipeline class (_class_name)")
     for name, entry in index.items():
-        if isinstance(entry, list) and not name.startswith("_") and not _is_component(entry):
+        if not isinstance(entry, list) or name.startswith("_"):
+            continue
+        if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
             shown = json.dumps(entry)[:80]
             raise ValueError(f"{source}: model_index.json gives {name!r} as {shown}, not as [library, class]")
     return index

@@ -21,12 +21,7 @@ EXAMPLE_PROMPTS = ("a photo", "a drawing of it")
 
 @dataclass(frozen=True)
 class PipelineCalls:
-    """The calls of a stock pipeline.
-
-    Attributes:
-        spec: What is known of pipelines of its kind.
-        pipeline: The pipeline.
-    """
+    """The calls of a stock pipeline, and what is known of pipelines of its kind."""
 
     spec: PipelineSpec
     pipeline: Any
@@ -43,10 +38,7 @@ class PipelineCalls:
     def __call__(self, conditions: Sequence[Any], arguments: Mapping[str, Any], *, seeds: Sequence[int] = ()) -> Any:
         """Call the pipeline for some prompts (or labels) and return what it returns.
 
-        Args:
-            conditions: Prompts, or labels.
-            arguments: Further arguments of its call; they win over the family's own.
-            seeds: One for each image; the global random state if there are none.
+        `arguments` win over the family's own; without seeds, one for each image, the global random state draws.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
         given = {self.spec.prompt: list(conditions), "generator": generators}
@@ -100,13 +92,7 @@ class PipelineCalls:
 
     @torch.no_grad()
     def encode(self, signature: Signature, prompts: Sequence[Any], seeds: Sequence[int] = ()) -> Cond:
-        """Return the conditions that the pipeline makes of prompts, one row each.
-
-        Args:
-            signature: How it calls its network.
-            prompts: The prompts.
-            seeds: For what the pipeline draws on the way; 0, 1, ... if there are none.
-        """
+        """Return the conditions of prompts, one row each; what is drawn on the way has the seeds 0, 1, ... if none."""
         (call,) = self.first_calls(prompts, 1.0, seeds=seeds or range(len(prompts)))
         return signature.conditions(call)
 
@@ -115,10 +101,6 @@ class PipelineCalls:
         """Return the conditions of the unguided half of a guided step; {} if the pipeline does not guide.
 
         A pipeline either calls its network once with both halves, "no prompt" first, or twice, the prompt first.
-
-        Args:
-            signature: How it calls its network.
-            negative_prompt: In the place of "no prompt".
         """
         if self.spec.guidance is None:
             return {}

@@ -60,14 +60,7 @@ def record(run: Callable[[], object], network: nn.Module, until: Any = None) -> 
 
 @torch.no_grad()
 def watch(run: Callable[[], object], network: nn.Module, scheduler: Any, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Return (first noisy input, last state) of a pipeline that takes `num_steps` steps, and end it there.
-
-    Args:
-        run: Calls the pipeline.
-        network: Its denoising network.
-        scheduler: Its scheduler, one evaluation a step.
-        num_steps: How many steps `run` asks for.
-    """
+    """Return (first noisy input, last state) of a pipeline that `run` asks for `num_steps` steps, and end it there."""
     with suppress(_Stop), seen_calls(network) as calls, _seen_states(scheduler, most=num_steps) as states:
         run()
     return calls[0].x_t, states[-1]
@@ -82,13 +75,7 @@ def finish(run: Callable[[], Any], scheduler: Any) -> tuple[Any, Tensor]:
 
 
 def requested_shift(run: Callable[[], object], network: nn.Module, scheduler: Any) -> float:
-    """Return the time shift that a pipeline gives a scheduler with dynamic shifting, by the argument `mu`.
-
-    Args:
-        run: Calls the pipeline.
-        network: Its denoising network.
-        scheduler: Its scheduler.
-    """
+    """Return the time shift that a pipeline gives a scheduler with dynamic shifting, by the argument `mu`."""
     shifts: list[float] = []
     set_timesteps = scheduler.set_timesteps
 

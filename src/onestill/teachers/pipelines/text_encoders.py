@@ -81,12 +81,7 @@ def quiet() -> Iterator[None]:
 
 
 def identity(pipeline: Any, facts: Sequence[object]) -> str:
-    """Return a hash of these parts, weights and configurations and rules of tokenizers, and of `facts`.
-
-    Args:
-        pipeline: The pipeline, with its parts.
-        facts: What else decides the conditions of a prompt.
-    """
+    """Return a hash of these parts, weights and configurations and rules of tokenizers, and of further `facts`."""
     digest = hashlib.blake2b(repr(tuple(facts)).encode(), digest_size=8)
     for name, part in sorted(parts(pipeline).items()):
         if isinstance(part, torch.nn.Module):

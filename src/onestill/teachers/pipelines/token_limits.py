@@ -25,7 +25,6 @@ class TokenizerCall:
 
     Attributes:
         name: The component that it is, or is in.
-        tokenizer: The tokenizer.
         texts: What it was given.
         most: The tokens that it cut each text at; None if it cut none.
         special: Whether it added its special tokens.
@@ -87,12 +86,8 @@ def limits(calls: Sequence[TokenizerCall]) -> tuple[PromptLimit, ...]:
             around = text[: len(before)], text[len(text) - len(after) :]
             truncation = Truncation(call.tokenizer, *around, call.most, call.special)
             found.setdefault(truncation.room, []).append((call.name.replace("tokenizer", "text_encoder"), truncation))
-    return tuple(
-        PromptLimit(
-            room,
-            tuple(dict.fromkeys(name for name, _ in found_here)),
-            tuple(each for _, each in found_here),
-            len(found) == 1,
-        )
-        for room, found_here in sorted(found.items())
-    )
+    known = []
+    for room, here in sorted(found.items()):
+        encoders_here = tuple(dict.fromkeys(name for name, _ in here))
+        known.append(PromptLimit(room, encoders_here, tuple(each for _, each in here), len(found) == 1))
+    return tuple(known)
