@@ -39,11 +39,7 @@ class ClipScore:
     """
 
     def __init__(
-        self,
-        model: str | os.PathLike[str],
-        *,
-        local_files_only: bool = False,
-        device: str | torch.device = "cpu",
+        self, model: str | os.PathLike[str], *, local_files_only: bool = False, device: str | torch.device = "cpu"
     ) -> None:
         source = os.fspath(model)
         is_folder = os.path.isdir(source)  # unlike Path.is_dir, also of names too long for a path

@@ -34,11 +34,7 @@ class TransformersFeatures:
     """
 
     def __init__(
-        self,
-        model_id: str | os.PathLike[str],
-        *,
-        local_files_only: bool = False,
-        device: str | torch.device = "cpu",
+        self, model_id: str | os.PathLike[str], *, local_files_only: bool = False, device: str | torch.device = "cpu"
     ) -> None:
         source = os.fspath(model_id)
         local_files_only = local_files_only or Path(source).is_dir()
