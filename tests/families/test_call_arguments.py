@@ -200,7 +200,7 @@ def test_a_teacher_object_brings_its_own(tmp_path: Path) -> None:
         onestill.distill(made, tmp_path / "run", height=16, width=16, show_progress=False, **own)
     onestill.distill(made, tmp_path / "run", show_progress=False, **own)
     assert onestill.sample(tmp_path / "run" / "checkpoint-1", prompts=["red"], num_images=1).shape == (1, 3, 24, 32)
-    with pytest.raises(ValueError, match="height=8: was given with a teacher object made with 24"):
+    with pytest.raises(ValueError, match="height=8: was given with a teacher object that has 24"):
         onestill.sample(teacher=made, height=8, width=8, prompts=["red"])
 
 

@@ -266,7 +266,11 @@ def test_a_base_student_that_moved_or_changed(tmp_path: Path) -> None:
     base.rename(tmp_path / "moved")
     flags = ["sample", "--student", tmp_path / "two", "--prompt", "it", "--output", tmp_path / "x.png"]
     outcome = call_cli(*flags)
-    assert outcome.code == 2 and "which is not there any more: say where it is with --base_student" in outcome.words
+    assert (
+        outcome.code == 2
+        and "which is not there any more; say where it is" in outcome.words
+        and "--base_student" in outcome.words
+    )
     again = images_of(tmp_path, tmp_path / "two", "--base_student", tmp_path / "moved")
     torch.testing.assert_close(again, expected, atol=1e-6, rtol=0)
     assert export(tmp_path / "two", tmp_path / "out", device="cpu") <= 1e-4

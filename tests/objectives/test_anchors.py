@@ -11,6 +11,7 @@ from torch import Tensor
 
 import onestill
 from onestill.data.conditions import LabelConditions
+from onestill.diffusion import trajectory
 from onestill.diffusion.process import CosineVP
 from onestill.objectives.anchors import Anchors, Pool, read_pool, write_pool
 from onestill.objectives.base import Context
@@ -175,6 +176,31 @@ def test_a_pool_that_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: py
         assert found is not None and wanted is not None
         assert torch.equal(found.eps, wanted.eps) and torch.equal(found.signal, wanted.signal)
         assert torch.equal(found.chosen["class_labels"], wanted.chosen["class_labels"])
+
+
+def test_a_pool_that_failed_in_a_batch_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The failed batch has drawn its noise already; what is kept begins after the last whole one.
+    settings: dict[str, Any] = {"num_anchors": 10, "num_anchor_steps": 2}
+    conditions = LabelConditions((0, 1, 2))
+    (tmp_path / "one").mkdir()
+    whole = pool_of(anchors_of(guided_teacher(), conditions, tmp_path / "one", **settings))
+    real, calls = trajectory.solve, 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    (tmp_path / "two").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(trajectory, "solve", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(anchors_of(guided_teacher(), conditions, tmp_path / "two", **settings).prepare())
+    again = pool_of(anchors_of(guided_teacher(), conditions, tmp_path / "two", **settings))
+    assert torch.equal(again.eps, whole.eps) and torch.equal(again.signal, whole.signal)
+    assert torch.equal(again.chosen["class_labels"], whole.chosen["class_labels"])
 
 
 def pool_in(trainer: Trainer) -> Pool | None:

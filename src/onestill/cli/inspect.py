@@ -49,7 +49,7 @@ def _rows(found: Inspection) -> dict[str, str]:
         "family": found.family,
         "process": found.process,
         "prediction": found.prediction_type,
-        "conditioning": found.conditioning + classes + (f" and {found.enlarges}" if found.enlarges else ""),
+        "conditioning": found.conditioning + classes + _enlarges(found),
         "sample shape": " x ".join(map(str, found.sample_shape)),
         "call": ", ".join(f"{name} = {value}" for name, value in found.arguments.items()),
         "parameters": f"{found.num_parameters:,}",
@@ -60,6 +60,14 @@ def _rows(found: Inspection) -> dict[str, str]:
         "target time enters": found.target_time_enters,
         "estimate": _estimate(found),
     }
+
+
+def _enlarges(found: Inspection) -> str:
+    """Return what a teacher enlarges, in words."""
+    from onestill.runs.inspect import A_PICTURE
+
+    hint = " (name the student that draws it with --base_student)" if found.enlarges == A_PICTURE else ""
+    return f" and {found.enlarges}{hint}" if found.enlarges else ""
 
 
 def _estimate(found: Inspection) -> str:

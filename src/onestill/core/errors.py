@@ -76,11 +76,11 @@ class SettingError(ValueError):
 
     def about(self, setting: str, given: Any) -> SettingError:
         """Return the same complaint of another setting, such as the list that the value came in."""
-        return SettingError(setting, given, self.why, self.todo, where=self.where)
+        return type(self)(setting, given, self.why, self.todo, where=self.where)
 
     def found_in(self, where: str) -> SettingError:
         """Return the same complaint, saying first what it was found in."""
-        return SettingError(*self.__reduce__()[1][:4], where=where)
+        return type(self)(*self.__reduce__()[1][:4], where=where)
 
     def _text(self, spelt: Callable[[str, Any], str]) -> str:
         head = " and ".join(spelt(*pair) for pair in zip(self.settings, self.given, strict=True))

@@ -65,13 +65,15 @@ def export_student(
         SettingError: If `folder` exists.
         ExportError: If the self-check fails; nothing is left under the folder's name then.
     """
+    name = student.teacher.student_format if format is None else format
+    if name not in FORMATS:
+        raise SettingError("format", name, "is unknown", f"known are {', '.join(FORMATS)}")
     if folder.exists() and not overwrite:
         todo = f"name another folder, or give {named('overwrite')} to replace it"
         raise SettingError("output", folder, "exists", todo)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    name = student.teacher.student_format if format is None else format
     try:
         form = FORMATS[name](student, t, guidance_scale)
         _write(form, name, partial)

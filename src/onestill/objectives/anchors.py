@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class Anchors(Objective[_Both]):
         calls = settings.num_anchor_steps * CALLS_PER_STEP[settings.solver]
         return Cost(pool=settings.num_anchors, teacher_per_item=calls)
 
-    def prepare(self) -> Iterator[int]:
+    def prepare(self) -> Generator[int, None, None]:
         """Make the pool, going on with what an earlier part of this run made; yield how many came each time.
 
         A pool of its own for every process, from a generator of its own, so that a resumed run has the same one. It is
@@ -85,6 +85,8 @@ class Anchors(Objective[_Both]):
         found = read_pool(path, context.identity, generator)
         batches = [] if found is None else [found]
         made = written = 0 if found is None else len(found.eps)
+        last = torch.Generator()  # as the last whole batch left `generator`, which the next one may have drawn from
+        last.set_state(generator.get_state())
         at, pause = time.monotonic(), WRITE_SECONDS
         try:
             if made:
@@ -92,16 +94,17 @@ class Anchors(Objective[_Both]):
             for batch in self._roll_out(made, num, generator):
                 batches.append(batch)
                 made += len(batch.eps)
+                last.set_state(generator.get_state())
                 if (started := time.monotonic()) - at > pause:
                     batches = [joined(batches)]
-                    write_pool(batches[0], generator, path, context.identity)
+                    write_pool(batches[0], last, path, context.identity)
                     written, at = made, time.monotonic()
                     pause = max(pause, 20 * (at - started))  # a large pool is written less often
                 yield len(batch.eps)
         finally:
             if written < made:
                 batches = [joined(batches)]
-                write_pool(batches[0], generator, path, context.identity)
+                write_pool(batches[0], last, path, context.identity)
         self.pool = joined(batches)
 
     def _roll_out(self, first: int, num: int, generator: torch.Generator) -> Iterator[Pool]:

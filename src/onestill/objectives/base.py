@@ -11,7 +11,7 @@ Modules of this room load torch inside functions only: their settings are read b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -167,12 +167,12 @@ class Objective(ABC, Generic[S]):
         """Return the peak learning rate of one of its networks; None for the student's."""
         return None
 
-    def prepare(self) -> Iterator[int]:
+    def prepare(self) -> Generator[int, None, None]:
         """Make its pool before the first step; yield how many items came each time.
 
         Whoever iterates may close the iterator between two items, when the run is to stop: what is made is kept then.
         """
-        return iter(())
+        yield from ()
 
     @abstractmethod
     def batch(self, num: int) -> Batch:

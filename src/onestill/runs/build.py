@@ -13,6 +13,7 @@ from torch import nn
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
+from onestill.core.settings import read_yaml
 from onestill.data import cascade
 from onestill.data.cascade import FirstStage
 from onestill.data.conditions import Conditions, LabelConditions, check_labels
@@ -143,8 +144,13 @@ def configure(
     teacher: str | Path | Teacher, given: Mapping[str, Any], config_file: str | Path | None = None
 ) -> DistillConfig:
     """Return the configuration of a run of a teacher, which is named or an object; `given` wins over the file."""
-    said = _facts_of(teacher, given) if isinstance(teacher, Teacher) else {"teacher": _absolute(str(teacher))}
-    return make_config({**given, **said}, config_file)
+    if isinstance(teacher, Teacher):
+        read = read_yaml(config_file) if config_file is not None else {}
+        return make_config({**given, **_facts_of(teacher, {**read, **given})}, config_file)
+    if not isinstance(teacher, (str, Path)):
+        todo = "wrap a network of your own with onestill.module_teacher"
+        raise SettingError("teacher", why=f"a {type(teacher).__name__} is no teacher", todo=todo)
+    return make_config({**given, "teacher": _absolute(str(teacher))}, config_file)
 
 
 def _facts_of(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def refuse_other_facts(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, 
     own = {"null_class": teacher.spec.null_class, **{name: teacher.arguments.get(name) for name in CALL_ARGUMENTS}}
     for name, value in own.items():
         if given.get(name) not in (None, value):
-            why = f"was given with a teacher object made with {value}"
+            why = f"was given with a teacher object that has {'none' if value is None else value}"
             todo = "name it where the object is made: load_teacher or module_teacher"
             raise SettingError(name, given[name], why, todo)
     return own

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from onestill.core.devices import resolve_device, seconds_of
-from onestill.core.errors import named
 from onestill.core.tensors import num_parameters, row_bytes, to_device
 from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
@@ -22,6 +21,9 @@ from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.training.config import DistillConfig
+
+A_PICTURE = "a picture to enlarge"
+"""What a teacher enlarges where nobody has named the student that draws it."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,11 @@ def _prompt_bytes(teacher: Teacher, first_stage: FirstStage | None) -> int:
 
 
 def _enlarges(teacher: Teacher, first_stage: FirstStage | None) -> str:
-    """Return what picture a teacher enlarges, in words that mention settings; "" if it enlarges none."""
+    """Return what picture a teacher enlarges, in words; "" if it enlarges none."""
     if teacher.image_condition is None:
         return ""
     if first_stage is None:
-        return f"a picture to enlarge (name the student that draws it with {named('base_student')})"
+        return A_PICTURE
     size = "x".join(map(str, first_stage.examples.shape[2:]))
     return f"{size} pictures of {first_stage.name} to enlarge, noise level {teacher.image_condition.level}"
 

@@ -210,7 +210,7 @@ def run_teacher(run: RunFolder, device: torch.device, *, local_files_only: bool 
             f"{run.path} was distilled from a Python object, which a folder cannot name; open it in Python"
         )
     teacher = configured_teacher(config, device=str(device), local_files_only=local_files_only)
-    if run.facts.get("fingerprint", teacher.fingerprint()) != teacher.fingerprint():
+    if run.facts.get("fingerprint", found := teacher.fingerprint()) != found:
         why = "is not the one it was distilled from: it has changed since"
         raise ValueError(f"{run.path}: the teacher {config.teacher} {why}")
     teacher = teacher.with_negative_prompt(config.negative_prompt)
@@ -245,8 +245,9 @@ def _first_stage_of_pipeline(path: Path, run: RunFolder | None, given: str | Pat
 def _lies_at(run: RunFolder, recorded: Path, given: str | Path | None) -> str | Path:
     """Return where the first stage of a run lies: `given`, or what the run recorded if that is still there."""
     if given is None and not recorded.is_dir():
-        gone = f"which is not there any more: say where it is with {named('base_student')}"
-        raise ValueError(f"{run.path} enlarges the pictures of the student in {recorded}, {gone}")
+        gone = "which is not there any more"
+        why = f"{run.path} enlarges the pictures of the student in {recorded}, {gone}"
+        raise SettingError("base_student", why=why, todo="say where it is")
     return recorded if given is None else given
 
 
@@ -258,6 +259,6 @@ def _compare(first_stage: FirstStage, run: RunFolder, given: str | Path | None) 
         why = (
             f"the student in {first_stage.folder} is not the one whose pictures it was trained on: it has changed since"
         )
-        todo = f"Give that one, or this one all the same, with {named('base_student')}"
-        raise ValueError(f"{run.path}: {why}. {todo}")
+        todo = "give that one, or this one all the same"
+        raise SettingError("base_student", why=why, todo=todo, where=str(run.path))
     warnings.warn(f"{run.path} was trained on the pictures of another student than that in {given}", stacklevel=4)

@@ -64,6 +64,7 @@ class Trained:
         )
         self.module = module.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
+        self._optimizer = optimizer
         warmup, steps = config.lr_warmup_steps, config.max_train_steps
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         self.averages: dict[str, EMAModel] = {}
@@ -149,15 +150,20 @@ class Trained:
     def _optimizer_state(self, *, on_all: bool) -> dict[str, Any]:
         """Return the optimiser's whole state by names of parameters; {} on all processes but one unless `on_all`."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=not on_all)
-        return get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        # Not accelerate's wrapper, whose step asks a scaler that has not begun.
+        return get_optimizer_state_dict(self.model, self._optimizer, options=options)
 
     def _restore_optimizer(self, saved: Mapping[str, Tensor], learning_rates: list[float]) -> None:
         if saved:
             whole = self._optimizer_state(on_all=True)
             whole["state"] = {
-                name: {key: saved[f"{name}.{key}"] for key in state} for name, state in whole["state"].items()
+                name: {key: saved.get(f"{name}.{key}", value) for key, value in state.items()}
+                for name, state in whole["state"].items()
             }
-            set_optimizer_state_dict(self.model, self.optimizer, whole, options=StateDictOptions(full_state_dict=True))
+            set_optimizer_state_dict(self.model, self._optimizer, whole, options=StateDictOptions(full_state_dict=True))
+            for name, parameter in self.named_parameters().items():
+                if f"{name}.step" not in saved:  # never had a gradient, and so no state
+                    self.optimizer.state.pop(parameter, None)
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
                 if value.shape == parameter.shape and parameter.ndim > 0:

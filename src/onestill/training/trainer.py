@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from onestill.core.errors import RunError, named
+from onestill.core.errors import RunError, SettingError, named
 from onestill.data.conditions import Conditions
 from onestill.objectives.base import Context, Objective
 from onestill.objectives.registry import rows_of
@@ -112,6 +112,9 @@ class Trainer:
         made = {kind(context): num for kind, num in rows_of(config, config.train_batch_size).items()}
         for objective in made:
             for name, network in objective.networks.items():
+                if accelerator.scaler is not None:
+                    why = f"its one scaler serves one network, and {objective.name} trains another"
+                    raise SettingError("mixed_precision", "fp16", why, "use bf16 or no")
                 rate, full_name = objective.learning_rate(config, name), f"{objective.name}.{name}"
                 self.trained.append(Trained(full_name, network, accelerator, config, learning_rate=rate))
                 objective.networks[name] = self.trained[-1].model
@@ -123,8 +126,8 @@ class Trainer:
             for num in (items := objective.prepare()):
                 yield objective, num
                 if self.stop_requested:
-                    items.close()  # type: ignore[attr-defined]  # pools are made by generators, which keep what is made
-                    break
+                    items.close()  # which keeps what is made
+                    return
 
     def steps(self) -> Iterator[StepLog]:
         """Yield after each optimiser step until `max_train_steps`, or until `stop_requested` is set.
@@ -137,7 +140,7 @@ class Trainer:
         while progress.step < config.max_train_steps and not self._stops():
             loss, grad_norm, rate, own = self.update()
             progress.step += 1
-            self._count_nonfinite(loss, grad_norm)
+            self._count_nonfinite((loss, *own.values()), self._norms)
             now = time.perf_counter()
             seconds, started = now - started, now
             images = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -183,6 +186,7 @@ class Trainer:
             trained.schedule.step()
             if math.isfinite(norm):
                 trained.average()
+        self._norms = norms
         return mean, norms[0], rate, own
 
     def _losses(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,9 +211,9 @@ class Trainer:
             self.stop_requested = bool(self.accelerator.reduce(wanted, "sum").item())
         return self.stop_requested
 
-    def _count_nonfinite(self, loss: float, grad_norm: float) -> None:
+    def _count_nonfinite(self, losses: Sequence[float], norms: Sequence[float]) -> None:
         progress, limit, last = self.progress, self.config.max_nonfinite_steps, self.last_checkpoint
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None):
+        if all(map(math.isfinite, losses)) and (all(map(math.isfinite, norms)) or self.accelerator.scaler is not None):
             progress.nonfinite_in_row = 0
             return
         progress.nonfinite_in_row += 1
