@@ -397,7 +397,8 @@ def test_the_export_is_checked_on_real_pictures_and_says_how_to_call_it(tmp_path
 def test_inspect_says_what_is_enlarged() -> None:
     command = ["inspect", "--teacher", folder_of(SR), "--device", "cpu", "--json"]
     found = json.loads(call_cli(*command).out)
-    assert "--base_student" in found["enlarges"]
+    assert found["enlarges"] == "a picture to enlarge"
+    assert "--base_student" in call_cli(*command[:-1]).out
     chained = json.loads(call_cli(*command, "--base_student", place() / "base").out)
     assert chained["enlarges"] == "8x8 pictures of chain/base to enlarge, noise level 250"
     assert chained["estimated_memory_gb"] > found["estimated_memory_gb"]
