@@ -161,7 +161,7 @@ def observe(
     x_t = torch.zeros(1, *teacher.spec.sample_shape, device=weight.device, dtype=weight.dtype)
     with ExitStack() as hooks:
         for name in names:
-            keep = lambda _, x, y, name=name: seen.update({name: (x[0].clone(), y.clone())})  # noqa: E731
+            keep = lambda _, x, y, name=name: seen.update({name: (x[0].clone(), y.clone())})  # noqa: E731 - bound
             hooks.enter_context(network.get_submodule(name).register_forward_hook(keep))
         run(x_t, to_device(teacher.example_rows(1), weight.device))
     return seen
