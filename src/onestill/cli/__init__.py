@@ -14,7 +14,7 @@ from onestill import __version__
 from onestill.cli import demo, distill, evaluate, export, inspect, sample
 from onestill.cli.help import Command
 from onestill.cli.output import note, say
-from onestill.core.errors import shown_as_flags
+from onestill.core.errors import RunError, shown_as_flags
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which typer has under no public name
 # Flags have underscores, as in diffusers' scripts; dashes mean the same.
@@ -58,6 +58,9 @@ def main() -> None:
         for line in shown_as_flags(error).splitlines():
             note(("error:", "red"), f" {line}")
         sys.exit(2)
+    except RunError as error:
+        note(("error:", "red"), f" {shown_as_flags(error)}")
+        sys.exit(1)
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
