@@ -262,6 +262,45 @@ def test_nobody_compares_the_name_of_a_family_or_a_process() -> None:
     assert not compared
 
 
+# Files
+
+WRITERS = {"write_text", "write_bytes", "savefig", "save", "save_pretrained", "save_lora_weights", "export_to_gif"}
+
+
+def writes_a_file(node: ast.AST) -> bool:
+    """Return whether a node writes a file by itself: an `open` to write, or one of these of somebody else's objects."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    if name == "open":
+        texts = [a.value for a in ast.walk(node) if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        return any(re.fullmatch(r"[rbt+]*[wax][bt+]*", text) for text in texts)
+    ours = any(keyword.arg == "overwrite" for keyword in node.keywords) or not node.args
+    return name in WRITERS and not ours and (isinstance(node.func, ast.Attribute) or name == "export_to_gif")
+
+
+def is_guarded(node: ast.AST) -> bool:
+    """Return whether a node is a `with` of what makes files whole or not there at all."""
+    items = node.items if isinstance(node, ast.With) else []
+    return any(re.match(r"(written|written_into|writing)\(", ast.unparse(item.context_expr)) for item in items)
+
+
+def test_nobody_writes_a_file_but_through_writing() -> None:
+    # A format of an export writes into the folder that `export_student` has from `written`.
+    (export,) = [n for n in TREES["export.export"].body if getattr(n, "name", "") == "export_student"]
+    assert any(map(is_guarded, ast.walk(export)))
+    by_itself, found = [], 0
+    for name in INSIDE:
+        if room_of(name) == "export" or name == "core.writing":
+            continue
+        guarded = {id(n) for node in ast.walk(TREES[name]) if is_guarded(node) for n in ast.walk(node)}
+        writing = [node for node in ast.walk(TREES[name]) if writes_a_file(node)]
+        by_itself += [f"{name}, line {node.lineno}" for node in writing if id(node) not in guarded]  # type: ignore[attr-defined]
+        found += len(writing)
+    assert found > 3, "what writes must be found for this to be a test"
+    assert not by_itself, "a full disk would leave a half: use core/writing"
+
+
 # Lengths
 
 

@@ -14,7 +14,8 @@ from onestill import __version__
 from onestill.cli import demo, distill, evaluate, export, inspect, sample
 from onestill.cli.help import Command
 from onestill.cli.output import note, say
-from onestill.core.errors import RunError, shown_as_flags
+from onestill.core.errors import RunError, in_short, shown_as_flags
+from onestill.core.memory import is_out_of_memory
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which typer has under no public name
 # Flags have underscores, as in diffusers' scripts; dashes mean the same.
@@ -60,6 +61,11 @@ def main() -> None:
         sys.exit(2)
     except RunError as error:
         note(("error:", "red"), f" {shown_as_flags(error)}")
+        sys.exit(1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        note(("error:", "red"), f" there is not enough memory: {in_short(error)}")
         sys.exit(1)
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(130)

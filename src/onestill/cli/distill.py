@@ -11,7 +11,7 @@ import typer
 
 from onestill.cli.fields import ConfigFile, from_config
 from onestill.cli.output import note, quiet, say
-from onestill.core.errors import shown_as_flags
+from onestill.core.errors import RunError, shown_as_flags
 from onestill.training.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
@@ -56,11 +56,12 @@ def distill(
 def _prepare(config: DistillConfig) -> Run:
     """Load and check everything, and say what was found."""
     from onestill.runs.build import build_run
+    from onestill.runs.rehearsal import rehearse
 
     quiet()
     run = build_run(config)
     spec = run.teacher.spec
-    for message in run.messages:
+    for message in (*run.messages, *rehearse(run)):
         note(message)
     classes = f", {spec.num_classes} classes" if spec.num_classes else ""
     shape = "x".join(map(str, spec.sample_shape))
@@ -71,11 +72,7 @@ def _prepare(config: DistillConfig) -> Run:
 
 def _run(run: Run) -> RunResult:
     """Train and export; a run that cannot go on ends with one line."""
-    import torch
-    from safetensors import SafetensorError
-
     from onestill.data.prompt_cache import PromptCacheError
-    from onestill.export.export import ExportError
     from onestill.runs.distill import carry_out
     from onestill.runs.folder import is_run, make_output_dir
     from onestill.training.trainer import NonFiniteLossError
@@ -87,7 +84,7 @@ def _run(run: Run) -> RunResult:
     except PromptCacheError as error:
         note(("error:", "red"), f" {shown_as_flags(error)}")
         raise typer.Exit(2) from None
-    except (ValueError, OSError, SafetensorError, ExportError, NonFiniteLossError, torch.OutOfMemoryError) as error:
+    except (ValueError, RunError) as error:
         note(("stopped:", "red"), f" {shown_as_flags(error)}")
         if is_run(folder) and not isinstance(error, NonFiniteLossError):  # which names the last checkpoint itself
             note(f"what was saved is kept. Go on with: {go_on(folder)}")

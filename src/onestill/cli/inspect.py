@@ -59,6 +59,7 @@ def _rows(found: Inspection) -> dict[str, str]:
         "prompts": _prompts(found) if found.prompt_bytes else "",
         "target time enters": found.target_time_enters,
         "estimate": _estimate(found),
+        "disk": _disk(found),
     }
 
 
@@ -79,6 +80,15 @@ def _estimate(found: Inspection) -> str:
     if found.num_anchors:
         run += f", {found.num_anchors:,} anchors {_time(found.estimated_seconds_per_anchor * found.num_anchors)} more"
     return f"{step}; {run}"
+
+
+def _disk(found: Inspection) -> str:
+    """Return what a run writes, in words."""
+    from onestill.data.prompt_cache import in_words
+
+    kept = f"{found.num_checkpoints} checkpoint{'s' if found.num_checkpoints > 1 else ''} at once"
+    pools = f", anchors {in_words(found.pool_bytes)}" if found.pool_bytes else ""
+    return f"{kept}, {in_words(found.checkpoint_bytes)} each, export {in_words(found.export_bytes)}{pools}"
 
 
 def _time(seconds: float) -> str:

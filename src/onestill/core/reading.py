@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from onestill.core.errors import RunError, in_short
+from onestill.core.memory import is_out_of_memory
 
 MOST_BYTES: Final = 64 * 2**20
 """The largest JSON file that is read: indices of hundreds of shards and tokenizers' rules have a few MB."""
@@ -83,10 +84,11 @@ def loading(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RunError, MemoryError):
+    except RunError:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and type(error).__module__.startswith("onestill."):
+        is_ours = isinstance(error, ValueError) and type(error).__module__.startswith("onestill.")
+        if is_ours or is_out_of_memory(error):
             raise
         raise ValueError(f"{what} cannot be read: {reason(error)}") from error
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors
+from onestill.core.writing import write_text
 
 S = TypeVar("S", bound="Settings")
 
@@ -119,7 +120,7 @@ def read_yaml(config_file: str | Path) -> dict[str, Any]:
 
 def write_yaml(settings: Settings, path: Path) -> None:
     """Write resolved settings."""
-    path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from onestill.core.errors import SettingError
 from onestill.core.files import save_tensors
+from onestill.core.writing import written
 from onestill.evaluation.heads import heads_of, pattern_of
 
 KIND = "onestill.ConvFeatures"
@@ -114,14 +115,11 @@ class ConvFeatures(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, `config` and `record` into one safetensors file."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         about = {"kind": KIND, "config": self.config, "record": self.record}
         weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        # A file of this name is always complete: it appears only once it is written.
-        partial = target.with_name(target.name + ".partial")
-        # One entry: safetensors writes several in random order, and equal weights should give equal files.
-        save_tensors(weights, partial, {"onestill": json.dumps(about)})
-        os.replace(partial, target)
+        with written(target) as partial:
+            # One entry: safetensors writes several in random order, and equal weights should give equal files.
+            save_tensors(weights, partial, {"onestill": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> "ConvFeatures":

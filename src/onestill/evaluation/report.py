@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from onestill.core.errors import SettingError, named
+from onestill.core.writing import write_text, written_into
 from onestill.evaluation.heads import ALL
 
 if TYPE_CHECKING:
@@ -164,15 +165,22 @@ class Report(_Record):
             SettingError: If there is a report already and `overwrite` is not set.
         """
         target = Path(folder)
-        paths = (target / JSON_NAME, target / MARKDOWN_NAME)
-        if (existing := [path.name for path in paths if path.exists()]) and not overwrite:
+        self.check_save(target, overwrite=overwrite)
+        with written_into(target) as partial:
+            self.write(partial)
+        return target / JSON_NAME, target / MARKDOWN_NAME
+
+    def check_save(self, folder: Path, *, overwrite: bool) -> None:
+        """Raise SettingError if there is a report already and `overwrite` is not set."""
+        existing = [name for name in (JSON_NAME, MARKDOWN_NAME) if (folder / name).exists()]
+        if existing and not overwrite:
             todo = f"name another folder, or give {named('overwrite')}"
-            raise SettingError("output", target, f"already holds {' and '.join(existing)}", todo)
-        target.mkdir(parents=True, exist_ok=True)
-        texts = (self.model_dump_json(indent=2) + "\n", self.to_markdown())
-        for path, text in zip(paths, texts, strict=True):
-            path.write_text(text, encoding="utf-8")
-        return paths
+            raise SettingError("output", folder, f"already holds {' and '.join(existing)}", todo)
+
+    def write(self, folder: Path) -> None:
+        """Write `report.json` and `report.md` into a folder that is there."""
+        write_text(folder / JSON_NAME, self.model_dump_json(indent=2) + "\n")
+        write_text(folder / MARKDOWN_NAME, self.to_markdown())
 
 
 def package_versions(names: Sequence[str] = ("onestill", "torch", "diffusers")) -> dict[str, str]:

@@ -7,16 +7,21 @@ written is the teacher's choice of a format. Each is loaded afresh and compared 
 from __future__ import annotations
 
 import gc
-import os
+import glob
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from onestill.core.errors import SettingError, named
+from onestill.core.errors import RunError, SettingError, in_short, named
 from onestill.core.files import set_usual_mode
+from onestill.core.memory import is_out_of_memory
+from onestill.core.reading import reason
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autocast
+from onestill.core.writing import is_refusal, written
 from onestill.export.base import Format
 from onestill.export.lora_file import lora_words
 from onestill.export.module import ModuleFormat
@@ -31,8 +36,8 @@ FORMATS: dict[str, type[Format]] = {"pixel": PixelFormat, "pipeline": PipelineFo
 """By the name that `Teacher.student_format` has for each."""
 
 
-class ExportError(RuntimeError):
-    """A written folder does not draw what its student draws."""
+class ExportError(RunError):
+    """A student cannot be written or read again, or a written folder does not draw what its student draws."""
 
 
 @torch.no_grad()
@@ -64,6 +69,7 @@ def export_student(
     Raises:
         SettingError: If `folder` exists.
         ExportError: If the self-check fails; nothing is left under the folder's name then.
+        WriteError: If the system refuses, as when the disk is full; likewise.
     """
     name = student.teacher.student_format if format is None else format
     if name not in FORMATS:
@@ -71,21 +77,30 @@ def export_student(
     if folder.exists() and not overwrite:
         todo = f"name another folder, or give {named('overwrite')} to replace it"
         raise SettingError("output", folder, "exists", todo)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    for left in folder.parent.glob(f".{glob.escape(folder.name[:100])}.partial*"):  # by an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with written(folder, overwrite=overwrite) as partial, _exporting():
+        partial.mkdir()
         form = FORMATS[name](student, t, guidance_scale)
         _write(form, name, partial)
         gc.collect()  # what was written: modules know each other in circles
         error = _passed(form.check(partial), "the reloaded folder's images differ")
         _describe(form, partial, facts or Facts(), error)
         set_usual_mode(partial)
-        _put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return error
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Turn what a library raises while it writes or loads a student into `ExportError`; a full disk and memory pass."""
+    try:
+        yield
+    except Exception as error:
+        is_systems = is_refusal(error) or is_out_of_memory(error)
+        if is_systems or isinstance(error, (RunError, SettingError)):
+            raise
+        why = in_short(error) if isinstance(error, OSError) else reason(error)
+        raise ExportError(f"the student cannot be exported: {why}") from error
 
 
 def is_exported(folder: Path) -> bool:
@@ -132,19 +147,3 @@ def _describe(form: Format, folder: Path, facts: Facts, error: float) -> None:
     if form.student.lora is not None:
         facts = replace(facts, lora=lora_words(form.student, folder))
     write_card(folder, teacher, facts, error, library=form.library, code=form.code(facts))
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Give a finished export its name, in the place of an older one if there is one."""
-    if not folder.exists():
-        os.replace(partial, folder)
-        return
-    old = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
-    try:
-        os.replace(partial, folder)
-    except OSError:
-        os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

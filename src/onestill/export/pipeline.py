@@ -21,6 +21,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from onestill.core.patch import replaced
+from onestill.core.writing import write_text
 from onestill.export.base import Format
 from onestill.export.lora_file import LORA_FOLDER, load_with_lora, why_no_file, write_lora
 from onestill.students.bake import constants
@@ -63,7 +64,7 @@ class PipelineFormat(Format):
         pipeline.save_pretrained(folder, safe_serialization=True)
         _keep_facts(teacher.folder / INDEX, folder / INDEX)
         if kept := {name: value for name, value in pipeline_spec.given.items() if isinstance(value, PLAIN)}:
-            (folder / CALL_FILE).write_text(json.dumps(kept) + "\n", encoding="utf-8")
+            write_text(folder / CALL_FILE, json.dumps(kept) + "\n")
         if why_no_file(self.student) is None:
             net_time = PipelineCalls(self.plain, pipeline).one_step_time()
             write_lora(teacher, self.student.network, constants(network), net_time, folder / LORA_FOLDER)
@@ -109,7 +110,7 @@ def _keep_facts(old: Path, new: Path) -> None:
     facts, written = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
     missing = {key: value for key, value in facts.items() if key not in written and not key.startswith("_")}
     if missing:
-        new.write_text(json.dumps({**written, **missing}, indent=2) + "\n", encoding="utf-8")
+        write_text(new, json.dumps({**written, **missing}, indent=2) + "\n")
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Anchors(Objective[_Both]):
         from onestill.diffusion.trajectory import CALLS_PER_STEP
 
         calls = settings.num_anchor_steps * CALLS_PER_STEP[settings.solver]
-        return Cost(pool=settings.num_anchors, teacher_per_item=calls)
+        return Cost(pool=settings.num_anchors, teacher_per_item=calls, samples_per_item=2)
 
     def prepare(self) -> Generator[int, None, None]:
         """Make the pool, going on with what an earlier part of this run made; yield how many came each time.

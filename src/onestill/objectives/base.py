@@ -70,6 +70,7 @@ class Cost:
         learned: Forward and backward passes of a network of the student's size, per row.
         pool: How many items are made before the first step.
         teacher_per_item: Calls of the guided teacher for each of them.
+        samples_per_item: Tensors of a sample's shape that each keeps on the disk.
     """
 
     student: float = 0.0
@@ -77,6 +78,7 @@ class Cost:
     learned: float = 0.0
     pool: int = 0
     teacher_per_item: float = 0.0
+    samples_per_item: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,13 @@ from tqdm.auto import tqdm
 
 from onestill.core.errors import as_arguments
 from onestill.core.settings import write_yaml
+from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
 from onestill.export.export import export_student
 from onestill.runs.build import Run, build_run, chosen_threshold, configure
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_output_dir
+from onestill.runs.memory import going_on
+from onestill.runs.rehearsal import rehearse
 from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
@@ -84,17 +87,24 @@ def distill(
     Raises:
         ValueError: If any input is unusable; nothing has been written then.
         NonFiniteLossError: If the loss stays non-finite; names the last good checkpoint.
+        RunError: If memory or disk is not enough, or the export fails; what was saved is kept.
     """
     config = configure(teacher, {**settings, "output_dir": Path(output_dir)}, config_file)
     run = build_run(config, teacher if isinstance(teacher, Teacher) else None, network)
+    messages = (*run.messages, *rehearse(run))
     if show_progress:
-        for message in run.messages:
+        for message in messages:
             print(as_arguments(message), file=sys.stderr)
     return RunResult(config.output_dir) if dry_run else carry_out(run, show_progress=show_progress, on_step=on_step)
 
 
 def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None) -> RunResult:
-    """Train a run to its end, or until SIGINT or SIGTERM, and export it."""
+    """Train a run to its end, or until SIGINT or SIGTERM, and export it; RunError if it cannot go on."""
+    with going_on(run):
+        return _carried_out(run, show_progress, on_step)
+
+
+def _carried_out(run: Run, show_progress: bool, on_step: Callable[[StepLog], None] | None) -> RunResult:
     config, steps, pipeline = run.config, run.config.max_train_steps, run.config.output_dir / PIPELINE_FOLDER
     trainer = make_trainer(run, show_progress=show_progress)
     checkpoint = _begin(run, trainer)
@@ -136,7 +146,7 @@ def _begin(run: Run, trainer: Trainer) -> Path | None:
         facts = {"fingerprint": run.fingerprints.teacher, "teacher": config.teacher}
         if run.first_stage is not None:
             facts["base_student"] = run.first_stage.fingerprint
-        (config.output_dir / TEACHER_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        write_text(config.output_dir / TEACHER_FILE, json.dumps(facts) + "\n")
     if config.report_to:
         trainer.accelerator.init_trackers(config.tracker_project_name)
     if run.resume is None:

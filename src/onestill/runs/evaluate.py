@@ -15,6 +15,7 @@ from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
 from onestill.core.settings import make
+from onestill.core.writing import WriteError, written_into
 from onestill.data.prompts import read_prompts
 from onestill.evaluation.choice import choose_features
 from onestill.evaluation.clip import ClipScore, check_pictures
@@ -27,6 +28,7 @@ from onestill.evaluation.samples import Subjects, check_features
 from onestill.runs.build import guided_as
 from onestill.runs.folder import PIPELINE_FOLDER, is_run
 from onestill.runs.load import LoadedStudent, check_folder, load_student, run_teacher
+from onestill.runs.memory import enough_for_images
 from onestill.sampling import pictures
 from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import TeacherSampler
@@ -68,6 +70,17 @@ def evaluate(
     resolve_device(config.device)
     check_folder(config.student)  # before the output, whose default it names
     _check_output(config)
+    with enough_for_images(config.batch_size, "comparing"):
+        return _evaluated(config, teacher, features, show_progress, say)
+
+
+def _evaluated(
+    config: EvaluateConfig,
+    teacher: str | Path | Teacher | None,
+    features: str | Path | FeatureExtractor | None,
+    show_progress: bool,
+    say: Callable[[str], None],
+) -> Report:
     pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
     offline = config.local_files_only
     extractor = features
@@ -91,7 +104,11 @@ def evaluate(
     rows = [Entry(f"DDIM-{n}", pair.many_steps(n)) for n in config.steps]
     report, shown = comparison.run([*rows, Entry("student", pair.student.sampler, is_student=True)])
     if config.output is not None:
-        _write(report, shown, config.output, subjects.prompts, overwrite=config.overwrite)
+        try:
+            _write(report, shown, config.output, subjects.prompts, overwrite=config.overwrite)
+        except WriteError:
+            say(report.to_markdown())  # what took hours to measure
+            raise
         if pair.student.pipeline is not None:
             model_card.write_table(pair.student.pipeline, report.to_markdown())
     return report
@@ -300,11 +317,13 @@ def _decoded_shape(pair: _Pair) -> torch.Size:
 def _write(
     report: Report, shown: Mapping[str, Tensor], output: Path, prompts: Sequence[str], *, overwrite: bool
 ) -> None:
-    """Write the report, and a picture of the first images of each row."""
-    report.save(output, overwrite=overwrite)
-    if pictures.can_be_shown(next(iter(shown.values())).shape[1:]):
-        first, title = {name: images[:16] for name, images in shown.items()}, "same noise in every column"
-        pictures.save_rows(first, output / PICTURE_NAME, title=title, columns=prompts[:16])
+    """Write the report, and a picture of the first images of each row: all of it or nothing."""
+    report.check_save(output, overwrite=overwrite)
+    with written_into(output) as partial:
+        report.write(partial)
+        if pictures.can_be_shown(next(iter(shown.values())).shape[1:]):
+            first, title = {name: images[:16] for name, images in shown.items()}, "same noise in every column"
+            pictures.save_rows(first, partial / PICTURE_NAME, title=title, columns=prompts[:16])
 
 
 def default_report_folder(student: str | Path) -> Path:

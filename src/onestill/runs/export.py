@@ -10,6 +10,7 @@ from typing import Any
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
+from onestill.core.memory import enough_memory
 from onestill.core.settings import make
 from onestill.data.cascade import with_first_stage
 from onestill.export.config import ExportConfig
@@ -37,6 +38,7 @@ def export(student: str | Path, output: str | Path, **settings: Any) -> float:
     return write_student(make(ExportConfig, {**settings, "student": student, "output": output}))
 
 
+@enough_memory("the export", f"free some, or give {named('device')} cpu")
 def write_student(config: ExportConfig) -> float:
     """Write the student that a configuration names; return and raise as `export` does."""
     path, output, device = config.student, config.output, resolve_device(config.device)

@@ -18,6 +18,8 @@ from onestill.training.config import DistillConfig, make_config
 
 CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", "teacher.json", "pipeline"
 """What a run's folder holds, besides checkpoints, logs and pictures."""
+REHEARSAL = ".onestill-rehearsal"
+"""The folder of an export that is made for a try and removed; only a killed process leaves it."""
 
 
 def is_run(folder: Path) -> bool:
@@ -79,7 +81,7 @@ def check_output_dir(folder: Path, *, resuming: bool) -> None:
     """Raise SettingError if a run cannot be written to `folder`, or would overwrite something there."""
     if folder.exists() and not folder.is_dir():
         raise SettingError("output_dir", folder, "is a file")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != REHEARSAL for path in folder.iterdir()):
         if not is_run(folder):
             raise SettingError("output_dir", folder, "holds other files", "name a new or empty folder")
         if not resuming:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from onestill.core.devices import resolve_device, seconds_of
+from onestill.core.errors import named
+from onestill.core.memory import enough_memory
 from onestill.core.tensors import num_parameters, row_bytes, to_device
 from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompts import PromptFile
 from onestill.objectives.registry import OBJECTIVES, rows_of
 from onestill.runs.build import configure, make_student, num_draws, open_teacher
+from onestill.runs.space import space_of
 from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
@@ -61,6 +64,10 @@ class Inspection:
     num_anchors: int
     estimate_device: str
     enlarges: str
+    checkpoint_bytes: int
+    num_checkpoints: int
+    export_bytes: int
+    pool_bytes: int
 
 
 def inspect_teacher(
@@ -87,7 +94,9 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
-    cost = estimate(student, config, device, first_stage)
+    with enough_memory("a step of a few images", less_memory(config)):
+        cost = estimate(student, config, device, first_stage)
+    space = space_of(student, config)
     alpha, sigma = spec.process.level(spec.t_max)
     limits = teacher.prompt_limits if spec.text else ()
     way = "classifier-free" if teacher.can_guide else "none"
@@ -118,6 +127,10 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
         num_anchors=cost.pool,
         estimate_device=str(device),
         enlarges=_enlarges(teacher, first_stage),
+        checkpoint_bytes=space.checkpoint,
+        num_checkpoints=space.num_checkpoints,
+        export_bytes=space.export,
+        pool_bytes=space.pools,
     )
 
 
@@ -197,6 +210,18 @@ def estimate(
     weights = copies * trained + sum(_num_weights(teacher) for teacher in teachers)
     step = seconds * scale * config.gradient_accumulation_steps
     return RunCost(4 * weights + kept * scale, step, pool, in_pool / max(possible, 1))
+
+
+def less_memory(config: DistillConfig) -> str:
+    """Return which settings of a run take less memory, in words: those that it does not use yet."""
+    others = {
+        "gradient_checkpointing": not config.gradient_checkpointing,
+        f"{named('lora_rank')} 64": config.lora_rank is None,
+        f"{named('mixed_precision')} bf16": config.mixed_precision == "no",
+    }
+    found = [name if " " in name else named(name) for name, is_left in others.items() if is_left]
+    batch = f"lower {named('train_batch_size')} and raise {named('gradient_accumulation_steps')} as much"
+    return f"{batch}{', or give ' if found else ''}{' or '.join(found)}"
 
 
 class _Passes:

@@ -13,6 +13,7 @@ from onestill.core.files import check_writable
 from onestill.core.settings import make
 from onestill.data.prompts import read_prompts
 from onestill.runs.load import generator, open_sampler
+from onestill.runs.memory import enough_for_images
 from onestill.sampling import explore
 from onestill.sampling.config import DrawSettings, SampleConfig, check_interpolation
 from onestill.sampling.explore import MOST_IMAGES, NUM_SAMPLES, Samples, Sheet
@@ -70,13 +71,15 @@ def draw(
     prompts = read_prompts(config.prompts, config.prompt_file, config.prompt_field)
     if config.interpolate is not None:
         check_interpolation(config.interpolate, config, config.to_seed, prompts)
-    sampler = _open(config, teacher)
+    with enough_for_images(config.batch_size, "opening what draws"):
+        sampler = _open(config, teacher)
     few = config.exploring not in (None, "fixed_noise")
     # What goes round shows no more of them, and each would have to be read.
     prompts = tuple(prompts[: config.num_images or (MOST_IMAGES if few else NUM_SAMPLES)])
     for warning in sampler.warnings(prompts):
         say(warning)
-    return _drawn(config.model_copy(update={"prompts": prompts}), sampler, show_progress)
+    with enough_for_images(config.batch_size, "drawing"):
+        return _drawn(config.model_copy(update={"prompts": prompts}), sampler, show_progress)
 
 
 def _open(config: SampleConfig, teacher: Teacher | None) -> Sampler:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from onestill.core.errors import SettingError, named
 from onestill.core.files import save_tensors
+from onestill.core.writing import written, written_into
 
 _INK, _PAPER, _GAP, _GUTTER = (40, 40, 40), (255, 255, 255), 4, 8
 # Words above a column: the least width, the most lines, the height of one.
@@ -65,11 +66,11 @@ def save_rows(
     first = next(iter(rows.values()))
     if not can_be_shown(first.shape[1:]):
         raise ValueError(_no_pictures(first))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if is_picture(first.shape[1:]):
-        _sheet(rows, title, size, columns).save(path)
-    else:
-        _save_scatter(rows, path, title)
+    with written(path) as partial:
+        if is_picture(first.shape[1:]):
+            _sheet(rows, title, size, columns).save(partial)
+        else:
+            _scatter(rows, title).savefig(partial, dpi=110)
     return path
 
 
@@ -160,19 +161,21 @@ def save_grid(images: Tensor, path: Path, *, words: Sequence[str] = (), size: in
         ValueError: If the samples are no images (1 or 3 channels).
     """
     drawn = to_pil(images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if len(drawn) == 1:
-        drawn[0].save(path)
-        return path
-    width = math.ceil(size / drawn[0].width) * drawn[0].width
-    drawn, columns = to_pil(images, width), _num_columns(len(drawn), words)
+    sheet = drawn[0] if len(drawn) == 1 else _grid(images, drawn[0].width, words, size)
+    with written(path) as partial:
+        sheet.save(partial)
+    return path
+
+
+def _grid(images: Tensor, width: int, words: Sequence[str], size: int) -> Image.Image:
+    """Return several images, `width` pixels wide, as one near-square picture."""
+    width = math.ceil(size / width) * width
+    drawn, columns = to_pil(images, width), _num_columns(len(images), words)
     wrapped = [_wrapped(text, width) for text in words] if len(set(words)) > 1 else []
     rows = [(drawn[i : i + columns], wrapped[i : i + columns]) for i in range(0, len(drawn), columns)]
     first = rows[0][1]
     rows = [(row, texts if i == 0 or texts != first[: len(texts)] else []) for i, (row, texts) in enumerate(rows)]
-    sheet, _ = _paint(rows, _GUTTER, (_GUTTER, _GUTTER), (_GUTTER, _GUTTER))
-    sheet.save(path)
-    return path
+    return _paint(rows, _GUTTER, (_GUTTER, _GUTTER), (_GUTTER, _GUTTER))[0]
 
 
 def _num_columns(num: int, words: Sequence[str]) -> int:
@@ -193,7 +196,6 @@ def save_gif(frames: Tensor, path: Path, *, columns: Sequence[Sequence[str]] = (
     """
     from diffusers.utils import export_to_gif, make_image_grid
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = max(size, frames.shape[-1])
     if columns:
         drawn = [_sheet({"": frame}, "", size, words) for frame, words in zip(frames, columns, strict=True)]
@@ -202,11 +204,13 @@ def save_gif(frames: Tensor, path: Path, *, columns: Sequence[Sequence[str]] = (
     else:
         drawn = [make_image_grid(to_pil(frame, size), rows=1, cols=len(frame)) for frame in frames]
     # There in about two seconds, but no frame so short that it flickers or so long that nothing moves.
-    export_to_gif([*drawn, *drawn[-2:0:-1]], str(path), fps=min(max(round(len(drawn) / 2), 1), 20))
+    fps = min(max(round(len(drawn) / 2), 1), 20)
+    with written(path) as partial:
+        export_to_gif([*drawn, *drawn[-2:0:-1]], str(partial), fps=fps)
     return path
 
 
-def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> None:
+def _scatter(rows: Mapping[str, Tensor], title: str) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -218,7 +222,7 @@ def _save_scatter(rows: Mapping[str, Tensor], path: Path, title: str) -> None:
         axes.scatter(flat[:, 0].numpy(), flat[:, min(1, flat.shape[1] - 1)].numpy(), s=4, alpha=0.5)
         axes.set_title(caption, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def check_output(path: Path, *, overwrite: bool, moves: bool = False) -> None:
@@ -242,17 +246,18 @@ def save_samples(images: Tensor, path: Path, seed: int, words: Sequence[str] = (
 
     A folder loses the PNGs of seeds that it holds already, and nothing else. A grid has `words` above its images.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        save_tensors({"images": images.contiguous()}, path)
+        with written(path) as partial:
+            save_tensors({"images": images.contiguous()}, partial)
         return path
     if path.suffix == ".png":
         return save_grid(images, path, words=words)
     drawn = to_pil(images)
-    path.mkdir(parents=True, exist_ok=True)
+    with written_into(path) as partial:
+        names = [f"{seed + i:06d}.png" for i in range(len(drawn))]
+        for name, picture in zip(names, drawn, strict=True):
+            picture.save(partial / name)
     for old in path.glob("*.png"):
-        if re.fullmatch(r"\d{6}|[1-9]\d{6,}", old.stem, re.ASCII) and old.is_file():
+        if re.fullmatch(r"\d{6}|[1-9]\d{6,}", old.stem, re.ASCII) and old.name not in names and old.is_file():
             old.unlink()
-    for i, picture in enumerate(drawn):
-        picture.save(path / f"{seed + i:06d}.png")
     return path

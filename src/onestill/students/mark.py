@@ -10,6 +10,7 @@ from typing import Any
 
 from onestill.core.errors import SettingError, named
 from onestill.core.files import MARK_FILE
+from onestill.core.writing import write_text
 from onestill.students.bake import ignores_time
 from onestill.teachers.base import Teacher
 
@@ -31,7 +32,7 @@ class Mark:
 
     def write(self, folder: Path) -> None:
         """Write the mark into a folder."""
-        (folder / MARK_FILE).write_text(json.dumps({"kind": KIND, **asdict(self)}, indent=1), encoding="utf-8")
+        write_text(folder / MARK_FILE, json.dumps({"kind": KIND, **asdict(self)}, indent=1))
 
 
 def read_mark(folder: Path | None) -> Mark | None:

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 
 from onestill.core.errors import as_flags, named
+from onestill.core.writing import write_text
 from onestill.teachers.base import Teacher
 from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
@@ -82,7 +83,7 @@ def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, 
     """
     front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
     card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code)}"
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
 
 
 def write_table(folder: Path, table: str) -> None:
@@ -91,7 +92,7 @@ def write_table(folder: Path, table: str) -> None:
     if path.is_file():
         pattern = re.compile(re.escape(TABLE_START) + ".*?" + re.escape(TABLE_END), re.DOTALL)
         text = path.read_text(encoding="utf-8")
-        path.write_text(pattern.sub(lambda _: f"{TABLE_START}\n{table}\n{TABLE_END}", text), encoding="utf-8")
+        write_text(path, pattern.sub(lambda _: f"{TABLE_START}\n{table}\n{TABLE_END}", text))
 
 
 def teacher_license(folder: Path, source: str = "") -> dict[str, str]:

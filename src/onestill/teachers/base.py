@@ -47,6 +47,7 @@ class Teacher(ABC):
         has_decoder: Whether it works on latents, which `decode` makes images of.
         clamps: Whether its pipeline leaves images in [-1, 1].
         takes_lora_files: Whether its pipeline loads LoRA files for its network.
+        bytes_besides: Bytes of the weights of its pipeline besides its network's, which an exported student has too.
         records_null_class: Whether the folder of an exported student must be told which label means "no class".
     """
 
@@ -61,6 +62,7 @@ class Teacher(ABC):
     has_decoder: bool = False
     clamps: bool = False
     takes_lora_files: bool = False
+    bytes_besides: int = 0
     records_null_class: bool = False
 
     @abstractmethod

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from onestill.core.files import save_tensors
+from onestill.core.writing import writing
 
 STATE_FILE = "state.json"
 FORMAT = 2
@@ -50,7 +51,8 @@ def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Pat
         digests[path.name] = _digest(path)
         _sync(path)
     state = {"format": FORMAT, "step": step, "files": digests, "values": checkpoint.values}
-    (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    with writing(final):
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     _sync(partial / STATE_FILE)
     _sync(partial)
     if final.exists():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from onestill.core.writing import append_line, write_text
 from onestill.data.conditions import VALIDATION_SEED, Conditions
 from onestill.sampling import pictures
 from onestill.sampling.generate import Generate, generate_images
@@ -106,9 +107,7 @@ class Watch:
         if not self.accelerator.is_main_process:
             return
         record = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(log).items() if v is not None}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+        append_line(self.path, json.dumps(_finite(record)))
         if self.config.report_to:
             scalars = {k: v for k, v in record.items() if isinstance(v, float)} | (log.own_losses or {})
             bins = {f"residual/{i}": v for i, v in enumerate(log.residual_by_time) if v is not None}
@@ -120,9 +119,7 @@ class Watch:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "".join(kept))
 
 
 def residual_by_time(residuals: Tensor, rho: Tensor, s: Tensor, num_bins: int, t_max: float) -> tuple[Tensor, Tensor]:

@@ -206,6 +206,11 @@ class PipelineTeacher(NetworkTeacher):
         save = getattr(type(self.pipeline), "save_lora_weights", None)
         return save is not None and f"{self.pipeline_spec.network}_lora_layers" in inspect.signature(save).parameters
 
+    @property
+    def bytes_besides(self) -> int:  # type: ignore[override]  # those of the parts that are loaded now
+        parts = (p for p in self.pipeline.components.values() if isinstance(p, nn.Module) and p is not self.network)
+        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
     def check_start(self) -> None:
         spec = self.spec
         self.pipeline_spec.one_step(self.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])

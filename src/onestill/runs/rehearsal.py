@@ -1,0 +1,106 @@
+"""The export of a student before its first step: what is refused at the end of a run is refused in its first minute."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from onestill.core.devices import resolve_device
+from onestill.core.errors import SettingError
+from onestill.core.memory import enough_memory
+from onestill.export.export import ExportError, export_student
+from onestill.runs.build import Run
+from onestill.runs.folder import PIPELINE_FOLDER, REHEARSAL
+from onestill.runs.inspect import less_memory
+from onestill.runs.resume import num_processes
+from onestill.runs.space import check_space, space_of
+from onestill.students.student import Student
+from onestill.training.config import DistillConfig
+
+SMALL_MOVE = 0.01
+"""What the parameters that start at zero are moved by while a student is exported for a try."""
+
+
+def rehearse(run: Run) -> tuple[str, ...]:
+    """Check that there is room for a run, and that its student can be exported: write it, read it, and compare.
+
+    The student is untrained, so what starts at zero, through which the target time enters, is moved for that time:
+    otherwise a target time that is baked in wrongly would not show. What was written is removed, and parameters and
+    random state are afterwards what they were, to the bit. A run that goes on from a checkpoint has been through this.
+
+    Returns:
+        What should be said before the run; may mention settings by `named`.
+
+    Raises:
+        SettingError: If the student cannot be exported, or one checkpoint and the export do not fit on the disk.
+    """
+    if run.resume is not None:
+        return ()
+    messages = check_space(space_of(run.student, run.config), run.config.output_dir)
+    with enough_memory(f"exporting a student of {run.config.teacher}", less_memory(run.config)):
+        _on_one_process(lambda: _try_export(run), run.config)
+    return messages
+
+
+def _try_export(run: Run) -> None:
+    config, student, device = run.config, run.student, resolve_device(run.config.device)
+    run.teacher.to(device)
+    student.to(device)
+    place = _place(config.output_dir)
+    shutil.rmtree(place, ignore_errors=True)  # of one that was killed
+    try:
+        with torch.random.fork_rng(), _moved(student):
+            export_student(student, place / PIPELINE_FOLDER, t=config.t_min)
+    except ExportError as error:
+        why = f"a student of it could not be exported after the training, as a try before it says: {error.text}"
+        todo = "the teacher is used in another way than its folder is, or by code that an export does not hold"
+        raise SettingError("teacher", config.teacher, why, todo) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+@torch.no_grad()
+def _moved(student: Student) -> Iterator[None]:
+    """Move what is trained and starts at zero, always in the same way; it is put back to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    new = {p: p.clone() for p in student.parameters() if p.requires_grad and not p.any()}
+    try:
+        for parameter in new:
+            parameter.add_(SMALL_MOVE * torch.randn(parameter.shape, generator=generator).to(parameter))
+        yield
+    finally:
+        for parameter, old in new.items():
+            parameter.copy_(old)
+
+
+def _place(output_dir: Path) -> Path:
+    """Return a folder on the disk of a run: in its own, or where that will be."""
+    here = output_dir.absolute()
+    if here.is_dir():
+        return here / REHEARSAL
+    parent = next(p for p in here.parents if p.is_dir())
+    return parent / f"{REHEARSAL}-{here.name[:100]}"
+
+
+def _on_one_process(check: Callable[[], None], config: DistillConfig) -> None:
+    """Let the first process check; the others wait, and what it refuses all refuse."""
+    if num_processes() == 1:
+        check()
+        return
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state, verdict = PartialState(cpu=config.device == "cpu"), [None]
+    if state.is_main_process:
+        try:
+            check()
+        except Exception as error:
+            verdict = [error]  # type: ignore[list-item]
+    broadcast_object_list(verdict)
+    if verdict[0] is not None:
+        raise verdict[0]

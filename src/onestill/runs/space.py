@@ -1,0 +1,65 @@
+"""What a run writes: bytes of its checkpoints, its pools and its export, and whether the disk has room for them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from onestill.core.errors import SettingError, named
+from onestill.data.prompt_cache import in_words
+from onestill.objectives.registry import OBJECTIVES, rows_of
+from onestill.students.student import Student
+from onestill.training.config import DistillConfig
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a run takes on the disk, in bytes; the pictures and logs that it shows are not counted.
+
+    Attributes:
+        checkpoint: One checkpoint: the parameters that are trained, two Adam moments, and the averages.
+        num_checkpoints: How many of them are there at once, the one that is being written included.
+        export: The exported student: its network, and what else the teacher's pipeline has.
+        pools: What the objectives keep, such as anchors.
+    """
+
+    checkpoint: int
+    num_checkpoints: int
+    export: int
+    pools: int
+
+    @property
+    def total(self) -> int:
+        """All of it at once."""
+        return self.num_checkpoints * self.checkpoint + self.export + self.pools
+
+
+def space_of(student: Student, config: DistillConfig) -> Space:
+    """Return what a run of an untrained student takes on the disk."""
+    trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
+    copies = 3 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
+    written = math.ceil(config.max_train_steps / config.checkpointing_steps)
+    kept = min(config.checkpoints_total_limit + 1, written)
+    network = sum(p.numel() * p.element_size() for p in student.network.parameters())
+    values, rows = 4 * math.prod(student.spec.sample_shape), rows_of(config, config.train_batch_size)
+    costs = [kind.cost(config, config.train_batch_size) for kind in OBJECTIVES if rows.get(kind)]
+    pools = sum(cost.pool * cost.samples_per_item * values for cost in costs)
+    return Space(copies * trained, kept, network + student.teacher.bytes_besides, pools)
+
+
+def check_space(space: Space, folder: Path) -> tuple[str, ...]:
+    """Return what to say where a disk may become full; SettingError if one checkpoint and the export have no room."""
+    place = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free, least = shutil.disk_usage(place).free, space.checkpoint + space.export + space.pools
+    todo = f"free some, or name a folder on another disk; {named('lora_rank')} makes both small"
+    if free < least:
+        parts = f"a checkpoint ({in_words(space.checkpoint)}) and the export ({in_words(space.export)})"
+        why = f"{parts} do not fit: {in_words(least)} are needed in all, {in_words(free)} are free"
+        raise SettingError("output_dir", folder, why, todo)
+    if free < space.total:
+        needs = f"{space.num_checkpoints} checkpoints, pools and the export take {in_words(space.total)}"
+        limit = f"lower {named('checkpoints_total_limit')} or free some"
+        return (f"{folder}: {needs} and {in_words(free)} are free: the run will stop when the disk is full; {limit}",)
+    return ()
