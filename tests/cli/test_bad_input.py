@@ -237,7 +237,10 @@ def test_a_path_never_reaches_the_hub(path: str, tmp_path: Path, monkeypatch: py
 
 def test_weights_of_a_variant_that_is_not_there(tmp_path: Path) -> None:
     outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", tmp_path / "run", "--variant", "fp16")
-    assert outcome.code == 2 and "missing weights unet/diffusion_pytorch_model.fp16.safetensors" in outcome.words
+    assert (
+        outcome.code == 2
+        and "--variant fp16: unet/ holds diffusion_pytorch_model.safetensors; leave it out" in outcome.words
+    )
 
 
 # Settings of a run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import uuid
 from collections.abc import Mapping
@@ -19,6 +20,13 @@ MARK_FILE = "onestill.json"
 """Says that its folder holds a one-step student, beside stock files."""
 PROBE = ".probe"
 """Ends the name of an empty file that shows the mode of new files and is gone at once; no other file ends so."""
+
+
+def variant_of(name: str) -> str | None:
+    """Return the variant that the name of a safetensors file says it is of, such as "fp16", whole or one of its shards."""
+    shard = r"(?:-\d{5}-of-\d{5})?"
+    found = re.fullmatch(rf"[^.]+?{shard}(?:\.(?P<variant>.+?))?{shard}\.safetensors", name)
+    return found and found["variant"]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

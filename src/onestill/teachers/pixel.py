@@ -17,6 +17,7 @@ from onestill.core.tensors import SELF_CHECK_TOLERANCE, Cond, refuse_non_finite,
 from onestill.diffusion.process import VE
 from onestill.diffusion.trajectory import Trajectory
 from onestill.teachers.base import NetworkTeacher
+from onestill.teachers.pipelines.folder import check_variant
 from onestill.teachers.pipelines.schedulers import plain_ddim, scheduler_process, scheduler_threshold, times_of
 from onestill.teachers.teacher_spec import TeacherSpec
 
@@ -169,9 +170,11 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
     # Old folders keep the network beside model_index.json, and diffusers reads those too.
     flat = not (folder / "unet").is_dir() and (folder / "config.json").is_file()
     weights = folder if flat else folder / "unet"
-    name = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
     present = sorted(p.name for p in weights.glob("*"))
-    if not any(p.startswith(name) and ".safetensors" in p for p in present):
+    name = "diffusion_pytorch_model"
+    files = [p for p in present if p.startswith(name) and p.endswith(".safetensors")]
+    check_variant("unet", files, source, variant, may_lack=False)
+    if not files:
         if pickles := [p for p in present if p.endswith(PICKLE_SUFFIXES)]:
             raise ValueError(
                 f"{source}: unet/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it once where "
@@ -179,6 +182,7 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
             )
         raise ValueError(f"{source}: missing weights unet/{name}.safetensors; the folder holds {present or 'nothing'}")
     options = {"use_safetensors": True, "variant": variant, "local_files_only": True, "output_loading_info": True}
+    options["dtype"] = torch.float32  # chosen, not the file's
     try:
         network, info = UNet2DModel.from_pretrained(folder, subfolder=None if flat else "unet", **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:

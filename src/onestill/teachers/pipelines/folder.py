@@ -9,18 +9,23 @@ from types import MappingProxyType
 from typing import Any
 
 import diffusers
+import torch
 
-from onestill.core.errors import SettingError, in_short
-from onestill.core.files import PICKLE_SUFFIXES
+from onestill.core.errors import NOT_GIVEN, SettingError, in_short, named
+from onestill.core.files import PICKLE_SUFFIXES, variant_of
 
 INDEX = "model_index.json"
 CHECKER = "safety_checker"
+NETWORKS = ("unet", "transformer")
 
 
 def load_stock(
     cls: Any, folder: Path, parts: Mapping[str, Any] = MappingProxyType({}), *, with_checker: bool = False
 ) -> Any:
     """Return a stock pipeline; safetensors only, no remote code, no network, and no text on the screen.
+
+    Every part is in float32, whatever the dtype of its file: some libraries keep the file's and some do not, and parts
+    of two dtypes neither run together nor make one export.
 
     Args:
         cls: Its class.
@@ -32,7 +37,12 @@ def load_stock(
     # Some pipelines ask for a part they can do without, such as a third text encoder, unless told it is absent.
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
     pipeline = cls.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **{**absent, **parts}
+        folder,
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        **{**absent, **parts},
     )
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "watermark", None) is not None:
@@ -83,5 +93,18 @@ def check_components(folder: Path, index: dict[str, Any], source: str, variant: 
                     f"{source}: {name}/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it "
                     "once where you trust it, with save_pretrained of its class"
                 )
-        elif variant and weights and name in ("unet", "transformer") and not any(f".{variant}." in f for f in weights):
-            raise SettingError("variant", variant, f"{name}/ holds {', '.join(weights)}", where=source)
+        check_variant(name, weights, source, variant, may_lack=name not in NETWORKS)
+
+
+def check_variant(name: str, weights: Sequence[str], source: str, variant: str | None, *, may_lack: bool) -> None:
+    """Raise SettingError if a component's files of weights, if it has any, are all of another variant than is asked for.
+
+    One that `may_lack` the variant is loaded from its plain files then, as diffusers does.
+    """
+    there = {variant_of(file) for file in weights}
+    if not there or variant in there or (None in there and may_lack):
+        return
+    others = [f"{named('variant')} {each}" for each in sorted(there - {None}, key=str)]
+    shown = f"{name}/ holds {', '.join(sorted(weights)[:3])}{', ...' if len(weights) > 3 else ''}"
+    todo = " or ".join(["leave it out"] * (None in there) + [f"give {each}" for each in others])
+    raise SettingError("variant", NOT_GIVEN if variant is None else variant, shown, todo, where=source)
