@@ -73,8 +73,10 @@ def _prepare(config: DistillConfig) -> Run:
 def _run(run: Run) -> RunResult:
     """Train and export; a run that cannot go on ends with one line."""
     from onestill.data.prompt_cache import PromptCacheError
+    from onestill.export.export import ExportError
     from onestill.runs.distill import carry_out
-    from onestill.runs.folder import is_run, make_output_dir
+    from onestill.runs.folder import PIPELINE_FOLDER, is_run, make_output_dir
+    from onestill.training.checkpoint import list_checkpoints
     from onestill.training.trainer import NonFiniteLossError
 
     folder = run.config.output_dir
@@ -87,6 +89,9 @@ def _run(run: Run) -> RunResult:
     except (ValueError, RunError) as error:
         note(("stopped:", "red"), f" {shown_as_flags(error)}")
         if is_run(folder) and not isinstance(error, NonFiniteLossError):  # which names the last checkpoint itself
+            if isinstance(error, ExportError):
+                flags = ["--student", str(list_checkpoints(folder)[0]), "--output", str(folder / PIPELINE_FOLDER)]
+                note(f"export it alone with: {shlex.join(['onestill', 'export', *flags])}")
             note(f"what was saved is kept. Go on with: {go_on(folder)}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

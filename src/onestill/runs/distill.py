@@ -25,7 +25,7 @@ from onestill.core.errors import as_arguments
 from onestill.core.settings import write_yaml
 from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
-from onestill.export.export import export_student
+from onestill.export.export import ExportError, export_student
 from onestill.runs.build import Run, build_run, chosen_threshold, configure
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_output_dir
 from onestill.runs.memory import going_on
@@ -199,7 +199,10 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
     if trainer.accelerator.is_main_process:
         with trainer.trained[0].averaged():
             facts = card_facts(run, num_steps, seconds)
-            error = export_student(run.student, folder, t=config.t_min, facts=facts, overwrite=True)
+            try:
+                error = export_student(run.student, folder, t=config.t_min, facts=facts, overwrite=True)
+            except ExportError as failed:
+                raise ExportError(f"{failed.text}; the trained student is kept in {checkpoint}") from failed
     trainer.accelerator.wait_for_everyone()
     return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error, num_trained=num_steps)
 

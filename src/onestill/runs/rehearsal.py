@@ -56,8 +56,8 @@ def _try_export(run: Run) -> None:
         with torch.random.fork_rng(), _moved(student):
             export_student(student, place / PIPELINE_FOLDER, t=config.t_min)
     except ExportError as error:
-        why = f"a student of it could not be exported after the training, as a try before it says: {error.text}"
-        todo = "the teacher is used in another way than its folder is, or by code that an export does not hold"
+        why = f"a student of it cannot be exported, so none is trained: {error.text}"
+        todo = "its folder draws in another way than its parts do here; name a teacher that onestill inspect knows"
         raise SettingError("teacher", config.teacher, why, todo) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
