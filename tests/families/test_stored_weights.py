@@ -75,7 +75,7 @@ def test_stable_diffusion_3_without_its_third_encoder_is_not_blamed_for_another_
     flow_pipelines.stable_diffusion_3(third=False).save_pretrained(tmp_path / "t")
     config = tmp_path / "t" / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 64}))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="Height") as caught:
         load_teacher(tmp_path / "t")
     assert "text_encoder_3" not in str(caught.value)
 

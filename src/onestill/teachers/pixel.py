@@ -181,8 +181,8 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
                 "you trust it: UNet2DModel.from_pretrained(folder, subfolder='unet').save_pretrained(folder + '/unet')"
             )
         raise ValueError(f"{source}: missing weights unet/{name}.safetensors; the folder holds {present or 'nothing'}")
-    options = {"use_safetensors": True, "variant": variant, "local_files_only": True, "output_loading_info": True}
-    options["dtype"] = torch.float32  # chosen, not the file's
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    options.update(variant=variant, dtype=torch.float32)  # chosen, not the file's
     try:
         network, info = UNet2DModel.from_pretrained(folder, subfolder=None if flat else "unet", **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:

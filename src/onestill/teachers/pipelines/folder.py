@@ -87,12 +87,11 @@ def check_components(folder: Path, index: dict[str, Any], source: str, variant: 
             raise ValueError(f"{source}: the folder {name}/ ({entry[1]}) is missing, which model_index.json names")
         files = [p.name for p in (folder / name).iterdir()]
         weights = [f for f in files if f.endswith(".safetensors")]
-        if pickles := [f for f in files if f.endswith(PICKLE_SUFFIXES)]:
-            if not weights:
-                raise ValueError(
-                    f"{source}: {name}/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it "
-                    "once where you trust it, with save_pretrained of its class"
-                )
+        if (pickles := [f for f in files if f.endswith(PICKLE_SUFFIXES)]) and not weights:
+            raise ValueError(
+                f"{source}: {name}/ holds only the pickle {pickles[0]}, which can run code when loaded. Convert it "
+                "once where you trust it, with save_pretrained of its class"
+            )
         check_variant(name, weights, source, variant, may_lack=name not in NETWORKS)
 
 
