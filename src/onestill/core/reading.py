@@ -74,17 +74,19 @@ def read_mapping(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
+def loading(what: str, *passing: type[Exception]) -> Iterator[None]:
     """Turn whatever a library raises while it loads something into ValueError "`what` cannot be read: reason".
 
     Errors of our own settings pass as they are, as do an interrupt and memory that is not there.
 
     Args:
         what: What is loaded, as the user knows it: "FOLDER: text_encoder/", "FILE".
+        passing: Kinds of exceptions that pass too, where what is called says by them what is wrong.
     """
+    passed: tuple[type[Exception], ...] = (RunError, *passing)
     try:
         yield
-    except RunError:
+    except passed:
         raise
     except Exception as error:
         is_ours = isinstance(error, ValueError) and type(error).__module__.startswith("onestill.")

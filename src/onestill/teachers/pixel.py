@@ -13,6 +13,8 @@ from torch import Tensor
 
 from onestill.core.errors import SettingError, found_in, in_short
 from onestill.core.files import PICKLE_SUFFIXES
+from onestill.core.models import check_configs, load_model
+from onestill.core.reading import loading
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, Cond, refuse_non_finite, without_autocast
 from onestill.diffusion.process import VE
 from onestill.diffusion.trajectory import Trajectory
@@ -181,15 +183,9 @@ def _load_network(folder: Path, source: str, variant: str | None) -> UNet2DModel
                 "you trust it: UNet2DModel.from_pretrained(folder, subfolder='unet').save_pretrained(folder + '/unet')"
             )
         raise ValueError(f"{source}: missing weights unet/{name}.safetensors; the folder holds {present or 'nothing'}")
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    options.update(variant=variant, dtype=torch.float32)  # chosen, not the file's
-    try:
-        network, info = UNet2DModel.from_pretrained(folder, subfolder=None if flat else "unet", **options)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{source}: the UNet2DModel's weights or config do not load: {in_short(error)}") from error
-    if lacking := info["missing_keys"]:
-        raise ValueError(f"{source}: the weights lack {len(lacking)} of the network's tensors, such as {lacking[0]!r}")
-    if unknown := info["unexpected_keys"]:
+    how = {"variant": variant, "dtype": torch.float32}  # chosen, not the file's
+    network, _, unknown = load_model(UNet2DModel, weights, f"{source}: unet/", how)
+    if unknown:
         why = f"that unet/config.json has no place for, such as {unknown[0]!r}"
         raise ValueError(f"{source}: the weights hold tensors {why}")
     return network
@@ -199,8 +195,8 @@ def _load_scheduler(folder: Path, class_name: str, source: str) -> Any:
     cls = getattr(diffusers, class_name, None)
     if cls is None or not class_name.endswith("Scheduler"):
         raise ValueError(f"{source}: {class_name!r} is no scheduler of diffusers {diffusers.__version__}")
-    try:
-        flat = not (folder / "scheduler").is_dir() and (folder / "scheduler_config.json").is_file()
-        return cls.from_pretrained(folder, subfolder=None if flat else "scheduler", local_files_only=True)
-    except (OSError, ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"{source}: scheduler/scheduler_config.json does not load: {in_short(error)}") from error
+    flat = not (folder / "scheduler").is_dir() and (folder / "scheduler_config.json").is_file()
+    place = folder if flat else folder / "scheduler"
+    with loading(f"{source}: scheduler/scheduler_config.json"):
+        check_configs(place)
+        return cls.from_pretrained(place, local_files_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,13 +10,20 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
 
-from onestill.core.errors import NOT_GIVEN, SettingError, in_short, named
+from onestill.core.errors import NOT_GIVEN, SettingError, named
 from onestill.core.files import PICKLE_SUFFIXES, variant_of
+from onestill.core.models import check_configs, load_model
+from onestill.core.reading import loading, read_mapping
 
 INDEX = "model_index.json"
 CHECKER = "safety_checker"
 NETWORKS = ("unet", "transformer")
+# What a component may be: a network, a scheduler, a tokenizer or a processor.
+_KINDS = (ModelMixin, diffusers.SchedulerMixin, transformers.utils.PushToHubMixin)
 
 
 def load_stock(
@@ -32,24 +39,62 @@ def load_stock(
         folder: Its folder.
         parts: Components in the place of the folder's, and options of `from_pretrained`.
         with_checker: Keep its safety checker, which blackens what it flags: to write the pipeline, not to call it.
+
+    Raises:
+        ValueError: If a component lacks a tensor, needs code of its own, or cannot be read.
     """
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_mapping(folder / INDEX)
     # Some pipelines ask for a part they can do without, such as a third text encoder, unless told it is absent.
-    absent = {name: None for name, entry in index.items() if entry == [None, None]}
-    pipeline = cls.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        **{**absent, **parts},
-    )
+    given = {**{name: None for name, entry in index.items() if entry == [None, None]}, **parts}
+    for name, entry in index.items():
+        if name not in given and not name.startswith("_") and isinstance(entry, list):
+            given.update(_loaded(folder, name, entry, given.get("variant")))
+    with loading(f"{folder}: the {cls.__name__}"):
+        pipeline = cls.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **given
+        )
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None  # SDXL marks its pictures where a package for it happens to be installed
     if not with_checker and hasattr(pipeline, "run_safety_checker"):
         pipeline.safety_checker = None  # a pipeline that has this method does without
     return pipeline
+
+
+def _loaded(folder: Path, name: str, entry: list[Any], variant: str | None) -> dict[str, Any]:
+    """Return the network that a component is by its name; of others, which hold no weights, nothing."""
+    cls = component_class(folder, name, *entry)
+    place = folder / name if (folder / name).is_dir() else folder  # some old folders keep their one network flat
+    if not issubclass(cls, nn.Module):
+        with loading(f"{folder}: {name}/"):
+            check_configs(place)
+        return {}
+    has_variant = variant in {variant_of(path.name) for path in place.glob("*.safetensors")}
+    how = {"variant": variant if has_variant else None, "dtype": torch.float32}
+    return {name: load_model(cls, place, f"{folder}: {name}/", how).model}
+
+
+def component_class(folder: Path, name: str, library: Any, class_name: Any) -> Any:
+    """Return the class of a component; ValueError if it is of neither library, and so needs code of its own."""
+    homes = {"diffusers": diffusers, "transformers": transformers}
+    home = homes.get(library) or (
+        getattr(diffusers.pipelines, str(library), None) if str(library).isidentifier() else None
+    )
+    cls = getattr(home, str(class_name), None) if inspect.ismodule(home) else None
+    if not inspect.isclass(cls) or not issubclass(cls, _KINDS) or issubclass(cls, DiffusionPipeline):
+        why = "which neither diffusers nor transformers has" if cls is None else "which is no part of a pipeline"
+        code = ": it would need code of its own, which is never run" if cls is None else ""
+        shown = f"{library}.{class_name}"[:80]
+        raise ValueError(f"{folder}: model_index.json says that {name!r} is a {shown}, {why}{code}")
+    return cls
+
+
+def pipeline_class(class_name: str) -> Any:
+    """Return diffusers' pipeline of a name; ValueError if it has none."""
+    cls = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
+    if not inspect.isclass(cls) or not issubclass(cls, DiffusionPipeline) or cls is DiffusionPipeline:
+        raise ValueError(f"diffusers {diffusers.__version__} has no such pipeline")
+    return cls
 
 
 def load_pipeline(
@@ -62,14 +107,15 @@ def load_pipeline(
     """
     check_components(folder, {n: part for n, part in index.items() if n not in without}, source, variant)
     try:
-        return load_stock(getattr(diffusers, index["_class_name"]), folder, options(without, variant))
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
-        raise ValueError(f"{source}: the pipeline does not load: {in_short(error, 300)}") from error
+        return load_stock(pipeline_class(index["_class_name"]), folder, options(without, variant))
+    except ValueError as error:
+        message = str(error).removeprefix(f"{folder}: ")
+        raise ValueError(f"{source}: the pipeline does not load: {message}") from error
 
 
 def has_checker(folder: Path) -> bool:
     """Return whether the pipeline in a folder has a safety checker, which its own call runs."""
-    entry = json.loads((folder / INDEX).read_text(encoding="utf-8")).get(CHECKER)
+    entry = read_mapping(folder / INDEX).get(CHECKER)
     return isinstance(entry, list) and entry[1] is not None
 
 
