@@ -128,7 +128,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(
         raise OSError(28, "No space left on device")
 
     if when == "writing":
-        monkeypatch.setattr(prompt_cache, "save_tensors", full)
+        monkeypatch.setattr(prompt_cache, "save_hashed", full)
     else:
         monkeypatch.setattr(os, "link", full)
         monkeypatch.setattr(os, "replace", full)

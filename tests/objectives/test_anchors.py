@@ -1,15 +1,20 @@
 """Anchors: what the pool holds, how it is kept, and what a training makes of it."""
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_state, teacher_folder
+from runs_helpers import FAST, NULL_CLASS, Interruption, copied, interrupt_at, same_state, teacher_folder
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import onestill
+from onestill.core.errors import FoundWarning, RunError
+from onestill.core.files import read_hashed, save_hashed
 from onestill.data.conditions import LabelConditions
 from onestill.diffusion import trajectory
 from onestill.diffusion.process import CosineVP
@@ -207,6 +212,31 @@ def pool_in(trainer: Trainer) -> Pool | None:
     return next(objective.pool for objective in trainer.objectives if isinstance(objective, Anchors))
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 16
+    path.write_bytes(content)
+
+
+def changed(path: Path, **tensors: torch.Tensor) -> None:
+    """Write some tensors of a file anew, as another program would: with what is said of them as it was."""
+    with safe_open(path, "pt") as file:
+        found, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({name: value for name, value in {**found, **tensors}.items() if len(value)}, path, said)
+
+
+DAMAGED_POOLS = [
+    flip,
+    lambda path: changed(path, signal=torch.full((10, 1, 8, 8), torch.nan)),
+    lambda path: changed(path, eps=torch.zeros(0)),
+    lambda path: changed(path, eps=torch.zeros(3, 2)),
+    lambda path: changed(path, generator=torch.zeros(5, dtype=torch.uint8)),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    lambda path: path.write_bytes(b"\xff" * 1000),
+]
+
+
 def test_a_file_that_is_broken_is_made_again(tmp_path: Path) -> None:
     settings = {**FAST, **POOL, "checkpointing_steps": 2, "show_progress": False}
     onestill.distill(teacher_folder(), tmp_path / "one", **settings)
@@ -214,12 +244,35 @@ def test_a_file_that_is_broken_is_made_again(tmp_path: Path) -> None:
         onestill.distill(teacher_folder(), tmp_path / "two", on_step=interrupt_at(3), **settings)
     path = tmp_path / "two" / "anchors-0.safetensors"
     whole = path.read_bytes()
-    for broken in (b"", whole[: len(whole) // 2]):
-        path.write_bytes(broken)
-        assert read_pool(path, {}, torch.Generator()) is None
-    onestill.distill(teacher_folder(), tmp_path / "two", resume_from_checkpoint="latest", **settings)
-    assert same_state(tmp_path / "one" / "checkpoint-4", tmp_path / "two" / "checkpoint-4")
-    assert path.stat().st_size == len(whole)
+    for number, broken in enumerate(DAMAGED_POOLS):
+        path.write_bytes(whole)
+        broken(path)
+        with pytest.raises(ValueError, match=r"anchors-0\.safetensors"):
+            read_pool(path, {}, torch.Generator())
+        folder = copied(tmp_path / "two", tmp_path / f"two-{number}") if number == 0 else tmp_path / "two"
+        if number == 0 or broken is DAMAGED_POOLS[-1]:
+            with pytest.warns(FoundWarning, match="made again"):
+                onestill.distill(teacher_folder(), folder, resume_from_checkpoint="latest", **settings)
+            assert same_state(tmp_path / "one" / "checkpoint-4", folder / "checkpoint-4")
+            assert (folder / path.name).read_bytes() == whole
+
+
+def test_a_pool_of_another_content_is_not_taken_for_the_one_the_run_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**FAST, **POOL, "checkpointing_steps": 2, "show_progress": False, "output_dir": tmp_path / "run"}
+    with pytest.raises(Interruption):
+        onestill.distill(teacher_folder(), on_step=interrupt_at(3), **settings)
+    path, write = tmp_path / "run" / "anchors-0.safetensors", {"resume_from_checkpoint": "latest"}
+    tensors, said = read_hashed(path)
+    save_hashed({**tensors, "signal": tensors["signal"] + 1}, path, said)
+    with pytest.warns(FoundWarning, match="is not what this run was begun with; it is made again"):
+        onestill.distill(teacher_folder(), **settings, **write)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    path.unlink()
+    monkeypatch.setattr(Anchors, "_roll_out", lambda *_: iter([Pool(tensors["eps"], tensors["signal"] + 1, {})]))
+    with pytest.raises(RunError, match="is not the same: go on where it was made"):
+        onestill.distill(teacher_folder(), **settings, **write)
 
 
 def test_another_optimiser_takes_the_pool_that_is_there(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_what_is_required_is_named() -> None:
         (b"- a\n- b\n", "must hold 'name: value' lines, it holds list"),
         (b"", "it holds NoneType"),
         (b"a: [1\n", "is no YAML"),
-        (b"\xff\xfe\x00a", "is no YAML"),
+        (b"\xff\xfe\x00a", "is no UTF-8 text"),
         (b"!!python/object/apply:os.system ['true']", "is no YAML"),
     ],
 )

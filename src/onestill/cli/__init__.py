@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -14,12 +15,13 @@ from onestill import __version__
 from onestill.cli import demo, distill, evaluate, export, inspect, sample
 from onestill.cli.help import Command
 from onestill.cli.output import note, say
-from onestill.core.errors import RunError, in_short, shown_as_flags
+from onestill.core.errors import FoundWarning, RunError, as_flags, in_short, shown_as_flags
 from onestill.core.memory import is_out_of_memory
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which typer has under no public name
 # Flags have underscores, as in diffusers' scripts; dashes mean the same.
 CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
+_USUAL = warnings.showwarning
 
 
 class Commands(TyperGroup):
@@ -49,6 +51,7 @@ for command in (distill.distill, inspect.inspect, sample.sample, evaluate.evalua
 
 def main() -> None:
     """Run the command line; bad input ends with one clear line and exit code 2."""
+    warnings.showwarning = _show
     try:
         code = app(standalone_mode=False)  # typer would draw a box around its errors
     except UsageError as error:
@@ -70,6 +73,14 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(said: Warning | str, kind: type[Warning], *where: Any, **more: Any) -> None:
+    """Show a warning: of ours in one line, of others as Python does."""
+    if issubclass(kind, FoundWarning):
+        note(("warning:", "yellow"), f" {as_flags(str(said))}")
+    else:
+        _USUAL(said, kind, *where, **more)
 
 
 def _usage(error: Any) -> str:

@@ -100,6 +100,10 @@ class SettingErrors(ValueError):
         return "\n".join(error.as_flags() for error in self.errors)
 
 
+class FoundWarning(UserWarning):
+    """Something that was found, is worth a line, and is gone on after; the command line shows it as one."""
+
+
 class RunError(RuntimeError):
     """Something that has begun cannot go on; `text` says why and what to do, and may mention settings by `named`."""
 

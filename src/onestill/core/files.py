@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -9,10 +10,13 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from onestill.core.errors import SettingError
+from onestill.core.reading import loading
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Ends the names of files that are pickles, which can run code when they are opened: none is ever opened."""
@@ -20,6 +24,7 @@ MARK_FILE = "onestill.json"
 """Says that its folder holds a one-step student, beside stock files."""
 PROBE = ".probe"
 """Ends the name of an empty file that shows the mode of new files and is gone at once; no other file ends so."""
+_HASH = "sha256"
 
 
 def variant_of(name: str) -> str | None:
@@ -33,6 +38,34 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     """Write a safetensors file with the mode that new files get."""
     save_file(dict(tensors), path, metadata)
     set_usual_mode(path)
+
+
+def save_hashed(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with a hash of all that is in it, onto the disk; `read_hashed` reads it."""
+    save_tensors(tensors, path, {**metadata, _HASH: hash_of(tensors, metadata)})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_hashed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors, metadata) of a file of `save_hashed`; ValueError that names it if it is not what was written."""
+    with loading(str(path)):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        if metadata.pop(_HASH, None) != hash_of(tensors, metadata):
+            raise ValueError(f"{path} is not what was written")
+    return tensors, metadata
+
+
+def hash_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return a hash of tensors on the CPU, of their names, dtypes and shapes, and of what is said of them."""
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous()
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def set_usual_mode(path: Path) -> None:

@@ -7,6 +7,8 @@ which makes one flat model of them. No module of settings loads torch: a mistake
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors
+from onestill.core.reading import MOST_YAML_BYTES, parse_yaml, read_text
 from onestill.core.writing import write_text
 
 S = TypeVar("S", bound="Settings")
@@ -104,15 +107,12 @@ def find_config(config_file: str | Path) -> Path:
 def read_yaml(config_file: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file, or in a shipped recipe; SettingError if it is missing or holds none."""
     path = find_config(config_file)
+    if not path.exists():
+        raise SettingError("config", str(path), os.strerror(errno.ENOENT))
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError("config", str(path), str(error.strerror)) from error
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-        raise SettingError("config", str(path), f"is no YAML{line}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError("config", str(path), f"is no YAML: {str(error).splitlines()[0]}") from error
+        content = parse_yaml(read_text(path, MOST_YAML_BYTES), "it")
+    except ValueError as error:
+        raise SettingError("config", str(path), str(error).removeprefix(f"{path} ").removeprefix("it ")) from error
     if not isinstance(content, dict):
         raise SettingError("config", str(path), f"must hold 'name: value' lines, it holds {type(content).__name__}")
     return {str(key).replace("-", "_"): value for key, value in content.items()}

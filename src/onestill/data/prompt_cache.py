@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,9 +25,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from onestill.core.errors import SettingError, named
-from onestill.core.files import PROBE, save_tensors
+from onestill.core.errors import FoundWarning, RunError, SettingError, in_short, named
+from onestill.core.files import PROBE, read_hashed, save_hashed
+from onestill.core.reading import loading, reason
 from onestill.core.tensors import Cond, row_bytes
+from onestill.core.writing import writing
 from onestill.data.prompts import Ints, text_key
 
 BATCH_SIZE = 32
@@ -35,6 +38,7 @@ LARGEST_SHARD = 4096
 OPEN_SHARDS = 16
 STALE_SECONDS = 24 * 3600
 _KEYS, _CUT = "onestill.keys", "onestill.cut"
+_KEY, _CUT_OF = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
 
 
 class PromptCacheError(SettingError):
@@ -78,8 +82,12 @@ class PromptCache:
         self.row_bytes = row_bytes(like)
         self.messages: list[str] = []
         self._handles: OrderedDict[Path, Any] = OrderedDict()
+        self._whole: set[Path] = set()
         self.refresh()
-        others = sorted(p.name for p in root.iterdir() if p.is_dir() and p != self.folder) if root.is_dir() else []
+        try:
+            others = sorted(p.name for p in root.iterdir() if p.is_dir() and p != self.folder) if root.is_dir() else []
+        except OSError as error:
+            raise SettingError("prompt_cache_dir", root, f"cannot be read: {reason(error)}") from error
         if others and not len(self):
             listed = ", ".join(others[:3] + (["..."] if len(others) > 3 else []))
             kept = f"{root} holds prompts of other text encoders or settings too, which are kept apart: {listed}"
@@ -97,8 +105,8 @@ class PromptCache:
             try:
                 found.append(self._read_index(path))
                 self._shards.append(path)
-            except (SafetensorError, OSError, ValueError) as error:
-                self.messages.append(f"{path} is not used: {' '.join(str(error).split())[:120]}")
+            except ValueError as error:
+                self.messages.append(f"{path} is not used: {in_short(error).removeprefix(f'{path} ')}")
         empty = np.zeros(0, dtype=np.int64)
         keys, first = np.unique(np.concatenate([empty, *(k for k, _ in found)]), return_index=True)
         shard = np.repeat(np.arange(len(found), dtype=np.int32), [len(k) for k, _ in found])
@@ -108,15 +116,40 @@ class PromptCache:
 
     def _read_index(self, path: Path) -> tuple[Ints, Ints]:
         """Return (keys, which limits each prompt exceeds) of a shard; ValueError if it is not of this encoder."""
-        with safe_open(path, "pt") as file:
+        with loading(str(path)), safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("encoder") != self.encoder:
                 raise ValueError("it was written for another text encoder")
-            keys, cut = file.get_tensor(_KEYS).numpy(), file.get_tensor(_CUT).numpy()
-            for name, value in self.like.items():
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != (len(keys), *value.shape[1:]):
-                    raise ValueError(f"{name} has shape {shape}")
-        return keys, cut
+            keys, cut = file.get_tensor(_KEYS), file.get_tensor(_CUT)
+            found = {name: file.get_slice(name) for name in self.like}
+            # Of no row, which has the dtype of all, without reading any.
+            empty = {_KEYS: keys[:0], _CUT: cut[:0], **{name: part[:0] for name, part in found.items()}}
+            shapes = {_KEYS: keys.shape, _CUT: cut.shape, **{name: part.get_shape() for name, part in found.items()}}
+            for name, value in {_KEYS: _KEY, _CUT: _CUT_OF, **self.like}.items():
+                kind, shape = empty[name].dtype, tuple(shapes[name])
+                if (kind, shape) != (value.dtype, (len(keys), *value.shape[1:])):
+                    raise ValueError(f"{name} is of {kind} and shape {shape}")
+        return keys.numpy(), cut.numpy()
+
+    def verify(self, keys: Ints) -> None:
+        """Read every shard with one of these prompts once; what is not what was written goes, and is said.
+
+        Its prompts are missing then. What is found whole is not read again by this object.
+        """
+        needed = np.unique(self._shard[np.isin(self._keys, keys)])
+        damaged = False
+        for path in (self._shards[i] for i in needed):
+            try:
+                if path not in self._whole:
+                    read_hashed(path)
+            except ValueError as error:
+                damaged = True
+                with writing(path):
+                    path.unlink(missing_ok=True)
+                warnings.warn(f"{error}; its prompts are encoded again", FoundWarning, stacklevel=2)
+            else:
+                self._whole.add(path)
+        if damaged:
+            self.refresh()
 
     def missing(self, keys: Ints) -> Ints:
         """Return the indices into `keys` of prompts that are not in the cache, each key once."""
@@ -182,9 +215,7 @@ class PromptCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
-            save_tensors(rows, partial, metadata={"encoder": self.encoder})
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            save_hashed(rows, partial, {"encoder": self.encoder})
             self._publish(partial, final)
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
@@ -202,7 +233,7 @@ class PromptCache:
         except OSError:  # it is there, or this file system has no links
             try:
                 self._read_index(final)
-            except (SafetensorError, OSError, ValueError):
+            except ValueError:
                 os.replace(partial, final)
 
     def _remove_stale(self) -> None:
@@ -222,7 +253,11 @@ class PromptCache:
 
     def _read_row(self, shard: Path, row: int) -> Cond:
         if shard not in self._handles:
-            self._handles[shard] = safe_open(shard, "pt")
+            try:
+                self._handles[shard] = safe_open(shard, "pt")
+            except (OSError, SafetensorError) as error:
+                gone = f"{shard} was there when the run began and cannot be read any more: {reason(error)}"
+                raise RunError(f"{gone}; go on with the run, and what is missing is encoded again") from error
         self._handles.move_to_end(shard)
         while len(self._handles) > OPEN_SHARDS:
             self._handles.popitem(last=False)

@@ -74,6 +74,7 @@ class PromptPool:
 
     def _fill(self, cache: PromptCache, teacher: Teacher, show_progress: bool) -> None:
         cache.refresh()  # another run, or another process of this one, may have been here since
+        cache.verify(self.keys)
         places = cache.missing(self.keys)
         if not len(places):
             return

@@ -116,7 +116,13 @@ def _write(form: Format, name: str, folder: Path) -> None:
     student, t, scale = form.student, form.t, form.guidance_scale
     step = one_step_of(student, t, scale)
     _passed(_difference(step, form), "its one step's samples differ")
-    mark = Mark(name, student.spec.sample_shape, step.head, t, student.chosen_scale(scale))
+    mark = Mark(
+        format=name,
+        sample_shape=student.spec.sample_shape,
+        head=step.head,
+        target_time=t,
+        guidance_scale=student.chosen_scale(scale),
+    )
     form.write(step, folder)
     mark.write(folder)
 

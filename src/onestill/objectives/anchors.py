@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from onestill.core.errors import FoundWarning, RunError
+from onestill.core.reading import loading
 from onestill.core.settings import Settings, setting
+from onestill.core.writing import writing
 from onestill.objectives.base import Batch, Context, Cost, Objective
 from onestill.objectives.boot import BOOTSTRAP, OBJECTIVE, BootSettings, row_weights
 
@@ -82,7 +86,7 @@ class Anchors(Objective[_Both]):
         path = context.folder / f"anchors-{rank}.safetensors"
         generator = torch.Generator().manual_seed(context.seed + POOL_SEED + rank)
         num = -(-self.settings.num_anchors // context.num_processes)
-        found = read_pool(path, context.identity, generator)
+        found = self._read(path, num, generator)
         batches = [] if found is None else [found]
         made = written = 0 if found is None else len(found.eps)
         last = torch.Generator()  # as the last whole batch left `generator`, which the next one may have drawn from
@@ -106,6 +110,30 @@ class Anchors(Objective[_Both]):
                 batches = [joined(batches)]
                 write_pool(batches[0], last, path, context.identity)
         self.pool = joined(batches)
+        if not self._is_begun_with(self.pool):
+            why = f"{path} is not what this run was begun with, and what is made again here is not the same"
+            raise RunError(f"{why}: go on where it was made, or distil again into another folder")
+        self.pool_hash = self.pool.hash(context.identity)
+
+    def _is_begun_with(self, pool: Pool) -> bool:
+        """Return whether a pool is the one that the run was begun with; one of another identity is another."""
+        made, known = pool.hash(self.context.identity), self.pool_hash
+        return made.partition("-")[0] != known.partition("-")[0] or made == known
+
+    def _read(self, path: Path, num: int, generator: torch.Generator) -> Pool | None:
+        """Return what the run's file has of the pool, None if it is to be made; what is damaged is said."""
+        shape, state = self.context.teacher.spec.sample_shape, generator.get_state()
+        try:
+            found = read_pool(path, self.context.identity, generator)
+            if found is not None and not found.fits(num, shape):
+                raise ValueError(f"{path} holds no anchors of this teacher")
+            if found is not None and len(found.eps) == num and not self._is_begun_with(found):
+                raise ValueError(f"{path} is not what this run was begun with")
+        except ValueError as error:
+            warnings.warn(f"{error}; it is made again", FoundWarning, stacklevel=2)
+            generator.set_state(state)
+            return None
+        return found
 
     def _roll_out(self, first: int, num: int, generator: torch.Generator) -> Iterator[Pool]:
         """Yield `num` anchors less the `first` ones, which are whole batches and have left the generator as it is."""
@@ -156,6 +184,24 @@ class Pool:
     signal: Tensor
     chosen: Cond
 
+    def hash(self, identity: Mapping[str, object]) -> str:
+        """Return a hash of what it was made with, a dash, and a hash of all of it."""
+        from onestill.core.files import hash_of
+
+        made_with = hash_of({}, {"made_with": json.dumps(identity, sort_keys=True)})
+        return f"{made_with[:16]}-{hash_of(self.tensors(), {})}"
+
+    def fits(self, most: int, shape: tuple[int, ...]) -> bool:
+        """Return whether these are at most so many anchors, all parts alike, of samples of this shape."""
+        parts, num = self.tensors(), len(self.eps)
+        alike = all(len(value) == num for value in parts.values())
+        return num <= most and alike and self.eps.shape == self.signal.shape == (num, *shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it, by the names in its file."""
+        chosen = {f"chosen.{name}": value.contiguous() for name, value in self.chosen.items()}
+        return {"eps": self.eps, "signal": self.signal, **chosen}
+
     def draw(self, num: int, generator: torch.Generator) -> Pool:
         """Return `num` anchors of the pool, with replacement."""
         import torch
@@ -174,30 +220,28 @@ def joined(batches: list[Pool]) -> Pool:
 
 def write_pool(pool: Pool, generator: torch.Generator, path: Path, identity: Mapping[str, object]) -> None:
     """Write a pool, whole or its first batches, with the generator as the last batch left it, in one rename."""
-    from onestill.core.files import save_tensors
+    from onestill.core.files import save_hashed
 
-    tensors = {"eps": pool.eps, "signal": pool.signal, "generator": generator.get_state()}
-    tensors |= {f"chosen.{name}": value.contiguous() for name, value in pool.chosen.items()}
-    partial = path.with_suffix(".partial")
-    save_tensors(tensors, partial, metadata={"made_with": json.dumps(identity, sort_keys=True)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial, said = path.with_suffix(".partial"), {"made_with": json.dumps(identity, sort_keys=True)}
+    with writing(path):
+        save_hashed({**pool.tensors(), "generator": generator.get_state()}, partial, said)
+        os.replace(partial, path)
 
 
 def read_pool(path: Path, identity: Mapping[str, object], generator: torch.Generator) -> Pool | None:
-    """Return the pool in a file, or None if none of this identity is there; the generator goes on where it ended."""
-    from safetensors import SafetensorError, safe_open
+    """Return the pool in a file, or None if none of this identity is there; the generator goes on where it ended.
 
-    if not path.is_file():
+    Raises:
+        ValueError: If the file is not what was written.
+    """
+    from onestill.core.files import read_hashed
+
+    if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("made_with") != json.dumps(identity, sort_keys=True):
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    except SafetensorError:  # not what was written: it is made again
+    tensors, said = read_hashed(path)
+    if said.get("made_with") != json.dumps(identity, sort_keys=True):
         return None
-    generator.set_state(tensors["generator"])
-    chosen = {name.removeprefix("chosen."): value for name, value in tensors.items() if name.startswith("chosen.")}
-    return Pool(tensors["eps"], tensors["signal"], chosen)
+    with loading(str(path)):
+        generator.set_state(tensors["generator"])
+        chosen = {name.removeprefix("chosen."): value for name, value in tensors.items() if name.startswith("chosen.")}
+        return Pool(tensors["eps"], tensors["signal"], chosen)

@@ -139,12 +139,15 @@ class Objective(ABC, Generic[S]):
         unit: What its pool is counted in, for progress bars.
         networks: Networks that are trained with it, by name. Each gets an optimiser, clipping and an average as the
             student's, and is in every checkpoint. After the objective is made, these are the ones to call.
+        pool_hash: Of its pool, which every checkpoint holds; "" before there is a whole one. Of a run that goes on,
+            `prepare` is told the one that its pool had.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[Settings]]
     unit: ClassVar[str] = "item"
     networks: dict[str, nn.Module]
+    pool_hash: str = ""
 
     def __init__(self, context: Context) -> None:
         self.context, self.networks = context, {}

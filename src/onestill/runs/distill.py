@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import signal
 import sys
@@ -22,12 +21,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from onestill.core.errors import as_arguments
+from onestill.core.reading import loading
 from onestill.core.settings import write_yaml
 from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
 from onestill.export.export import ExportError, export_student
 from onestill.runs.build import Run, build_run, chosen_threshold, configure
-from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, make_output_dir
+from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, RunFacts, make_output_dir
 from onestill.runs.memory import going_on
 from onestill.runs.rehearsal import rehearse
 from onestill.students import model_card as card
@@ -143,17 +143,17 @@ def _begin(run: Run, trainer: Trainer) -> Path | None:
         here = config.output_dir.absolute()
         kept = config.model_copy(update={"output_dir": here, "resume_from_checkpoint": None})
         write_yaml(kept, here / CONFIG_FILE)
-        facts = {"fingerprint": run.fingerprints.teacher, "teacher": config.teacher}
-        if run.first_stage is not None:
-            facts["base_student"] = run.first_stage.fingerprint
-        write_text(config.output_dir / TEACHER_FILE, json.dumps(facts) + "\n")
+        base = None if run.first_stage is None else run.first_stage.fingerprint
+        facts = RunFacts(fingerprint=run.fingerprints.teacher, teacher=config.teacher, base_student=base)
+        write_text(config.output_dir / TEACHER_FILE, facts.model_dump_json(exclude_none=True) + "\n")
     if config.report_to:
         trainer.accelerator.init_trackers(config.tracker_project_name)
     if run.resume is None:
         trainer.watch.forget_after(0)
         return None
     trainer.last_checkpoint, checkpoint = run.resume
-    trainer.restore(checkpoint)
+    with loading(f"checkpoint {trainer.last_checkpoint}"):
+        trainer.restore(checkpoint)
     if trainer.accelerator.is_main_process:
         _put_aside(config, checkpoint.values["config"]["max_train_steps"])
     return trainer.last_checkpoint

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from onestill.core.errors import SettingError, named
+from onestill.core.errors import FoundWarning, SettingError, named
 from onestill.core.files import check_writable
+from onestill.core.reading import OwnFile, read_object
 from onestill.students.model_card import Distilled
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest
 from onestill.training.config import DistillConfig, make_config
@@ -20,6 +18,14 @@ CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", "teacher.json", "pip
 """What a run's folder holds, besides checkpoints, logs and pictures."""
 REHEARSAL = ".onestill-rehearsal"
 """The folder of an export that is made for a try and removed; only a killed process leaves it."""
+
+
+class RunFacts(OwnFile):
+    """What a run was distilled from: the teacher's name, its fingerprint, and that of the first stage, if there is one."""
+
+    fingerprint: str
+    teacher: str
+    base_student: str | None = None
 
 
 def is_run(folder: Path) -> bool:
@@ -62,10 +68,10 @@ class RunFolder:
         return Distilled(config.guidance_scale, config.negative_prompt, config.null_class, config.class_labels)
 
     @functools.cached_property
-    def facts(self) -> Mapping[str, Any]:
-        """What it was distilled from: "teacher", its "fingerprint", and "base_student", a fingerprint, if any."""
+    def facts(self) -> RunFacts | None:
+        """What it was distilled from, by its teacher.json; None if it has none, ValueError if that says nothing."""
         path = self.path / TEACHER_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_object(path, RunFacts) if path.exists() else None
 
     def checkpoint(self, folder: Path | None = None) -> Checkpoint:
         """Return one of its checkpoint-N folders; the newest that is whole if None, warning of those passed over."""
@@ -73,7 +79,7 @@ class RunFolder:
             return read_checkpoint(folder)
         _, found, messages = read_latest(self.path)
         for message in messages:
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, FoundWarning, stacklevel=4)
         return found
 
 

@@ -210,7 +210,7 @@ def run_teacher(run: RunFolder, device: torch.device, *, local_files_only: bool 
             f"{run.path} was distilled from a Python object, which a folder cannot name; open it in Python"
         )
     teacher = configured_teacher(config, device=str(device), local_files_only=local_files_only)
-    if run.facts.get("fingerprint", found := teacher.fingerprint()) != found:
+    if run.facts is not None and run.facts.fingerprint != teacher.fingerprint():
         why = "is not the one it was distilled from: it has changed since"
         raise ValueError(f"{run.path}: the teacher {config.teacher} {why}")
     teacher = teacher.with_negative_prompt(config.negative_prompt)
@@ -253,7 +253,7 @@ def _lies_at(run: RunFolder, recorded: Path, given: str | Path | None) -> str | 
 
 def _compare(first_stage: FirstStage, run: RunFolder, given: str | Path | None) -> None:
     """Refuse a first stage that has changed since a run was trained on its pictures; warn of another that is given."""
-    if run.facts.get("base_student") in (None, first_stage.fingerprint):
+    if run.facts is None or run.facts.base_student in (None, first_stage.fingerprint):
         return
     if given is None:
         why = (

@@ -3,49 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from onestill.core.errors import SettingError, named
 from onestill.core.files import MARK_FILE
+from onestill.core.reading import OwnFile, read_object
 from onestill.core.writing import write_text
 from onestill.students.bake import ignores_time
 from onestill.teachers.base import Teacher
 
-KIND = "one-step student"
 
-
-@dataclass(frozen=True)
-class Mark:
+class Mark(OwnFile):
     """What the folder of a student says of it: its format, as "pixel", what is baked in, and a, b, c, tau of eq. (19).
 
     The guidance scale is None if the student takes none.
     """
 
-    format: str
-    sample_shape: tuple[int, ...]
-    head: Mapping[str, float]
-    target_time: float = 0.0
-    guidance_scale: float | None = None
+    kind: Literal["one-step student"] = "one-step student"
+    format: Annotated[str, Field(max_length=100)]
+    sample_shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=2**31)], ...], Field(min_length=1, max_length=8)]
+    head: Annotated[dict[Annotated[str, Field(pattern="^(a|b|c|net_time)$")], float], Field(min_length=4)]
+    target_time: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
 
     def write(self, folder: Path) -> None:
         """Write the mark into a folder."""
-        write_text(folder / MARK_FILE, json.dumps({"kind": KIND, **asdict(self)}, indent=1))
+        write_text(folder / MARK_FILE, json.dumps(self.model_dump(mode="json"), indent=1))
 
 
 def read_mark(folder: Path | None) -> Mark | None:
     """Return what a folder says of the student in it; None if it says nothing, ValueError if it says something else."""
     if folder is None or not (path := folder / MARK_FILE).is_file():
         return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("kind") != KIND:
-            raise ValueError(f"it is of no {KIND}")
-        return Mark(**{**found, "sample_shape": tuple(found["sample_shape"])})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} does not say what a student's should: {error}") from error
+    mark = read_object(path, Mark)
+    if "kind" not in mark.model_fields_set:
+        raise ValueError(f"{path} does not say what it should: it has no kind")
+    return mark
 
 
 def is_student(folder: Path | None, network: object = None) -> bool:

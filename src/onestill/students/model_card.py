@@ -6,17 +6,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from huggingface_hub.repocard import metadata_load
+from pydantic import Field
 
 from onestill.core.errors import as_flags, named
+from onestill.core.reading import OwnFile, as_model, parse_yaml, read_text
 from onestill.core.writing import write_text
 from onestill.teachers.base import Teacher
 from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
+CARD_FILE = "README.md"
 TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
 NOISE_LEVEL, GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOLDING = (
     f"onestill_{name}"
@@ -83,12 +85,12 @@ def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, 
     """
     front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
     card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code)}"
-    write_text(folder / "README.md", card)
+    write_text(folder / CARD_FILE, card)
 
 
 def write_table(folder: Path, table: str) -> None:
     """Put a measured table into the card of an exported folder, in place of the one there."""
-    path = folder / "README.md"
+    path = folder / CARD_FILE
     if path.is_file():
         pattern = re.compile(re.escape(TABLE_START) + ".*?" + re.escape(TABLE_END), re.DOTALL)
         text = path.read_text(encoding="utf-8")
@@ -100,7 +102,10 @@ def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
 
     A link to a file beside the card is kept where `source` is a hub id, as an address: that file does not come along.
     """
-    front = _read_front_matter(folder)
+    try:
+        front = _read_front_matter(folder)
+    except ValueError:  # of others: a license that cannot be read is none
+        return {}
     found = {key: front[key] for key in LICENSE if isinstance(front.get(key), str)}
     if "license" not in found:
         return {}
@@ -113,42 +118,55 @@ def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
 
 
 def distilled(folder: Path | None) -> Distilled:
-    """Return what the card of an exported folder says of what was distilled; what is written wrongly is left out."""
-    front = {} if folder is None else _read_front_matter(folder)
-    scale, prompt, null = (front.get(name) for name in (GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS))
-    labels, threshold = front.get(CLASS_LABELS), front.get(THRESHOLDING)
-    return Distilled(
-        float(scale) if isinstance(scale, (int, float)) else None,
-        prompt if isinstance(prompt, str) else None,
-        null if isinstance(null, int) else None,
-        tuple(labels) if isinstance(labels, list) and all(isinstance(label, int) for label in labels) else (),
-        _read_threshold(threshold),
-    )
+    """Return what the card of an exported folder says of what was distilled; ValueError if that is out of order."""
+    said, threshold = _Said() if folder is None else _read_said(folder), None
+    if said.thresholding is not None:
+        threshold = Threshold(**said.thresholding.model_dump())
+    return Distilled(said.guidance_scale, said.negative_prompt, said.null_class, said.class_labels, threshold)
 
 
-def _read_threshold(written: object) -> Threshold | None:
-    match written:
-        case {
-            "mode": "none" | "static" | "dynamic" as mode,
-            "limit": int() | float() as limit,
-            "ratio": int() | float() as ratio,
-        }:
-            return Threshold(mode, float(limit), float(ratio))
-    return None
+Label = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Thresholding(OwnFile):
+    mode: Literal["none", "static", "dynamic"]
+    limit: Annotated[float, Field(gt=0, lt=1e6)]
+    ratio: Annotated[float, Field(gt=0, le=1)]
+
+
+class _Said(OwnFile):
+    """What a card's front matter says for programs: names without `PREFIX`."""
+
+    noise_level: Annotated[int, Field(ge=0, le=1000)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, lt=1e6)] | None = None
+    negative_prompt: str | None = None
+    null_class: Label | None = None
+    class_labels: tuple[Label, ...] = ()
+    thresholding: _Thresholding | None = None
+
+
+def _read_said(folder: Path) -> _Said:
+    """Return what the card of an exported folder says for programs; ValueError that names it if it is out of order."""
+    front, prefix = _read_front_matter(folder), "onestill_"
+    own = {str(key).removeprefix(prefix): value for key, value in front.items() if str(key).startswith(prefix)}
+    return as_model(own, _Said, f"the front matter of {folder / CARD_FILE}")
 
 
 def noise_level(folder: Path) -> int | None:
     """Return the noise level of the pictures that an exported student enlarges, or None if its card names none."""
-    found = _read_front_matter(folder).get(NOISE_LEVEL)
-    return found if isinstance(found, int) else None
+    return _read_said(folder).noise_level
 
 
 def _read_front_matter(folder: Path) -> dict[str, Any]:
-    """Return the front matter of the card in a folder; {} if there is none that parses."""
-    try:
-        return metadata_load(folder / "README.md") or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+    """Return the front matter of the card in a folder, {} if there is none; ValueError if it cannot be read."""
+    path = folder / CARD_FILE
+    front = (
+        re.match(r"(?:\ufeff)?\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", read_text(path), re.DOTALL)
+        if path.exists()
+        else None
+    )
+    found = None if front is None else parse_yaml(front[1], f"the front matter of {path}")
+    return found if isinstance(found, dict) else {}
 
 
 def _is_hub_id(source: str) -> bool:

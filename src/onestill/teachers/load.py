@@ -46,6 +46,12 @@ REFUSED = {
     "WuerstchenCombinedPipeline": "its cascade has no single trajectory from noise to image",
 }
 
+NOT_CHOSEN = (
+    *("self", "prompt", "class_labels", "generator", "latents", "output_type", "return_dict", "num_inference_steps"),
+    *("timesteps", "sigmas", "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds", "image", "batch_size"),
+)
+"""Arguments of a pipeline's call that are given here, or that would change what is made of noise and conditions."""
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -119,7 +125,7 @@ def load_teacher(
         supported = ", ".join(sorted([*UNET2D_PIPELINES, *FAMILY_OF_PIPELINE]))
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
     arguments = arguments or {}
-    _check_arguments(arguments, class_name)
+    check_arguments(arguments, class_name)
     teacher: Teacher
     if class_name in UNET2D_PIPELINES:
         teacher = load_unet2d(folder, index, source, variant, null_class)
@@ -134,13 +140,19 @@ def load_teacher(
     return teacher.to(device)
 
 
-def _check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
-    """Raise ValueError if a pipeline's call has no such arguments; a class that is unknown is refused elsewhere."""
+def check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
+    """Raise ValueError if a pipeline's call has no such arguments, or they are not to be chosen.
+
+    A class that is unknown is refused elsewhere.
+    """
     cls = getattr(diffusers, class_name, None)
     if cls is None:
         return
     taken = () if class_name in UNET2D_PIPELINES else inspect.signature(cls.__call__).parameters
     for name in arguments:
+        if name in NOT_CHOSEN or name.startswith("callback"):
+            why = "is no argument that can be chosen: calls are made with one of their own"
+            raise SettingError(name, arguments[name], why, "leave it out")
         if name not in taken:
             known = [named(known) for known in CALL_ARGUMENTS if known in taken]
             has = f"it has {'' if known else 'none of '}{', '.join(known or map(named, CALL_ARGUMENTS))}"

@@ -7,20 +7,33 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
 from onestill.core.files import save_tensors
+from onestill.core.reading import OwnFile, as_model, loading, read_mapping
 from onestill.core.writing import writing
 
 STATE_FILE = "state.json"
-FORMAT = 2
+FORMAT = 3
 """Of the names of groups and values; what another version wrote is refused, not misread."""
 Tensors = dict[str, Tensor]
+
+
+class _State(OwnFile):
+    """What state.json holds: hashes of the other files, plain values, and a hash of all that."""
+
+    format: int
+    step: Annotated[int, Field(ge=0)]
+    files: dict[Annotated[str, Field(pattern=r"^[\w-][\w.-]*\.safetensors$")], str]
+    values: dict[str, Any]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Pat
         digests[path.name] = _digest(path)
         _sync(path)
     state = {"format": FORMAT, "step": step, "files": digests, "values": checkpoint.values}
+    state["sha256"] = _digest_of(state)
     with writing(final):
         (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     _sync(partial / STATE_FILE)
@@ -65,17 +79,37 @@ def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Pat
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Return what `folder` holds; ValueError if a file is missing, not what was written, or of another version."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        version, files, values = state.get("format"), dict(state["files"]), dict(state["values"])
-        for name, digest in files.items():
+        state = _read_state(folder / STATE_FILE)
+        for name, digest in state.files.items():
             if _digest(folder / name) != digest:
                 raise ValueError(f"{name} is not what was written")
-        tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in files}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with loading("a file of tensors"):
+            tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in state.files}
+    except OtherVersionError as error:
+        raise ValueError(f"checkpoint {folder} {error}") from error
+    except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} is corrupt: {error}") from error
-    if version != FORMAT:
-        raise ValueError(f"checkpoint {folder} is of another version of onestill: use that one, or distil again")
-    return Checkpoint(tensors, values)
+    return Checkpoint(tensors, state.values)
+
+
+class OtherVersionError(ValueError):
+    """A checkpoint is whole, and its names and values are not those of this version."""
+
+
+def _read_state(path: Path) -> _State:
+    found = read_mapping(path)
+    rest = {name: value for name, value in found.items() if name != "sha256"}
+    of_another = {"files", "values"} <= found.keys() and found.get("format") != FORMAT
+    if of_another and found.get("sha256") in (None, _digest_of(rest)):
+        raise OtherVersionError("is of another version of onestill: use that one, or distil again")
+    if found.get("sha256") != _digest_of(rest):
+        raise ValueError(f"{path.name} is not what was written")
+    return as_model(found, _State, path.name)
+
+
+def _digest_of(state: Mapping[str, Any]) -> str:
+    """Return a hash of plain values, whatever their layout in a file."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -176,7 +176,7 @@ class Trained:
 def load_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put trained parameters into a module; ValueError if they are not this module's."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if set(tensors) != set(trained):
+    if {n: v.shape for n, v in tensors.items()} != {n: p.shape for n, p in trained.items()}:
         raise ValueError("the checkpoint's tensors are not this student's: another teacher, or other settings")
     with torch.no_grad():
         for name, value in tensors.items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from onestill.core.errors import RunError, SettingError, named
@@ -237,6 +238,7 @@ class Trainer:
         """Write a checkpoint of everything the run needs to go on exactly; return its folder."""
         generators = self.accelerator.gather(self.generator.get_state()[None].to(self.device)).cpu()
         folder = self.config.output_dir / f"checkpoint-{self.progress.step}"
+        pools = {objective.name: gather_object([objective.pool_hash]) for objective in self.objectives}
         tensors = {group: value for trained in self.trained for group, value in trained.tensors().items()}
         if self.accelerator.is_main_process:
             tensors["random"] = {str(i): state for i, state in enumerate(generators)}
@@ -244,6 +246,7 @@ class Trainer:
                 "progress": asdict(self.progress),
                 "trained": {trained.name: trained.values() for trained in self.trained},
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "pools": pools,
                 "fingerprints": asdict(self.fingerprints),
                 "num_processes": self.accelerator.num_processes,
                 "config": self.config.model_dump(mode="json"),
@@ -256,11 +259,13 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint whose settings have been compared."""
-        tensors, values = checkpoint.tensors, checkpoint.values
+        tensors, values, rank = checkpoint.tensors, checkpoint.values, self.accelerator.process_index
         self.progress = Progress(**values["progress"])
         for trained in self.trained:
             trained.restore(tensors, values["trained"][trained.name], self.progress.step)
-        self.generator.set_state(tensors["random"][str(self.accelerator.process_index)])
+        for objective in self.objectives:
+            objective.pool_hash = values["pools"].get(objective.name, {rank: ""})[rank]
+        self.generator.set_state(tensors["random"][str(rank)])
         if self.accelerator.scaler is not None and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.watch.forget_after(self.progress.step)

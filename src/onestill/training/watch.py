@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from onestill.core.writing import append_line, write_text
+from onestill.core.errors import FoundWarning
+from onestill.core.reading import parse_json
+from onestill.core.writing import append_line, written
 from onestill.data.conditions import VALIDATION_SEED, Conditions
 from onestill.sampling import pictures
 from onestill.sampling.generate import Generate, generate_images
@@ -117,9 +121,32 @@ class Watch:
         """Drop the lines that an interrupted run wrote after `step`: those steps come again."""
         if not self.accelerator.is_main_process or not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(self.path, "".join(kept))
+        content, kept, last, damaged = self.path.read_bytes(), [], 0, 0
+        for line in content.splitlines():
+            number = _step_of(line)
+            if number is None or number <= last:  # steps grow from line to line
+                damaged += 1
+            else:
+                last = number
+                kept.append(line + b"\n") if number <= step else None
+        if damaged:
+            aside = next(p for i in count(1) if not (p := self.path.with_name(f"metrics-damaged-{i}.jsonl")).exists())
+            with written(aside) as partial:
+                partial.write_bytes(content)
+            lines = "a line" if damaged == 1 else f"{damaged} lines"
+            warnings.warn(f"{self.path} has {lines} that cannot be read; it is kept as {aside.name}", FoundWarning, 3)
+        with written(self.path) as partial:
+            partial.write_bytes(b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line of metrics; None if it cannot be read."""
+    try:
+        found = parse_json(line.decode("utf-8"), "a line")
+    except ValueError:
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int else None
 
 
 def residual_by_time(residuals: Tensor, rho: Tensor, s: Tensor, num_bins: int, t_max: float) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from onestill.sampling.generate import Rows
 from onestill.sampling.samplers.base import Sampler
 from onestill.students import model_card as card
 from onestill.students.injection import time_embeddings
-from onestill.students.mark import is_student
-from onestill.teachers.load import FAMILY_OF_PIPELINE, read_index
+from onestill.students.mark import is_student, read_mark
+from onestill.teachers.load import FAMILY_OF_PIPELINE, check_arguments, read_index
 from onestill.teachers.pipelines import token_limits
 from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import Signature, record
@@ -73,12 +73,15 @@ def open_pipeline(
         pipeline, spec = load_stock(getattr(diffusers, index["_class_name"]), folder).to(device), None
         if index["_class_name"] not in UNET2D_PIPELINES:
             spec = FAMILY_OF_PIPELINE.get(index["_class_name"]) or plain_family(index, pipeline)
-            spec = spec.with_arguments(read_call(folder))
+            check_arguments(given := read_call(folder), index["_class_name"])
+            spec = spec.with_arguments(given)
         network = pipeline.unet if spec is None else getattr(pipeline, spec.network)
         # Where the time cannot be seen to enter, the folder may be of a student that somebody else wrote again.
         if time_embeddings(network) and not is_student(folder, network):
             raise ValueError(f"it is a pipeline of many steps, no one-step student; {named('teacher')} draws with it")
         sampler = PipelineSampler(pipeline, spec, distilled, device, first_stage=first_stage, noise_level=level)
+        if (mark := read_mark(folder)) is not None and mark.sample_shape != sampler.sample_shape:
+            raise ValueError(f"its samples have shape {sampler.sample_shape}, and its mark says {mark.sample_shape}")
     except (OSError, ValueError, AttributeError) as error:
         raise SettingError("student", str(folder), f"does not load: {str(error).splitlines()[0]}") from error
     if first_stage is not None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import ConfigDict, Field, StrictBool
 from torch import Tensor, nn
 
 from onestill.core.errors import SettingError
+from onestill.core.reading import OwnFile, read_object
 from onestill.core.tensors import Cond
 from onestill.teachers.base import NetworkTeacher, Teacher
 from onestill.teachers.image_condition import ImageCondition
@@ -230,10 +231,25 @@ class PipelineTeacher(NetworkTeacher):
         return load_stock(type(self.pipeline), self.folder, given, with_checker=with_checker)
 
 
+Plain = StrictBool | Annotated[int, Field(strict=True, gt=-(2**31), lt=2**31)] | float | str
+
+
+class CallFile(OwnFile):
+    """What `CALL_FILE` holds: plain arguments of a pipeline's call, sizes within bounds."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Plain]
+    height: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    width: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    num_frames: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    max_sequence_length: Annotated[int, Field(ge=1, le=2**16)] | None = None
+
+
 def read_call(folder: Path) -> dict[str, Any]:
-    """Return the arguments of the call that the student in an exported folder was distilled at."""
+    """Return the arguments of the call that the student in an exported folder was distilled at.
+
+    Raises:
+        ValueError: If its file holds anything else; which names a call takes its class says.
+    """
     path = folder / CALL_FILE
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(found, dict) or not all(isinstance(value, PLAIN) for value in found.values()):
-        raise ValueError(f"{CALL_FILE} holds no arguments of a call")
-    return found
+    return read_object(path, CallFile).model_dump(exclude_unset=True) if path.exists() else {}
