@@ -75,12 +75,19 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _show(said: Warning | str, kind: type[Warning], *where: Any, **more: Any) -> None:
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     """Show a warning: of ours in one line, of others as Python does."""
-    if issubclass(kind, FoundWarning):
-        note(("warning:", "yellow"), f" {as_flags(str(said))}")
+    if issubclass(category, FoundWarning):
+        note(("warning:", "yellow"), f" {as_flags(str(message))}")
     else:
-        _USUAL(said, kind, *where, **more)
+        _USUAL(message, category, filename, lineno, file, line)
 
 
 def _usage(error: Any) -> str:
