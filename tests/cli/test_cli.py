@@ -271,7 +271,22 @@ def test_ctrl_c_in_the_training_of_a_demo_ends_the_demo(tmp_path: Path, monkeypa
     monkeypatch.setattr(demo, "distill", lambda *_, **__: stopped)
     monkeypatch.setattr(demo, "evaluate", lambda *_, **__: pytest.fail("it went on"))
     outcome = call_cli("demo", "digits", "--output_dir", tmp_path / "demo")
-    assert outcome.code == 130 and outcome.err.splitlines()[1:] == ["stopped"] and outcome.out == ""
+    assert outcome.code == 130 and outcome.out == "" and "start the demo again with the same command" in outcome.words
+
+
+def test_ctrl_c_in_a_demo_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "demo"
+
+    def stop(*_: object, **__: object) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text("teacher: digits\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", stop)
+    outcome = call_cli("demo", "digits", "--output_dir", folder)
+    assert outcome.code == 130 and go_on_with(outcome.err)[:3] == ["distill", "--config", str(folder / "config.yaml")]
+    (folder / "pipeline").mkdir()
+    assert go_on_with(call_cli("demo", "digits", "--output_dir", folder).err) == ["evaluate", str(folder)]
 
 
 # inspect

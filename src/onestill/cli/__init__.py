@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from onestill import __version__
 from onestill.cli import demo, distill, evaluate, export, inspect, sample
+from onestill.cli.fields import ALIASES
+from onestill.cli.guesses import meant
 from onestill.cli.help import Command
 from onestill.cli.output import note, say
 from onestill.core.errors import FoundWarning, RunError, as_flags, in_short, shown_as_flags
@@ -20,6 +21,7 @@ from onestill.core.memory import is_out_of_memory
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which typer has under no public name
 # Flags have underscores, as in diffusers' scripts; dashes mean the same.
+LONGEST_LINE = 400
 CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
 _USUAL = warnings.showwarning
 
@@ -55,23 +57,20 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)  # typer would draw a box around its errors
     except UsageError as error:
-        if said := _usage(error):  # otherwise the help was shown, for want of a command
-            note(("error:", "red"), f" {said}")
-        sys.exit(2)
+        _end(_usage(error), 2)  # nothing to say: the help was shown, for want of a command
     except ValueError as error:
-        for line in shown_as_flags(error).splitlines():
-            note(("error:", "red"), f" {line}")
-        sys.exit(2)
+        _end(shown_as_flags(error), 2)
     except RunError as error:
-        note(("error:", "red"), f" {shown_as_flags(error)}")
-        sys.exit(1)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        note(("error:", "red"), f" there is not enough memory: {in_short(error)}")
-        sys.exit(1)
+        _end(shown_as_flags(error), 1)
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(130)
+    except Exception as error:
+        if is_out_of_memory(error):
+            _end(f"there is not enough memory: {in_short(error)}", 1)
+        if not isinstance(error, OSError):
+            raise
+        # Of a file that was not asked for by name, such as one inside a folder.
+        _end(f"{error.filename or 'the system'}: {(error.strerror or in_short(error)).lower()}", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -90,14 +89,32 @@ def _show(
         _USUAL(message, category, filename, lineno, file, line)
 
 
+def _end(words: str, code: int) -> NoReturn:
+    """Say what is wrong, a line for each thing, with flags spelt as they were typed, and exit."""
+    for line in words.splitlines():
+        note(("error:", "red"), f" {_as_typed(line)}")
+    sys.exit(code)
+
+
+def _as_typed(words: str) -> str:
+    typed = {word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in sys.argv if word[:2] == "--"}
+    for name, others in ALIASES.items():
+        if f"--{name}" not in typed and (used := [other for other in others if other in typed]):
+            words = re.sub(rf"--{name}\b", used[0], words)
+    return words
+
+
 def _usage(error: Any) -> str:
     """Return a mistake in a command line in one line: in the words of the parser, naming the flag first."""
-    possible = getattr(error, "possibilities", None) or ()
-    near = difflib.get_close_matches(getattr(error, "option_name", ""), possible, n=1)
-    words = " ".join((error.message if near else error.format_message()).split()).rstrip(".")
+    near = ""
+    if option := getattr(error, "option_name", ""):
+        has = error.ctx.command.params if error.ctx is not None else ()
+        near = meant(option, [name for parameter in has for name in (*parameter.opts, *parameter.secondary_opts)])
+    words = " ".join((error.message if option else error.format_message()).split()).rstrip(".")
     if value := re.match(r"Invalid value for '(--\w+)'.*?: (?:Value error, )?(.*)", words):
         return f"{value[1]}: {value[2][:1].lower()}{value[2][1:]}"
-    return words[:1].lower() + words[1:] + (f"; did you mean {near[0]}?" if near else "")
+    words = words if len(words) <= LONGEST_LINE else f"{words[:LONGEST_LINE]}..."
+    return words[:1].lower() + words[1:] + (f"; did you mean {near}?" if near else "")
 
 
 def _version(show: bool) -> None:

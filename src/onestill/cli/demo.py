@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from onestill.cli.distill import go_on
 from onestill.cli.output import note, out, quiet, say
+from onestill.cli.values import PARSERS
 
 
 def demo(
     teacher: Annotated[str, typer.Argument(help="The embedded teacher: glyphs (text) or digits (classes).")] = "glyphs",
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the demo.")] = Path("demo"),
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the demo.", parser=PARSERS[Path])] = Path(
+        "demo"
+    ),
     max_train_steps: Annotated[
-        int | None, typer.Option("--max_train_steps", help="Steps, if not the demo's own.", min=1)
+        int | None, typer.Option("--max_train_steps", help="Steps, if not the demo's own.", parser=PARSERS[int])
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the training.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the training.", parser=PARSERS[int])] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
@@ -25,15 +30,29 @@ def demo(
     from onestill.runs import demo as room
 
     quiet()
-    report, picture = room.run_demo(
-        output_dir,
-        teacher=teacher,
-        seed=seed,
-        device=device,
-        max_train_steps=max_train_steps,
-        overwrite=overwrite,
-        say=note,
-    )
+    try:
+        report, picture = room.run_demo(
+            output_dir,
+            teacher=teacher,
+            seed=seed,
+            device=device,
+            max_train_steps=max_train_steps,
+            overwrite=overwrite,
+            say=note,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_way_on(output_dir)) from None
     print_report(report, out)
     say(f"picture:  {picture}")
     say(f"pipeline: {output_dir / 'pipeline'}  (loads with plain diffusers)")
+
+
+def _way_on(folder: Path) -> str:
+    """Return what to say of a demo that was stopped: how to go on with what it has written."""
+    from onestill.runs.folder import RunFolder, is_run
+
+    if not is_run(folder):
+        return "stopped before the first step; start the demo again with the same command"
+    if not RunFolder(folder).pipeline.is_dir():
+        return f"stopped; what was trained is kept. Go on with: {go_on(folder)}"
+    return f"stopped after the training. Go on with: {shlex.join(['onestill', 'evaluate', str(folder)])}"

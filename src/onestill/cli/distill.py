@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NOTHING_WRITTEN = "stopped before the first step; nothing was written"
 
 
-@from_config(DistillConfig)
+@from_config(DistillConfig, positional="teacher")
 def distill(
     settings: dict[str, Any],
     config: ConfigFile = None,

@@ -10,7 +10,7 @@ from onestill.core.settings import make
 from onestill.evaluation.config import EvaluateConfig
 
 
-@from_config(EvaluateConfig)
+@from_config(EvaluateConfig, positional="student")
 def evaluate(settings: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Compare a student's one step with its teacher's many, in a table with its protocol."""
     made = make(EvaluateConfig, settings, config)

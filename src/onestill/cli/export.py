@@ -10,7 +10,7 @@ from onestill.core.settings import make
 from onestill.export.config import ExportConfig
 
 
-@from_config(ExportConfig)
+@from_config(ExportConfig, positional="student")
 def export(settings: dict[str, Any]) -> None:
     """Write the student of a run or of a checkpoint-N folder as a stock diffusers folder."""
     config = make(ExportConfig, settings)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onestill.runs.inspect import Inspection
 
 
-@from_config(DistillConfig)
+@from_config(DistillConfig, positional="teacher", unneeded="output_dir")
 def inspect(settings: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Say what a teacher is, and what distilling it would cost with these settings."""
     from onestill.runs.inspect import inspect_run

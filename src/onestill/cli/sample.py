@@ -11,7 +11,7 @@ from onestill.core.settings import make
 from onestill.sampling.config import SampleConfig
 
 
-@from_config(SampleConfig)
+@from_config(SampleConfig, positional="student")
 def sample(settings: dict[str, Any], config: ConfigFile = None) -> None:
     """Generate images: a student's in one step, or a teacher's in many."""
     made = make(SampleConfig, settings, config)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import enum
 import functools
+import re
+import reprlib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,11 @@ def as_arguments(text: str) -> str:
 def as_flags(text: str) -> str:
     """Return a text with its mentions of settings as the command line spells them, as flags."""
     return text.replace(_OPEN, "--").replace(_CLOSE, "")
+
+
+def mentions(text: str) -> list[str]:
+    """Return the settings that a text mentions by `named`."""
+    return re.findall(f"{_OPEN}(.*?){_CLOSE}", text)
 
 
 class SettingError(ValueError):
@@ -131,24 +138,51 @@ def in_short(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most]
 
 
+class _Short(reprlib.Repr):
+    """Values as Python writes them, but short: a YAML file holds lists of lists that double at every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, LONGEST_SHOWN, LONGEST_SHOWN
+        self.maxlist = self.maxtuple = self.maxdict = 16
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"{'-' if x < 0 else ''}1e+{int(abs(x).bit_length() * 0.30103)}" if abs(x) >= 10**LONGEST_INT else str(x)
+
+
+LONGEST_SHOWN, LONGEST_INT = 200, 30
+_short = _Short().repr
+
+
+def _cut(text: str) -> str:
+    """Return a value as it is shown: the beginning of a long one, and how long it is."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 4]}... ({len(text):,} characters)"
+
+
 def _flag(name: str, value: Any) -> str:
     if value is NOT_GIVEN:
         return f"--{name}"
     if isinstance(value, bool):
         return f"--{name if value else 'no_' + name}"
     if isinstance(value, Mapping):
-        return f"--{name} {dict(value)}"
+        return f"--{name} {_short(dict(value))}"
     if isinstance(value, (list, tuple)):
-        return f"--{name} {plain(value)}"
+        return f"--{name} {_cut(plain(value))}"
     # As it has to be typed; what breaks the line would break the message.
-    return f"--{name} {shlex.quote(' '.join(value.split()) if isinstance(value, str) else plain(value))}"
+    return f"--{name} {shlex.quote(_cut(' '.join(value.split()) if isinstance(value, str) else plain(value)))}"
 
 
 def plain(value: Any) -> str:
     """Return the value of a setting as it is typed: numbers in short, lists with commas."""
     if isinstance(value, (list, tuple)):
-        return ",".join(map(plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return ",".join(map(plain, value[:LONGEST_SHOWN])) if _is_flat(value) else _short(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if isinstance(value, (str, Path)) else _short(value)
+
+
+def _is_flat(values: Sequence[Any]) -> bool:
+    return not any(isinstance(value, (list, tuple, Mapping)) for value in values)
 
 
 def _argument(name: str, value: Any) -> str:
@@ -156,4 +190,4 @@ def _argument(name: str, value: Any) -> str:
         return name
     if isinstance(value, float):
         return f"{name}={value:g}"
-    return f"{name}={str(value) if isinstance(value, Path) else value!r}"
+    return f"{name}={_cut(str(value)) if isinstance(value, Path) else _short(value)}"

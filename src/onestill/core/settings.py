@@ -11,24 +11,44 @@ import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors
+from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors, as_arguments, mentions
+from onestill.core.paths import name_fault, place_fault
 from onestill.core.reading import MOST_YAML_BYTES, parse_yaml, read_text
 from onestill.core.writing import write_text
 
 S = TypeVar("S", bound="Settings")
 
+MOST_STEPS: Final = 100_000_000
+"""The most of anything that is counted in steps of a run, or in images or prompts that it draws."""
+MOST_GUIDANCE: Final = 1_000.0
+"""The largest guidance scale: beyond a hundred every prediction is its thresholding."""
+MOST_LABELS: Final = 1_000_000
+MOST_ROWS: Final = 100_000
+"""The largest batch: no machine holds the activations of more."""
+LONGEST_TEXT: Final = 10_000
+"""Characters of a text, such as a prompt: far more than any encoder reads, and few enough to split into tokens."""
+
+Label = Annotated[int, Field(ge=0, le=MOST_LABELS)]
+"""A class label in a list of them."""
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Settings for known teachers, which are found by name."""
 
 
 def setting(
-    default: Any, panel: str, description: str, *, may_change: bool = False, commas: bool = False, **limits: Any
+    default: Any,
+    panel: str,
+    description: str,
+    *,
+    may_change: bool = False,
+    commas: bool = False,
+    path: bool = False,
+    **limits: Any,
 ) -> Any:
     """Return a field of a `Settings` model.
 
@@ -38,17 +58,24 @@ def setting(
         description: What it is, for the help; may mention other settings by `onestill.core.errors.named`.
         may_change: Whether a run may be gone on with under another value, since what it ends in stays the same.
         commas: Whether it is a list that may be given as one text with commas, which its flag takes.
-        limits: Limits on its value, as pydantic's `Field` takes them.
+        path: Whether it may name a file or folder, among other things; every field of type Path does.
+        limits: Limits on its value, as pydantic's `Field` takes them; a number has both an upper and a lower one.
     """
-    said: dict[str, Any] = {"panel": panel, "may_change": may_change, "commas": commas}
-    return Field(default, description=description, json_schema_extra=said, **limits)
+    said: dict[str, Any] = {"panel": panel, "may_change": may_change, "commas": commas, "path": path}
+    said["mentions"] = mentions(description)
+    return Field(default, description=as_arguments(description), json_schema_extra=said, **limits)
 
 
 def about(field: FieldInfo, what: str) -> Any:
-    """Return what `setting` was told of a field: its "panel", or whether it "may_change" or has "commas"."""
+    """Return what `setting` was told of a field: "panel", "mentions", "may_change", "commas" or "path"."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict), "fields of settings are made by `setting`"
     return extra[what]
+
+
+def names_path(field: FieldInfo) -> bool:
+    """Return whether a setting names a file or folder, or may."""
+    return about(field, "path") or Path in (field.annotation, *get_args(field.annotation))
 
 
 class Settings(BaseModel):
@@ -63,36 +90,79 @@ class Settings(BaseModel):
         listed = isinstance(value, str) and about(cls.model_fields[info.field_name], "commas")
         return value.split(",") if listed else value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_said(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, (str, Path)) and names_path(cls.model_fields[info.field_name]):
+            if fault := _text_fault(str(value)) or name_fault(value):
+                raise SettingError(info.field_name, value, fault)
+            return value
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and (fault := _text_fault(text)):
+                raise SettingError(info.field_name, text, fault)
+        return value
+
     @classmethod
     def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
         """Return the names that a file sets and that `values`, which win over it, exclude; rooms extend this."""
         return set()
 
 
-def make(cls: type[S], values: Mapping[str, Any], config_file: str | Path | None = None) -> S:
+def _text_fault(text: str) -> str:
+    """Return why a text cannot be used, whatever it is for; "" if it can."""
+    if len(text) > LONGEST_TEXT:
+        return f"has {len(text):,} characters; give at most {LONGEST_TEXT:,}"
+    if "\0" in text:
+        return "holds a zero byte"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is no UTF-8 text; write it in UTF-8"
+    return ""
+
+
+def make(
+    cls: type[S], values: Mapping[str, Any], config_file: str | Path | None = None, *, recorded: bool = False
+) -> S:
     """Return the settings made of a YAML file and of `values`, which win.
 
     Args:
         cls: The model.
         values: Settings by name; None means "not given" where None is the default.
         config_file: A YAML file, or the name of a shipped recipe.
+        recorded: Whether they say what was, not what is to be done: then its paths may have gone since.
 
     Raises:
-        ValueError: If a name is unknown; SettingError if a value is unusable, `SettingErrors` if several are.
+        SettingError: If a name is unknown or a value is unusable; `SettingErrors` if several are.
     """
     read = {} if config_file is None else read_yaml(config_file)
     for names, where in ((read, str(config_file)), (values, "the configuration")):
         refuse_unknown(names, cls.model_fields, where)
     left_out = cls.overruled(values, read)
     merged = {**{name: value for name, value in read.items() if name not in left_out}, **values}
+    origins = {name: str(config_file) for name in read if name not in values}
     try:
-        return cls(**merged)
+        made = cls(**merged)
     except ValidationError as error:
-        raise _explained(error, {name: str(config_file) for name in read if name not in values}) from None
+        raise _explained(error, origins) from None
+    if not recorded:
+        _refuse_places(made, merged, origins)
+    return made
+
+
+def _refuse_places(made: Settings, given: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raise SettingError if what lies at one of the paths that were given can be neither read nor replaced."""
+    for name, field in type(made).model_fields.items():
+        value = getattr(made, name)
+        if name in given and value is not None and names_path(field) and (fault := place_fault(value)):
+            raise SettingError(name, value, fault, where=origins.get(name, ""))
 
 
 def find_config(config_file: str | Path) -> Path:
     """Return the path of a YAML file that is named by its path, or by a shipped recipe's name."""
+    if fault := _text_fault(str(config_file)) or place_fault(config_file):
+        raise SettingError("config", str(config_file), fault)
     path = Path(config_file).expanduser()
     if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
@@ -123,14 +193,21 @@ def write_yaml(settings: Settings, path: Path) -> None:
     write_text(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
 
 
+class UnknownSettingError(SettingError):
+    """There is no setting of this name."""
+
+    def _text(self, spelt: Any) -> str:
+        near = f"; did you mean {self.todo!r}?" if self.todo else ""
+        return f"{self.where}: unknown setting {self.settings[0]!r}{near}"
+
+
 def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError naming each unknown key of `values` and the nearest known name."""
-    unknown = {key: difflib.get_close_matches(key, known, n=1) for key in values if key not in known}
-    if problems := [
-        f"{where}: unknown setting {key!r}{f'; did you mean {near[0]!r}?' if near else ''}"
-        for key, near in unknown.items()
-    ]:
-        raise ValueError("\n".join(problems))
+    """Raise SettingError naming each unknown key of `values` and the nearest known name."""
+    names = [str(key)[:80] for key in values if key not in known]
+    near = [(name, difflib.get_close_matches(name, known, n=1)) for name in names]
+    errors = [UnknownSettingError(name, todo=match[0] if match else "", where=where) for name, match in near]
+    if errors:
+        raise errors[0] if len(errors) == 1 else SettingErrors(errors)
 
 
 def _explained(error: ValidationError, origins: Mapping[str, str]) -> SettingError | SettingErrors:
@@ -139,7 +216,8 @@ def _explained(error: ValidationError, origins: Mapping[str, str]) -> SettingErr
     for problem in error.errors():
         inner = problem.get("ctx", {}).get("error")
         if isinstance(inner, SettingError):
-            found.append(inner)
+            files = {origins.get(name, "") for name in inner.settings} - {""}
+            found.append(inner.found_in(files.pop()) if len(files) == 1 and not inner.where else inner)
             continue
         name, message = str(problem["loc"][0]) if problem["loc"] else "config", problem["msg"]
         missing = problem["type"] == "missing"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from onestill.core.errors import SettingError, named
+from onestill.core.settings import LONGEST_TEXT
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -113,6 +115,9 @@ class PromptFile(Sequence[str]):
                 raise
             except ValueError as error:
                 raise _in_line(self.path, start, str(error)) from None
+            if len(text) > LONGEST_TEXT:
+                why = f"a prompt of {len(text):,} characters; give at most {LONGEST_TEXT:,}"
+                raise _in_line(self.path, start, why, "" if self._kind != ".txt" else "give one prompt per line")
             if text:
                 yield offset, text
 
@@ -137,11 +142,16 @@ class _Lines:
         self.number, self.offset = 0, file.tell()
 
     def lines(self) -> Iterator[str]:
-        while raw := self.file.readline(LONGEST_LINE + 1):
-            self.number += 1
-            first = self.offset == 0
-            self.offset += len(raw)
-            yield self._text(raw.removeprefix(_BOM) if first else raw)
+        while whole := self.file.readline(LONGEST_LINE + 1):
+            pieces = whole.splitlines(keepends=True)  # at a lone CR too, as old editors end lines
+            if len(pieces) > 1 and len(whole) > LONGEST_LINE:
+                self.file.seek(-len(pieces[-1]), os.SEEK_CUR)  # which goes on beyond what was read
+                del pieces[-1]
+            for raw in pieces:
+                self.number += 1
+                first = self.offset == 0
+                self.offset += len(raw)
+                yield self._text(raw.removeprefix(_BOM) if first else raw)
 
     def _text(self, raw: bytes) -> str:
         if b"\0" in raw:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import MOST_STEPS, Settings, setting
 
 PROMPTS = "Prompts"
 
@@ -20,7 +20,7 @@ class PromptSettings(Settings):
         None, PROMPTS, "Field of the prompt in a .jsonl or .csv; 'prompt' if not given.", may_change=True, min_length=1
     )
     num_prompts: int | None = setting(
-        None, PROMPTS, "Different prompts to draw from; as many as the run can draw if not given.", ge=1
+        None, PROMPTS, "Different prompts to draw from; as many as the run can draw if not given.", ge=1, le=MOST_STEPS
     )
     prompt_cache_dir: Path | None = setting(
         None,

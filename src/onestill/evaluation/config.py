@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, Settings, setting
 
 STUDENT, IMAGES, MEASURES, REPORT = "Student and teacher", "Images", "Measures", "Report"
 
@@ -17,11 +17,17 @@ class EvaluateConfig(Settings):
     """How a student's one step is compared with its teacher's many."""
 
     student: Path = setting(..., STUDENT, "Folder of a run, a checkpoint-N folder, or an exported pipeline.")
-    teacher: str | None = setting(None, STUDENT, "The teacher; that of the run if not given.", min_length=1)
+    teacher: str | None = setting(None, STUDENT, "The teacher; that of the run if not given.", path=True)
     guidance_scale: float | None = setting(
-        None, STUDENT, "w of the teacher's rows; as distilled if not given: as the card or the run says.", ge=0
+        None,
+        STUDENT,
+        "w of the teacher's rows; as distilled if not given: as the card or the run says.",
+        ge=0,
+        le=MOST_GUIDANCE,
     )
-    null_class: int | None = setting(None, STUDENT, "The teacher's label for 'no class'; that of the run.", ge=0)
+    null_class: int | None = setting(
+        None, STUDENT, "The teacher's label for 'no class'; that of the run.", ge=0, le=MOST_LABELS
+    )
     negative_prompt: str | None = setting(
         None, STUDENT, "In place of 'no prompt' in the teacher's guidance; that of the run."
     )
@@ -30,11 +36,11 @@ class EvaluateConfig(Settings):
     )
     device: str = setting("auto", STUDENT, "auto, cpu, cuda, cuda:N or mps.")
     local_files_only: bool = setting(False, STUDENT, "Never use the network.")
-    num_samples: int = setting(2000, IMAGES, "Images per row of the table.")
-    steps: tuple[int, ...] = setting(
+    num_samples: int = setting(2000, IMAGES, "Images per row of the table.", ge=10, le=1_000_000)
+    steps: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = setting(
         (50, 10, 4, 1), IMAGES, "DDIM steps of the teacher's rows, with commas.", commas=True
     )
-    class_labels: tuple[int, ...] = setting((), IMAGES, "Label to go round; repeat for more. All if not given.")
+    class_labels: tuple[Label, ...] = setting((), IMAGES, "Label to go round; repeat for more. All if not given.")
     prompts: tuple[str, ...] = setting((), IMAGES, "What to draw, for text students; repeat for more.")
     prompt_file: Path | None = setting(
         None,
@@ -43,23 +49,30 @@ class EvaluateConfig(Settings):
         "teacher, where its images are the reference or its own prompts were those of the run; else those of the run.",
     )
     prompt_field: str | None = setting(None, IMAGES, "Field of the prompt in a .jsonl or .csv; 'prompt' if not given.")
-    seed: int = setting(0, IMAGES, "Seed of the first image; image i has seed + i, in every row.")
-    batch_size: int = setting(64, IMAGES, "Images in one network call, and the large batch of the speeds.", ge=1)
+    seed: int = setting(0, IMAGES, "Seed of the first image; image i has seed + i, in every row.", ge=0, lt=2**63)
+    batch_size: int = setting(
+        64, IMAGES, "Images in one network call, and the large batch of the speeds.", ge=1, le=MOST_ROWS
+    )
     reference: str = setting(
         "auto",
         MEASURES,
         "teacher (its own samples: no data needed), an embedded teacher's name (its real images), a folder, or auto: "
         "the embedded images where the teacher is embedded and the features see images, else teacher.",
+        path=True,
     )
-    num_reference_steps: int = setting(100, MEASURES, "DDIM steps of the teacher as reference.", ge=1)
+    num_reference_steps: int = setting(100, MEASURES, "DDIM steps of the teacher as reference.", ge=1, le=10_000)
     features: str = setting(
         "auto",
         MEASURES,
         "teacher (its own middle features), digits or glyphs (their classifier, which also judges labels or prompts), "
         "a .safetensors file of ConvFeatures, a transformers vision model by folder or id, or auto.",
+        path=True,
     )
     clip: str | None = setting(
-        None, MEASURES, "A transformers CLIP model, folder or hub id: adds the CLIP score of images and prompts."
+        None,
+        MEASURES,
+        "A transformers CLIP model, folder or hub id: adds the CLIP score of images and prompts.",
+        path=True,
     )
     speed: bool = setting(True, MEASURES, "Time the rows.")
     output: Path | None = setting(
@@ -72,11 +85,8 @@ class EvaluateConfig(Settings):
 
     @model_validator(mode="after")
     def _is_enough_to_measure(self) -> Self:
-        if self.num_samples < 10:
-            why = "must be at least 10, hundreds for numbers that mean something"
-            raise SettingError("num_samples", self.num_samples, why)
-        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) != len(self.steps):
-            raise SettingError("steps", self.steps, "must be different numbers of at least 1")
-        if not 0 <= self.seed < 2**63 - self.num_samples:
+        if not self.steps or len(set(self.steps)) != len(self.steps):
+            raise SettingError("steps", self.steps, "must be different numbers")
+        if self.seed >= 2**63 - self.num_samples:
             raise SettingError("seed", self.seed, f"must be between 0 and 2^63 minus {named('num_samples')}")
         return self

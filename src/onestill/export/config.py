@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import MOST_GUIDANCE, Settings, setting
 
 EXPORT = "Export"
 
@@ -15,8 +15,14 @@ class ExportConfig(Settings):
     student: Path = setting(..., EXPORT, "Folder of a run, or one of its checkpoint-N folders.")
     output: Path = setting(..., EXPORT, "Folder to write.")
     guidance_scale: float | None = setting(
-        None, EXPORT, "w to bake in, for students that take it; the middle of their range if not given.", ge=0
+        None,
+        EXPORT,
+        "w to bake in, for students that take it; the middle of their range if not given.",
+        ge=0,
+        le=MOST_GUIDANCE,
     )
-    target_time: float | None = setting(None, EXPORT, "Target time to bake in; the run's t_min if not given.")
+    target_time: float | None = setting(
+        None, EXPORT, "Target time to bake in; the run's t_min if not given.", ge=0, le=1
+    )
     device: str = setting("auto", EXPORT, "auto, cpu, cuda, cuda:N or mps.")
     overwrite: bool = setting(False, EXPORT, "Replace what was exported there before.")

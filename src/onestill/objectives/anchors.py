@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from onestill.core.errors import FoundWarning, RunError
 from onestill.core.reading import loading
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import MOST_STEPS, Settings, setting
 from onestill.core.writing import writing
 from onestill.objectives.base import Batch, Context, Cost, Objective
 from onestill.objectives.boot import BOOTSTRAP, OBJECTIVE, BootSettings, row_weights
@@ -44,7 +44,9 @@ class AnchorSettings(Settings):
         ge=0,
         lt=1,
     )
-    num_anchors: int = setting(10_000, OBJECTIVE, "Teacher trajectories made for that before the first step.", ge=1)
+    num_anchors: int = setting(
+        10_000, OBJECTIVE, "Teacher trajectories made for that before the first step.", ge=1, le=MOST_STEPS
+    )
     num_anchor_steps: int = setting(12, OBJECTIVE, "Solver steps of each.", ge=1, le=1000)
 
 

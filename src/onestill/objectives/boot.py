@@ -33,7 +33,9 @@ class BootSettings(Settings):
     t_min: float = setting(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
     solver: Solver = setting("midpoint", OBJECTIVE, "Step that makes the bootstrap target.")
     bootstrap_weight: Weight = setting("velocity", OBJECTIVE, "Weight of the residuals.")
-    boundary_weight: float = setting(1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0)
+    boundary_weight: float = setting(
+        1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0, le=1e6
+    )
     boundary_fraction: float = setting(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)
     ema_target_decay: float = setting(
         0.0, OBJECTIVE, "Decay of an EMA student used in the target; 0 is the student itself.", ge=0, lt=1

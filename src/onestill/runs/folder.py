@@ -59,7 +59,7 @@ class RunFolder:
     @functools.cached_property
     def config(self) -> DistillConfig:
         """Its resolved configuration; ValueError if that is missing or unusable."""
-        return make_config({}, self.path / CONFIG_FILE)
+        return make_config({}, self.path / CONFIG_FILE, recorded=True)
 
     @property
     def distilled(self) -> Distilled:

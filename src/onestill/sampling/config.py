@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, Settings, setting
 from onestill.teachers.settings import CallSettings
 
 GENERATOR, IMAGES = "What generates", "Images"
@@ -22,22 +22,24 @@ class SamplerSettings(CallSettings):
     """What generates images: a student in one step, or a teacher in many."""
 
     student: str | None = setting(
-        None, GENERATOR, "Folder of a run, a checkpoint-N folder, or an exported pipeline: one step.", min_length=1
+        None, GENERATOR, "Folder of a run, a checkpoint-N folder, or an exported pipeline: one step.", path=True
     )
-    teacher: str | None = setting(None, GENERATOR, "A teacher instead: many steps.", min_length=1)
-    guidance_scale: float | None = setting(None, GENERATOR, "w, for teachers and students that take it.", ge=0)
-    target_time: float = setting(0.0, GENERATOR, "The student's target time; 0 is the finished image.")
-    num_inference_steps: int | None = setting(None, GENERATOR, "Steps of a teacher; 50 if not given.", ge=1)
+    teacher: str | None = setting(None, GENERATOR, "A teacher instead: many steps.", path=True)
+    guidance_scale: float | None = setting(
+        None, GENERATOR, "w, for teachers and students that take it.", ge=0, le=MOST_GUIDANCE
+    )
+    target_time: float = setting(0.0, GENERATOR, "The student's target time; 0 is the finished image.", ge=0, le=1)
+    num_inference_steps: int | None = setting(None, GENERATOR, "Steps of a teacher; 50 if not given.", ge=1, le=10_000)
     solver: Literal["ddim", "heun", "midpoint"] | None = setting(
         None, GENERATOR, "Step of a teacher; ddim if not given."
     )
-    null_class: int | None = setting(None, GENERATOR, "A teacher's label for 'no class'.", ge=0)
+    null_class: int | None = setting(None, GENERATOR, "A teacher's label for 'no class'.", ge=0, le=MOST_LABELS)
     negative_prompt: str | None = setting(None, GENERATOR, "In place of 'no prompt' in a text teacher's guidance.")
     base_student: Path | None = setting(
         None, GENERATOR, "For super-resolution: who draws what is enlarged; that of the run if not given."
     )
     noise_level: int | None = setting(
-        None, GENERATOR, "Noise in what a teacher enlarges; what its pipeline does (250) if not given.", ge=0
+        None, GENERATOR, "Noise in what a teacher enlarges; what its pipeline does (250) if not given.", ge=0, le=1000
     )
     device: str = setting("auto", GENERATOR, "auto, cpu, cuda, cuda:N or mps.")
     local_files_only: bool = setting(False, GENERATOR, "Never use the network.")
@@ -64,11 +66,13 @@ class SamplerSettings(CallSettings):
 class DrawSettings(Settings):
     """Which images are drawn: their seeds, and their labels or prompts to go round."""
 
-    num_images: int | None = setting(None, IMAGES, "How many; 16 if not given, fewer when exploring.", ge=1)
+    num_images: int | None = setting(
+        None, IMAGES, "How many; 16 if not given, fewer when exploring.", ge=1, le=1_000_000
+    )
     seed: int = setting(0, IMAGES, "Seed of the first image; image i has seed + i.", ge=0, lt=2**63)
-    class_labels: tuple[int, ...] = setting((), IMAGES, "Label to draw; repeat for more. All if not given.")
+    class_labels: tuple[Label, ...] = setting((), IMAGES, "Label to draw; repeat for more. All if not given.")
     prompts: tuple[str, ...] = setting((), IMAGES, "What to draw, for text teachers; repeat for more.")
-    batch_size: int = setting(64, IMAGES, "Images in one network call.", ge=1)
+    batch_size: int = setting(64, IMAGES, "Images in one network call.", ge=1, le=MOST_ROWS)
 
     @model_validator(mode="after")
     def _seeds_are_numbers(self) -> Self:
@@ -93,11 +97,14 @@ class SampleConfig(SamplerSettings, DrawSettings):
         EXPLORING,
         f"So many images from {named('seed')} to {named('to_seed')}, or from one prompt to another.",
         ge=2,
+        le=10_000,
     )
     to_seed: int | None = setting(None, EXPLORING, f"Where {named('interpolate')} goes to.", ge=0, lt=2**63 - 1)
     fixed_noise: bool = setting(False, EXPLORING, f"One noise ({named('seed')}) for every prompt or label.")
-    guidance_scales: tuple[float, ...] = setting((), EXPLORING, "A row for each w, with commas: 1,2,4,8.", commas=True)
-    target_times: tuple[float, ...] = setting(
+    guidance_scales: tuple[Annotated[float, Field(ge=0, le=MOST_GUIDANCE)], ...] = setting(
+        (), EXPLORING, "A row for each w, with commas: 1,2,4,8.", commas=True
+    )
+    target_times: tuple[Annotated[float, Field(ge=0, le=1)], ...] = setting(
         (), EXPLORING, "A student's prediction at each time, with commas: 1,0.5,0.", commas=True
     )
 

@@ -16,9 +16,11 @@ class LoraSettings(Settings):
     """Updates of low rank beside the teacher's own weights."""
 
     lora_rank: int | None = setting(
-        None, LORA, "Train updates of this rank beside the teacher's own weights, not a copy of them.", ge=1
+        None, LORA, "Train updates of this rank beside the teacher's own weights, not a copy of them.", ge=1, le=4096
     )
-    lora_alpha: float | None = setting(None, LORA, "Updates are scaled by alpha / rank; the rank if not given.", gt=0)
+    lora_alpha: float | None = setting(
+        None, LORA, "Updates are scaled by alpha / rank; the rank if not given.", gt=0, le=1e6
+    )
     lora_target_modules: tuple[str, ...] = setting(
         (),
         LORA,

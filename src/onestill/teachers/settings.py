@@ -9,9 +9,11 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, Label, Settings, setting
 
 TEACHER = "Teacher"
+MOST_PIXELS = 8192
+VARIANT = r"^[A-Za-z0-9_-]{1,64}$"
 CALL_ARGUMENTS = ("height", "width", "num_frames", "audio_end_in_s", "max_sequence_length")
 """Settings that are arguments of every call of the teacher's pipeline; its own defaults where they are not given."""
 
@@ -19,17 +21,22 @@ CALL_ARGUMENTS = ("height", "width", "num_frames", "audio_end_in_s", "max_sequen
 class CallSettings(Settings):
     """Arguments of every call of a teacher's pipeline."""
 
-    height: int | None = setting(None, TEACHER, "Height of the pictures in pixels; the pipeline's if not given.", ge=1)
-    width: int | None = setting(None, TEACHER, f"Width of the pictures in pixels; given with {named('height')}.", ge=1)
-    num_frames: int | None = setting(None, TEACHER, "Frames of a video; the pipeline's if not given.", ge=1)
+    height: int | None = setting(
+        None, TEACHER, "Height of the pictures in pixels; the pipeline's if not given.", ge=1, le=MOST_PIXELS
+    )
+    width: int | None = setting(
+        None, TEACHER, f"Width of the pictures in pixels; given with {named('height')}.", ge=1, le=MOST_PIXELS
+    )
+    num_frames: int | None = setting(None, TEACHER, "Frames of a video; the pipeline's if not given.", ge=1, le=1000)
     audio_end_in_s: float | None = setting(
-        None, TEACHER, "End of a sound in seconds; the pipeline's if not given.", gt=0
+        None, TEACHER, "End of a sound in seconds; the pipeline's if not given.", gt=0, le=600
     )
     max_sequence_length: int | None = setting(
         None,
         TEACHER,
         "Tokens of a prompt that a T5 or language-model encoder takes; the pipeline's if not given.",
         ge=1,
+        le=8192,
     )
 
     @model_validator(mode="after")
@@ -52,26 +59,32 @@ class TeacherSettings(CallSettings):
         TEACHER,
         "Folder of a diffusers pipeline, hub id, or embedded teacher (digits, glyphs).",
         may_change=True,  # its weights are compared themselves
-        min_length=1,
+        path=True,
     )
-    revision: str | None = setting(None, TEACHER, "Branch, tag or commit of the hub id.", may_change=True)
-    variant: str | None = setting(None, TEACHER, "Weights' variant, such as fp16.", may_change=True)
+    revision: str | None = setting(None, TEACHER, "Branch, tag or commit of the hub id.", may_change=True, min_length=1)
+    variant: str | None = setting(None, TEACHER, "Weights' variant, such as fp16.", may_change=True, pattern=VARIANT)
     cache_dir: Path | None = setting(None, TEACHER, "Where downloads of a hub id go.", may_change=True)
     local_files_only: bool = setting(False, TEACHER, "Never use the network.", may_change=True)
-    null_class: int | None = setting(None, TEACHER, "Label that means 'no class'; needed for guidance.", ge=0)
+    null_class: int | None = setting(
+        None, TEACHER, "Label that means 'no class'; needed for guidance.", ge=0, le=MOST_LABELS
+    )
     t_max: float | None = setting(None, TEACHER, "Start level; chosen from the teacher if not given.", gt=0, le=1)
     guidance_scale: float = setting(
-        1.0, TEACHER, "w in u + w (c - u), distilled into the student; 1 is none. Flux: what its network is told.", ge=0
+        1.0,
+        TEACHER,
+        "w in u + w (c - u), distilled into the student; 1 is none. Flux: what its network is told.",
+        ge=0,
+        le=MOST_GUIDANCE,
     )
     guidance_scale_min: float | None = setting(
-        None, TEACHER, "Draw w per image from here ... and give it to the student.", ge=0
+        None, TEACHER, "Draw w per image from here ... and give it to the student.", ge=0, le=MOST_GUIDANCE
     )
-    guidance_scale_max: float | None = setting(None, TEACHER, "... up to here.", ge=0)
-    class_labels: tuple[int, ...] = setting((), TEACHER, "Labels to distil; all if not given.")
+    guidance_scale_max: float | None = setting(None, TEACHER, "... up to here.", ge=0, le=MOST_GUIDANCE)
+    class_labels: tuple[Label, ...] = setting((), TEACHER, "Labels to distil; all if not given.")
     thresholding: Literal["teacher", "none", "static", "dynamic"] = setting(
         "teacher", TEACHER, "Thresholding of the guided prediction; 'teacher' does what its scheduler does."
     )
-    threshold_limit: float = setting(1.0, TEACHER, "Largest magnitude, for static and dynamic.", gt=0)
+    threshold_limit: float = setting(1.0, TEACHER, "Largest magnitude, for static and dynamic.", gt=0, le=1000)
     threshold_ratio: float = setting(0.995, TEACHER, "Quantile, for dynamic.", gt=0, le=1)
     base_student: Path | None = setting(
         None,
@@ -80,7 +93,11 @@ class TeacherSettings(CallSettings):
         may_change=True,  # its weights are compared themselves
     )
     noise_level: int | None = setting(
-        None, TEACHER, "Noise mixed into those pictures, of 1000; what the pipeline does (250) if not given.", ge=0
+        None,
+        TEACHER,
+        "Noise mixed into those pictures, of 1000; what the pipeline does (250) if not given.",
+        ge=0,
+        le=1000,
     )
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import Settings, about, make, setting
+from onestill.core.settings import MOST_ROWS, MOST_STEPS, Settings, about, make, setting
 from onestill.data.settings import PromptSettings
 from onestill.objectives.registry import ObjectiveSettings, rows_of
 from onestill.students.settings import LoraSettings
@@ -22,29 +22,29 @@ USUAL_WARMUP = 100
 class OptimisationSettings(Settings):
     """Steps, batches, AdamW, precision."""
 
-    max_train_steps: int = setting(10_000, OPTIMISATION, "Optimiser steps.", ge=1)
-    train_batch_size: int = setting(64, OPTIMISATION, "Images in one forward pass, per process.", ge=2)
-    gradient_accumulation_steps: int = setting(1, OPTIMISATION, "Forward passes per optimiser step.", ge=1)
+    max_train_steps: int = setting(10_000, OPTIMISATION, "Optimiser steps.", ge=1, le=MOST_STEPS)
+    train_batch_size: int = setting(64, OPTIMISATION, "Images in one forward pass, per process.", ge=2, le=MOST_ROWS)
+    gradient_accumulation_steps: int = setting(1, OPTIMISATION, "Forward passes per optimiser step.", ge=1, le=10_000)
     gradient_checkpointing: bool = setting(False, OPTIMISATION, "Recompute activations to save memory.")
-    learning_rate: float = setting(1e-4, OPTIMISATION, "Peak learning rate.", gt=0)
+    learning_rate: float = setting(1e-4, OPTIMISATION, "Peak learning rate.", gt=0, le=10)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = setting(
         "constant_with_warmup", OPTIMISATION, "Learning-rate schedule."
     )
     lr_warmup_steps: int = setting(
-        USUAL_WARMUP, OPTIMISATION, "Warm-up steps; if not given at most a tenth of the run.", ge=0
+        USUAL_WARMUP, OPTIMISATION, "Warm-up steps; if not given at most a tenth of the run.", ge=0, le=MOST_STEPS
     )
     adam_beta1: float = setting(0.9, OPTIMISATION, "AdamW beta 1.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, OPTIMISATION, "AdamW beta 2.", ge=0, lt=1)
-    adam_weight_decay: float = setting(0.0, OPTIMISATION, "AdamW weight decay.", ge=0)
-    adam_epsilon: float = setting(1e-8, OPTIMISATION, "AdamW epsilon.", gt=0)
-    max_grad_norm: float = setting(1.0, OPTIMISATION, "Gradient norm to clip to.", gt=0)
+    adam_weight_decay: float = setting(0.0, OPTIMISATION, "AdamW weight decay.", ge=0, le=1000)
+    adam_epsilon: float = setting(1e-8, OPTIMISATION, "AdamW epsilon.", gt=0, le=1)
+    max_grad_norm: float = setting(1.0, OPTIMISATION, "Gradient norm to clip to.", gt=0, le=1e12)
     ema_decay: float = setting(
         0.9999, OPTIMISATION, "Largest decay of the averaged weights that are exported; 0 is none.", ge=0, lt=1
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", OPTIMISATION, "Precision of the networks.")
     allow_tf32: bool = setting(False, OPTIMISATION, "Allow TF32 matrix products on NVIDIA GPUs.")
     max_nonfinite_steps: int = setting(
-        20, OPTIMISATION, "Stop after this many non-finite losses in a row.", may_change=True, ge=1
+        20, OPTIMISATION, "Stop after this many non-finite losses in a row.", may_change=True, ge=1, le=MOST_STEPS
     )
 
     @model_validator(mode="before")
@@ -77,10 +77,10 @@ class RunSettings(Settings):
     seed: int = setting(0, RUN, "Seed of every random draw.", ge=0, lt=2**31)
     device: str = setting("auto", RUN, "auto, cpu, cuda, cuda:N or mps.", may_change=True)
     resume_from_checkpoint: str | None = setting(
-        None, RUN, "'latest', or a checkpoint-N folder of this run.", may_change=True
+        None, RUN, "'latest', or a checkpoint-N folder of this run.", may_change=True, path=True
     )
-    checkpointing_steps: int = setting(500, RUN, "Steps between checkpoints.", may_change=True, ge=1)
-    checkpoints_total_limit: int = setting(2, RUN, "Checkpoints kept.", may_change=True, ge=1)
+    checkpointing_steps: int = setting(500, RUN, "Steps between checkpoints.", may_change=True, ge=1, le=MOST_STEPS)
+    checkpoints_total_limit: int = setting(2, RUN, "Checkpoints kept.", may_change=True, ge=1, le=MOST_STEPS)
 
 
 def _shown(default: Any, description: str, **limits: Any) -> Any:
@@ -90,8 +90,8 @@ def _shown(default: Any, description: str, **limits: Any) -> Any:
 class WatchSettings(Settings):
     """What a run shows of itself."""
 
-    logging_steps: int = _shown(20, "Steps between lines of logs/metrics.jsonl.", ge=1)
-    validation_steps: int = _shown(500, "Steps between pictures of student beside teacher.", ge=1)
+    logging_steps: int = _shown(20, "Steps between lines of logs/metrics.jsonl.", ge=1, le=MOST_STEPS)
+    validation_steps: int = _shown(500, "Steps between pictures of student beside teacher.", ge=1, le=MOST_STEPS)
     num_validation_images: int = _shown(10, "Images in such a picture.", ge=1, le=64)
     validation_prompt: tuple[str, ...] = _shown(
         (), "Prompt of such a picture; repeat for more. The file's first if not given."
@@ -101,7 +101,7 @@ class WatchSettings(Settings):
     report_to: Annotated[str | None, Field(min_length=1)] = _shown(
         None, "Tracker of accelerate, such as tensorboard; JSON and PNG are always written."
     )
-    tracker_project_name: str = _shown("onestill", "Project name for the tracker.", min_length=1)
+    tracker_project_name: str = _shown("onestill", "Project name for the tracker.", min_length=1, max_length=200)
 
     @model_validator(mode="after")
     def _shows_every_prompt(self) -> Self:
@@ -143,9 +143,11 @@ def usual_warmup(steps: int) -> int:
     return min(USUAL_WARMUP, max(steps, 0) // 10)
 
 
-def make_config(values: Mapping[str, Any], config_file: str | Path | None = None) -> DistillConfig:
+def make_config(
+    values: Mapping[str, Any], config_file: str | Path | None = None, *, recorded: bool = False
+) -> DistillConfig:
     """Return the configuration made of a YAML file or a shipped recipe and of `values`, which win; raises as `make`."""
-    return make(DistillConfig, values, config_file)
+    return make(DistillConfig, values, config_file, recorded=recorded)
 
 
 def deciding_settings(config: DistillConfig) -> dict[str, Any]:
