@@ -125,7 +125,10 @@ def _of_yaml() -> Iterator[Line]:
         if command == "export":
             continue
         for name in list(model.model_fields)[::3]:
-            for odd in _ODD:
+            odd_here = [
+                odd for odd in _ODD if odd != "1e400" or not _kinds(model.model_fields[name].annotation) & {str, Path}
+            ]
+            for odd in odd_here:
                 rest = "".join(f"{key}: {value}\n" for key, value in usual.items() if key != name)
                 yield Line((command, "--config", "c.yaml"), "c.yaml", f"{rest}{name}: {odd}\n")
         bombs = [
