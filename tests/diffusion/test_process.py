@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onestill.diffusion.prediction import PREDICTION_TYPES, output_coefficients, preconditioning
-from onestill.diffusion.process import EPSILON_MIN_ALPHA, VE, CosineVP, DiscreteVP, FlowMatching, Process
+from onestill.diffusion.process import EPSILON_MIN_ALPHA, VE, CosineVP, DiscreteVP, FlowMatching, LogSigmaVP, Process
 
 SCHEDULERS = {
     "linear": DDPMScheduler(),
@@ -30,6 +30,10 @@ SCHEDULERS = {
 }
 PROCESSES: dict[str, Process] = {
     **{f"vp, {name}": DiscreteVP(scheduler.alphas_cumprod) for name, scheduler in SCHEDULERS.items()},
+    "vp, clean first": DiscreteVP(
+        DDIMScheduler(trained_betas=[0.0, *torch.linspace(1e-4, 0.02, 999).tolist()]).alphas_cumprod
+    ),
+    "log sigma": LogSigmaVP(sigma_max=120.0),
     "cosine": CosineVP(),
     "ve": VE(),
     "ve, narrow": VE(sigma_min=0.02, sigma_max=5.0, rho=3.0, time_input="sigma"),
@@ -293,21 +297,41 @@ def test_epsilon_with_zero_terminal_snr_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "words"),
     [
-        torch.tensor([0.5, 0.9]),  # rising
-        torch.tensor([0.9, 0.9]),  # flat
-        torch.tensor([1.0, 0.5]),  # a level without noise
-        torch.tensor([0.5, -0.1]),
-        torch.tensor([0.9, float("nan")]),
-        torch.tensor([[0.9, 0.5]]),
-        torch.tensor([]),
-        torch.tensor([0.5]),  # one level is no process
+        (torch.tensor([0.5, 0.9]), "index 0 holds 0.5 and index 1 0.8999"),  # rising
+        (torch.tensor([1.0, 0.9, 0.9]), "index 1 holds 0.8999.* and index 2 0.8999.*beta_2 a value above 6e-8"),  # flat
+        (torch.tensor([1.5, 0.5]), "index 0 holds 1.5"),
+        (torch.tensor([0.5, -0.25]), "index 1 holds -0.25"),
+        (torch.tensor([0.9, float("nan")]), "index 1 holds nan"),
+        (torch.tensor([1.0, 0.0]), "no level between the clean image and pure noise"),
+        (torch.tensor([1.0, 1.0]), "no level between"),
+        (torch.tensor([[0.9, 0.5]]), r"its shape is \[1, 2\]"),
+        (torch.tensor([]), r"its shape is \[0\]"),
+        (torch.tensor([0.5]), r"its shape is \[1\]"),  # one level is no process
     ],
 )
-def test_impossible_schedules_are_refused(values: Tensor) -> None:
-    with pytest.raises(ValueError, match="falling sequence"):
+def test_impossible_schedules_are_refused(values: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=f"falling sequence in .*{words}"):
         DiscreteVP(values)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("num_clean", [1, 3])
+def test_clean_first_indices_are_the_clean_image(num_clean: int, zero_snr: bool) -> None:
+    squares = torch.cos(torch.linspace(0, 1.5, 50, dtype=torch.float64)) ** 2
+    squares = torch.cat([torch.ones(num_clean - 1, dtype=torch.float64), squares])
+    if zero_snr:
+        squares = torch.cat([squares, torch.zeros(1, dtype=torch.float64)])
+    process, last = DiscreteVP(squares), len(squares) - 1
+    index = torch.arange(num_clean - 1, last + 1, dtype=torch.float64)
+    t = (index - num_clean + 1) / (last - num_clean + 1)
+    torch.testing.assert_close(process.alpha_sigma(t)[0] ** 2, squares[num_clean - 1 :], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(process.net_time(t), index, rtol=1e-12, atol=0)
+    assert process.level(0.0) == (1.0, 0.0) and process.t_min == pytest.approx(float(t[1]))
+    assert (process.level(1.0) == (0.0, 1.0)) == zero_snr
+    torch.testing.assert_close(process.time_at_log_snr(process.log_snr(t)), t, rtol=0, atol=1e-12)
+    assert [process.time_of(int(i)) for i in index] == pytest.approx(t.tolist())
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (80.0, 80.0), (90.0, 80.0)])

@@ -90,28 +90,34 @@ class DiscreteVP(Process):
     Index i of N is the time (i + 1) / N, so the network's time is N t - 1, and DDIM with "trailing" spacing is
     a uniform grid in t. Between indices log(sigma / alpha) is linear in t. The two ends, where it is infinite,
     are linear in the ratio that is finite there: sigma / alpha below the first index, alpha / sigma above the
-    last but one index when the terminal SNR is zero.
+    last but one index when the terminal SNR is zero. Where the first index is clean (alpha = 1), it is the time 0
+    itself: index i is the time i / (N - 1), and the network's time is (N - 1) t.
 
     Args:
-        alphas_cumprod: alpha^2 at the N training times, in [0, 1), falling; ValueError if it is not. [N]
+        alphas_cumprod: alpha^2 at the N training times, in [0, 1], falling; ValueError if it is not. [N]
     """
 
     name = "vp"
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         squares = alphas_cumprod.detach().to(device="cpu", dtype=torch.float64)
-        falling = squares.ndim == 1 and len(squares) > 1 and (squares[1:] < squares[:-1]).all()
-        if not falling or not ((squares >= 0) & (squares < 1)).all():
-            raise ValueError("alphas_cumprod must be a one-dimensional falling sequence in [0, 1)")
-        self.num_train_timesteps = len(squares)
-        self.t_min = 1 / self.num_train_timesteps
-        # Knots of alpha and sigma; knot 0 is the clean end, which no scheduler stores.
+        clean = _checked_levels(squares)
+        squares = squares[clean:]
+        self.last_clean = clean - 1
+        """The index at t = 0, the last clean one; -1 where a schedule lists none."""
+        self.num_cells = len(squares)
+        self.t_min = 1 / self.num_cells
+        # Knots of alpha and sigma; knot 0 is the clean end, which few schedulers store.
         self._alpha = torch.cat([torch.ones(1, dtype=torch.float64), squares.sqrt()])
         self._sigma = torch.cat([torch.zeros(1, dtype=torch.float64), (1 - squares).sqrt()])
 
+    def time_of(self, index: float) -> float:
+        """Return the time of an index of the scheduler's."""
+        return (index - self.last_clean) / self.num_cells
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        place = t.to(torch.float64).clamp(0, 1) * self.num_train_timesteps
-        low = place.floor().long().clamp(max=self.num_train_timesteps - 1)
+        place = t.to(torch.float64).clamp(0, 1) * self.num_cells
+        low = place.floor().long().clamp(max=self.num_cells - 1)
         part = place - low
         a_0, a_1 = self._alpha[low], self._alpha[low + 1]
         s_0, s_1 = self._sigma[low], self._sigma[low + 1]
@@ -127,22 +133,44 @@ class DiscreteVP(Process):
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
         log_ratio = -log_snr.to(torch.float64) / 2
         knots = self._sigma.log() - self._alpha.log()
-        low = (torch.searchsorted(knots, log_ratio.contiguous(), right=True) - 1).clamp(0, self.num_train_timesteps - 1)
+        low = (torch.searchsorted(knots, log_ratio.contiguous(), right=True) - 1).clamp(0, self.num_cells - 1)
         k_0, k_1 = knots[low], knots[low + 1]
         geometric = (log_ratio - k_0) / (k_1 - k_0)
         clean = (log_ratio - k_1).exp()
         noisy = 1 - (k_0 - log_ratio).exp()
         part = torch.where(k_0.isinf(), clean, torch.where(k_1.isinf(), noisy, geometric))
-        return ((low + part.clamp(0, 1)) / self.num_train_timesteps).clamp(0, 1)
+        return ((low + part.clamp(0, 1)) / self.num_cells).clamp(0, 1)
 
     def net_time(self, t: Tensor) -> Tensor:
-        return (t * self.num_train_timesteps - 1).clamp(min=0)
+        return (t * self.num_cells + self.last_clean).clamp(min=0)
 
     def _check_epsilon(self, alpha_end: float) -> None:
         if alpha_end == 0:  # the output at the last step carries no image; continuous processes start earlier instead
             what = "an epsilon-prediction teacher with zero terminal SNR cannot be distilled"
             todo = "Use a teacher with v_prediction or sample prediction, or a schedule without rescale_betas_zero_snr"
             raise ValueError(f"{what}: at pure noise x_0 = (x - eps) / 0. {todo}")
+
+
+def _checked_levels(squares: Tensor) -> int:
+    """Return how many clean indices (alpha^2 = 1) a schedule begins with; ValueError, naming the index, if it is none."""
+    what = "alphas_cumprod must be a one-dimensional falling sequence in [0, 1]"
+    if squares.ndim != 1 or len(squares) < 2:
+        raise ValueError(f"{what}; its shape is {list(squares.shape)}")
+    shown = [f"{value:.9g}" for value in squares.tolist()]
+    if len(outside := (~((squares >= 0) & (squares <= 1))).nonzero()):
+        i = int(outside[0])
+        raise ValueError(f"{what}: index {i} holds {shown[i]}. Mend the scheduler's betas, which must lie in [0, 1]")
+    clean = int((squares == 1).long().cumprod(0).sum())
+    rest = squares[clean:]
+    if len(unfallen := (rest[1:] >= rest[:-1]).nonzero()):
+        i = clean + int(unfallen[0])
+        why, todo = f"index {i} holds {shown[i]} and index {i + 1} {shown[i + 1]}", "Mend the scheduler's betas"
+        if squares[i] == squares[i + 1]:
+            todo = f"Two times of one level cannot be told apart: give beta_{i + 1} a value above 6e-8, which float32 keeps"
+        raise ValueError(f"{what}: {why}. {todo}")
+    if len(rest) < 2 and not rest.any():
+        raise ValueError(f"{what}: its {len(squares)} indices hold no level between the clean image and pure noise")
+    return clean
 
 
 class CosineVP(Process):
@@ -216,6 +244,26 @@ class VE(Process):
         todo = "Use prediction_type 'edm', or 'sample' for a wrapped network"
         what = "an epsilon-prediction network on a variance-exploding process cannot be distilled"
         raise ValueError(f"{what}: {why}. {todo}")
+
+
+class LogSigmaVP(VE):
+    """`VE` seen by a network of unit data, scaled to unit variance: alpha = 1 / sqrt(1 + s^2), sigma = s alpha.
+
+    s is VE's sigma. So work networks in EDM's manner with sigma_data = 1 and v-prediction (CosXL): their input is
+    x / sqrt(1 + s^2), their time log(s) / 4, and EDM's preconditioning is that of v-prediction here.
+    """
+
+    name = "log_sigma_vp"
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = (1 + (ratio := super().alpha_sigma(t)[1]) ** 2).rsqrt()
+        return alpha, ratio * alpha
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return super().alpha_sigma(t)[1].clamp(min=self.sigma_min).log() / 4
+
+    def _check_epsilon(self, alpha_end: float) -> None:
+        return None
 
 
 class FlowMatching(Process):

@@ -230,7 +230,7 @@ def distilled_facts(config: DistillConfig, teacher: Teacher, guidance_scale: flo
         trained = f", of a student trained on {low:g} to {high:g}"
     if teacher.guidance_input is not None:
         usual = f"leave the call's guidance_scale at its default, {teacher.usual_guidance:g}"
-        words = f"embedded guidance {w:g}, an input of the teacher's network; {usual}"
+        words = f"embedded guidance {w:g}, an input of the teacher's network{trained}; {usual}"
     else:
         away = "" if config.negative_prompt is None else f", away from the negative prompt {config.negative_prompt!r}"
         words = f"w = {w:g} in u + w (c - u){away}{trained}" if w != 1 or away or trained else "none"

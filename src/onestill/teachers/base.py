@@ -104,7 +104,11 @@ class Teacher(ABC):
     @property
     def usual_guidance(self) -> float:
         """The guidance scale where none is named: what the pipeline tells its network, or 1, which is none."""
-        return 1.0 if self.guidance_input is None else float(self.example_cond[self.guidance_input][0])
+        return 1.0
+
+    def guidance_rows(self, scales: Tensor) -> Tensor:
+        """Return the rows of `guidance_input` that tell the network some guidance scales [B]."""
+        return scales
 
     @property
     def unguided(self) -> Teacher:

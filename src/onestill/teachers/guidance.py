@@ -91,22 +91,21 @@ class Guided(Wrapped):
 class EmbeddedGuidance(Wrapped):
     """A teacher whose network takes the guidance scale as an input, told this one: one evaluation, no null condition.
 
-    Its student keeps being told the pipeline's usual scale, so that an export's call needs no argument for it.
-    SettingError if scales are to be drawn.
+    Its student keeps being told the pipeline's usual scale, so that an export's call needs no argument for it. A
+    "guidance_scale" in the conditions (one for each image) takes the place of the fixed one.
     """
 
     def __init__(self, teacher: Teacher, guidance_scale: float, *, drawn: bool = False) -> None:
-        if drawn:
-            told = f"the network of a {teacher.spec.family} pipeline takes the guidance scale as an input"
-            why = f"{told}, and its student is distilled at one of them"
-            raise SettingError(RANGE, why=why, todo=f"give that with {named('guidance_scale')}")
         super().__init__(teacher.unguided)
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.drawn = guidance_scale, drawn
 
     def denoised(self, x_t: Tensor, t: float | Tensor, cond: Cond) -> Tensor:
         name = self.teacher.guidance_input
         assert name is not None
-        return self.teacher.denoised(x_t, t, {**cond, name: torch.full_like(cond[name], self.guidance_scale)})
+        drawn = cond.get("guidance_scale")
+        scales = torch.full((len(x_t),), self.guidance_scale) if drawn is None else drawn
+        told = self.teacher.guidance_rows(scales).to(cond[name])
+        return self.teacher.denoised(x_t, t, {**{n: v for n, v in cond.items() if n != "guidance_scale"}, name: told})
 
 
 def _cannot_guide(spec: TeacherSpec, guidance_scale: float, *, drawn: bool) -> SettingError:

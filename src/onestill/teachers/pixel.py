@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import EDMEulerScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from onestill.core.errors import SettingError, found_in, in_short
@@ -16,11 +17,17 @@ from onestill.core.files import PICKLE_SUFFIXES
 from onestill.core.models import check_configs, load_model
 from onestill.core.reading import loading
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, Cond, refuse_non_finite, without_autocast
-from onestill.diffusion.process import VE
+from onestill.diffusion.process import LogSigmaVP
 from onestill.diffusion.trajectory import Trajectory
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.pipelines.folder import check_variant
-from onestill.teachers.pipelines.schedulers import plain_ddim, scheduler_process, scheduler_threshold, times_of
+from onestill.teachers.pipelines.schedulers import (
+    check_told,
+    plain_stock,
+    scheduler_process,
+    scheduler_threshold,
+    times_of,
+)
 from onestill.teachers.teacher_spec import TeacherSpec
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
@@ -97,6 +104,9 @@ def unet2d_teacher(
             f"the network does not run on samples of its own shape {shape} (sample_size {size} in "
             f"unet/config.json): {in_short(error)}"
         ) from error
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(10)
+    check_told(own, process, float(own.timesteps[0]))
     return teacher
 
 
@@ -108,15 +118,17 @@ def self_check(teacher: PixelTeacher, scheduler: Any) -> float:
     Steps 4 to 6 of 10, where neither end hides an error. ValueError if they differ by more than 1e-4.
     """
     spec = teacher.spec
-    stock = EDMEulerScheduler.from_config(scheduler.config) if isinstance(spec.process, VE) else plain_ddim(scheduler)
+    stock = plain_stock(scheduler)
     stock.set_timesteps(10)
     x = torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))
     cond = {"class_labels": torch.tensor([0, 0])} if spec.num_classes else {}
     device = next(teacher.network.parameters()).device
     x, cond = x.to(device), {name: value.to(device) for name, value in cond.items()}
     levels = times_of(stock, spec.process)
-    x = x * (spec.process.level(levels[4])[1] ** 2 + 1) ** 0.5 if isinstance(spec.process, VE) else x
-    ours = theirs = x
+    # In EDM's units x_0 + sigma eps; what its networks see of unit data has the scale of ours.
+    units = [1 / spec.process.level(level)[0] if isinstance(spec.process, LogSigmaVP) else 1.0 for level in levels]
+    x = x * (spec.process.level(levels[4])[1] ** 2 + 1) ** 0.5 if spec.prediction_type == "edm" else x
+    ours, theirs = x, x * units[4]
     if hasattr(stock, "set_begin_index"):
         stock.set_begin_index(4)
     for i in (4, 5):
@@ -126,6 +138,7 @@ def self_check(teacher: PixelTeacher, scheduler: Any) -> float:
         scaled = stock.scale_model_input(theirs, stock.timesteps[i])
         output = teacher.call(teacher.network, scaled, stock.timesteps[i].expand(2).to(device), cond)
         theirs = stock.step(output, stock.timesteps[i], theirs).prev_sample
+    theirs = theirs / units[6]
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= SELF_CHECK_TOLERANCE:
         refuse_non_finite(teacher.network, "unet")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onestill.core.errors import SettingError, found_in, in_short, named
 from onestill.core.patch import replaced
@@ -18,9 +19,10 @@ from onestill.diffusion.trajectory import Trajectory
 from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import requested_shift, watch
 from onestill.teachers.pipelines.folder import load_pipeline
-from onestill.teachers.pipelines.schedulers import times_of
+from onestill.teachers.pipelines.schedulers import check_told, times_of
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.teachers.pipelines.vae import decode_vae, form_of
 from onestill.teachers.teacher_spec import TeacherSpec
 
 
@@ -60,13 +62,18 @@ def pipeline_teacher(
     Raises:
         ValueError: If its schedule or its way of calling the network is not supported, or the self-check fails.
     """
-    calls = PipelineCalls(family, pipeline)
     schedule = family.schedule(pipeline)
     t_max, reason = schedule.process.start_level(schedule.prediction_type)
+    calls = PipelineCalls(family, pipeline)
     _check_channels(family, calls.network.config)
     signature, one = calls.signature()
     process = _with_shift(schedule.process, calls)
+    check_told(pipeline.scheduler, process, float(one.net_time.reshape(-1)[0]))
     null_class = None if family.null_class is None else family.null_class(calls.network.config)
+    null = {} if null_class is not None else calls.null_conditions(signature)
+    if null_class is None and not null and (told := calls.guidance_input(signature, one)) is not None:
+        calls = PipelineCalls(family := family.guided_by(told), pipeline)
+        signature, one = calls.signature()
     spec = TeacherSpec(
         family=family.name,
         source=source,
@@ -81,12 +88,13 @@ def pipeline_teacher(
         text=family.prompt == "prompt",
     )
     _check_size(family, pipeline, spec.sample_shape)
-    null = {} if null_class is not None else calls.null_conditions(signature)
     teacher = PipelineTeacher(family, pipeline, folder, spec, signature, null, signature.conditions(one), variant)
-    self_check(teacher, schedule.stock)
+    _, states, decoded = _compared(teacher, schedule.stock)
     if isinstance(vae := getattr(pipeline, "vae", None), nn.Module):
         refuse_non_finite(vae, "vae")  # which the steps above do not use
-    return teacher
+    if decoded is None or family.decode is not decode_vae:
+        return teacher
+    return teacher.with_decoder(partial(decode_vae, form=form_of(pipeline.vae, states, decoded)))
 
 
 def _check_channels(family: PipelineSpec, config: Any) -> None:
@@ -127,7 +135,6 @@ def _with_shift(process: Process, calls: PipelineCalls) -> Process:
     return FlowMatching(shift, process.net_scale, process.net_offset)
 
 
-@torch.no_grad()
 def self_check(
     teacher: PipelineTeacher, stock: Any, num_steps: int = 2, *, negative_prompt: str | None = None
 ) -> float:
@@ -142,13 +149,22 @@ def self_check(
     Raises:
         ValueError: If they differ by more than 1e-4.
     """
+    return _compared(teacher, stock, num_steps, negative_prompt=negative_prompt)[0]
+
+
+@torch.no_grad()
+def _compared(
+    teacher: PipelineTeacher, stock: Any, num_steps: int = 2, *, negative_prompt: str | None = None
+) -> tuple[float, Tensor, Tensor | None]:
+    """Return (what `self_check` does, the pipeline's last states, what its autoencoder was given of them to decode)."""
     family, pipeline = teacher.pipeline_spec, teacher.pipeline
     scale, conditions = 2.0 if teacher.can_guide else 1.0, teacher.calls.examples(2)
     given = {"num_inference_steps": num_steps, **family.guidance_argument(scale)}
     if negative_prompt is not None:
         given["negative_prompt"] = [negative_prompt] * len(conditions)
     with replaced(pipeline, "scheduler", stock):
-        x_t, theirs = watch(lambda: teacher.calls(conditions, given, seeds=(0, 1)), teacher.network, stock, num_steps)
+        run = lambda: teacher.calls(conditions, given, seeds=(0, 1))  # noqa: E731 - passed on at once
+        x_t, theirs, decoded = watch(run, teacher.network, stock, num_steps, getattr(pipeline, "vae", None))
     x_t, theirs = (family.unpack(x[:2], teacher.signature.constant) for x in (x_t, theirs))
     x_t = x_t[:, : teacher.spec.sample_shape[0]]
     cond = teacher.encode(conditions)
@@ -168,4 +184,4 @@ def self_check(
             f"self-check failed: {num_steps} steps of onestill and of {type(pipeline).__name__} differ by {error:.1e} "
             f"(allowed {SELF_CHECK_TOLERANCE:.0e}): the pipeline does not do what its configuration says"
         )
-    return error
+    return error, theirs, decoded

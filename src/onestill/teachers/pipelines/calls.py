@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,25 @@ class PipelineCalls:
             return {}
         kept = () if self.spec.image_condition is None else self.spec.image_condition.kept
         return {name: value[:1] for name, value in rows.items() if name not in kept}
+
+    def guidance_input(self, signature: Signature, one: Call) -> str | None:
+        """Return the condition that tells the network the guidance scale of a pipeline that does not guide, if one does.
+
+        `one` is the call for one image at the scale 1: what is another at 2 is that condition.
+        """
+        if self.spec.guidance is None:
+            return None
+        (call,) = self.first_calls(self.examples(1), 2.0, seeds=(0,))
+        before, after = signature.conditions(one), signature.conditions(call)
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        return changed[0] if len(changed) == 1 else None
+
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance scale of a call that names none."""
+        parameter = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
+        default = None if parameter is None else parameter.default
+        return float(default) if isinstance(default, (int, float)) else 1.0
 
     @contextmanager
     def encoded(self, signature: Signature, cond: Cond) -> Iterator[None]:

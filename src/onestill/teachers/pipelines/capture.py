@@ -59,11 +59,29 @@ def record(run: Callable[[], object], network: nn.Module, until: Any = None) -> 
 
 
 @torch.no_grad()
-def watch(run: Callable[[], object], network: nn.Module, scheduler: Any, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Return (first noisy input, last state) of a pipeline that `run` asks for `num_steps` steps, and end it there."""
-    with suppress(_Stop), seen_calls(network) as calls, _seen_states(scheduler, most=num_steps) as states:
+def watch(
+    run: Callable[[], object], network: nn.Module, scheduler: Any, num_steps: int, decoder: Any = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (first noisy input, last state, what the decoder is given) of a pipeline, and end it there.
+
+    Args:
+        run: Calls the pipeline, for `num_steps` steps.
+        network: Its denoising network.
+        scheduler: Its scheduler.
+        num_steps: How many steps.
+        decoder: Its autoencoder; None to end it at its last step.
+    """
+    decoded: list[Tensor] = []
+
+    def decode(z: Tensor, *_args: Any, **_kwargs: Any) -> None:
+        decoded.append(z)
+        raise _Stop
+
+    to_the_end = nullcontext() if decoder is None else replaced(decoder, "decode", decode)
+    most = num_steps if decoder is None else None
+    with suppress(_Stop), seen_calls(network) as calls, _seen_states(scheduler, most) as states, to_the_end:
         run()
-    return calls[0].x_t, states[-1]
+    return calls[0].x_t, states[-1], decoded[0] if decoded else None
 
 
 @torch.no_grad()

@@ -25,11 +25,12 @@ from onestill.teachers.pipelines.build import pipeline_teacher
 from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import finish, record
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step
+from onestill.teachers.pipelines.families._vp import one_ddim_step
 from onestill.teachers.pipelines.folder import load_pipeline
-from onestill.teachers.pipelines.schedulers import plain_ddim, scheduler_process, scheduler_threshold
+from onestill.teachers.pipelines.schedulers import is_flow, plain_stock, scheduler_process, scheduler_threshold
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 from onestill.teachers.pipelines.teacher import PipelineTeacher
+from onestill.teachers.pipelines.vae import decode_vae
 
 NETWORKS = ("transformer", "unet")
 # Fields of a pipeline's output, and from what "pt" gives to what the decoder gives.
@@ -108,7 +109,7 @@ def _candidates(network: str, pipeline: Any, arguments: Mapping[str, Any]) -> It
         )
     base = _described(network, pipeline).with_arguments(arguments)
     first = _first_call(base, pipeline)
-    if hasattr(pipeline.scheduler, "alphas_cumprod") and not pipeline.scheduler.config.get("use_flow_sigmas"):
+    if not is_flow(pipeline.scheduler):
         yield base
         return
     for net_scale, net_offset in [(first, 0.0)] if first > 0 else [(-1.0, 1.0), (-1000.0, 1000.0)]:
@@ -140,7 +141,7 @@ def _vp_schedule(pipeline: Any) -> Schedule:
     process, prediction, _ = scheduler_process(pipeline.scheduler)
     on_pixels = getattr(pipeline, "vae", None) is None
     more = {"threshold": scheduler_threshold(pipeline.scheduler)} if on_pixels else {}
-    return Schedule(process, prediction, plain_ddim(pipeline.scheduler), **more)
+    return Schedule(process, prediction, plain_stock(pipeline.scheduler), **more)
 
 
 def _result(output: Any) -> Tensor:

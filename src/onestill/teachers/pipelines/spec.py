@@ -103,6 +103,14 @@ class PipelineSpec:
         """Return the family with these arguments in every call."""
         return replace(self, arguments={**self.arguments, **arguments}, given={**self.given, **arguments})
 
+    def guided_by(self, name: str) -> PipelineSpec:
+        """Return the family of a pipeline whose network takes the guidance scale as the input `name`.
+
+        Its calls leave the scale at the pipeline's own default; what the network is told else, is put there.
+        """
+        without = {key: value for key, value in self.export_arguments.items() if key != self.guidance}
+        return replace(self, guidance=None, guidance_input=name, export_arguments=without)
+
     def guidance_argument(self, scale: float) -> dict[str, Any]:
         """Return the argument that sets the guidance scale, if the pipeline has one."""
         return {} if self.guidance is None else {self.guidance: scale}

@@ -91,6 +91,23 @@ class PipelineTeacher(NetworkTeacher):
         name = self.pipeline_spec.guidance_input
         return name if name in self.example_cond else None
 
+    @property
+    def usual_guidance(self) -> float:
+        return 1.0 if self.guidance_input is None else self.calls.usual_guidance
+
+    def guidance_rows(self, scales: Tensor) -> Tensor:
+        if (name := self.guidance_input) is None:
+            return super().guidance_rows(scales)
+        usual, embed = self.example_cond[name], getattr(self.pipeline, "get_guidance_scale_embedding", None)
+        if usual.ndim == 2 and embed is not None:
+            rows: Tensor = embed(scales.cpu().float() - 1, embedding_dim=usual.shape[1])
+            return rows
+        return scales * (usual.reshape(-1)[0] / self.usual_guidance).to(scales)
+
+    def with_decoder(self, decode: Callable[[Any, Tensor], Tensor]) -> Self:
+        """Return the teacher with another way of decoding its pipeline's latents."""
+        return self._changed(pipeline_spec=replace(self.pipeline_spec, decode=decode))
+
     # Prompts
 
     @torch.no_grad()

@@ -1,30 +1,22 @@
-"""What the families of latents with an `alphas_cumprod` schedule share: its reading, decoding, size and one step."""
+"""What the families of latents with an `alphas_cumprod` schedule share: its reading, size and one step."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from onestill.teachers.pipelines import vae
-from onestill.teachers.pipelines.schedulers import one_level, plain_ddim, scheduler_process
+from onestill.teachers.pipelines.schedulers import one_level, plain_stock, scheduler_process
 from onestill.teachers.pipelines.spec import Schedule
 
 
 def vp_schedule(pipeline: Any) -> Schedule:
-    """Return the schedule of a pipeline whose scheduler has `alphas_cumprod`; latents are never thresholded."""
+    """Return the schedule of a pipeline whose scheduler is not one of flow matching; latents are never thresholded."""
     process, prediction, _ = scheduler_process(pipeline.scheduler)
     if prediction == "edm":
         raise ValueError(
             f"a {type(pipeline).__name__} with {type(pipeline.scheduler).__name__} is not supported: EDM's "
-            "preconditioning is known for pixel networks (UNet2DModel) only"
+            "preconditioning of an output without prediction_type='v_prediction' is known for pixel networks only"
         )
-    return Schedule(process, prediction, plain_ddim(pipeline.scheduler))
-
-
-def decode_vae(pipeline: Any, latents: Tensor) -> Tensor:
-    """Return the images of latents by the pipeline's own autoencoder."""
-    return vae.decode(pipeline.vae, latents)
+    return Schedule(process, prediction, plain_stock(pipeline.scheduler))
 
 
 def one_ddim_step(_pipeline: Any, prediction_type: str, alpha: float) -> Any:

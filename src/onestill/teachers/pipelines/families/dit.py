@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step, vp_schedule
+from onestill.teachers.pipelines.families._vp import one_ddim_step, vp_schedule
 from onestill.teachers.pipelines.spec import PipelineSpec
+from onestill.teachers.pipelines.vae import decode_vae
 
 PIPELINE_NULL_CLASS = 1000
 

@@ -16,8 +16,8 @@ from functools import partial
 from torch import Tensor
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families._vp import decode_vae
 from onestill.teachers.pipelines.spec import PipelineSpec
+from onestill.teachers.pipelines.vae import decode_vae
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ pipeline finds it. One step of PixArt-alpha takes the scheduler's prediction of 
 
 from __future__ import annotations
 
-from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step, vp_schedule
+from onestill.teachers.pipelines.families._vp import one_ddim_step, vp_schedule
 from onestill.teachers.pipelines.spec import PipelineSpec
+from onestill.teachers.pipelines.vae import decode_vae
 
 PIXART = PipelineSpec(
     name="pixart",

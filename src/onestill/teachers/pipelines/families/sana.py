@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families._vp import decode_vae
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
+from onestill.teachers.pipelines.vae import decode_vae
 
 
 def schedule(pipeline: Any) -> Schedule:

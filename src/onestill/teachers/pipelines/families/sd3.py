@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families._vp import decode_vae, square_size
+from onestill.teachers.pipelines.families._vp import square_size
 from onestill.teachers.pipelines.spec import PipelineSpec
+from onestill.teachers.pipelines.vae import decode_vae
 
 STABLE_DIFFUSION_3 = PipelineSpec(
     name="stable_diffusion_3",

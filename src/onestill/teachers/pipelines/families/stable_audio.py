@@ -22,8 +22,9 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor
 
 from onestill.diffusion.process import CosineVP
-from onestill.teachers.pipelines.families._vp import decode_vae, one_ddim_step
+from onestill.teachers.pipelines.families._vp import one_ddim_step
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
+from onestill.teachers.pipelines.vae import decode_vae
 
 # Where the self-check starts. From 500, rounding x in float32 alone costs 1e-4 in the sound.
 CHECKED_SIGMA = 20.0
