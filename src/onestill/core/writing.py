@@ -124,12 +124,11 @@ def append_line(path: Path, line: str) -> None:
     """Add a line to a UTF-8 text file, which is made if missing; none or all of it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            length = file.tell()
+        with path.open("ab", buffering=0) as file:  # a buffer would be written when the file is closed
+            length, left = file.tell(), f"{line}\n".encode()
             try:
-                file.write(f"{line}\n".encode())
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError:
-                with suppress(OSError):
-                    file.truncate(length)
+                file.truncate(length)
                 raise
