@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs_helpers import FAST, as_flags, call_cli, finished_run, teacher_folder
+from runs_helpers import FAST, as_flags, call_cli, finished_run, go_on_with, teacher_folder
 
 import onestill
 from onestill.core.memory import OutOfMemory, enough_memory, is_out_of_memory
@@ -66,6 +66,10 @@ def test_training(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "; a step takes about " in line and " GB, as onestill inspect says" in line
     lower = "lower --train_batch_size and raise --gradient_accumulation_steps as much"
     assert line.endswith(f"; {lower}, or give --gradient_checkpointing or --lora_rank 64")
+    monkeypatch.undo()
+    again = go_on_with(outcome.err)
+    assert again[-4:] == ["--train_batch_size", "2048", "--gradient_accumulation_steps", "2"]
+    assert call_cli(*again[:-4], *as_flags(FAST)).code == 0
 
 
 def test_in_python_it_names_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

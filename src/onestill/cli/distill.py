@@ -12,6 +12,7 @@ import typer
 from onestill.cli.fields import ConfigFile, from_config
 from onestill.cli.output import note, quiet, say
 from onestill.core.errors import RunError, shown_as_flags
+from onestill.core.memory import OutOfMemory
 from onestill.training.config import DistillConfig, make_config
 
 if TYPE_CHECKING:
@@ -92,7 +93,11 @@ def _run(run: Run) -> RunResult:
             if isinstance(error, ExportError):
                 flags = ["--student", str(list_checkpoints(folder)[0]), "--output", str(folder / PIPELINE_FOLDER)]
                 note(f"export it alone with: {shlex.join(['onestill', 'export', *flags])}")
-            note(f"what was saved is kept. Go on with: {go_on(folder)}")
+            less = ""
+            if isinstance(error, OutOfMemory) and not list_checkpoints(folder):  # so its settings may change
+                size, times = run.config.train_batch_size, run.config.gradient_accumulation_steps
+                less = f" --train_batch_size {max(2, size // 2)} --gradient_accumulation_steps {2 * times}"
+            note(f"what was saved is kept. Go on with: {go_on(folder)}{less}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_left_by(run)) from None

@@ -113,8 +113,8 @@ def _carried_out(run: Run, show_progress: bool, on_step: Callable[[StepLog], Non
         return RunResult(config.output_dir, first, pipeline, checkpoint)
     with _stopping(trainer) as signals:
         _make_pools(trainer, show_progress)
-        going_on = show_progress and not trainer.stop_requested
-        with _bar(trainer, going_on, desc="distilling", total=steps, initial=first, unit="step") as bar:
+        shows = show_progress and not trainer.stop_requested
+        with _bar(trainer, shows, desc="distilling", total=steps, initial=first, unit="step") as bar:
             for log in trainer.steps():
                 checkpoint = log.checkpoint or checkpoint
                 bar.update()

@@ -94,7 +94,7 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
     student = make_student(teacher, config).to(device)
-    with enough_memory("a step of a few images", less_memory(config)):
+    with enough_memory("a step of a few images", less_memory(config, student)):
         cost = estimate(student, config, device, first_stage)
     space = space_of(student, config)
     alpha, sigma = spec.process.level(spec.t_max)
@@ -212,10 +212,11 @@ def estimate(
     return RunCost(4 * weights + kept * scale, step, pool, in_pool / max(possible, 1))
 
 
-def less_memory(config: DistillConfig) -> str:
-    """Return which settings of a run take less memory, in words: those that it does not use yet."""
+def less_memory(config: DistillConfig, student: Student) -> str:
+    """Return which settings of a run take less memory, in words: those that it can use and does not use yet."""
+    can_checkpoint = hasattr(student.network, "enable_gradient_checkpointing")
     others = {
-        "gradient_checkpointing": not config.gradient_checkpointing,
+        "gradient_checkpointing": can_checkpoint and not config.gradient_checkpointing,
         f"{named('lora_rank')} 64": config.lora_rank is None,
         f"{named('mixed_precision')} bf16": config.mixed_precision == "no",
     }

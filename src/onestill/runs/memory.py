@@ -27,7 +27,7 @@ def going_on(run: Run) -> Iterator[None]:
     """Let what ends a run that has begun be one line: too little memory, a full disk, a file that has gone."""
     config, shape = run.config, " x ".join(map(str, run.teacher.spec.sample_shape))
     what = f"{named('train_batch_size')} {config.train_batch_size:,} of {shape}"
-    with enough_memory(what, less_memory(config), lambda: _predicted(run)):
+    with enough_memory(what, less_memory(config, run.student), lambda: _predicted(run)):
         try:
             yield
         except (OSError, SafetensorError) as error:

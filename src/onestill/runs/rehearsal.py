@@ -41,7 +41,7 @@ def rehearse(run: Run) -> tuple[str, ...]:
     if run.resume is not None:
         return ()
     messages = check_space(space_of(run.student, run.config), run.config.output_dir)
-    with enough_memory(f"exporting a student of {run.config.teacher}", less_memory(run.config)):
+    with enough_memory(f"exporting a student of {run.config.teacher}", less_memory(run.config, run.student)):
         _on_one_process(lambda: _try_export(run), run.config)
     return messages
 
