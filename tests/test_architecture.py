@@ -39,7 +39,7 @@ ROOMS = (
 TEACHERS = (
     ("settings", "teacher_spec", "image_condition", "prompt_limits"),
     ("base",),
-    ("guidance", "closed_form", "module"),
+    ("guidance", "closed_form", "module", "probe"),
     ("pipelines",),
     ("pixel", "pipelines.families", "pipelines.generic"),
     ("load",),

@@ -729,7 +729,7 @@ def test_module_teacher_refuses_unknown_prediction_types() -> None:
 
 def test_module_teacher_refuses_what_is_no_prediction() -> None:
     pair = module_teacher(lambda x, t: (x, t), CosineVP(), "sample", (2,))
-    with pytest.raises(TypeError, match="must return a tensor, it returned tuple"):
+    with pytest.raises(ValueError, match="must return a tensor, it returned tuple"):
         pair.denoised(torch.zeros(3, 2), 0.5, {})
     cut = module_teacher(lambda x, t: x[:, :1], CosineVP(), "sample", (2,))
     with pytest.raises(ValueError, match=r"returned shape \[3, 1\] for input \[3, 2\]"):

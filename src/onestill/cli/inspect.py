@@ -60,6 +60,7 @@ def _rows(found: Inspection) -> dict[str, str]:
         "target time enters": found.target_time_enters,
         "estimate": _estimate(found),
         "disk": _disk(found),
+        "warning": found.warning,
     }
 
 

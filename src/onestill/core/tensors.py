@@ -16,6 +16,8 @@ from torch import Tensor, nn
 P = ParamSpec("P")
 R = TypeVar("R")
 
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 SELF_CHECK_TOLERANCE = 1e-4
 """The largest difference between what is computed here and what diffusers does of the same, in images of [-1, 1]."""
 
@@ -75,6 +77,26 @@ def row_bytes(cond: Cond) -> int:
 def num_parameters(module: nn.Module) -> int:
     """Return the number of scalar parameters of `module`."""
     return sum(p.numel() for p in module.parameters())
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """Return the module inside what `torch.compile`, DataParallel and DistributedDataParallel put around one."""
+    while isinstance(inner := vars(module)["_modules"].get("_orig_mod"), nn.Module) or isinstance(module, PARALLEL):
+        module = module.module if inner is None else inner
+    return module
+
+
+def laid_bare(module: nn.Module) -> nn.Module:
+    """Return `bare(module)`, changed in place: no part of it is wrapped either, so that all names are plain ones.
+
+    What accelerate's `prepare` puts into the place of a `forward` goes too: it brings an autocast of its own.
+    """
+    module = bare(module)
+    for part in module.modules():
+        part._modules.update({name: bare(child) for name, child in part._modules.items() if child is not None})
+        if vars(part).pop("_original_forward", None) is not None:
+            vars(part).pop("forward", None)
+    return module
 
 
 def refuse_non_finite(module: nn.Module, name: str) -> None:

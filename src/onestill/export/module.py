@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onestill.core.files import MARK_FILE, save_tensors
-from onestill.core.tensors import Cond, to_device
+from onestill.core.tensors import Cond, laid_bare, to_device
 from onestill.export.base import Format
 from onestill.sampling.generate import Generate
 from onestill.students.bake import bake
@@ -50,7 +50,8 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
 
     Args:
         folder: The exported folder.
-        network: A fresh instance of the network that the teacher had; it receives the student's weights.
+        network: A fresh instance of the network that the teacher had; it receives the student's weights. What
+            `torch.compile` and parallel wrappers put around it or its parts is taken off.
 
     Raises:
         ValueError: If the folder is no exported module, or the weights are not of this network.
@@ -59,6 +60,7 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
     if (mark := read_mark(folder)) is None or not (folder / MODULE_WEIGHTS).is_file():
         missing = MARK_FILE if mark is None else MODULE_WEIGHTS
         raise ValueError(f"{folder} is no exported module: it has no {missing}")
+    network = laid_bare(network)
     _add_missing_biases(network, weights := load_file(folder / MODULE_WEIGHTS))
     try:
         network.load_state_dict(weights)

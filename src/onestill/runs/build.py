@@ -28,6 +28,8 @@ from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.teachers.module import own_network
+from onestill.teachers.probe import doubts, look
 from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.teachers.teacher_spec import Threshold
 from onestill.training.checkpoint import Checkpoint
@@ -74,6 +76,7 @@ def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
     config, teacher, first_stage, prompt_file = open_teacher(config, teacher)
     labels = check_labels(config.class_labels, teacher.spec)
+    doubt = doubts_about(teacher, config, network)
     prompts = _prompt_pool(config, teacher, prompt_file, first_stage)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # the new layers start from random numbers too
@@ -83,6 +86,7 @@ def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn
     hashes = (prompts.fingerprint, prompts.drawn_fingerprint) if prompts else ("", "")
     fingerprints = Fingerprints(teacher.fingerprint(), *hashes)
     resume, messages = find_resume(config, fingerprints)
+    messages = (f"warning: {doubt}", *messages) if doubt else messages
     if resume is not None:
         begun = resume[1].values["config"]
         config = made_longer(config, begun)
@@ -173,6 +177,17 @@ def refuse_other_facts(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, 
             todo = "name it where the object is made: load_teacher or module_teacher"
             raise SettingError(name, given[name], why, todo)
     return own
+
+
+def doubts_about(teacher: Teacher, config: DistillConfig, network: nn.Module | None = None) -> str:
+    """Return what speaks against a teacher's network being a denoiser, by one call of it; "" if nothing does.
+
+    SettingError if it, or the module that is to be trained in its place, cannot be called as the teacher's.
+    """
+    device = resolve_device(config.device)
+    if network is not None:
+        look(teacher, device, own_network(network))
+    return "" if teacher.network is None else doubts(look(teacher, device), teacher.spec)
 
 
 def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> Teacher:

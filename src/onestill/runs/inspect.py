@@ -18,7 +18,7 @@ from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompts import PromptFile
 from onestill.objectives.registry import OBJECTIVES, rows_of
-from onestill.runs.build import configure, make_student, num_draws, open_teacher
+from onestill.runs.build import configure, doubts_about, make_student, num_draws, open_teacher
 from onestill.runs.space import space_of
 from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.student import Student
@@ -68,6 +68,7 @@ class Inspection:
     num_checkpoints: int
     export_bytes: int
     pool_bytes: int
+    warning: str
 
 
 def inspect_teacher(
@@ -93,6 +94,7 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
     check_labels(config.class_labels, teacher.spec)
     device = resolve_device(config.device)
     spec = teacher.to(device).spec
+    warning = doubts_about(teacher, config)
     student = make_student(teacher, config).to(device)
     with enough_memory("a step of a few images", less_memory(config, student)):
         cost = estimate(student, config, device, first_stage)
@@ -131,6 +133,7 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
         num_checkpoints=space.num_checkpoints,
         export_bytes=space.export,
         pool_bytes=space.pools,
+        warning=warning,
     )
 
 

@@ -94,23 +94,26 @@ class TimeEmbeddingInjection(Injection):
 class BiasInjection(Injection):
     """The fallback for networks whose time embedding cannot be reached: a bias on every layer with weights.
 
-    Each `Linear` and `ConvNd` gets its own zero-initialised linear map of the embedding, added to its output
-    channels. That is what a time embedding amounts to inside most networks, and it bakes into the layers' biases.
+    Each `Linear` and `ConvNd` among `names` gets its own zero-initialised linear map of the embedding, added to its
+    output channels. That is what a time embedding amounts to inside most networks, and it bakes into the layers' biases.
+    A layer that is never called as a module (`nn.MultiheadAttention` reads the weights of its `out_proj`) must not be
+    named: its map would have no gradient, and what is baked from it no counterpart.
     """
 
     num_features = 128
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
         self.maps = nn.ModuleDict()
-        for name, layer in _weighted_layers(network):
+        for name in names:
+            layer: Any = network.get_submodule(name)
             channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
             self.maps[name.replace(".", "/")] = zero = nn.Linear(self.num_features, channels)
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
             layer.register_forward_hook(functools.partial(self._add_to, zero=zero))
         if not self.maps:
-            why = "the teacher's network has no Linear or Conv layer that a target time could enter"
+            why = "the teacher's network calls no Linear or Conv layer that a target time could enter"
             raise ValueError(f"{why}; pass a torch.nn.Module of the student as `network=`")
 
     def _add_to(self, layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, zero: nn.Linear) -> Tensor:
@@ -122,9 +125,9 @@ class BiasInjection(Injection):
         return output + bias.reshape(*bias.shape, *([1] * (output.ndim - 2)))
 
     def bake(self, network: nn.Module, extra: Tensor) -> None:
-        for name, layer in _weighted_layers(network):
-            bias = self.maps[name.replace(".", "/")](extra).detach()
-            old = layer.bias
+        for name, zero in self.maps.items():
+            layer = network.get_submodule(name.replace("/", "."))
+            bias, old = zero(extra).detach(), layer.bias
             layer.bias = nn.Parameter(bias.to(layer.weight.device) if old is None else old.detach() + bias.to(old))
 
 
@@ -167,6 +170,21 @@ def observe(
     return seen
 
 
-def _weighted_layers(network: nn.Module) -> list[tuple[str, Any]]:
+@torch.no_grad()
+def called_layers(teacher: Teacher, network: nn.Module) -> list[str]:
+    """Return the names of the `Linear` and `ConvNd` layers that a network calls at the start level."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)]
+    names = [name for name, module in network.named_modules() if isinstance(module, kinds)]
+    if not names:
+        return []
+    seen: set[str] = set()
+    with ExitStack() as hooks:
+        # Hooked layers are called one by one, as in training, and not in a fused path of evaluation.
+        for name in names:
+            note = lambda *_, name=name: seen.add(name)  # noqa: E731 - bound
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(note))
+        weight = next(network.parameters())
+        x_t = torch.zeros(1, *teacher.spec.sample_shape, device=weight.device, dtype=weight.dtype)
+        cond = to_device(teacher.example_rows(1), weight.device)
+        teacher.denoised_by(network, x_t, teacher.spec.t_max, cond)
+    return [name for name in names if name in seen]

@@ -15,10 +15,18 @@ from torch import Tensor, nn
 
 from onestill.core.errors import SettingError
 from onestill.core.patch import replaced
-from onestill.core.tensors import Cond, as_times
-from onestill.students.injection import BiasInjection, Embedding, Injection, TimeEmbeddingInjection, time_embeddings
+from onestill.core.tensors import Cond, as_times, laid_bare
+from onestill.students.injection import (
+    BiasInjection,
+    Embedding,
+    Injection,
+    TimeEmbeddingInjection,
+    called_layers,
+    time_embeddings,
+)
 from onestill.students.lora import Lora, attach
 from onestill.teachers.base import Teacher
+from onestill.teachers.module import own_network
 from onestill.teachers.teacher_spec import TeacherSpec
 
 # Embeddings see 1000 times a number: target times of 0..1 as the 0..1000 that they are made for.
@@ -34,7 +42,8 @@ class Student(nn.Module):
     Args:
         teacher: The teacher to copy; its head and its way of calling the network are used, never its weights.
         guidance_range: Range of the guidance scale, if the student is to take it as an input.
-        network: A network to train in place of a copy of the teacher's; needs the same inputs and output.
+        network: A network to train in place of a copy of the teacher's; needs the same inputs and output. Compiled
+            or parallel wrappers are taken off, and half precision becomes float32.
         lora: Train updates of low rank beside the teacher's own weights, which are shared, instead of a copy.
 
     Raises:
@@ -56,8 +65,12 @@ class Student(nn.Module):
         self.teacher, self.guidance_range, self.lora = teacher, guidance_range, lora
         if network is None:
             network = teacher.copy_network() if lora is None else teacher.share_network()
+        else:
+            network = laid_bare(own_network(network))
         self.network, direct = network.eval(), bool(time_embeddings(network))
-        self.injection: Injection = TimeEmbeddingInjection(network) if direct else BiasInjection(network)
+        self.injection: Injection = (
+            TimeEmbeddingInjection(network) if direct else BiasInjection(network, called_layers(teacher, network))
+        )
         width = self.injection.num_features
         self.target_embedding = Embedding(width, TIME_SCALE, starts_at_zero=direct)
         self.guidance_embedding = Embedding(width, GUIDANCE_SCALE, starts_at_zero=direct) if guidance_range else None

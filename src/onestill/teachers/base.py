@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.errors import SettingError, named
-from onestill.core.tensors import Cond, as_times, broadcast, float32_or_more
+from onestill.core.tensors import Cond, as_times, broadcast, float32_or_more, laid_bare, to_device
 from onestill.diffusion.prediction import preconditioning
 from onestill.diffusion.trajectory import Denoiser
 from onestill.teachers.image_condition import ImageCondition
@@ -264,6 +264,16 @@ class Teacher(ABC):
         """Return `denoised` with another network in this one's place, such as a student's copy."""
         raise self._cannot(NO_NETWORK)
 
+    def first_call(self, eps: Tensor, network: Callable[..., object] | None = None) -> Tensor:
+        """Return f of the start state made of noise [B, *sample_shape] under some conditions; of another network if given.
+
+        The one call that a run makes before it writes anything; SettingError if a network of one's own fails in it.
+        """
+        x_t, cond = self.spec.trajectory.start(eps), to_device(self.example_rows(len(eps)), eps.device)
+        if network is None:
+            return self.denoised(x_t, self.spec.t_max, cond)
+        return self.denoised_by(network, x_t, self.spec.t_max, cond)
+
     def copy_network(self) -> nn.Module:
         """Return a trainable copy of the network, in float32 and in evaluation mode (no dropout)."""
         if not isinstance(self.network, nn.Module):
@@ -271,7 +281,7 @@ class Teacher(ABC):
                 "this teacher is a plain callable without weights, so the student cannot be a copy of it; "
                 "pass a torch.nn.Module of the student as `network=`"
             )
-        return copy.deepcopy(self.network).float().requires_grad_(True).eval()
+        return laid_bare(copy.deepcopy(self.network)).float().requires_grad_(True).eval()
 
     def share_network(self) -> nn.Module:
         """Return a network with modules of its own around this one's very parameters, frozen, in evaluation mode.
@@ -281,7 +291,7 @@ class Teacher(ABC):
         if not isinstance(self.network, nn.Module):
             raise ValueError("this teacher is a plain callable without weights, which nothing can be trained beside")
         shared = {id(tensor): tensor for tensor in (*self.network.parameters(), *self.network.buffers())}
-        return copy.deepcopy(self.network, shared).eval()
+        return laid_bare(copy.deepcopy(self.network, shared)).eval()
 
     def to(self, device: torch.device | str) -> Self:
         """Move the network, and what else it computes with, to `device`."""
@@ -294,7 +304,7 @@ class Teacher(ABC):
         digest = hashlib.sha256(repr(self.spec.facts()).encode())
         if isinstance(self.network, nn.Module):
             for name, value in self.network.state_dict().items():
-                digest.update(name.encode())
+                digest.update(name.replace("_orig_mod.", "").encode())  # of a compiled part
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from onestill.core.tensors import Cond
+from onestill.core.errors import SettingError, in_short, named
+from onestill.core.tensors import Cond, bare, to_device
 from onestill.diffusion.prediction import PREDICTION_TYPES
 from onestill.diffusion.process import Process
 from onestill.teachers.base import NetworkTeacher
 from onestill.teachers.teacher_spec import NO_THRESHOLD, TeacherSpec, Threshold
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class ModuleTeacher(NetworkTeacher):
@@ -20,10 +26,69 @@ class ModuleTeacher(NetworkTeacher):
     def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
         output = network(x_t, net_time, **cond)
         if not isinstance(output, Tensor):
-            raise TypeError(f"the teacher's network must return a tensor, it returned {type(output).__name__}")
+            why = f"must return a tensor, it returned {type(output).__name__}"
+            raise SettingError("network", why=why, todo="wrap it in a module that returns the prediction alone")
         if output.shape != x_t.shape:
-            raise ValueError(f"the teacher's network returned shape {list(output.shape)} for input {list(x_t.shape)}")
+            why = f"returned shape {list(output.shape)} for input {list(x_t.shape)}"
+            todo = f"wrap it so that it returns its prediction alone, or give another {named('sample_shape')}"
+            raise SettingError("network", why=why, todo=todo)
         return output
+
+    def first_call(self, eps: Tensor, network: Callable[..., object] | None = None) -> Tensor:
+        network, x_t = self.network if network is None else network, self.spec.trajectory.start(eps)
+        labels = [*self.spec.labels[:1], *self.spec.labels[-1:], self.spec.null_class]
+        known = torch.tensor([label for label in labels if label is not None] or [0], device=eps.device)
+        rows = {"class_labels": known[torch.arange(len(eps)) % len(known)]} if self.spec.labels else {}
+        t_max = self.spec.t_max
+        try:
+            found, again = (self.denoised_by(network, x_t, t_max, rows) for _ in range(2))
+        except (SettingError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # whatever a network of somebody's raises
+            call = f"network(x, t{', class_labels=...' if rows else ''})"
+            why = f"cannot be called as {call} with x {list(x_t.shape)} and t [{len(x_t)}]: {in_short(error)}"
+            raise SettingError("network", why=why, todo=self._todo(network, x_t, rows)) from error
+        if not found.isfinite().all():
+            why = f"returns numbers that are not finite (NaN or infinity) at the start level t = {t_max:g}"
+            raise SettingError("network", why=why, todo=f"look at its weights, or give a smaller {named('t_max')}")
+        if (found - again).square().mean() > 1e-4 * found.square().mean():
+            why = "returns something else when it is called again with the same input, in evaluation mode"
+            raise SettingError("network", why=why, todo="take out what it draws itself, such as functional dropout")
+        return found
+
+    def _todo(self, network: Callable[..., Any], x: Tensor, rows: Cond) -> str:
+        """Return what to do with a network that cannot be called, found by calling it in other ways."""
+        t = self.spec.process.net_time(torch.full((len(x),), self.spec.t_max, dtype=torch.float64)).to(x)
+        dtypes = {p.dtype for p in network.parameters()} if isinstance(network, nn.Module) else set()
+        if others := dtypes - {x.dtype}:
+            return f"its weights are {', '.join(map(str, others))}: convert it first, network.float()"
+        labels, told = torch.zeros(len(x), dtype=torch.long, device=x.device), f"its time here is {float(t[0]):g}"
+        whole = "it takes whole numbers as time, as an nn.Embedding does: wrap it in a module that rounds its time"
+        ways: dict[str, Callable[[], object]] = {
+            "it takes (t, x): wrap it in a module with forward(x, t), the noisy sample first": lambda: network(t, x, **rows),
+            f"{whole}, t.round().long(); {told}": lambda: network(x, t.round().long(), **rows),
+            "it takes its time as [B, 1]: wrap it in a module that calls it with t[:, None]": lambda: network(
+                x, t[:, None], **rows
+            ),
+            "it takes one time for the whole batch: wrap it in a module that takes one for each": lambda: network(
+                x, t[0], **rows
+            ),
+            "it takes no time: wrap it in a module with forward(x, t)": lambda: network(x, **rows),
+            f"it wants classes: give {named('num_classes')}": lambda: network(x, t, class_labels=labels),
+        }
+        if rows:
+            other = "it takes its classes by another name: wrap it in a module with forward(x, t, class_labels)"
+            none = f"it takes no class_labels: leave {named('num_classes')} out"
+            ways |= {other: lambda: network(x, t, labels), none: lambda: network(x, t)}
+        for words, call in ways.items():
+            try:
+                output = call()
+            except Exception:  # noqa: S112 - the next way
+                continue
+            if isinstance(output, Tensor) and output.shape == x.shape:
+                return words
+        given = "its arguments are the noisy sample, then the time of each image, then class_labels if it has classes"
+        return f"{given}; {named('sample_shape')} is {self.spec.sample_shape}, and {told}"
 
 
 def module_teacher(
@@ -44,6 +109,12 @@ def module_teacher(
     x is [B, *sample_shape], net_time [B] is `process.net_time(t)`. It returns a tensor of x's shape that holds
     what `prediction_type` says. A native EDM network D(x; sigma) is `VE(time_input="sigma")` with "sample".
 
+    "velocity" is eps - x_0, from data to noise. A flow network that runs from noise to data predicts x_0 - eps: give
+    a module that returns its negative, and `FlowMatching(net_scale=-1.0, net_offset=1.0)` if its time is 0 at noise.
+
+    The network is put into evaluation mode; weights in half precision become float32, which students are trained in.
+    What `torch.compile`, DataParallel and DistributedDataParallel put around it is taken off.
+
     Args:
         network: A module, or any callable.
         process: The noise process it was trained on.
@@ -56,10 +127,13 @@ def module_teacher(
         sigma_data: Standard deviation of the data, for "edm".
 
     Raises:
-        ValueError: If the prediction type is unknown or cannot start on this process.
+        SettingError: If an argument is of another type, the prediction type is unknown or cannot start on this
+            process, or the network is none or has no weights of its own yet.
     """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+    _check(process, prediction_type, threshold, {"sigma_data": sigma_data, "t_max": 1.0 if t_max is None else t_max})
+    num_classes, null_class = _count("num_classes", num_classes, 1), _count("null_class", null_class, 0)
+    if null_class is not None and num_classes is None:
+        raise SettingError("null_class", null_class, "is a label of classes", f"give {named('num_classes')} too")
     if t_max is not None:
         process.check_start_level(prediction_type, t_max)
     start, reason = process.start_level(prediction_type) if t_max is None else (t_max, "given")
@@ -68,7 +142,7 @@ def module_teacher(
         source="",
         process=process,
         prediction_type=prediction_type,
-        sample_shape=tuple(sample_shape),
+        sample_shape=_shape(sample_shape),
         t_max=start,
         t_max_reason=reason,
         num_classes=num_classes,
@@ -76,4 +150,49 @@ def module_teacher(
         threshold=threshold,
         sigma_data=sigma_data,
     )
-    return ModuleTeacher(network, spec)
+    return ModuleTeacher(own_network(network), spec)
+
+
+def own_network(network: Any) -> Any:
+    """Return a network of one's own as it is used: not wrapped, in float32 or more; SettingError if it is none."""
+    if not callable(network) or isinstance(network, type):
+        what = f"the class {network.__name__}" if isinstance(network, type) else f"of type {type(network).__name__}"
+        raise SettingError("network", why=f"is {what}", todo="give a torch.nn.Module, an instance, or a function")
+    if not isinstance(network, nn.Module):
+        return network
+    network = bare(network)
+    if any(type(part).__module__.partition(".")[0] == "peft" for part in network.modules()):
+        why = "holds adapters of peft, and a student is a copy of a whole network"
+        raise SettingError("network", why=why, todo="merge them first: network.merge_and_unload()")
+    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+        raise SettingError("network", why="has weights on the device 'meta', which holds none", todo="load them first")
+    return network.float() if any(p.dtype in HALVES for p in network.parameters()) else network
+
+
+def _check(process: Any, prediction_type: Any, threshold: Any, numbers: dict[str, Any]) -> None:
+    if not isinstance(process, Process):
+        todo = "give a noise process, such as onestill.CosineVP() or onestill.FlowMatching()"
+        raise SettingError("process", process, "is none", todo)
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+    if not isinstance(threshold, Threshold):
+        raise SettingError("threshold", threshold, "is none", "give an onestill.teachers.teacher_spec.Threshold")
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise SettingError(name, value, "must be a number above 0")
+
+
+def _shape(given: Any) -> tuple[int, ...]:
+    sizes = tuple(given) if isinstance(given, (tuple, list)) else ()
+    if not sizes or any(isinstance(n, bool) or not hasattr(n, "__index__") or operator.index(n) < 1 for n in sizes):
+        todo = "give sizes of at least 1 without the batch axis, such as (3, 32, 32)"
+        raise SettingError("sample_shape", given, "is no shape of one sample", todo)
+    return tuple(map(operator.index, sizes))
+
+
+def _count(name: str, given: Any, least: int) -> int | None:
+    if given is None:
+        return None
+    if isinstance(given, bool) or not hasattr(given, "__index__") or operator.index(given) < least:
+        raise SettingError(name, given, f"must be a whole number of at least {least}, or None")
+    return operator.index(given)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import Tensor, nn
 
 from onestill.core.errors import RunError, SettingError, named
+from onestill.core.tensors import to_device
 from onestill.data.conditions import Conditions
 from onestill.objectives.base import Context, Objective
 from onestill.objectives.registry import rows_of
@@ -74,6 +75,9 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = True
         if config.gradient_checkpointing:
             student.enable_gradient_checkpointing()
+        if self.accelerator.distributed_type is not DistributedType.NO and unused_parameters(student.to(self.device)):
+            # Every process waits for every gradient, unless it is told to look which there are.
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         decay = config.ema_target_decay
         follower = student.twin() if decay else None
         own = Trained("student", student, self.accelerator, config, follower=follower, follower_decay=decay)
@@ -269,6 +273,18 @@ class Trainer:
         if self.accelerator.scaler is not None and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.watch.forget_after(self.progress.step)
+
+
+def unused_parameters(student: Student) -> list[str]:
+    """Return the names of trained parameters that have no part in the student's output, by one backward of one row."""
+    spec, device = student.spec, next(student.parameters()).device
+    cond = to_device(student.with_scale(student.teacher.example_rows(1), None, 1), device)
+    x_a = spec.trajectory.start(torch.zeros(1, *spec.sample_shape, device=device))
+    named_parameters = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    with torch.enable_grad():
+        total = student(x_a, None, spec.t_max, cond).sum()
+        found = torch.autograd.grad(total, [p for _, p in named_parameters], allow_unused=True)
+    return [name for (name, _), gradient in zip(named_parameters, found, strict=True) if gradient is None]
 
 
 def make_accelerator(config: DistillConfig) -> Accelerator:
