@@ -81,9 +81,11 @@ def num_parameters(module: nn.Module) -> int:
 
 def bare(module: nn.Module) -> nn.Module:
     """Return the module inside what `torch.compile`, DataParallel and DistributedDataParallel put around one."""
-    while isinstance(inner := vars(module)["_modules"].get("_orig_mod"), nn.Module) or isinstance(module, PARALLEL):
-        module = module.module if inner is None else inner
-    return module
+    while True:
+        inner = module.module if isinstance(module, PARALLEL) else vars(module)["_modules"].get("_orig_mod")
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def laid_bare(module: nn.Module) -> nn.Module:

@@ -27,7 +27,14 @@ from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
 from onestill.export.export import ExportError, export_student
 from onestill.runs.build import Run, build_run, chosen_threshold, configure
-from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, TEACHER_FILE, RunFacts, make_output_dir
+from onestill.runs.folder import (
+    CONFIG_FILE,
+    PIPELINE_FOLDER,
+    TEACHER_FILE,
+    RunFacts,
+    make_output_dir,
+    removed_if_nothing_came,
+)
 from onestill.runs.memory import going_on
 from onestill.runs.rehearsal import rehearse
 from onestill.students import model_card as card
@@ -100,7 +107,7 @@ def distill(
 
 def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None) -> RunResult:
     """Train a run to its end, or until SIGINT or SIGTERM, and export it; RunError if it cannot go on."""
-    with going_on(run):
+    with going_on(run), removed_if_nothing_came(run.config.output_dir):
         return _carried_out(run, show_progress, on_step)
 
 

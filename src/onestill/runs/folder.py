@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,3 +105,25 @@ def make_output_dir(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingError("output_dir", folder, f"cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def removed_if_nothing_came(folder: Path) -> Iterator[None]:
+    """Take a run's files away if it ends in an error before anything came of it, so that they block no other run.
+
+    Only of a folder that was empty or not there; pools, which may have taken hours, are kept with all that is there.
+    """
+    was_there = folder.is_dir()
+    is_new = not was_there or not any(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        logs, own = folder / "logs", {CONFIG_FILE, TEACHER_FILE, "logs"}
+        if is_new and folder.is_dir() and {p.name for p in folder.iterdir()} <= own and not [*logs.glob("*.*")]:
+            for name in (CONFIG_FILE, TEACHER_FILE):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(logs, ignore_errors=True)
+            if not was_there:
+                with suppress(OSError):
+                    folder.rmdir()
+        raise

@@ -126,7 +126,7 @@ class BiasInjection(Injection):
 
     def bake(self, network: nn.Module, extra: Tensor) -> None:
         for name, zero in self.maps.items():
-            layer = network.get_submodule(name.replace("/", "."))
+            layer: Any = network.get_submodule(name.replace("/", "."))
             bias, old = zero(extra).detach(), layer.bias
             layer.bias = nn.Parameter(bias.to(layer.weight.device) if old is None else old.detach() + bias.to(old))
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.errors import SettingError, in_short, named
-from onestill.core.tensors import Cond, bare, to_device
+from onestill.core.memory import is_out_of_memory
+from onestill.core.tensors import Cond, bare
 from onestill.diffusion.prediction import PREDICTION_TYPES
 from onestill.diffusion.process import Process
 from onestill.teachers.base import NetworkTeacher
@@ -42,9 +43,11 @@ class ModuleTeacher(NetworkTeacher):
         t_max = self.spec.t_max
         try:
             found, again = (self.denoised_by(network, x_t, t_max, rows) for _ in range(2))
-        except (SettingError, torch.OutOfMemoryError, MemoryError):
+        except SettingError:
             raise
         except Exception as error:  # whatever a network of somebody's raises
+            if is_out_of_memory(error):
+                raise
             call = f"network(x, t{', class_labels=...' if rows else ''})"
             why = f"cannot be called as {call} with x {list(x_t.shape)} and t [{len(x_t)}]: {in_short(error)}"
             raise SettingError("network", why=why, todo=self._todo(network, x_t, rows)) from error
@@ -65,7 +68,9 @@ class ModuleTeacher(NetworkTeacher):
         labels, told = torch.zeros(len(x), dtype=torch.long, device=x.device), f"its time here is {float(t[0]):g}"
         whole = "it takes whole numbers as time, as an nn.Embedding does: wrap it in a module that rounds its time"
         ways: dict[str, Callable[[], object]] = {
-            "it takes (t, x): wrap it in a module with forward(x, t), the noisy sample first": lambda: network(t, x, **rows),
+            "it takes (t, x): wrap it in a module with forward(x, t), the noisy sample first": lambda: network(
+                t, x, **rows
+            ),
             f"{whole}, t.round().long(); {told}": lambda: network(x, t.round().long(), **rows),
             "it takes its time as [B, 1]: wrap it in a module that calls it with t[:, None]": lambda: network(
                 x, t[:, None], **rows
@@ -83,7 +88,7 @@ class ModuleTeacher(NetworkTeacher):
         for words, call in ways.items():
             try:
                 output = call()
-            except Exception:  # noqa: S112 - the next way
+            except Exception:
                 continue
             if isinstance(output, Tensor) and output.shape == x.shape:
                 return words

@@ -82,5 +82,11 @@ def doubts(found: Look, spec: TeacherSpec) -> str:
     if spec.prediction_type == "velocity":
         cause = "a velocity of the other sign (it is eps - x_0 here; negate yours if it is x_0 - eps)"
     where = f"what it predicts of x_0 at the start level repeats the noise: {measured}"
-    where = where if repeats else f"what it predicts of x_0 from noise is {'0' if not found.rms else 'very large'}: {measured}"
-    return f"{where}; a trained denoiser gives {expected}. Likely causes: {cause}, another time or scale, or no training"
+    where = (
+        where
+        if repeats
+        else f"what it predicts of x_0 from noise is {'0' if not found.rms else 'very large'}: {measured}"
+    )
+    return (
+        f"{where}; a trained denoiser gives {expected}. Likely causes: {cause}, another time or scale, or no training"
+    )
