@@ -236,9 +236,7 @@ def test_exact_teachers_are_not_doubted(std: float, process: Any, t_max: float) 
         assert not doubts(look(teacher, "cpu"), teacher.spec) or not look(teacher, "cpu").rms
 
 
-def test_embedded_teachers_are_not_doubted_and_another_type_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embedded_teachers_are_not_doubted() -> None:
     teacher = onestill.load_teacher("digits")
     assert not doubts(look(teacher, "cpu"), teacher.spec)
     eps = noise(range(64), teacher.spec.sample_shape)
