@@ -272,7 +272,10 @@ class FlowMatching(Process):
     Args:
         shift: Time shift as in diffusers' FlowMatchEulerDiscreteScheduler; 1 is none.
         net_scale: The network's time is net_offset + net_scale * u.
-        net_offset: Its value at the clean end; with net_scale = -1 and net_offset = 1 it runs from clean to noise.
+        net_offset: Its value at the clean end; with net_scale = -1 and net_offset = 1 it is 0 at noise and 1 at data.
+
+    A network of prediction type "velocity" says eps - x_0 on it, whatever its time. One that was trained from noise to
+    data says x_0 - eps: turn its sign too, by a module that returns its negative.
     """
 
     name = "flow"
