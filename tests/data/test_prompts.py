@@ -121,3 +121,18 @@ def test_memory_is_bytes_per_prompt_and_not_the_prompts(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 20
+
+
+def test_lines_may_end_with_cr_alone(tmp_path: Path) -> None:
+    found = PromptFile(written(tmp_path / "p.txt", "a cat\ra dog\r\rzwei Hündchen\r\na\nb"))
+    assert list(found) == ["a cat", "a dog", "zwei Hündchen", "a", "b"] and found[2] == "zwei Hündchen"
+    many = [f"prompt {i} {'x' * 90}" for i in range(20_000)]  # 2 MB in one line, as a program for LF sees it
+    long = PromptFile(written(tmp_path / "m.txt", "\r".join(many)))
+    assert len(long) == len(many) and all(long[i] == many[i] for i in (0, 1, 170, 9_999, 19_999))
+    rows = PromptFile(written(tmp_path / "p.csv", 'id,prompt\r1,"a ""red"" cat"\r2,b\r'))
+    assert list(rows) == ['a "red" cat', "b"]
+
+
+def test_a_prompt_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 2: a prompt of 20,000 characters; give at most 10,000"):
+        PromptFile(written(tmp_path / "p.txt", "a\n" + "x" * 20_000))

@@ -156,6 +156,7 @@ _short = _Short().repr
 
 def _cut(text: str) -> str:
     """Return a value as it is shown: the beginning of a long one, and how long it is."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 4]}... ({len(text):,} characters)"
 
 

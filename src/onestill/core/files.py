@@ -16,10 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onestill.core.errors import SettingError
+from onestill.core.paths import place_fault
 from onestill.core.reading import loading
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Ends the names of files that are pickles, which can run code when they are opened: none is ever opened."""
+RUN_FILE = "teacher.json"
+"""Says what the run in its folder was distilled from."""
 MARK_FILE = "onestill.json"
 """Says that its folder holds a one-step student, beside stock files."""
 PROBE = ".probe"
@@ -99,6 +102,8 @@ def _mode_of_new_files(folder: Path) -> int:
 
 def check_writable(path: Path, setting: str) -> None:
     """Raise SettingError if `path`, which a setting names, or the folder it would be made in, cannot be written to."""
+    if fault := place_fault(path):
+        raise SettingError(setting, path, fault)
     parent = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     if parent == path.absolute() and not path.is_dir():
         parent = parent.parent

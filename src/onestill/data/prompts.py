@@ -24,6 +24,7 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 KINDS = (".txt", ".jsonl", ".csv")
 LONGEST_LINE = 1 << 20
+_BLOCK = 1 << 14
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -142,11 +143,13 @@ class _Lines:
         self.number, self.offset = 0, file.tell()
 
     def lines(self) -> Iterator[str]:
-        while whole := self.file.readline(LONGEST_LINE + 1):
+        size = _BLOCK
+        while whole := self.file.readline(size):
             pieces = whole.splitlines(keepends=True)  # at a lone CR too, as old editors end lines
-            if len(pieces) > 1 and len(whole) > LONGEST_LINE:
+            if len(whole) == size <= LONGEST_LINE and not whole.endswith(b"\n"):
                 self.file.seek(-len(pieces[-1]), os.SEEK_CUR)  # which goes on beyond what was read
                 del pieces[-1]
+            size = _BLOCK if pieces else min(16 * size, LONGEST_LINE + 1)
             for raw in pieces:
                 self.number += 1
                 first = self.offset == 0

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onestill.core.errors import FoundWarning, SettingError, named
-from onestill.core.files import check_writable
+from onestill.core.files import RUN_FILE, check_writable
 from onestill.core.reading import OwnFile, read_object
 from onestill.students.model_card import Distilled
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest
 from onestill.training.config import DistillConfig, make_config
 
-CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", "teacher.json", "pipeline"
+CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", RUN_FILE, "pipeline"
 """What a run's folder holds, besides checkpoints, logs and pictures."""
 REHEARSAL = ".onestill-rehearsal"
 """The folder of an export that is made for a try and removed; only a killed process leaves it."""

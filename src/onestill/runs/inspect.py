@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onestill.core.devices import resolve_device, seconds_of
-from onestill.core.errors import named
+from onestill.core.errors import SettingError, named
 from onestill.core.memory import enough_memory
 from onestill.core.tensors import num_parameters, row_bytes, to_device
 from onestill.data.cascade import FirstStage
@@ -25,6 +25,8 @@ from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.training.config import DistillConfig
 
+MOST_MEMORY = 32e12
+"""Bytes that the largest machine has."""
 A_PICTURE = "a picture to enlarge"
 """What a teacher enlarges where nobody has named the student that draws it."""
 
@@ -98,6 +100,9 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
     student = make_student(teacher, config).to(device)
     with enough_memory("a step of a few images", less_memory(config, student)):
         cost = estimate(student, config, device, first_stage)
+    if cost.memory > MOST_MEMORY:
+        why = f"a step takes {cost.memory / 1e12:,.0f} TB, which no machine has"
+        raise SettingError("train_batch_size", config.train_batch_size, why, "lower it")
     space = space_of(student, config)
     alpha, sigma = spec.process.level(spec.t_max)
     limits = teacher.prompt_limits if spec.text else ()

@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 
 from onestill.core.errors import SettingError, named
-from onestill.core.files import MARK_FILE
+from onestill.core.files import MARK_FILE, RUN_FILE
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.build import load_family
 from onestill.teachers.pipelines.families import FAMILIES
@@ -246,6 +246,9 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
     """Return the model_index.json of a pipeline's folder; ValueError if there is none, or a broken one."""
     path = folder / "model_index.json"
     if not path.is_file():
+        if any((each / RUN_FILE).is_file() for each in (folder, folder.parent)):
+            todo = f"name the teacher that it was distilled from; {named('student')} draws with it"
+            raise SettingError("teacher", source, "is a run, whose student has one step", todo)
         raise ValueError(f"{source} is no diffusers pipeline: it has no model_index.json")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
