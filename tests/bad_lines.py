@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from onestill.cli.fields import ALIASES
 from onestill.cli.guesses import NAMES
 from onestill.core.settings import about, names_path
 from onestill.evaluation.config import EvaluateConfig
@@ -184,6 +185,12 @@ def _of_guesses() -> Iterator[Line]:
     for command, (model, _) in COMMANDS.items():
         for guess, meant in NAMES.items():
             has = [name for name in meant if name in model.model_fields]
-            own = ("config", "json", "prompt", "help", "dry_run")
+            own = (
+                "config",
+                "json",
+                "help",
+                "dry_run",
+                *(alias[2:] for aliases in ALIASES.values() for alias in aliases),
+            )
             if has and len(guess) > 1 and guess not in model.model_fields and guess not in own:
                 yield Line((command, f"--{guess}", "1"), f"no such option: --{guess}; did you mean --{has[0]}?")
