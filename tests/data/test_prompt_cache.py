@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from onestill.core.errors import FoundWarning, RunError
 from onestill.core.files import PROBE
 from onestill.core.tensors import Cond
 from onestill.data import prompt_cache
@@ -94,6 +98,58 @@ def test_a_damaged_shard_is_not_used_and_written_anew(tmp_path: Path) -> None:
     assert len(cache) == 0 and f"{path} is not used" in cache.messages[0]
     fill(cache, TEXTS)
     assert len(PromptCache(tmp_path, "one", LIKE)) == 100
+
+
+def changed(path: Path, **tensors: torch.Tensor) -> None:
+    """Write some tensors of a shard anew, as another program would: with what is said of them as it was."""
+    with safe_open(path, "pt") as file:
+        found, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({**found, **tensors}, path, said)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip(path, -3),
+        lambda path: flip(path, 40),
+        lambda path: changed(path, states=torch.full((100, 3, 2), torch.nan)),
+        lambda path: changed(path, states=torch.zeros(100, 3, 2, dtype=torch.float16)),
+        lambda path: changed(path, states=torch.zeros(7, 3, 2)),
+        lambda path: changed(path, **{"onestill.keys": torch.zeros(100)}),
+        lambda path: changed(path, **{"onestill.cut": torch.zeros(3, dtype=torch.int32)}),
+        lambda path: path.unlink(),
+        lambda path: shutil.rmtree(path.parent),
+    ],
+)
+def test_what_is_not_what_was_written_is_encoded_again(
+    tmp_path: Path, damage: Callable[[Path], None], recwarn: pytest.WarningsRecorder
+) -> None:
+    fill(PromptCache(tmp_path, "one", LIKE), TEXTS)
+    (path,) = (tmp_path / "one").iterdir()
+    damage(path)
+    cache, keys = PromptCache(tmp_path, "one", LIKE), keys_of(TEXTS)
+    cache.verify(keys)
+    assert len(cache.missing(keys)) == 100
+    assert not path.exists() or cache.messages, "it is said"
+    fill(cache, TEXTS)
+    cache.verify(keys)
+    expected = Encoder()(TEXTS)
+    assert all(torch.equal(value, expected[name]) for name, value in cache.rows(keys).items())
+    assert all(issubclass(warning.category, FoundWarning) for warning in recwarn)
+
+
+def test_a_cache_that_vanished_meanwhile_is_one_line(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path, "one", LIKE)
+    fill(cache, TEXTS)
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(RunError, match="cannot be read any more: .*; go on with the run, and what is missing is enc"):
+        cache.rows(keys_of(TEXTS))
 
 
 class Crash(BaseException):

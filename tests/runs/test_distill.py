@@ -14,8 +14,10 @@ import torch
 from runs_helpers import (
     FAST,
     NULL_CLASS,
+    Interruption,
     copied,
     finished_run,
+    interrupt_at,
     restored,
     snapshot,
     teacher_folder,
@@ -28,6 +30,7 @@ from torch import nn
 
 import onestill
 from onestill.core.devices import resolve_device
+from onestill.core.errors import FoundWarning
 from onestill.core.files import check_writable
 from onestill.core.settings import read_yaml
 from onestill.diffusion.process import CosineVP
@@ -370,6 +373,21 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert snapshot(run / "pipeline") == before
 
 
+def test_a_damaged_log_is_gone_on_with_and_kept_beside(tmp_path: Path) -> None:
+    logs = tmp_path / "run" / "logs"
+    with pytest.raises(Interruption):
+        distil(tmp_path / "run", on_step=interrupt_at(3), logging_steps=1, checkpointing_steps=2)
+    one, _two, three = (logs / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    damaged = [one, b'{"step": "x"}\n', b"\xff\n", b"[" * 9999 + b"\n", one, three]
+    (logs / "metrics.jsonl").write_bytes(b"".join(damaged))
+    with pytest.warns(FoundWarning, match=r"has 4 lines that cannot be read; it is kept as metrics-damaged-1\.jsonl"):
+        distil(tmp_path / "run", resume_from_checkpoint="latest", logging_steps=1, checkpointing_steps=2)
+    steps = [json.loads(line)["step"] for line in (logs / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 3, 4]
+    assert (logs / "metrics-damaged-1.jsonl").read_bytes() == b"".join(damaged)
+
+
+@pytest.mark.filterwarnings("ignore::onestill.core.errors.FoundWarning")
 def test_a_run_begun_again_begins_its_log_again(tmp_path: Path) -> None:
     logs = tmp_path / "run" / "logs"
     logs.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -181,6 +182,32 @@ def test_rotation_never_shows_half_a_checkpoint(tmp_path: Path, monkeypatch: pyt
     )
     rotate(tmp_path, 1, newest=2)
     assert ".checkpoint-1.removed" in seen and not any(name.startswith("checkpoint") for name in seen)
+
+
+def test_no_flipped_bit_of_the_state_is_taken(tmp_path: Path) -> None:
+    """A flip that leaves the values as they were is none; any other is damage, and never another error."""
+    folder = write_checkpoint(tmp_path, 3, make_checkpoint(2.0))
+    path, whole, refused = folder / STATE_FILE, (folder / STATE_FILE).read_bytes(), 0
+    values = read_checkpoint(folder).values
+    draws, said = random.Random(0), set[str]()
+    for _ in range(300):
+        content = bytearray(whole)
+        content[draws.randrange(len(whole))] ^= 1 << draws.randrange(8)
+        path.write_bytes(content)
+        try:
+            assert read_checkpoint(folder).values == values
+        except ValueError as error:
+            said.add(str(error).partition(": ")[0] if "\n" not in str(error) else str(error))
+            refused += 1
+    assert refused > 250 and said == {f"checkpoint {folder} is corrupt"}
+
+
+def test_a_changed_rate_is_damage_and_the_checkpoint_before_is_taken(tmp_path: Path) -> None:
+    before = write_checkpoint(tmp_path, 2, make_checkpoint())
+    path = write_checkpoint(tmp_path, 3, make_checkpoint()) / STATE_FILE
+    path.write_text(path.read_text().replace("0.0001", "0.0002"))
+    folder, _, said = read_latest(tmp_path)
+    assert folder == before and "state.json is not what was written; falling back to the one before" in said[0]
 
 
 def test_what_another_version_wrote_is_not_misread(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ class UnknownSettingError(SettingError):
 
 def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
     """Raise SettingError naming each unknown key of `values` and the nearest known name."""
-    names = [str(key)[:80] for key in values if key not in known]
+    names = [str(key)[:80] for key in values if key not in known][:20]
     near = [(name, difflib.get_close_matches(name, known, n=1)) for name in names]
     errors = [UnknownSettingError(name, todo=match[0] if match else "", where=where) for name, match in near]
     if errors:

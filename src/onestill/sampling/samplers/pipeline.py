@@ -14,8 +14,10 @@ import diffusers
 import torch
 from torch import Tensor
 
-from onestill.core.errors import SettingError, named
+from onestill.core.errors import RunError, SettingError, named
+from onestill.core.memory import is_out_of_memory
 from onestill.core.patch import replaced
+from onestill.core.reading import reason
 from onestill.core.tensors import Cond
 from onestill.data.cascade import FirstStage, check_shape, second_noise
 from onestill.sampling.generate import Rows
@@ -82,8 +84,12 @@ def open_pipeline(
         sampler = PipelineSampler(pipeline, spec, distilled, device, first_stage=first_stage, noise_level=level)
         if (mark := read_mark(folder)) is not None and mark.sample_shape != sampler.sample_shape:
             raise ValueError(f"its samples have shape {sampler.sample_shape}, and its mark says {mark.sample_shape}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise SettingError("student", str(folder), f"does not load: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a call with arguments of a wrong kind ends in errors of every kind
+        if isinstance(error, RunError) or is_out_of_memory(error):
+            raise
+        own = isinstance(error, (OSError, ValueError)) and str(error)
+        why = str(error).splitlines()[0] if own else reason(error)
+        raise SettingError("student", str(folder), f"does not load: {why}") from error
     if first_stage is not None:
         check_shape(first_stage, sampler.sample_shape)
     sampler.name, sampler.trained = f"the student in {folder}", trained

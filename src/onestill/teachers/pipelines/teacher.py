@@ -248,7 +248,12 @@ class PipelineTeacher(NetworkTeacher):
         return load_stock(type(self.pipeline), self.folder, given, with_checker=with_checker)
 
 
-Plain = StrictBool | Annotated[int, Field(strict=True, gt=-(2**31), lt=2**31)] | float | str
+Plain = (
+    StrictBool
+    | Annotated[int, Field(strict=True, gt=-(2**31), lt=2**31)]
+    | Annotated[float, Field(gt=-1e6, lt=1e6)]
+    | str
+)
 
 
 class CallFile(OwnFile):
