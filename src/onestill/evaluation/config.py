@@ -8,12 +8,13 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, Settings, setting
+from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, setting
+from onestill.teachers.settings import StoredSettings
 
 STUDENT, IMAGES, MEASURES, REPORT = "Student and teacher", "Images", "Measures", "Report"
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(StoredSettings):
     """How a student's one step is compared with its teacher's many."""
 
     student: Path = setting(..., STUDENT, "Folder of a run, a checkpoint-N folder, or an exported pipeline.")

@@ -192,7 +192,8 @@ def doubts_about(teacher: Teacher, config: DistillConfig, network: nn.Module | N
 
 def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_files_only: bool = False) -> Teacher:
     """Return the teacher that a configuration names, loaded as it says; SettingError if it cannot be."""
-    own = {name: getattr(config, name) for name in ("revision", "variant", "cache_dir", "null_class", "t_max")}
+    names = ("revision", "variant", "original_config", "cache_dir", "null_class", "t_max")
+    own = {name: getattr(config, name) for name in names}
     offline = config.local_files_only or local_files_only
     return load_teacher(config.teacher, local_files_only=offline, arguments=config.call_arguments, device=device, **own)
 
@@ -247,13 +248,14 @@ def _from_anywhere(config: DistillConfig) -> DistillConfig:
     """Return the configuration with absolute paths, so that its run opens from anywhere; names and hub ids stay."""
     paths = {name: getattr(config, name) for name in ("prompt_file", "prompt_cache_dir", "cache_dir")}
     found: dict[str, Any] = {name: path.expanduser().absolute() for name, path in paths.items() if path is not None}
-    return config.model_copy(update={**found, "teacher": _absolute(config.teacher)})
+    original = None if config.original_config is None else _absolute(config.original_config)
+    return config.model_copy(update={**found, "teacher": _absolute(config.teacher), "original_config": original})
 
 
 def _absolute(teacher: str) -> str:
-    """Return a folder's absolute path; names and hub ids as they are."""
-    folder = Path(teacher).expanduser()
-    return str(folder.resolve()) if teacher not in EMBEDDED and folder.is_dir() else teacher
+    """Return the absolute path of a folder or file; names and hub ids as they are."""
+    path = Path(teacher).expanduser()
+    return str(path.resolve()) if teacher not in EMBEDDED and (path.is_dir() or path.is_file()) else teacher
 
 
 def _with_usual_guidance(config: DistillConfig, teacher: Teacher) -> DistillConfig:

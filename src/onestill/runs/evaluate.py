@@ -37,6 +37,7 @@ from onestill.students.mark import refuse_student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher
+from onestill.teachers.settings import STORED
 from onestill.training.config import DistillConfig
 
 PICTURE_NAME = "samples.png"
@@ -178,6 +179,7 @@ def _load_teacher(config: EvaluateConfig, student: LoadedStudent, device: torch.
             raise SettingError("student", config.student, why, f"name it with {named('teacher')}")
         return run_teacher(student.run, device, local_files_only=config.local_files_only)
     given: dict[str, Any] = {} if run is None else {"t_max": run.t_max, "variant": run.variant}
+    given |= {name: value for name in STORED if (value := getattr(config, name)) is not None}
     given |= {"arguments": student.sampler.arguments, "local_files_only": config.local_files_only}
     load = functools.partial(load_teacher, config.teacher, device=str(device), **given)
     known = _recorded(student).null_class

@@ -99,7 +99,13 @@ def _teacher_sampler(config: SamplerSettings, teacher: Teacher | None, device: t
     else:
         offline, label, given = config.local_files_only, config.null_class, config.call_arguments
         teacher = load_teacher(
-            config.teacher, local_files_only=offline, null_class=label, device=str(device), arguments=given
+            config.teacher,
+            variant=config.variant,
+            original_config=config.original_config,
+            local_files_only=offline,
+            null_class=label,
+            device=str(device),
+            arguments=given,
         )
     refuse_student(teacher)
     teacher, first_stage = with_first_stage(teacher, config.base_student, config.noise_level, device=device)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, Settings, setting
-from onestill.teachers.settings import CallSettings
+from onestill.teachers.settings import STORED, CallSettings
 
 GENERATOR, IMAGES = "What generates", "Images"
 EXPLORING = "Exploring (one of them; the same noise or condition all over)"
@@ -57,7 +57,7 @@ class SamplerSettings(CallSettings):
         if self.num_inference_steps not in (None, 1):
             todo = f"give {named('teacher')} for more"
             raise SettingError("num_inference_steps", self.num_inference_steps, "a student has one step", todo)
-        for name in ("negative_prompt", "solver", "null_class", "noise_level", *self.call_arguments):
+        for name in ("negative_prompt", "solver", "null_class", "noise_level", *STORED, *self.call_arguments):
             if (value := getattr(self, name)) is not None:
                 raise SettingError(name, value, "is for a teacher; a student has it distilled in", "leave it out")
         return self

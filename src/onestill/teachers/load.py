@@ -21,6 +21,7 @@ from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.build import load_family
 from onestill.teachers.pipelines.families import FAMILIES
 from onestill.teachers.pipelines.generic import load_generic
+from onestill.teachers.pipelines.single_file import folder_of
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pixel import PIPELINES as UNET2D_PIPELINES
 from onestill.teachers.pixel import load_unet2d
@@ -86,6 +87,7 @@ def load_teacher(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    original_config: str | Path | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     null_class: int | None = None,
@@ -93,15 +95,18 @@ def load_teacher(
     device: str = "cpu",
     arguments: Mapping[str, Any] | None = None,
 ) -> Teacher:
-    """Return the teacher in a diffusers pipeline folder, of a hub id, or embedded under a name.
+    """Return the teacher in a diffusers pipeline folder or file, of a hub id, or embedded under a name.
 
-    Only safetensors are read and no remote code runs. Nothing is downloaded unless `source` is a hub id.
+    Only safetensors are read and no remote code runs. Nothing is downloaded unless `source` is a hub id. All weights are
+    loaded in float32, whatever their files hold.
 
     Args:
-        source: A folder, a hub id "owner/name", or an embedded teacher ("digits", "glyphs"; a folder of that name is "./digits").
+        source: A folder, a .safetensors of a whole pipeline, a hub id "owner/name", or an embedded teacher ("digits", "glyphs"; a folder of that name is "./digits").
         revision: Branch, tag or commit of the hub id.
         variant: Weights' variant such as "fp16".
-        cache_dir: Where downloads go; diffusers' own default if None.
+        original_config: For one file: a folder or hub id of a pipeline of its architecture, or the YAML of the original
+            training code; what the hub's cache has if None.
+        cache_dir: Where downloads go, and the folder that a file is made into; the usual caches if None.
         local_files_only: Never use the network.
         null_class: The label that means "no class"; known for embedded teachers.
         t_max: Start level in (0, 1]; chosen from the process and the prediction type if None.
@@ -114,9 +119,18 @@ def load_teacher(
             weights are pickles, missing or of the wrong shape, or the self-check against its scheduler fails.
     """
     source = str(source)
+    file = _file(source)
+    if original_config is not None and file is None:
+        why = "is the configuration of a teacher in one file, and this teacher is none"
+        raise SettingError("original_config", str(original_config), why, "leave it out")
     if source in EMBEDDED:
         folder = EMBEDDED[source].folder
         null_class = EMBEDDED[source].null_class if null_class is None else null_class
+    elif file is not None:
+        given = None if original_config is None else str(original_config)
+        folder = folder_of(
+            file, source, given, None if cache_dir is None else Path(cache_dir), offline=local_files_only
+        )
     else:
         folder = _find_folder(source, revision, variant, cache_dir, local_files_only)
     index = read_index(folder, source)
@@ -167,13 +181,19 @@ def _find_folder(
         return path
     if is_there:
         todo = "give the folder of a diffusers pipeline (the one with model_index.json)"
-        raise SettingError("teacher", source, "is a file", todo)
+        raise SettingError("teacher", source, "is no file", todo)
     is_path = source.startswith((".", "/", "~"))
     if is_path or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         todo = "give a folder of a diffusers pipeline, a hub id 'owner/name', or an embedded teacher"
         why = f"no such {'folder' if is_path else 'teacher'}"
         raise SettingError("teacher", source, why, f"{todo} ({', '.join(EMBEDDED)})")
     return _download(source, revision, variant, cache_dir, offline)
+
+
+def _file(source: str) -> Path | None:
+    """Return the file that a teacher is in; None if it is another thing."""
+    path, is_there = _look(source)
+    return path if is_there and path.is_file() and source not in EMBEDDED else None
 
 
 def _look(source: str) -> tuple[Path, bool]:

@@ -14,12 +14,28 @@ from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, Label, Settings, 
 TEACHER = "Teacher"
 MOST_PIXELS = 8192
 VARIANT = r"^[A-Za-z0-9_-]{1,64}$"
+STORED = ("variant", "original_config")
+"""Settings that say how a teacher's weights are stored."""
 CALL_ARGUMENTS = ("height", "width", "num_frames", "audio_end_in_s", "max_sequence_length")
 """Settings that are arguments of every call of the teacher's pipeline; its own defaults where they are not given."""
 
 
-class CallSettings(Settings):
-    """Arguments of every call of a teacher's pipeline."""
+class StoredSettings(Settings):
+    """How the weights of a teacher lie where it is."""
+
+    variant: str | None = setting(None, TEACHER, "Weights' variant, such as fp16.", may_change=True, pattern=VARIANT)
+    original_config: str | None = setting(
+        None,
+        TEACHER,
+        "For a teacher in one .safetensors file: folder or hub id of a pipeline of its architecture, or the YAML of its "
+        "training code.",
+        may_change=True,
+        path=True,
+    )
+
+
+class CallSettings(StoredSettings):
+    """How a teacher is stored, and arguments of every call of its pipeline."""
 
     height: int | None = setting(
         None, TEACHER, "Height of the pictures in pixels; the pipeline's if not given.", ge=1, le=MOST_PIXELS
@@ -57,13 +73,14 @@ class TeacherSettings(CallSettings):
     teacher: str = setting(
         ...,
         TEACHER,
-        "Folder of a diffusers pipeline, hub id, or embedded teacher (digits, glyphs).",
+        "Folder of a diffusers pipeline or one .safetensors of it, hub id, or embedded teacher (digits, glyphs).",
         may_change=True,  # its weights are compared themselves
         path=True,
     )
     revision: str | None = setting(None, TEACHER, "Branch, tag or commit of the hub id.", may_change=True, min_length=1)
-    variant: str | None = setting(None, TEACHER, "Weights' variant, such as fp16.", may_change=True, pattern=VARIANT)
-    cache_dir: Path | None = setting(None, TEACHER, "Where downloads of a hub id go.", may_change=True)
+    cache_dir: Path | None = setting(
+        None, TEACHER, "Where downloads of a hub id go, and what a single file is made into.", may_change=True
+    )
     local_files_only: bool = setting(False, TEACHER, "Never use the network.", may_change=True)
     null_class: int | None = setting(
         None, TEACHER, "Label that means 'no class'; needed for guidance.", ge=0, le=MOST_LABELS
