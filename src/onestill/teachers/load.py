@@ -119,20 +119,9 @@ def load_teacher(
             weights are pickles, missing or of the wrong shape, or the self-check against its scheduler fails.
     """
     source = str(source)
-    file = _file(source)
-    if original_config is not None and file is None:
-        why = "is the configuration of a teacher in one file, and this teacher is none"
-        raise SettingError("original_config", str(original_config), why, "leave it out")
-    if source in EMBEDDED:
-        folder = EMBEDDED[source].folder
-        null_class = EMBEDDED[source].null_class if null_class is None else null_class
-    elif file is not None:
-        given = None if original_config is None else str(original_config)
-        folder = folder_of(
-            file, source, given, None if cache_dir is None else Path(cache_dir), offline=local_files_only
-        )
-    else:
-        folder = _find_folder(source, revision, variant, cache_dir, local_files_only)
+    if source in EMBEDDED and null_class is None:
+        null_class = EMBEDDED[source].null_class
+    folder = _find_folder(source, revision, variant, original_config, cache_dir, local_files_only)
     index = read_index(folder, source)
     class_name = index["_class_name"]
     if reason := REFUSED.get(class_name):
@@ -174,26 +163,33 @@ def check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
 
 
 def _find_folder(
-    source: str, revision: str | None, variant: str | None, cache_dir: str | Path | None, offline: bool
+    source: str,
+    revision: str | None,
+    variant: str | None,
+    original_config: str | Path | None,
+    cache_dir: str | Path | None,
+    offline: bool,
 ) -> Path:
     path, is_there = _look(source)
+    is_file = is_there and path.is_file() and source not in EMBEDDED
+    if original_config is not None and not is_file:
+        why = "is the configuration of a teacher in one file, and this teacher is none"
+        raise SettingError("original_config", str(original_config), why, "leave it out")
+    if source in EMBEDDED:
+        return EMBEDDED[source].folder
     if is_there and path.is_dir():
         return path
+    if is_file:
+        given, place = None if original_config is None else str(original_config), cache_dir and Path(cache_dir)
+        return folder_of(path, source, given, place or None, offline=offline)
     if is_there:
-        todo = "give the folder of a diffusers pipeline (the one with model_index.json)"
-        raise SettingError("teacher", source, "is no file", todo)
+        raise SettingError("teacher", source, "is no file", "give the folder of a diffusers pipeline")
     is_path = source.startswith((".", "/", "~"))
     if is_path or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         todo = "give a folder of a diffusers pipeline, a hub id 'owner/name', or an embedded teacher"
         why = f"no such {'folder' if is_path else 'teacher'}"
         raise SettingError("teacher", source, why, f"{todo} ({', '.join(EMBEDDED)})")
     return _download(source, revision, variant, cache_dir, offline)
-
-
-def _file(source: str) -> Path | None:
-    """Return the file that a teacher is in; None if it is another thing."""
-    path, is_there = _look(source)
-    return path if is_there and path.is_file() and source not in EMBEDDED else None
 
 
 def _look(source: str) -> tuple[Path, bool]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ import diffusers
 import yaml
 from diffusers.loaders import single_file_utils as stock
 from safetensors import safe_open
+from torch import nn
 
 from onestill.core.errors import SettingError, in_short, named
 from onestill.core.files import PICKLE_SUFFIXES
@@ -59,8 +60,14 @@ def folder_of(file: Path, source: str, original_config: str | None, cache_dir: P
     config = _configuration_folder(_kind(shapes, source), source, given, offline=offline)
     place = (cache_dir or _default_cache_dir()) / f"{file.stem[:80]}-{_identity(file, config, original)}"
     if not (place / INDEX).is_file():
+        lacking = _lacking(source, config, shapes)
+        pipeline = _pipeline(file, source, config, original, shapes, tuple(lacking))
         with written(place) as partial:
-            _make(file, source, config, original, shapes, partial)
+            pipeline.save_pretrained(partial)
+            for part in lacking:
+                shutil.copytree(config / part, partial / part)
+            index = {**read_mapping(partial / INDEX), **lacking}
+            write_text(partial / INDEX, json.dumps(index, indent=2) + "\n")
     return place
 
 
@@ -146,41 +153,50 @@ def _identity(file: Path, config: Path, original: Mapping[str, Any] | None) -> s
     return digest.hexdigest()
 
 
-def _make(
+def _pipeline(
     file: Path,
     source: str,
     config: Path,
     original: Mapping[str, Any] | None,
     shapes: Mapping[str, SimpleNamespace],
-    place: Path,
-) -> None:
-    """Write the folder of a pipeline in one file."""
+    without: Sequence[str],
+) -> Any:
+    """Return the pipeline in a file, but for the components `without`, as its weights are stored."""
     index = read_mapping(config / INDEX)
     name = str(index.get("_class_name"))
     cls: Any = getattr(diffusers, name, None)
     if not hasattr(cls, "from_single_file"):
         raise SettingError("teacher", source, f"a {name} is read from no single file", "give its folder")
-    lacking = [part for part, entry in index.items() if _is_lacking(part, entry, shapes)]
-    parts: dict[str, Any] = {**dict.fromkeys([*lacking, CHECKER]), **_scheduler(config, index, original, shapes)}
-    taken = {part for part in parts if part in index}
+    parts = {**dict.fromkeys([*without, CHECKER]), **_scheduler(config, index, original, shapes)}
+    given = {part: value for part, value in parts.items() if part in index}
     more = {} if original is None else {"original_config": dict(original)}
     try:
         with loading(source):
-            pipeline = cls.from_single_file(
-                str(file), config=str(config), local_files_only=True, **{n: parts[n] for n in taken}, **more
-            )
-            pipeline.save_pretrained(place)
+            pipeline = cls.from_single_file(str(file), config=str(config), local_files_only=True, **given, **more)
+            _refuse_empty(pipeline)
     except ValueError as error:
         why = f"does not fit the configuration in {config}: {str(error).removeprefix(f'{source} cannot be read: ')}"
         todo = f"name that of its own architecture with {named('original_config')}"
         raise _cannot(source, in_short(ValueError(why), 400), todo, name) from error
-    for part in lacking:
+    return pipeline
+
+
+def _refuse_empty(pipeline: Any) -> None:
+    """Raise ValueError if a tensor of a pipeline was not in its file."""
+    for part, module in pipeline.components.items():
+        weights = module.named_parameters() if isinstance(module, nn.Module) else ()
+        if empty := [name for name, value in weights if value.is_meta]:
+            raise ValueError(f"it lacks {len(empty)} of the tensors of the {part}, such as {empty[0]!r}")
+
+
+def _lacking(source: str, config: Path, shapes: Mapping[str, SimpleNamespace]) -> dict[str, Any]:
+    """Return the entries of the components that a file lacks and that the folder has; SettingError if it has not."""
+    found = {part: entry for part, entry in read_mapping(config / INDEX).items() if _is_lacking(part, entry, shapes)}
+    for part in found:
         if not any((config / part).glob("*.safetensors")):
             todo = f"name a folder that has them with {named('original_config')}"
             raise SettingError("teacher", source, f"holds no {part}, and {config}/{part} no safetensors of it", todo)
-        shutil.copytree(config / part, place / part)
-    written_index = {**read_mapping(place / INDEX), **{part: index[part] for part in lacking}}
-    write_text(place / INDEX, json.dumps(written_index, indent=2) + "\n")
+    return found
 
 
 def _is_lacking(part: str, entry: Any, shapes: Mapping[str, SimpleNamespace]) -> bool:
