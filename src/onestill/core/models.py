@@ -75,8 +75,8 @@ def load_model(
     with loading(what):
         if place.is_dir():
             check_configs(place)
-            bounds = _held(weight_files(place, options.get("variant")))
-        with _within(*bounds), replaced(torch, "load", _refuse_pickle):
+            bounds = held(weight_files(place, options.get("variant")))
+        with within(*bounds), replaced(torch, "load", _refuse_pickle):
             model, info = cls.from_pretrained(folder, ignore_mismatched_sizes=True, **given)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if lacking := [name for name in missing if not (may_lack and re.search(may_lack, name))]:
@@ -142,7 +142,7 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _held(files: Sequence[Path]) -> tuple[int, int]:
+def held(files: Sequence[Path]) -> tuple[int, int]:
     """Return how many numbers and how many tensors the files hold, at most."""
     num_bytes = num_tensors = 0
     for path in files:
@@ -155,7 +155,7 @@ def _held(files: Sequence[Path]) -> tuple[int, int]:
 
 
 @contextmanager
-def _within(num_numbers: int, num_tensors: int) -> Iterator[None]:
+def within(num_numbers: int, num_tensors: int) -> Iterator[None]:
     """Stop the building of modules at several times what their files hold: tied weights and loading count as well."""
     most_numbers, most_parts = 4 * num_numbers + _SMALL, 40 * num_tensors + 10_000
     numbers = parts = 0

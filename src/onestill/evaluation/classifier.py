@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, in_short
 from onestill.core.files import save_tensors
+from onestill.core.models import LARGEST, held, within
+from onestill.core.reading import parse_json
 from onestill.core.writing import written
 from onestill.evaluation.heads import heads_of, pattern_of
 
 KIND = "onestill.ConvFeatures"
 _NORM_GROUPS = 8
+_MOST_BLOCKS = 32
 
 
 class ConvFeatures(nn.Module):
@@ -64,8 +67,10 @@ class ConvFeatures(nn.Module):
         sizes |= {"blocks_per_stage": blocks_per_stage, "feature_dim": feature_dim}
         self.config: dict[str, int | float] = {**sizes, "dropout": dropout}
         for key, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+                raise ValueError(f"{key} must be a whole number from 1 to {LARGEST}, got {str(value)[:40]}")
+        if max(num_stages, blocks_per_stage) > _MOST_BLOCKS:
+            raise ValueError(f"num_stages and blocks_per_stage must be at most {_MOST_BLOCKS}")
         if width % _NORM_GROUPS:
             raise ValueError(f"width must be a multiple of {_NORM_GROUPS}, got {width}")
         self.record: dict[str, Any] = {}
@@ -136,12 +141,14 @@ class ConvFeatures(nn.Module):
             why = f"was not written by ConvFeatures.save (its metadata says kind={kind!r}, wanted {KIND!r})"
             raise SettingError("path", source, why, "for a transformers model give its folder or id")
         try:
-            model = cls(**about["config"])
-            model.load_state_dict(load_file(source))
+            # As large as its weights are: nothing is allocated for what the header says.
+            with within(*held([source])), torch.device("meta"):
+                model = cls(**about["config"])
+            model.load_state_dict({key: value.float() for key, value in load_file(source).items()}, assign=True)
             model.record = dict(about.get("record", {}))
             _ = model.prompt_pattern  # and with it the heads: said now, not after the first row
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise SettingError("path", source, f"is damaged or of another version: {error}") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise SettingError("path", source, f"is damaged or of another version: {in_short(error)}") from error
         accuracy, fingerprint = model.record.get("held_out_accuracy"), hashlib.sha256(source.read_bytes()).hexdigest()
         known = f", held-out accuracy {accuracy:.1%}" if isinstance(accuracy, float) else ""
         model.name = f"ConvFeatures ({model.config['feature_dim']}-d{known}, sha256 {fingerprint[:8]})"
@@ -170,7 +177,7 @@ def _read_about(source: Path) -> dict[str, Any]:
     """Return what a file says about itself; empty where it is not a file of this package."""
     try:
         with safe_open(source, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("onestill", "{}"))
+            about = parse_json((file.metadata() or {}).get("onestill", "{}"), "what it says of itself")
             return about if isinstance(about, dict) else {}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise SettingError("path", source, f"is not a readable safetensors file ({error})") from error
+    except (SafetensorError, ValueError, OSError) as error:
+        raise SettingError("path", source, f"is not a readable safetensors file ({in_short(error)})") from error

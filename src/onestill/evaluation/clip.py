@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from onestill.core.errors import SettingError
+from onestill.core.models import check_configs
 from onestill.evaluation.features import check_range
-from onestill.evaluation.pretrained import HUB_ID, in_one_line, load_transformers, name_with_commit
+from onestill.evaluation.pretrained import HUB_ID, input_size, load_transformers, name_with_commit, told
 
 
 class ClipScore:
@@ -53,6 +55,9 @@ class ClipScore:
         self._texts: dict[str, Tensor] = {}
         self.max_tokens = int(self._model.config.text_config.max_position_embeddings)
         self.name = name_with_commit(source)
+        with told("clip", source, "does not run on a picture and a prompt"):
+            self(torch.zeros(1, 3, 8, 8), ["a picture"])
+            self._texts.clear()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Return the score of each picture, [N] float32 in [0, 100].
@@ -112,19 +117,17 @@ def _load(source: str, offline: bool) -> tuple[Any, Any]:
 
     arguments = {"trust_remote_code": False, "local_files_only": offline}
     nothing = " (local files only: nothing was downloaded)" if offline else ""
-    try:
+    with told("clip", source, f"cannot be loaded as a transformers model{nothing}"):
+        if os.path.isdir(source):
+            check_configs(Path(source))
         kind = AutoConfig.from_pretrained(source, **arguments).model_type
-    except (OSError, ValueError) as error:
-        why = f"cannot be loaded as a transformers model{nothing}: {in_one_line(error)}"
-        raise SettingError("clip", source, why) from error
     if kind != "clip":
         why = f"is a transformers model of type {kind!r}, and the CLIP score needs a whole CLIP"
         raise SettingError("clip", source, f"{why} ('clip': pictures and texts)")
     model, _ = load_transformers(source, offline, setting="clip", dtype=torch.float32)
-    try:
+    with told("clip", source, f"has no usable CLIP processor{nothing}"):
         processor = CLIPProcessor.from_pretrained(source, **arguments)
-    except (OSError, ValueError, TypeError) as error:
-        raise SettingError("clip", source, f"has no usable CLIP processor{nothing}: {in_one_line(error)}") from error
+        input_size(processor.image_processor)
     return model, processor
 
 

@@ -10,11 +10,16 @@ they stand. Case matters.
 import re
 from collections.abc import Mapping, Sequence
 
+import regex
 import torch
 from torch import Tensor
 
+from onestill.core.errors import SettingError
+
 Heads = Mapping[str, tuple[str, ...]]
 """The classes of each head, by the head's name, in the order of the logits."""
+_PATIENCE = 0.5  # seconds for one prompt; usual patterns take microseconds
+_LONGEST_PATTERN = 100_000
 ALL = "all"
 """The name of "every head is right" among the accuracies."""
 
@@ -46,6 +51,8 @@ def pattern_of(record: Mapping[str, object], heads: Heads) -> re.Pattern[str] | 
     text = record.get("prompt_pattern")
     if text is None:
         return None
+    if isinstance(text, str) and len(text) > _LONGEST_PATTERN:
+        raise ValueError(f"record['prompt_pattern'] has {len(text)} characters; it may have {_LONGEST_PATTERN}")
     try:
         pattern = re.compile(text if isinstance(text, str) else "")
     except (re.error, RecursionError, OverflowError) as error:
@@ -57,8 +64,17 @@ def pattern_of(record: Mapping[str, object], heads: Heads) -> re.Pattern[str] | 
 
 
 def read_prompt(prompt: str, heads: Heads, pattern: re.Pattern[str]) -> tuple[int, ...] | None:
-    """Return the class of each head that a prompt asks for; None for a prompt that is not of this kind."""
-    match = pattern.fullmatch(prompt.strip())
+    """Return the class of each head that a prompt asks for; None for a prompt that is not of this kind.
+
+    Raises:
+        SettingError: If the pattern does not end: it tries again and again, as `(a+)+` does.
+    """
+    try:
+        # The engine that knows a bound.
+        match = regex.fullmatch(pattern.pattern, prompt.strip(), timeout=_PATIENCE)
+    except (TimeoutError, regex.error) as error:
+        why = f"the classifier's prompt_pattern {pattern.pattern[:60]!r} does not end on the prompt {prompt[:60]!r}"
+        raise SettingError("features", why=why, todo="write one without a repetition inside another") from error
     if match is None or any(match[name] not in classes for name, classes in heads.items()):
         return None
     return tuple(classes.index(match[name]) for name, classes in heads.items())

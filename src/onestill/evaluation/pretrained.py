@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onestill.core.errors import SettingError
+from onestill.core.models import LARGEST_SIDE, load_model
+from onestill.core.reading import loading
 from onestill.evaluation.features import as_parameters, check_range, pooled
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -36,15 +40,20 @@ class TransformersFeatures:
     def __init__(
         self, model_id: str | os.PathLike[str], *, local_files_only: bool = False, device: str | torch.device = "cpu"
     ) -> None:
+        from transformers import AutoImageProcessor
+
         source = os.fspath(model_id)
         local_files_only = local_files_only or Path(source).is_dir()
         self._model, has_pooler = _load_vision(source, local_files_only)
         self._model.to(device).eval().requires_grad_(False)
-        processor = _load_processor(source, local_files_only)
-        self.size = _input_size(processor, source)
-        self._mean = torch.tensor(processor.image_mean).view(1, -1, 1, 1)
-        self._std = torch.tensor(processor.image_std).view(1, -1, 1, 1)
-        with torch.no_grad():
+        with told("features", source, "has no usable image processor"):
+            processor = AutoImageProcessor.from_pretrained(
+                source, trust_remote_code=False, local_files_only=local_files_only
+            )
+            self.size = input_size(processor)
+            self._mean = torch.tensor(processor.image_mean).view(1, -1, 1, 1)
+            self._std = torch.tensor(processor.image_std).view(1, -1, 1, 1)
+        with told("features", source, "does not run on the pictures of its image processor"), torch.no_grad():
             output = self._model(pixel_values=as_parameters(torch.zeros(1, 3, *self.size), self._model))
         self._use_pooler = has_pooler and getattr(output, "pooler_output", None) is not None
         pooling = "pooled output" if self._use_pooler else "mean of tokens"
@@ -79,32 +88,29 @@ def load_transformers(
     """
     from transformers import AutoModel
 
-    try:
-        model, info = AutoModel.from_pretrained(
-            source,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=local_files_only,
-            # With peft installed, the look for an adapter would ask the network all the same.
-            adapter_kwargs={"local_files_only": local_files_only},
-            output_loading_info=True,
-            dtype=dtype,
-        )
-    except (OSError, ValueError) as error:
-        offline = " (local files only: nothing was downloaded)" if local_files_only else ""
-        why = f"cannot be loaded as a transformers model with safetensors weights{offline}: {in_one_line(error)}"
-        raise SettingError(setting, source, why) from error
+    options = {
+        "trust_remote_code": False,
+        # With peft installed, the look for an adapter would ask the network all the same.
+        "adapter_kwargs": {"local_files_only": local_files_only},
+        "dtype": dtype,
+    }
+    offline = " (local files only: nothing was downloaded)" if local_files_only else ""
     # transformers fills what a file lacks with random numbers; nothing measured must depend on those.
-    missing = set(info["missing_keys"])
-    if without_pooler := sorted(key for key in missing if "pooler" not in key):
-        why = f"its weights are incomplete; missing: {', '.join(without_pooler[:3])}, ..."
-        raise SettingError(setting, source, why)
-    return model, missing
+    with told(setting, source, f"cannot be loaded as a transformers model with safetensors weights{offline}"):
+        model, missing, _ = load_model(AutoModel, source, "it", options, may_lack="pooler", offline=local_files_only)
+    return model, set(missing)
 
 
-def in_one_line(error: Exception) -> str:
-    """Return what the libraries say in several lines, such as of a hub that does not answer, in one."""
-    return " ".join(str(error).split())
+@contextmanager
+def told(setting: str, source: str, why: str) -> Iterator[None]:
+    """Turn whatever a library raises of a model's folder or id into a SettingError: `why`, and its reason."""
+    try:
+        with loading("it"):
+            yield
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError(setting, source, f"{why}: {str(error).removeprefix('it cannot be read: ')}") from error
 
 
 def _load_vision(source: str, local_files_only: bool) -> tuple[nn.Module, bool]:
@@ -126,20 +132,12 @@ def name_with_commit(source: str) -> str:
     return f"{source}@{Path(cached).parent.name[:12]}" if isinstance(cached, str) else source
 
 
-def _load_processor(source: str, local_files_only: bool) -> Any:
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
-        raise SettingError("features", source, f"has no usable image processor: {in_one_line(error)}") from error
-
-
-def _input_size(processor: Any, source: str) -> tuple[int, int]:
-    """Return the height and width that the network sees: the crop's where there is a crop."""
+def input_size(processor: Any) -> tuple[int, int]:
+    """Return the height and width that the network sees: the crop's where there is a crop; ValueError if it has none."""
     crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
     size = getattr(processor, "crop_size" if crops else "size", None)
     height, width, edge = (getattr(size, key, None) for key in ("height", "width", "shortest_edge"))
-    if not (height or edge):
-        raise SettingError("features", source, f"its image processor names no input size: {size}")
-    return int(height or edge or 0), int(width or edge or 0)
+    sides = int(height or edge or 0), int(width or edge or 0)
+    if not all(1 <= side <= LARGEST_SIDE for side in sides):
+        raise ValueError(f"its image processor names no input size from 1 to {LARGEST_SIDE}: {str(size)[:80]}")
+    return sides

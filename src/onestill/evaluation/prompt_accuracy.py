@@ -42,7 +42,7 @@ def read_prompts(extractor: FeatureExtractor, prompts: Sequence[str]) -> tuple[P
     others = f" ({without:,} {have} not of its kind)" if without else ""
     lines = [f"prompt accuracy: what the classifier sees in {len(rows):,} of {len(prompts):,} images a row{others}"]
     own = extractor.classifier.record.get("held_out_accuracy_per_head")
-    if isinstance(own, dict) and set(own) == set(heads):
+    if isinstance(own, dict) and set(own) == set(heads) and all(isinstance(v, (int, float)) for v in own.values()):
         lines.append("the classifier itself, on real images: " + ", ".join(f"{head} {own[head]:.3f}" for head in heads))
     labels = torch.tensor([read[prompts[i]] for i in rows])
     return PromptTargets(extractor, torch.tensor(rows), labels), tuple(lines)

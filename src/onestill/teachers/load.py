@@ -17,6 +17,7 @@ import diffusers
 
 from onestill.core.errors import SettingError, named
 from onestill.core.files import MARK_FILE, RUN_FILE
+from onestill.core.reading import loading, read_json
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.build import load_family
 from onestill.teachers.pipelines.families import FAMILIES
@@ -129,18 +130,30 @@ def load_teacher(
         raise ValueError(f"{source}: a {class_name} cannot be a teacher: {reason}. Supported pipelines: {supported}")
     arguments = arguments or {}
     check_arguments(arguments, class_name)
-    teacher: Teacher
+    with loading(source, ValueError):
+        teacher = _loaded(folder, index, source, variant, null_class, arguments)
+        if t_max is not None:
+            teacher = teacher.with_t_max(t_max)
+        return teacher.to(device)
+
+
+def _loaded(
+    folder: Path,
+    index: dict[str, Any],
+    source: str,
+    variant: str | None,
+    null_class: int | None,
+    arguments: Mapping[str, Any],
+) -> Teacher:
+    """Return the teacher in a pipeline's folder, by the kind of the pipeline."""
+    class_name = index["_class_name"]
     if class_name in UNET2D_PIPELINES:
-        teacher = load_unet2d(folder, index, source, variant, null_class)
-    elif null_class is not None:
+        return load_unet2d(folder, index, source, variant, null_class)
+    if null_class is not None:
         raise SettingError("null_class", null_class, f"a {class_name} knows its own", "leave it out")
-    elif family := FAMILY_OF_PIPELINE.get(class_name):
-        teacher = load_family(family.with_arguments(arguments), folder, index, source, variant)
-    else:
-        teacher = load_generic(folder, index, source, variant, arguments)
-    if t_max is not None:
-        teacher = teacher.with_t_max(t_max)
-    return teacher.to(device)
+    if family := FAMILY_OF_PIPELINE.get(class_name):
+        return load_family(family.with_arguments(arguments), folder, index, source, variant)
+    return load_generic(folder, index, source, variant, arguments)
 
 
 def check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
@@ -149,7 +162,7 @@ def check_arguments(arguments: Mapping[str, Any], class_name: str) -> None:
     A class that is unknown is refused elsewhere.
     """
     cls = getattr(diffusers, class_name, None)
-    if cls is None:
+    if not inspect.isclass(cls):
         return
     taken = () if class_name in UNET2D_PIPELINES else inspect.signature(cls.__call__).parameters
     for name in arguments:
@@ -267,8 +280,8 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
             raise SettingError("teacher", source, "is a run, whose student has one step", todo)
         raise ValueError(f"{source} is no diffusers pipeline: it has no model_index.json")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        index = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{source}: model_index.json does not parse: {error}") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{source}: model_index.json names no pipeline class (_class_name)")

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from onestill.teachers.load import FAMILY_OF_PIPELINE, check_arguments, read_ind
 from onestill.teachers.pipelines import token_limits
 from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import Signature, record
-from onestill.teachers.pipelines.folder import load_stock
+from onestill.teachers.pipelines.folder import load_stock, pipeline_class
 from onestill.teachers.pipelines.generic import plain_family
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.teacher import read_call
@@ -72,7 +71,7 @@ def open_pipeline(
     level = card.noise_level(folder) if noise_level is None else noise_level
     try:
         index = read_index(folder, "the folder")
-        pipeline, spec = load_stock(getattr(diffusers, index["_class_name"]), folder).to(device), None
+        pipeline, spec = load_stock(pipeline_class(index["_class_name"]), folder).to(device), None
         if index["_class_name"] not in UNET2D_PIPELINES:
             spec = FAMILY_OF_PIPELINE.get(index["_class_name"]) or plain_family(index, pipeline)
             check_arguments(given := read_call(folder), index["_class_name"])

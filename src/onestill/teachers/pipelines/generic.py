@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import finish, record
 from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
 from onestill.teachers.pipelines.families._vp import one_ddim_step
-from onestill.teachers.pipelines.folder import load_pipeline
+from onestill.teachers.pipelines.folder import load_pipeline, pipeline_class
 from onestill.teachers.pipelines.schedulers import is_flow, plain_stock, scheduler_process, scheduler_threshold
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 from onestill.teachers.pipelines.teacher import PipelineTeacher
@@ -40,7 +39,7 @@ OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "audios": lambda audios: audios,
 }
 # What pipelines and networks raise when they are given what they were not made for.
-FOREIGN = (TypeError, AttributeError, RuntimeError, KeyError, IndexError)
+FOREIGN = (TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError, AssertionError, NameError)
 
 
 def load_generic(
@@ -52,8 +51,10 @@ def load_generic(
         ValueError: If the pipeline does not fit, saying what it would need.
     """
     cannot = f"{source}: a {index['_class_name']} cannot be a teacher"
-    if not hasattr(diffusers, index["_class_name"]):
-        raise ValueError(f"{cannot}: diffusers {diffusers.__version__} has no such pipeline")
+    try:
+        pipeline_class(index["_class_name"])
+    except ValueError as error:
+        raise ValueError(f"{cannot}: {error}") from error
     try:
         network = _network(index)
         pipeline = load_pipeline(folder, index, source, variant)
