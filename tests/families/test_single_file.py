@@ -17,6 +17,7 @@ from torch import Tensor
 
 import onestill
 from onestill.teachers.load import load_teacher
+from onestill.teachers.pipelines.single_file import _read_original, _scheduler
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -160,11 +161,20 @@ def test_a_run_of_a_file_is_resumed_exported_and_drawn(place: Path, monkeypatch:
     assert sampled.code == 0, sampled.err
 
 
-def test_v_prediction_is_read_off_the_file_and_off_the_yaml(place: Path) -> None:
+def test_v_prediction_is_read_off_the_file(place: Path) -> None:
     tensors = original(build("sd-epsilon"))
     save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, place / "v.safetensors")
     spec = load_teacher(place / "v.safetensors", original_config=place / "t").spec
     assert (spec.prediction_type, spec.process.level(1.0)[0]) == ("v_prediction", 0.0)
+
+
+def test_the_schedule_is_read_off_the_yaml(place: Path) -> None:
+    unet = {"unet_config": {"params": {}}, "first_stage_config": {"params": {}}}
+    params = {"parameterization": "v", "linear_start": 0.001, "timesteps": 500, **unet}
+    (place / "v.yaml").write_text(yaml.safe_dump({"model": {"params": params}}))
+    index = json.loads((place / "t" / "model_index.json").read_text())
+    found = _scheduler(place / "t", index, _read_original(str(place / "v.yaml")), {})["scheduler"].config
+    assert (found.prediction_type, found.beta_start, found.num_train_timesteps) == ("v_prediction", 0.001, 500)
 
 
 def refusal(file: Path, **given: Any) -> str:
