@@ -66,10 +66,17 @@ def test_training(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "; a step takes about " in line and " GB, as onestill inspect says" in line
     lower = "lower --train_batch_size and raise --gradient_accumulation_steps as much"
     assert line.endswith(f"; {lower}, or give --gradient_checkpointing or --lora_rank 64")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_its_pool_goes_on_with_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "update", failing(ERRORS[0]))
+    flags = as_flags({**FAST, "train_batch_size": 8, "anchor_fraction": 0.5, "num_anchors": 4, "num_anchor_steps": 1})
+    outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", tmp_path / "run", *flags)
     monkeypatch.undo()
     again = go_on_with(outcome.err)
-    assert again[-4:] == ["--train_batch_size", "2048", "--gradient_accumulation_steps", "2"]
-    assert call_cli(*again[:-4], *as_flags(FAST)).code == 0
+    assert again[-4:] == ["--train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    assert call_cli(*again).code == 0
 
 
 def test_in_python_it_names_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,10 +112,10 @@ def test_a_batch_that_does_not_fit(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + 300 * 2**20, hard))
     try:
-        flags = as_flags({**FAST, "train_batch_size": 2**18})
+        flags = as_flags({**FAST, "train_batch_size": 100_000})
         outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", tmp_path / "run", *flags)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert outcome.code == 1 and "Traceback" not in outcome.err, outcome
-    assert "stopped: not enough memory for --train_batch_size 262,144 of 1 x 8 x 8" in outcome.words
+    assert "stopped: not enough memory for --train_batch_size 100,000 of 1 x 8 x 8" in outcome.words
     assert "a step takes about" in outcome.words

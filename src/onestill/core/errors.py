@@ -191,4 +191,4 @@ def _argument(name: str, value: Any) -> str:
         return name
     if isinstance(value, float):
         return f"{name}={value:g}"
-    return f"{name}={_cut(str(value)) if isinstance(value, Path) else _short(value)}"
+    return f"{name}={repr(_cut(str(value))) if isinstance(value, Path) else _short(value)}"
