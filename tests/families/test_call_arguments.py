@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import onestill
 from onestill.runs.build import build_run
 from onestill.teachers.load import load_teacher
-from onestill.teachers.pipelines.teacher import CALL_FILE
+from onestill.teachers.pipelines.teacher import CALL_FILE, read_call
 from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.training.config import make_config
 
@@ -96,7 +96,9 @@ def test_a_size_holds_from_distill_to_export(tmp_path: Path) -> None:
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert call_cli("export", "--student", folder / "checkpoint-2", "--output", tmp_path / "again").code == 0
-    assert json.loads((tmp_path / "again" / CALL_FILE).read_text()) == {"height": 24, "width": 32}
+    assert read_call(tmp_path / "again") == {"height": 24, "width": 32}
+    notes = {"num_inference_steps": 1, "scheduler": "DDIMScheduler"}
+    assert json.loads((tmp_path / "again" / CALL_FILE).read_text()) == {"height": 24, "width": 32, **notes}
 
 
 def test_a_size_must_not_change_on_resume_and_goes_on(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from onestill.students.student import Student
 from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.folder import INDEX, has_checker, load_stock
 from onestill.teachers.pipelines.spec import PipelineSpec
-from onestill.teachers.pipelines.teacher import CALL_FILE, PLAIN, PipelineTeacher
+from onestill.teachers.pipelines.teacher import CALL_FILE, CALL_NOTES, PLAIN, PipelineTeacher
 
 FIRST_STAGE = """base = DiffusionPipeline.from_pretrained("path/to/the/student/of/the/first/stage")
 small = base({prompt}, num_inference_steps=1, guidance_scale=1.0).images
@@ -63,8 +63,9 @@ class PipelineFormat(Format):
         pipeline = teacher.load_afresh({pipeline_spec.network: network, "scheduler": scheduler}, with_checker=True)
         pipeline.save_pretrained(folder, safe_serialization=True)
         _keep_facts(teacher.folder / INDEX, folder / INDEX)
-        if kept := {name: value for name, value in pipeline_spec.given.items() if isinstance(value, PLAIN)}:
-            write_text(folder / CALL_FILE, json.dumps(kept) + "\n")
+        kept = {name: value for name, value in pipeline_spec.given.items() if isinstance(value, PLAIN)}
+        notes = dict(zip(CALL_NOTES, (1, type(scheduler).__name__), strict=True))
+        write_text(folder / CALL_FILE, json.dumps(kept | notes) + "\n")
         if why_no_file(self.student) is None:
             net_time = PipelineCalls(self.plain, pipeline).one_step_time()
             write_lora(teacher, self.student.network, constants(network), net_time, folder / LORA_FOLDER)

@@ -27,6 +27,10 @@ NOISE_LEVEL, GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOL
 CHECKED = """- Safety checker: the teacher's, as it was; this folder's own call blackens what it flags. The self-check below and all
   numbers of `onestill evaluate` are without it, for student and teacher alike.
 """
+STEPS = """- One step, by this folder's own scheduler. It stays at the start until its last step, so 2, 4 or 8 steps draw the same
+  picture at more cost; a `DDIMScheduler` or `DDPMScheduler` here refuses more than 16. Another scheduler in its place
+  (DEIS, SASolver, multistep solvers with several steps) may draw something else, or black, without a word: keep this one.
+"""
 LICENSE = ("license", "license_name", "license_link")
 NO_TABLE = as_flags(f"Not evaluated yet: `onestill evaluate {named('student')} RUN` writes the table here.")
 
@@ -84,7 +88,7 @@ def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, 
     `self_check` is the largest difference between the folder and the student.
     """
     front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
-    card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code)}"
+    card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code, STEPS * (library == 'diffusers'))}"
     write_text(folder / CARD_FILE, card)
 
 
@@ -209,7 +213,7 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
     return front | {key: value for key, value in written.items() if value is not None}
 
 
-def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str) -> str:
+def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str, steps: str) -> str:
     shape, name = " x ".join(map(str, spec.sample_shape)), Path(spec.source).name or "a network"
     given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
     more = "".join(f"- {name}: {said}.\n" for name, said in (("Size", facts.size), ("LoRA", facts.lora)) if said)
@@ -222,7 +226,7 @@ Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samp
 {code}
 ```
 
-- Guidance distilled in: {facts.guidance}. Do not guide again.
+{steps}- Guidance distilled in: {facts.guidance}. Do not guide again.
 - Training: {facts.training or "not recorded"}.
 - Settings: {facts.settings or "see config.yaml of the run"}.
 {more}{CHECKED if facts.checked else ""}- Self-check: this folder, loaded afresh, differs from the student by at most {self_check:.1e} (same noise, images in [-1, 1]).

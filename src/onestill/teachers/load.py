@@ -42,6 +42,11 @@ REFUSED = {
     "StableDiffusionXLInpaintPipeline": _INPAINTING,
     "ScoreSdeVePipeline": "score-SDE networks divide their output by sigma; wrap yours with onestill.module_teacher",
     "KarrasVePipeline": "its scheduler is a stochastic one without alphas_cumprod; wrap yours with onestill.module_teacher",
+    "LatentConsistencyModelPipeline": (
+        "it passes its scheduler `original_inference_steps`, which no scheduler but LCMScheduler takes. Its parts are those "
+        "of a StableDiffusionPipeline, which a copy of the folder becomes with that as _class_name in model_index.json; "
+        "its network is then told 7.5 by default, and 8.5, which is this pipeline's, with guidance_scale 8.5"
+    ),
     "VQDiffusionPipeline": "it predicts discrete tokens, not a continuous signal",
     "AmusedPipeline": "it predicts masked tokens, not a continuous signal",
     "WuerstchenDecoderPipeline": "its cascade has no single trajectory from noise to image",

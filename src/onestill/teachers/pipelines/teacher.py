@@ -30,6 +30,8 @@ from onestill.teachers.teacher_spec import TeacherSpec
 
 CALL_FILE = "onestill_call.json"
 """In an exported folder: the arguments of the call that a student was distilled at, if any were asked for."""
+CALL_NOTES = ("num_inference_steps", "scheduler")
+"""What that file says besides, for readers: one step, and the class of the scheduler that makes it."""
 SIZES = ("height", "width", "num_frames")
 """Arguments of a call that decide no condition of a prompt but by a value of its own, or its shape."""
 PLAIN = (bool, int, float, str)
@@ -274,4 +276,5 @@ def read_call(folder: Path) -> dict[str, Any]:
         ValueError: If its file holds anything else; which names a call takes its class says.
     """
     path = folder / CALL_FILE
-    return read_object(path, CallFile).model_dump(exclude_unset=True) if path.exists() else {}
+    found = read_object(path, CallFile).model_dump(exclude_unset=True) if path.exists() else {}
+    return {name: value for name, value in found.items() if name not in CALL_NOTES}
