@@ -207,6 +207,13 @@ def test_the_call_of_a_student(tmp_path: Path, case: str) -> None:
     assert_one_line(sampled(folder, tmp_path), folder, CALL_FILE, before)
 
 
+def test_a_configuration_of_another_run(tmp_path: Path) -> None:
+    folder = written(finished_run(), CONFIG_FILE, {"t_min": 0.25}, tmp_path / "run")
+    outcome = call_cli("sample", "--student", folder / "checkpoint-4", "--output", tmp_path / "x.png")
+    assert_one_line(outcome, folder, CONFIG_FILE, snapshot(folder))
+    assert "does not say what its checkpoint was trained with: t_min: " in outcome.err
+
+
 def _as_somebody_else(monkeypatch: pytest.MonkeyPatch, hidden: Path) -> None:
     """Let reading one file be refused, as that of another user is, whoever runs the tests."""
     read = Path.read_text

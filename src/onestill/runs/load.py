@@ -17,6 +17,7 @@ from onestill.core.settings import make
 from onestill.data.cascade import FirstStage, open_first_stage, with_first_stage
 from onestill.runs.build import PYTHON_OBJECT, configured_teacher, make_student, refuse_other_facts
 from onestill.runs.folder import CONFIG_FILE, PIPELINE_FOLDER, RunFolder
+from onestill.runs.resume import changed_settings, made_longer
 from onestill.sampling.config import SamplerSettings
 from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import StudentSampler, TeacherSampler
@@ -229,6 +230,10 @@ def restore_student(run: RunFolder, teacher: Teacher, path: Path | None = None) 
     Of the checkpoint-N folder that `path` is; of the newest that is whole if it is the run's own folder, or None.
     """
     checkpoint = run.checkpoint(None if path in (None, run.path) else path)
+    old = checkpoint.values["config"]
+    if changes := changed_settings(old, made_longer(run.config, old)):
+        why = f"does not say what its checkpoint was trained with: {'; '.join(changes)}"
+        raise ValueError(f"{run.path / CONFIG_FILE} {why}; put that back")
     student = make_student(teacher, run.config)
     load_parameters(student, checkpoint.student)
     return student
