@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,11 @@ def space_of(student: Student, config: DistillConfig) -> Space:
 def check_space(space: Space, folder: Path) -> tuple[str, ...]:
     """Return what to say where a disk may become full; SettingError if one checkpoint and the export have no room."""
     place = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    free, least = shutil.disk_usage(place).free, space.checkpoint + space.export + space.pools
+    usage, least = shutil.disk_usage(place), space.checkpoint + space.export + space.pools
+    free = usage.free
+    if usage.total == 0:  # of a file system that does not say, or holds no files of people's
+        _try_folder(place, folder)
+        return ()
     todo = f"free some, or name a folder on another disk; {named('lora_rank')} makes both small"
     if free < least:
         parts = f"a checkpoint ({in_words(space.checkpoint)}) and the export ({in_words(space.export)})"
@@ -63,3 +69,11 @@ def check_space(space: Space, folder: Path) -> tuple[str, ...]:
         limit = f"lower {named('checkpoints_total_limit')} or free some"
         return (f"{folder}: {needs} and {in_words(free)} are free: the run will stop when the disk is full; {limit}",)
     return ()
+
+
+def _try_folder(place: Path, folder: Path) -> None:
+    """Raise SettingError if no folder can be made in `place`, where `folder` is to be."""
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=place))
+    except OSError as error:
+        raise SettingError("output_dir", folder, f"cannot be written: {error.strerror}") from error
