@@ -438,11 +438,11 @@ def test_a_cache_of_another_encoder_is_said_by_the_command(tmp_path: Path) -> No
 
 
 def test_a_disk_that_fills_up_while_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_rows: Any, path: Path, **_: Any) -> None:
+    def full(_rows: Any, path: Path, *_: Any) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onestill.data.prompt_cache.save_tensors", full)
+    monkeypatch.setattr("onestill.data.prompt_cache.save_hashed", full)
     flags = ["distill", "--teacher", place() / "t", "--output_dir", tmp_path / "run", *as_flags(settings(tmp_path / "cache"))]  # fmt: skip
     outcome = call_cli(*flags)
     assert outcome.code == 2 and "Traceback" not in outcome.err
