@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/onestill demo --output_dir demo --overwrite
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
