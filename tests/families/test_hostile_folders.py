@@ -104,6 +104,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "a mapping for a number": (config("vae/config.json", latent_channels={"a": {}}), "vae/ cannot be read"),
     "a large picture": (config("unet/config.json", sample_size=10**6), "above 4096"),
     "a schedule without end": (config("scheduler/scheduler_config.json", num_train_timesteps=10**9), f"above {LARGEST}"),
+    "prompts without end": (config("tokenizer/tokenizer_config.json", model_max_length=2**31), "above 262144"),
     "a schedule in words": (config("scheduler/scheduler_config.json", num_train_timesteps="many"), "."),
     "deep": (lambda f: (f / "unet/config.json").write_text('{"a":' * 9999 + "1" + "}" * 9999), "nested"),
     "a tokenizer of nothing": (lambda f: [p.write_text("[") for p in (f / "tokenizer").glob("*.json")], "."),

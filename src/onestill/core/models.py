@@ -29,7 +29,9 @@ LARGEST: Final = 2**24
 LARGEST_SIDE: Final = 2**12
 """The largest side of a picture, or of what it is decoded from."""
 TOO_LARGE: Final = "its configuration describes a larger model than its files hold"
+_NO_LIMIT: Final = (int(1e30), 1e30, None)
 _FEW_BYTES: Final = 2**28  # of files that fill no memory: what is not to be had was asked for by the configuration
+_MOST: Final = {"sample_size": LARGEST_SIDE, "model_max_length": 2**18}
 _SMALL: Final = 2**24  # numbers that a model may hold whatever its files do
 _MERGE = "load it with peft, merge (merge_and_unload), and save the model again"
 _CAUSES: Final = (
@@ -91,10 +93,10 @@ def load_model(
 def check_configs(folder: Path) -> None:
     """Raise ValueError if the configurations of a component do not parse, have absurd numbers or ask for other weights."""
     for path in sorted(folder.glob("*config.json")):
-        if path.name == "tokenizer_config.json":
-            continue  # no size is taken from it, and "no limit" is 10^30 in there
         config = read_mapping(path)
-        _check_numbers(config, path.name)
+        # Prompts are padded to a tokenizer's length; 10^30 there is "no limit", which nothing is padded to.
+        unlimited = path.name == "tokenizer_config.json" and config.get("model_max_length", 0) in _NO_LIMIT
+        _check_numbers({**config, "model_max_length": 0} if unlimited else config, path.name)
         if config.get("quantization_config") is not None:
             raise ValueError(f"{path.name} has a quantization_config")
         if config.get("transformers_weights") is not None:
@@ -136,7 +138,7 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
             todo += value.items()
         elif isinstance(value, list):
             todo += [(name, each) for each in value]
-        elif isinstance(value, int) and abs(value) > (most := LARGEST_SIDE if name == "sample_size" else LARGEST):
+        elif isinstance(value, int) and abs(value) > (most := _MOST.get(name, LARGEST)):
             raise ValueError(
                 f"{where} says {str(name)[:40]!r}: {value if value < 10**20 else '10^20 and more'}, above {most}"
             )
