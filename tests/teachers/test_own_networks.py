@@ -104,7 +104,7 @@ def test_a_student_network_is_tried_too(tmp_path: Path) -> None:
     [
         ("process", None), ("process", FlowMatching), ("sample_shape", 4), ("sample_shape", (0,)),
         ("sample_shape", ()), ("sample_shape", (True,)), ("sample_shape", "33"), ("num_classes", -1),
-        ("num_classes", True), ("num_classes", 2.0), ("null_class", 3), ("sigma_data", "x"), ("sigma_data", 0),
+        ("num_classes", True), ("num_classes", 2.5), ("null_class", 3), ("sigma_data", "x"), ("sigma_data", 0),
         ("t_max", True), ("threshold", "static"), ("network", None), ("network", Net), ("network", nn.Linear(4, 4, device="meta")),
     ],
 )  # fmt: skip

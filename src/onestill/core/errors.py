@@ -149,6 +149,9 @@ class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return f"{'-' if x < 0 else ''}1e+{int(abs(x).bit_length() * 0.30103)}" if abs(x) >= 10**LONGEST_INT else str(x)
 
+    def repr(self, x: Any) -> str:
+        return " ".join(super().repr(x).split())  # tensors and much else have lines
+
 
 LONGEST_SHOWN, LONGEST_INT = 200, 30
 _short = _Short().repr

@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar, get_args
+from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -83,23 +83,41 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
+    def __init__(self, **settings: Any) -> None:
+        """Take fields of `cls`, the model at hand; SettingError or `SettingErrors` if some are unusable."""
+        try:
+            super().__init__(**{name: plain_value(value) for name, value in settings.items()})
+        except ValidationError as error:
+            raise _explained(error) from None
+
     @field_validator("*", mode="before")
     @classmethod
-    def _split_at_commas(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would be taken for something else, and split one text with commas where a flag is that."""
         assert info.field_name is not None
-        listed = isinstance(value, str) and about(cls.model_fields[info.field_name], "commas")
-        return value.split(",") if listed else value
+        field = cls.model_fields[info.field_name]
+        kinds = _kinds(field.annotation)
+        if isinstance(value, Iterator):
+            raise SettingError(info.field_name, value, f"must be a list, not a {type(value).__name__}")
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if (isinstance(each, bool) and bool not in kinds) or isinstance(each, (bytes, bytearray)):
+                raise SettingError(info.field_name, value, f"must be no {type(each).__name__}")
+        if isinstance(value, str) and tuple in kinds:
+            if about(field, "commas"):
+                return value.split(",")
+            raise SettingError(info.field_name, value, "is one text", f"give a list of them: [{value[:40]!r}]")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
     def _can_be_said(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
         if isinstance(value, (str, Path)) and names_path(cls.model_fields[info.field_name]):
-            if fault := _text_fault(str(value)) or name_fault(value):
+            if fault := text_fault(str(value)) or name_fault(value):
                 raise SettingError(info.field_name, value, fault)
             return value
         for text in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(text, str) and (fault := _text_fault(text)):
+            if isinstance(text, str) and (fault := text_fault(text)):
                 raise SettingError(info.field_name, text, fault)
         return value
 
@@ -109,7 +127,21 @@ class Settings(BaseModel):
         return set()
 
 
-def _text_fault(text: str) -> str:
+def plain_value(value: Any) -> Any:
+    """Return numbers of numpy and torch as Python's own, lists of them too, and devices by name; all else as it is."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain_value, value))
+    if (type(value).__module__, type(value).__name__) == ("torch", "device"):
+        return str(value)
+    if isinstance(value, type) or not hasattr(value, "tolist") or not hasattr(value, "shape"):
+        return value
+    try:
+        return value.tolist()
+    except Exception:  # such as a tensor without numbers, on "meta"
+        return value
+
+
+def text_fault(text: str) -> str:
     """Return why a text cannot be used, whatever it is for; "" if it can."""
     if len(text) > LONGEST_TEXT:
         return f"has {len(text):,} characters; give at most {LONGEST_TEXT:,}"
@@ -144,11 +176,19 @@ def make(
     origins = {name: str(config_file) for name in read if name not in values}
     try:
         made = cls(**merged)
-    except ValidationError as error:
-        raise _explained(error, origins) from None
+    except (SettingError, SettingErrors) as error:
+        found = error.errors if isinstance(error, SettingErrors) else (error,)
+        placed = [_placed(each, origins) for each in found]
+        raise placed[0] if len(placed) == 1 else SettingErrors(placed) from None
     if not recorded:
         _refuse_places(made, merged, origins)
     return made
+
+
+def _placed(error: SettingError, origins: Mapping[str, str]) -> SettingError:
+    """Return an error that says which file its setting comes from, if it comes from one."""
+    files = {origins.get(name, "") for name in error.settings} - {""}
+    return error.found_in(files.pop()) if len(files) == 1 and not error.where else error
 
 
 def _refuse_places(made: Settings, given: Mapping[str, Any], origins: Mapping[str, str]) -> None:
@@ -161,7 +201,7 @@ def _refuse_places(made: Settings, given: Mapping[str, Any], origins: Mapping[st
 
 def find_config(config_file: str | Path) -> Path:
     """Return the path of a YAML file that is named by its path, or by a shipped recipe's name."""
-    if fault := _text_fault(str(config_file)) or place_fault(config_file):
+    if fault := text_fault(str(config_file)) or place_fault(config_file):
         raise SettingError("config", str(config_file), fault)
     path = Path(config_file).expanduser()
     if path.is_file() or path.suffix or len(path.parts) != 1:
@@ -210,18 +250,24 @@ def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: s
         raise errors[0] if len(errors) == 1 else SettingErrors(errors)
 
 
-def _explained(error: ValidationError, origins: Mapping[str, str]) -> SettingError | SettingErrors:
-    """Return what pydantic found as errors of settings; `origins` says which file a value comes from."""
-    found = []
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the types that an annotation of a field names, those inside lists too."""
+    parts = {part for inner in get_args(annotation) for part in _kinds(inner)}
+    return parts | {get_origin(annotation) or annotation}
+
+
+def _explained(error: ValidationError) -> SettingError | SettingErrors:
+    """Return what pydantic found as errors of settings, one for each setting."""
+    found: dict[str, SettingError] = {}
     for problem in error.errors():
         inner = problem.get("ctx", {}).get("error")
         if isinstance(inner, SettingError):
-            files = {origins.get(name, "") for name in inner.settings} - {""}
-            found.append(inner.found_in(files.pop()) if len(files) == 1 and not inner.where else inner)
+            found.setdefault(inner.settings[0], inner)
             continue
         name, message = str(problem["loc"][0]) if problem["loc"] else "config", problem["msg"]
         missing = problem["type"] == "missing"
         why = "is required" if missing else message[:1].lower() + message[1:].removeprefix("Value error, ")
         given = NOT_GIVEN if missing else problem["input"]
-        found.append(SettingError(name, given, why, where=origins.get(name, "")))
-    return found[0] if len(found) == 1 else SettingErrors(found)
+        found.setdefault(name, SettingError(name, given, why))
+    errors = list(found.values())
+    return errors[0] if len(errors) == 1 else SettingErrors(errors)

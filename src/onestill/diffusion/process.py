@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import Positive, checked
 from onestill.core.errors import SettingError
 
 EPSILON_MIN_ALPHA = 0.05
@@ -25,6 +26,7 @@ class Process(ABC):
     at t = 0 (sigma_0 = 0).
     """
 
+    _made_by = "such as onestill.FlowMatching() or onestill.DiscreteVP(alphas_cumprod)"
     name: str
     t_min: float
     """The smallest time the network was trained at; below it, only the clean end t = 0 is meaningful."""
@@ -99,6 +101,7 @@ class DiscreteVP(Process):
 
     name = "vp"
 
+    @checked()
     def __init__(self, alphas_cumprod: Tensor) -> None:
         squares = alphas_cumprod.detach().to(device="cpu", dtype=torch.float64)
         clean = _checked_levels(squares)
@@ -182,6 +185,7 @@ class CosineVP(Process):
     name = "cosine"
     t_min = 0.0
 
+    @checked()
     def __init__(self, net_scale: float = 1.0) -> None:
         self.net_scale = net_scale
 
@@ -214,8 +218,9 @@ class VE(Process):
     name = "ve"
     t_min = 1e-3
 
+    @checked()
     def __init__(
-        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, time_input: str = "log_sigma"
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: Positive = 7.0, time_input: str = "log_sigma"
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
@@ -281,6 +286,7 @@ class FlowMatching(Process):
     name = "flow"
     t_min = 0.0
 
+    @checked()
     def __init__(self, shift: float = 1.0, net_scale: float = 1000.0, net_offset: float = 0.0) -> None:
         if shift <= 0:
             raise ValueError(f"shift must be positive, got {shift}")

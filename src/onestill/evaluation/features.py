@@ -5,7 +5,7 @@ A Fréchet distance is a number about images *and* an extractor, whose `name` is
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from onestill.evaluation.classifier import ConvFeatures
 
 
+@runtime_checkable
 class FeatureExtractor(Protocol):
     """What the metrics need of an extractor: images [N, C, H, W] in, features [N, D] float32 out."""
 

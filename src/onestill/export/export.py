@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from onestill.core.arguments import checked
 from onestill.core.errors import RunError, SettingError, in_short, named
-from onestill.core.files import set_usual_mode
+from onestill.core.files import check_writable, set_usual_mode
 from onestill.core.memory import is_out_of_memory
 from onestill.core.reading import reason
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autocast
@@ -27,6 +28,7 @@ from onestill.export.lora_file import lora_words
 from onestill.export.module import ModuleFormat
 from onestill.export.pipeline import PipelineFormat
 from onestill.export.pixel import PixelFormat
+from onestill.sampling.samplers.network import NOTHING_SAID, check_trained
 from onestill.students.mark import Mark, read_mark
 from onestill.students.model_card import Facts, teacher_license, write_card
 from onestill.students.one_step import OneStep, one_step_of
@@ -34,12 +36,14 @@ from onestill.students.student import Student
 
 FORMATS: dict[str, type[Format]] = {"pixel": PixelFormat, "pipeline": PipelineFormat, "module": ModuleFormat}
 """By the name that `Teacher.student_format` has for each."""
+_OF_TEACHERS = ("pixel", "pipeline")
 
 
 class ExportError(RunError):
     """A student cannot be written or read again, or a written folder does not draw what its student draws."""
 
 
+@checked()
 @torch.no_grad()
 @without_autocast
 def export_student(
@@ -71,9 +75,13 @@ def export_student(
         ExportError: If the self-check fails; nothing is left under the folder's name then.
         WriteError: If the system refuses, as when the disk is full; likewise.
     """
-    name = student.teacher.student_format if format is None else format
-    if name not in FORMATS:
-        raise SettingError("format", name, "is unknown", f"known are {', '.join(FORMATS)}")
+    own = student.teacher.student_format
+    name = own if format is None else format
+    known = [each for each in FORMATS if each == own or each not in _OF_TEACHERS]
+    if name not in known:
+        raise SettingError("format", name, "is unknown of this teacher", f"known are {', '.join(known)}")
+    _check_trained(student, t, guidance_scale)
+    check_writable(folder, "output")
     if folder.exists() and not overwrite:
         todo = f"name another folder, or give {named('overwrite')} to replace it"
         raise SettingError("output", folder, "exists", todo)
@@ -101,6 +109,13 @@ def _exporting() -> Iterator[None]:
             raise
         why = in_short(error) if isinstance(error, OSError) else reason(error)
         raise ExportError(f"the student cannot be exported: {why}") from error
+
+
+def _check_trained(student: Student, t: float, guidance_scale: float | None) -> None:
+    try:
+        check_trained(student, t, guidance_scale, NOTHING_SAID, 0.0)
+    except SettingError as error:
+        raise (error.about("t", t) if error.settings == ("target_time",) else error) from None
 
 
 def is_exported(folder: Path) -> bool:

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from onestill.core.arguments import checked
+from onestill.core.errors import SettingError
 from onestill.core.files import MARK_FILE, save_tensors
 from onestill.core.tensors import Cond, laid_bare, to_device
 from onestill.export.base import Format
@@ -45,6 +47,7 @@ class ModuleFormat(Format):
         )
 
 
+@checked()
 def load_module(folder: str | Path, network: nn.Module) -> Generate:
     """Return one-step generation by a module student that `export_student` wrote.
 
@@ -59,7 +62,8 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
     folder = Path(folder)
     if (mark := read_mark(folder)) is None or not (folder / MODULE_WEIGHTS).is_file():
         missing = MARK_FILE if mark is None else MODULE_WEIGHTS
-        raise ValueError(f"{folder} is no exported module: it has no {missing}")
+        gone = "" if folder.is_dir() else "no such folder: it "
+        raise SettingError("folder", folder, f"{gone}is no exported module: it has no {missing}")
     network = laid_bare(network)
     _add_missing_biases(network, weights := load_file(folder / MODULE_WEIGHTS))
     try:

@@ -13,7 +13,7 @@ from torch import nn
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
-from onestill.core.settings import read_yaml
+from onestill.core.settings import plain_value, read_yaml
 from onestill.data import cascade
 from onestill.data.cascade import FirstStage
 from onestill.data.conditions import Conditions, LabelConditions, check_labels
@@ -171,8 +171,12 @@ def _facts_of(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_other_facts(teacher: Teacher, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a teacher object's null class and arguments of its call; SettingError if others are given beside it."""
     own = {"null_class": teacher.spec.null_class, **{name: teacher.arguments.get(name) for name in CALL_ARGUMENTS}}
+    for name in ("revision", "variant", "original_config", "cache_dir"):
+        if given.get(name) is not None:
+            why = "says how a teacher that is named is loaded, and this one is an object already"
+            raise SettingError(name, given[name], why, "give it to load_teacher, or leave it out")
     for name, value in own.items():
-        if given.get(name) not in (None, value):
+        if plain_value(given.get(name)) not in (None, value):
             why = f"was given with a teacher object that has {'none' if value is None else value}"
             todo = "name it where the object is made: load_teacher or module_teacher"
             raise SettingError(name, given[name], why, todo)
@@ -254,8 +258,12 @@ def _from_anywhere(config: DistillConfig) -> DistillConfig:
 
 def _absolute(teacher: str) -> str:
     """Return the absolute path of a folder or file; names and hub ids as they are."""
-    path = Path(teacher).expanduser()
-    return str(path.resolve()) if teacher not in EMBEDDED and (path.is_dir() or path.is_file()) else teacher
+    try:
+        path = Path(teacher).expanduser()
+        there = teacher not in ("", *EMBEDDED) and (path.is_dir() or path.is_file())
+        return str(path.resolve()) if there else teacher
+    except (OSError, ValueError, RuntimeError):
+        return teacher  # which is refused by who loads it
 
 
 def _with_usual_guidance(config: DistillConfig, teacher: Teacher) -> DistillConfig:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from onestill.core.arguments import checked
 from onestill.core.errors import as_arguments
 from onestill.core.reading import loading
 from onestill.core.settings import write_yaml
@@ -68,6 +69,7 @@ class RunResult:
     num_trained: int = 0
 
 
+@checked(DistillConfig)
 def distill(
     teacher: str | Path | Teacher,
     output_dir: str | Path,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import checked
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
@@ -43,6 +44,7 @@ from onestill.training.config import DistillConfig
 PICTURE_NAME = "samples.png"
 
 
+@checked(EvaluateConfig)
 def evaluate(
     student: str | Path,
     *,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from onestill.core.arguments import checked
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
@@ -21,6 +22,7 @@ from onestill.runs.load import restore_student, run_teacher
 from onestill.sampling.samplers.network import check_trained
 
 
+@checked(ExportConfig)
 def export(student: str | Path, output: str | Path, **settings: Any) -> float:
     """Write the student of a run, or of one of its checkpoint-N folders, as a stock diffusers folder.
 

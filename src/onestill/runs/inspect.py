@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import checked
 from onestill.core.devices import resolve_device, seconds_of
 from onestill.core.errors import SettingError, named
 from onestill.core.memory import enough_memory
@@ -73,6 +74,7 @@ class Inspection:
     warning: str
 
 
+@checked(DistillConfig)
 def inspect_teacher(
     teacher: str | Path | Teacher, *, config_file: str | Path | None = None, **settings: Any
 ) -> Inspection:

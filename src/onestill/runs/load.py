@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from onestill.core.arguments import checked
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import make
@@ -52,6 +53,7 @@ class LoadedStudent:
         return None if self.run is None else self.run.config
 
 
+@checked(SamplerSettings)
 def load_sampler(
     student: str | Path | None = None,
     *,

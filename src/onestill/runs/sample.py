@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from onestill.core.arguments import checked
 from onestill.core.errors import SettingError
 from onestill.core.files import check_writable
 from onestill.core.settings import make
@@ -22,6 +23,7 @@ from onestill.sampling.samplers.base import Sampler
 from onestill.teachers.base import Teacher
 
 
+@checked(SampleConfig)
 def sample(
     student: str | Path | None = None,
     *,

@@ -11,11 +11,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import Limits, checked
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import make
 from onestill.core.tensors import Cond, noise
@@ -36,6 +37,7 @@ class Samples:
     words: tuple[str, ...]
     seed: int
 
+    @checked()
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write them and return the path: a .png (a grid), a .safetensors, or a folder (one PNG for each seed)."""
         path = Path(path)
@@ -66,6 +68,7 @@ class Sheet:
         """The frames of a .gif, there and back."""
         return max(2 * self.images.shape[0 if self.down else 1] - 2, 1)
 
+    @checked()
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the images and return the path.
 
@@ -88,6 +91,7 @@ class Sheet:
         return pictures.save_samples(self.images.flatten(0, 1), path, 0)
 
 
+@checked(DrawSettings)
 def samples(sampler: Sampler, *, show_progress: bool = False, **settings: Any) -> Samples:
     """Return plain samples, by fields of `DrawSettings`; 16 images, and all labels in turn, if not given."""
     drawn = make(DrawSettings, settings)
@@ -147,8 +151,14 @@ def _between(name: str, a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     return torch.where(places == 0, a, torch.where(places == 1, b, middle))
 
 
+@checked(DrawSettings)
 def interpolate(
-    sampler: Sampler, num_images: int, *, to_seed: int | None = None, show_progress: bool = False, **settings: Any
+    sampler: Sampler,
+    num_images: Annotated[int, Limits(least=2)],
+    *,
+    to_seed: int | None = None,
+    show_progress: bool = False,
+    **settings: Any,
 ) -> Sheet:
     """Return images on the way from one noise to another, or from one prompt to another; one row.
 
@@ -186,6 +196,7 @@ def interpolate(
     return Sheet(images[None], ("",), (captions[0], *[""] * (num_images - 2), captions[1]), _line(title))
 
 
+@checked(DrawSettings)
 def fixed_noise(sampler: Sampler, *, show_progress: bool = False, **settings: Any) -> Sheet:
     """Return one image for each prompt or label, all from the same noise; one row.
 
@@ -212,6 +223,7 @@ def fixed_noise(sampler: Sampler, *, show_progress: bool = False, **settings: An
     return Sheet(images[None], ("",), _words(rows), f"the same noise in every image (seed {drawn.seed})")
 
 
+@checked(DrawSettings)
 def guidance_sweep(
     sampler: Sampler, guidance_scales: Sequence[float], *, show_progress: bool = False, **settings: Any
 ) -> Sheet:
@@ -231,6 +243,7 @@ def guidance_sweep(
     return Sheet(images, rows, columns, "the same noise in every column", down=True)
 
 
+@checked(DrawSettings)
 def student_trajectory(
     sampler: Sampler, target_times: Sequence[float], *, show_progress: bool = False, **settings: Any
 ) -> Sheet:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from onestill.core.errors import SettingError
 from onestill.core.tensors import Cond, noise, to_device
 from onestill.diffusion.trajectory import STEPS, solve, uniform_times
 from onestill.students.student import Student
@@ -72,6 +73,16 @@ def generate_images(
         eps = seeds[part] if isinstance(seeds, Tensor) else noise(seeds[part], shape)
         batches.append(generate(eps, {name: value[part] for name, value in cond.items()}).cpu())
     return torch.cat(batches) if batches else torch.empty(0, *shape)
+
+
+def check_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> None:
+    """Raise SettingError if these are no seeds, and no noise of images of this shape either."""
+    if isinstance(seeds, Tensor):
+        if tuple(seeds.shape[1:]) != tuple(shape) or not seeds.is_floating_point():
+            why = f"is a tensor of shape {list(seeds.shape)}, and noise has [N, {', '.join(map(str, shape))}]"
+            raise SettingError("seeds", why=why, todo="give that, or a list of whole numbers")
+    elif len(seeds) and (min(seeds) < 0 or max(seeds) >= 2**63):
+        raise SettingError("seeds", [min(seeds), max(seeds)], "must be from 0 up and below 2^63")
 
 
 def with_progress(parts: Sequence[Part], show: bool, unit: str = "batch") -> Iterable[Part]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestill.core.arguments import checked
 from onestill.core.errors import SettingError
 from onestill.core.patch import replaced
 from onestill.core.tensors import Cond, as_times, laid_bare
@@ -50,6 +51,7 @@ class Student(nn.Module):
         ValueError: If the teacher has no weights and no network is given, or the LoRA does not fit the network.
     """
 
+    @checked()
     def __init__(
         self,
         teacher: Teacher,
@@ -62,6 +64,8 @@ class Student(nn.Module):
         if lora is not None and network is not None:
             why, todo = "trains beside the teacher's own weights", "leave `network=` out"
             raise SettingError("lora_rank", lora.rank, why, todo)
+        if guidance_range is not None and not 0 <= guidance_range[0] < guidance_range[1]:
+            raise SettingError("guidance_range", guidance_range, "must go from one scale, 0 at least, up to another")
         self.teacher, self.guidance_range, self.lora = teacher, guidance_range, lora
         if network is None:
             network = teacher.copy_network() if lora is None else teacher.share_network()

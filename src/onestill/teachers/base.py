@@ -51,6 +51,7 @@ class Teacher(ABC):
         records_null_class: Whether the folder of an exported student must be told which label means "no class".
     """
 
+    _made_by = "load one with onestill.load_teacher, or wrap a network of your own with onestill.module_teacher"
     spec: TeacherSpec
     network: Any = None
     null_cond: Cond = MappingProxyType({})  # type: ignore[assignment]  # read only

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import Positive, checked
 from onestill.core.tensors import Cond, as_times, broadcast
 from onestill.diffusion.process import Process
 from onestill.teachers.base import Teacher
@@ -23,7 +24,9 @@ class GaussianTeacher(Teacher):
         t_max: The start level.
     """
 
-    def __init__(self, mean: Tensor, std: float, process: Process, t_max: float = 1.0) -> None:
+    @checked()
+    def __init__(self, mean: Tensor, std: Positive, process: Process, t_max: float = 1.0) -> None:
+        process.check_start_level("denoised", t_max)
         self.mean, self.std = mean, std
         self.spec = TeacherSpec("gaussian", "", process, "denoised", tuple(mean.shape), t_max, "given")
 
@@ -56,9 +59,13 @@ class MixtureTeacher(Teacher):
         conditional: Whether labels choose the component.
     """
 
+    @checked()
     def __init__(
-        self, means: Tensor, std: float, process: Process, t_max: float = 1.0, *, conditional: bool = False
+        self, means: Tensor, std: Positive, process: Process, t_max: float = 1.0, *, conditional: bool = False
     ) -> None:
+        if means.ndim != 2 or not len(means):
+            raise ValueError(f"means must be of shape [K, D], K at least 1; it is {list(means.shape)}")
+        process.check_start_level("denoised", t_max)
         self.means, self.std = means, std
         num = len(means) if conditional else None
         self.spec = TeacherSpec(

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import Scale, checked
 from onestill.core.errors import NOT_GIVEN, SettingError, named
 from onestill.core.tensors import Cond, broadcast
 from onestill.teachers.base import Teacher
@@ -135,8 +136,9 @@ class Thresholded(Wrapped):
         return self.threshold(self.teacher.denoised(x_t, t, cond))
 
 
+@checked()
 def guided(
-    teacher: Teacher, guidance_scale: float = 1.0, *, drawn: bool = False, threshold: Threshold | None = None
+    teacher: Teacher, guidance_scale: Scale = 1.0, *, drawn: bool = False, threshold: Threshold | None = None
 ) -> Teacher:
     """Return a teacher guided, then thresholded: as its own sampler does if `threshold` is None.
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import diffusers
 
+from onestill.core.arguments import Name, checked
+from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import MARK_FILE, RUN_FILE
 from onestill.core.reading import loading, read_json
@@ -88,8 +90,9 @@ EMBEDDED = {
 }
 
 
+@checked()
 def load_teacher(
-    source: str | Path,
+    source: Name,
     *,
     revision: str | None = None,
     variant: str | None = None,
@@ -124,7 +127,7 @@ def load_teacher(
         ValueError: If there is no such teacher, the folder is no pipeline, the pipeline is not supported, its
             weights are pickles, missing or of the wrong shape, or the self-check against its scheduler fails.
     """
-    source = str(source)
+    source, device = str(source), str(resolve_device(device))
     if source in EMBEDDED and null_class is None:
         null_class = EMBEDDED[source].null_class
     folder = _find_folder(source, revision, variant, original_config, cache_dir, local_files_only)
@@ -212,10 +215,11 @@ def _find_folder(
 
 def _look(source: str) -> tuple[Path, bool]:
     """Return (path, whether there is something); what cannot be a path, such as an endless name, is not there."""
-    path = Path(source).expanduser()
+    path = Path(source)
     try:
-        return path, path.exists()
-    except (OSError, ValueError):
+        path = path.expanduser()
+        return path, bool(source) and path.exists()
+    except (OSError, ValueError, RuntimeError):  # a home of nobody is the last
         return path, False
 
 

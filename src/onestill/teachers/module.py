@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestill.core.arguments import Count, Label, Positive, checked
 from onestill.core.errors import SettingError, in_short, named
 from onestill.core.memory import is_out_of_memory
 from onestill.core.tensors import Cond, bare
@@ -96,17 +97,18 @@ class ModuleTeacher(NetworkTeacher):
         return f"{given}; {named('sample_shape')} is {self.spec.sample_shape}, and {told}"
 
 
+@checked()
 def module_teacher(
     network: Callable[..., object],
     process: Process,
     prediction_type: str,
     sample_shape: tuple[int, ...],
     *,
-    num_classes: int | None = None,
-    null_class: int | None = None,
+    num_classes: Count | None = None,
+    null_class: Label | None = None,
     t_max: float | None = None,
     threshold: Threshold = NO_THRESHOLD,
-    sigma_data: float = 0.5,
+    sigma_data: Positive = 0.5,
 ) -> ModuleTeacher:
     """Return a teacher around your own network.
 

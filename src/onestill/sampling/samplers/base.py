@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import Count, Label, checked
 from onestill.core.errors import NOT_GIVEN, SettingError, named
 from onestill.core.tensors import Cond
 from onestill.data.cascade import FirstStage
-from onestill.sampling.generate import Rows, generate_images
+from onestill.sampling.generate import Rows, check_seeds, generate_images
 from onestill.teachers.prompt_limits import PromptLimit
 
 
@@ -39,6 +40,7 @@ class Sampler(ABC):
         noise_level: How much noise is mixed into its pictures.
     """
 
+    _made_by = "open one with onestill.load_sampler"
     name: str
     sample_shape: tuple[int, ...]
     labels: tuple[int, ...] = ()
@@ -81,6 +83,7 @@ class Sampler(ABC):
         """The numbers of tokens of a prompt that its text encoders take; asking costs one encoding."""
         return ()
 
+    @checked()
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Sampler:
         """Return the same at another guidance scale w or target time t, if given; nothing is loaded twice.
 
@@ -92,14 +95,20 @@ class Sampler(ABC):
                 raise SettingError(setting, value, f"{self.name} has it baked in", "give the folder of its run")
         return self
 
+    @checked()
     def images(
-        self, seeds: Sequence[int] | Tensor, rows: Rows, *, batch_size: int = 64, show_progress: bool = False
+        self, seeds: Sequence[int] | Tensor, rows: Rows, *, batch_size: Count = 64, show_progress: bool = False
     ) -> Tensor:
         """Return the images of `seeds`, or of noise, one for each row, as `generate_images` does."""
+        check_seeds(seeds, self.sample_shape)
+        if other := [name for name, values in rows.items() if len(values) != len(seeds)]:
+            why = f"has {len(rows[other[0]])} of {other[0]!r} for {len(seeds)} seeds"
+            raise SettingError("rows", why=why, todo="make them with the sampler's conditions(num)")
         return generate_images(self, seeds, self.sample_shape, rows, batch_size=batch_size, show_progress=show_progress)
 
+    @checked()
     def conditions(
-        self, num: int, class_labels: Sequence[int] = (), prompts: Sequence[str] = (), *, seed: int = 0
+        self, num: Label, class_labels: Sequence[int] = (), prompts: Sequence[str] = (), *, seed: Label = 0
     ) -> Rows:
         """Return what `num` images of seed, seed + 1, ... show: going round `prompts` or `class_labels`.
 
@@ -130,6 +139,7 @@ class Sampler(ABC):
             todo = f"say what to draw with it, or with {named('prompt_file')}"
             raise SettingError("prompts", NOT_GIVEN, f"{self.name} takes text", todo)
 
+    @checked()
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """Return a line for each limit of the text encoders that some of the prompts exceed: they are cut there."""
         texts, found = list(dict.fromkeys(prompts)), []

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import checked
 from onestill.core.errors import SettingError, named
 from onestill.core.tensors import Cond
 from onestill.data.cascade import FirstStage, seeded_rows
@@ -50,12 +51,14 @@ class NetworkSampler(Sampler):
             return self.denoised(eps, seeded_rows(self.teacher, self.first_stage, rows["seed"], rows["prompt"]))
         return self.denoised(eps, self.teacher.encode(rows["prompt"]) if "prompt" in rows else rows)
 
+    @checked()
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         images = self.teacher.decode(latents)
         # As an exported pipeline leaves them.
         return images.clamp(-1, 1) if self.clamps else images
 
+    @checked()
     def encode(self, prompts: Sequence[str]) -> Cond:
         return self.teacher.encode(prompts)
 
@@ -110,6 +113,7 @@ class StudentSampler(NetworkSampler):
         w = sum(self.student.guidance_range) / 2 if self.guidance_scale is None else self.guidance_scale
         return self._step(eps, {**cond, "guidance_scale": torch.full((len(eps),), w)})
 
+    @checked()
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> StudentSampler:
         return StudentSampler(
             self.student,
@@ -175,6 +179,7 @@ class TeacherSampler(NetworkSampler):
     def denoised(self, eps: Tensor, cond: Cond) -> Tensor:
         return self._solve(eps, cond)
 
+    @checked()
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> TeacherSampler:
         if target_time is not None:
             raise SettingError("target_time", target_time, "is a student's", "a teacher goes to the finished image")

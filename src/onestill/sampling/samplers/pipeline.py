@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from onestill.core.arguments import checked
 from onestill.core.errors import RunError, SettingError, named
 from onestill.core.memory import is_out_of_memory
 from onestill.core.patch import replaced
@@ -185,6 +186,7 @@ class PipelineSampler(Sampler):
         latents: Tensor = self._called(eps, rows, "latent")[0]
         return latents
 
+    @checked()
     def encode(self, prompts: Sequence[str]) -> Cond:
         return self.calls.encode(self._signature, prompts)
 
@@ -200,6 +202,7 @@ class PipelineSampler(Sampler):
             record(lambda: self.calls([EXAMPLE], self.given), self.calls.network)
         return token_limits.limits(calls)
 
+    @checked()
     def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Sampler:
         if self.trained is None or guidance_scale is target_time is None:
             return super().at(guidance_scale=guidance_scale, target_time=target_time)
