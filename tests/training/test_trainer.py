@@ -652,6 +652,9 @@ def test_two_processes_train_one_student(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.count("loads with plain diffusers") == 1
+    assert done.stdout.count("distance: ") == done.stdout.count("what helps most") == 1, (
+        "the first process alone says it"
+    )
     (folder,) = list_checkpoints(run)
     checkpoint = read_checkpoint(folder)
     assert checkpoint.values["num_processes"] == 2

@@ -51,6 +51,8 @@ def distill(
     say((str(result.pipeline), "bold"), ": loads with plain diffusers, one network evaluation per image")
     say(f"  self-check against the student: {result.export_error:.1e}")
     say(f"  pictures: {folder / 'samples'}")
+    for message in result.closing():
+        say(f"  {message}")
     say(f"  next: {shlex.join(['onestill', 'evaluate', '--student', str(folder)])}")
 
 

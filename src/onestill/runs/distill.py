@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count, groupby
 from operator import itemgetter
@@ -21,9 +21,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from onestill.core.arguments import checked
-from onestill.core.errors import as_arguments
+from onestill.core.errors import as_arguments, named
 from onestill.core.reading import loading
-from onestill.core.settings import write_yaml
+from onestill.core.settings import MOST_STEPS, write_yaml
 from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
 from onestill.export.export import ExportError, export_student
@@ -42,8 +42,14 @@ from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
 from onestill.training.config import DistillConfig
+from onestill.training.distance import Distance
 from onestill.training.trainer import Trainer
 from onestill.training.watch import StepLog
+
+MANY_ANCHORS = 0.75
+"""The share of anchors that is advised where there are few."""
+LEAST_SECONDS, OF_THE_RUN = 3.0, 0.01
+"""How long the teacher's few steps may take at the end: so many seconds, or this share of the run."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class RunResult:
         export_error: Largest difference between the exported folder and the student.
         stopped_by: Number of the signal that stopped the run, if one did.
         num_trained: Steps done by this call; 0 of a run that had been finished before, which is left as it was.
+        distance: How far the student is from its teacher; None if nothing was trained, or another process knows.
+        advice: The setting that helps most from here, with a value; may mention settings by `named`.
     """
 
     output_dir: Path
@@ -67,6 +75,16 @@ class RunResult:
     export_error: float | None = None
     stopped_by: int | None = None
     num_trained: int = 0
+    distance: Distance | None = None
+    advice: str = ""
+
+    def closing(self) -> tuple[str, ...]:
+        """Return the last words about a finished run, a line each: how far it came, and what would take it further."""
+        if self.export_error is None:
+            return ()  # of a run that has not ended, or ended before; or another process has exported, and says so
+        if self.distance is None:
+            return ("distance: not measured, since nothing was left to train; onestill evaluate measures it",)
+        return f"distance: {self.distance}", f"what helps most from here: {self.advice}"
 
 
 @checked(DistillConfig)
@@ -104,7 +122,13 @@ def distill(
     if show_progress:
         for message in messages:
             print(as_arguments(message), file=sys.stderr)
-    return RunResult(config.output_dir) if dry_run else carry_out(run, show_progress=show_progress, on_step=on_step)
+    if dry_run:
+        return RunResult(config.output_dir)
+    result = carry_out(run, show_progress=show_progress, on_step=on_step)
+    if show_progress:
+        for message in result.closing():
+            print(as_arguments(message), file=sys.stderr)
+    return result
 
 
 def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None) -> RunResult:
@@ -202,7 +226,9 @@ def make_trainer(run: Run, *, show_progress: bool = False) -> Trainer:
 
 def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
     config, folder = run.config, run.config.output_dir / PIPELINE_FOLDER
-    error = None
+    error = distance = None
+    if trainer.accelerator.is_main_process:
+        distance = trainer.distance(max(LEAST_SECONDS, OF_THE_RUN * seconds))
     # Takes accelerate's mixed precision off the student: what is exported is compared in full precision.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.accelerator.is_main_process:
@@ -213,7 +239,20 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
             except ExportError as failed:
                 raise ExportError(f"{failed.text}; the trained student is kept in {checkpoint}") from failed
     trainer.accelerator.wait_for_everyone()
-    return RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error, num_trained=num_steps)
+    done, advice = RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error), what_helps(config)
+    return replace(done, num_trained=num_steps, distance=distance, advice=advice)
+
+
+def what_helps(config: DistillConfig) -> str:
+    """Return the setting that would bring a student nearer to its teacher, with a value; mentions it by `named`.
+
+    Anchors where there are few, since errors of the bootstrap add up along the trajectory; else more steps.
+    """
+    more = {**config.model_dump(), "anchor_fraction": MANY_ANCHORS}
+    with suppress(ValueError):  # a batch may be too small for them
+        if config.anchor_fraction < MANY_ANCHORS - 0.25 and DistillConfig.model_validate(more):
+            return f"{named('anchor_fraction')} {MANY_ANCHORS:g}, in a new run"
+    return f"{named('max_train_steps')} {min(2 * config.max_train_steps, MOST_STEPS)}"
 
 
 def card_facts(run: Run, num_steps: int, seconds: float) -> card.Facts:

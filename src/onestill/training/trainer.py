@@ -20,10 +20,11 @@ from onestill.core.tensors import to_device
 from onestill.data.conditions import Conditions
 from onestill.objectives.base import Context, Objective
 from onestill.objectives.registry import rows_of
-from onestill.sampling.generate import student_generator, teacher_generator
+from onestill.sampling.generate import Generate, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.training.checkpoint import Checkpoint, rotate, write_checkpoint
 from onestill.training.config import DistillConfig, pool_settings
+from onestill.training.distance import Distance
 from onestill.training.loss import joined_inputs, regression, squared_residuals, targets
 from onestill.training.trained import Trained
 from onestill.training.watch import StepLog, Watch
@@ -237,6 +238,18 @@ class Trainer:
         student = student_generator(self.student, t=config.t_min, device=self.device)
         with self.accelerator.autocast(), self.trained[0].averaged():
             return self.watch.validate(self.progress.step, teacher, student, self.teacher.decode)
+
+    def distance(self, seconds: float) -> Distance | None:
+        """Return how far the student is from its teacher by the last validation, after so many seconds at most.
+
+        None if this part of the run has validated nothing. One process may ask alone; no random state is touched.
+        """
+
+        def teacher_of(num_steps: int) -> Generate:
+            return teacher_generator(self.teacher, num_steps=num_steps, device=self.device)
+
+        with self.accelerator.autocast():
+            return self.watch.distance(teacher_of, seconds)
 
     def save(self) -> Path:
         """Write a checkpoint of everything the run needs to go on exactly; return its folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from onestill.core.writing import append_line, written
 from onestill.data.conditions import VALIDATION_SEED, Conditions
 from onestill.sampling import pictures
 from onestill.sampling.generate import Generate, generate_images
+from onestill.training.distance import FEW_STEPS, Distance
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,6 +62,7 @@ class Watch:
         self.config, self.accelerator, self.spec, self.conditions = config, accelerator, spec, conditions
         self.path = config.output_dir / "logs" / "metrics.jsonl"
         self.teacher_images: Tensor | None = None
+        self.last_rms: float | None = None
         self._bins = torch.zeros(2, config.num_time_bins, dtype=torch.float64)
 
     def count(self, batches: Sequence[Batch], residuals: Tensor) -> None:
@@ -81,12 +84,10 @@ class Watch:
         run; `decode` makes images of samples.
         """
         config = self.config
-        seeds = range(VALIDATION_SEED, VALIDATION_SEED + config.num_validation_images)
-        cond = self.conditions.grid(len(seeds))
         if self.teacher_images is None:
-            self.teacher_images = generate_images(teacher, seeds, self.spec.sample_shape, cond)
-        images = generate_images(student, seeds, self.spec.sample_shape, cond)
-        rms = float((images - self.teacher_images).square().mean().sqrt())
+            self.teacher_images = self._drawn(teacher)
+        images = self._drawn(student)
+        self.last_rms = rms = _rms(images, self.teacher_images)
         if not self.accelerator.is_main_process:
             return None, rms
         drawn = {f"teacher, {config.num_teacher_steps} steps": self.teacher_images, "student, 1 step": images}
@@ -102,6 +103,29 @@ class Watch:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pictures.read_pixels(path)[None]}, step=step, **layout)
         return path, rms
+
+    def _drawn(self, generate: Generate) -> Tensor:
+        """Return the samples that a run shows of itself: their noise and conditions are always the same."""
+        seeds = range(VALIDATION_SEED, VALIDATION_SEED + self.config.num_validation_images)
+        return generate_images(generate, seeds, self.spec.sample_shape, self.conditions.grid(len(seeds)))
+
+    def distance(self, teacher_of: Callable[[int], Generate], seconds: float) -> Distance | None:
+        """Return how far the student was from its teacher when it was last drawn; None if it never was.
+
+        `teacher_of(n)` generates in n steps. Numbers of steps are tried, rising, until one is nearer than the student
+        or so many seconds are over.
+        """
+        many, config, few = self.teacher_images, self.config, dict[int, float]()
+        if many is None or self.last_rms is None:
+            return None
+        end = time.monotonic() + seconds
+        for num in FEW_STEPS:
+            if num >= config.num_teacher_steps or time.monotonic() > end:
+                break
+            few[num] = _rms(self._drawn(teacher_of(num)), many)
+            if not few[num] > self.last_rms:
+                break
+        return Distance(self.last_rms, few, config.num_teacher_steps, len(many))
 
     def write(self, log: StepLog) -> None:
         """Write a line; the residual profile begins anew."""
@@ -137,6 +161,10 @@ class Watch:
             warnings.warn(f"{self.path} has {lines} that cannot be read; it is kept as {aside.name}", FoundWarning, 3)
         with written(self.path) as partial:
             partial.write_bytes(b"".join(kept))
+
+
+def _rms(images: Tensor, others: Tensor) -> float:
+    return float((images - others).square().mean().sqrt())
 
 
 def _step_of(line: bytes) -> int | None:
