@@ -7,6 +7,8 @@ import os
 
 # Before anything imports huggingface_hub, which reads it once: no test may go to the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor is a line broken: pytest's workers say 80 before a console is made, which keeps what it found then.
+os.environ["COLUMNS"] = "200"
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

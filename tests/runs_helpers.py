@@ -185,7 +185,6 @@ def call_cli(*args: object) -> Outcome:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["onestill", *map(str, args)])
         patch.setattr(cli, "app", recorded)
-        patch.setenv("COLUMNS", "200")
         try:
             cli.main()
         except SystemExit as end:

@@ -36,7 +36,7 @@ def test_an_error_says_the_same_in_another_process(error: SettingError) -> None:
 def test_what_is_no_number_is_named() -> None:
     with pytest.raises(SettingError) as caught:
         make(Listed, {"steps": "4,x"})
-    assert caught.value.as_flags().startswith("--steps x: input should be a valid integer")
+    assert caught.value.as_flags().startswith("--steps x: must be a valid integer")
 
 
 def _models(cls: type[Settings] = Settings) -> Iterator[type[Settings]]:

@@ -115,7 +115,7 @@ def test_teachers_that_share_their_encoders_share_their_prompts(tmp_path: Path) 
     found = []
     for name in ("one", "two"):
         values = {**settings(tmp_path), "teacher": str(tmp_path / name), "output_dir": tmp_path / f"run-{name}"}
-        found.append(build_run(make_config(values)).messages[0])
+        found.append(" ".join(build_run(make_config(values)).messages))
         onestill.distill(tmp_path / name, tmp_path / f"run-{name}", show_progress=False, **settings(tmp_path))
     assert "2 to encode" in found[0] and "all encoded already" in found[1]
 

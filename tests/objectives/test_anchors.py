@@ -317,9 +317,9 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
             {"anchor_fraction": 0.9, "train_batch_size": 4},
             "boundary_fraction=0.125 and anchor_fraction=0.9: no bootstrap rows are left",
         ),
-        ({"anchor_fraction": 1.0}, "anchor_fraction=1: input should be less than 1"),
-        ({"num_anchors": 0}, "num_anchors=0: input should be greater than or equal to 1"),
-        ({"num_anchor_steps": 0}, "num_anchor_steps=0: input should be greater than or equal to 1"),
+        ({"anchor_fraction": 1.0}, "anchor_fraction=1: must be below 1"),
+        ({"num_anchors": 0}, "num_anchors=0: must be at least 1"),
+        ({"num_anchor_steps": 0}, "num_anchor_steps=0: must be at least 1"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:

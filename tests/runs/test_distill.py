@@ -272,7 +272,7 @@ def test_output_folders(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder, message in (
         (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "run", "is not writable"),
+        (tmp_path / "file" / "run", "is no folder"),
         (tmp_path, "holds other files"),
         (finished_run(), "holds another run"),
     ):
@@ -287,7 +287,7 @@ def test_a_file_is_writable_where_its_folder_is(tmp_path: Path) -> None:
     (tmp_path / "old.png").write_text("")
     for path in (tmp_path, tmp_path / "old.png", tmp_path / "new.png", tmp_path / "a" / "b"):
         check_writable(path, "output")
-    with pytest.raises(ValueError, match="output=.* is not writable"):
+    with pytest.raises(ValueError, match="output=.*: cannot be there: .* is no folder"):
         check_writable(tmp_path / "old.png" / "below", "output")
 
 

@@ -74,7 +74,7 @@ def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None
         (lambda: teacher_folder(), {}, "is no run and no checkpoint-N folder"),
         (lambda: finished_run() / "samples", {}, "is corrupt"),
         (finished_run, {"guidance_scale": 2}, "distilled with w = 1 fixed"),
-        (finished_run, {"target_time": 2}, "target_time=2: must be between 0"),
+        (finished_run, {"target_time": 2}, "target_time=2: must be at most 1"),
         (finished_run, {"device": "gpu"}, "device='gpu'"),
         (lambda: finished_run("drawn"), {"guidance_scale": 9}, "outside 1 to 3"),
     ],

@@ -174,9 +174,7 @@ REFUSED = {
     "outside 1 to 3": lambda: opened(finished_run("drawn"), guidance_scale=4.0),
     "target_time=1.5: must be between 0": lambda: opened(finished_run(), target_time=1.5),
     "target_time=nan: must be between": lambda: opened(finished_run(), target_time=float("nan")),
-    "num_inference_steps=0: input should be greater than or equal to 1": lambda: load_sampler(
-        teacher=teacher_folder(), num_inference_steps=0
-    ),
+    "num_inference_steps=0: must be at least 1": lambda: load_sampler(teacher=teacher_folder(), num_inference_steps=0),
     "needs a teacher with a null class": lambda: load_sampler(
         teacher=teacher_folder(), device="cpu", guidance_scale=2.0
     ),

@@ -121,7 +121,7 @@ def test_all_processes_refuse_what_one_found(tmp_path: Path, monkeypatch: pytest
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, int(free)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, int(free)))
 
 
 def test_the_estimate_is_what_is_written(tmp_path: Path) -> None:

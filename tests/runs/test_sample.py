@@ -36,7 +36,7 @@ def test_one_seed_is_one_image_with_classes_too() -> None:
 
 @pytest.mark.parametrize("scale", [float("nan"), -3.0, float("inf")])
 def test_guidance_that_is_no_scale_is_refused_before_any_work(scale: float) -> None:
-    with pytest.raises(ValueError, match="guidance_scale=.*: input should be"):
+    with pytest.raises(ValueError, match="guidance_scale=.*: must be"):
         onestill.sample(teacher=teacher_folder("class"), null_class=NULL_CLASS, guidance_scale=scale)
 
 
@@ -87,10 +87,10 @@ def test_sample_takes_a_loaded_teacher() -> None:
     [
         ({}, "student and teacher: give one of them"),
         ({"student": "a", "teacher": "b"}, "student and teacher: give one of them"),
-        ({"student": "a", "num_images": 0}, "num_images=0: input should be greater than or equal to 1"),
-        ({"student": "a", "batch_size": -1}, "batch_size=-1: input should be greater than or equal to 1"),
+        ({"student": "a", "num_images": 0}, "num_images=0: must be at least 1"),
+        ({"student": "a", "batch_size": -1}, "batch_size=-1: must be at least 1"),
         ({"student": "a", "device": "gpu"}, "device='gpu'"),
-        ({"student": "a", "solver": "euler"}, "solver='euler': input should be 'ddim', 'heun' or 'midpoint'"),
+        ({"student": "a", "solver": "euler"}, "solver='euler': must be 'ddim', 'heun' or 'midpoint'"),
         ({"student": "a", "num_inference_steps": 4}, "a student has one step"),
         ({"teacher": "a", "target_time": 0.5}, "target_time=0.5: is the student's"),
         ({"student": "no/where"}, "no such folder"),

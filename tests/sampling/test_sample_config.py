@@ -102,4 +102,4 @@ def test_a_mistake_is_said_without_loading_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"], done
-    assert "--num_images 0: input should be greater than or equal to 1" in done.stderr
+    assert "--num_images 0: must be at least 1" in done.stderr

@@ -602,9 +602,10 @@ def test_what_is_not_there_is_refused(source: str) -> None:
 
 
 def test_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is a file; give the folder"):
-        load_teacher(tmp_path / "model.safetensors")
+    for name, words in (("model.safetensors", "is no whole safetensors"), ("model.txt", "is a file")):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=words):
+            load_teacher(tmp_path / name)
 
 
 @pytest.mark.parametrize("local_files_only", [True, False])

@@ -266,8 +266,26 @@ def _explained(error: ValidationError) -> SettingError | SettingErrors:
             continue
         name, message = str(problem["loc"][0]) if problem["loc"] else "config", problem["msg"]
         missing = problem["type"] == "missing"
-        why = "is required" if missing else message[:1].lower() + message[1:].removeprefix("Value error, ")
+        why = "is required" if missing else _in_words(message)
         given = NOT_GIVEN if missing else problem["input"]
         found.setdefault(name, SettingError(name, given, why))
     errors = list(found.values())
     return errors[0] if len(errors) == 1 else SettingErrors(errors)
+
+
+# What pydantic says of a number beyond a bound, and the same as people say it.
+_BOUNDS = (
+    ("Input should be greater than or equal to", "must be at least"),
+    ("Input should be less than or equal to", "must be at most"),
+    ("Input should be greater than", "must be above"),
+    ("Input should be less than", "must be below"),
+    ("Input should be", "must be"),
+)
+
+
+def _in_words(message: str) -> str:
+    """Return what pydantic says of a value in the words of every other message."""
+    for theirs, ours in _BOUNDS:
+        message = message.replace(theirs, ours)
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
