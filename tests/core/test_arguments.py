@@ -137,7 +137,7 @@ def test_settings_take_numbers_of_numpy_and_torch(tmp_path: Path) -> None:
         ("seed", True, "no bool"),
         ("output_dir", b"run", "no bytes"),
         ("negative_prompt", "\ud800", "UTF-8"),
-        ("max_train_steps", 10**26, "less than"),
+        ("max_train_steps", 10**26, "at most"),
         ("validation_prompt", "a cat", "one text"),
     ],
 )

@@ -562,7 +562,7 @@ BAD = [
     ("too many to show", D + "--teacher TEXT --prompt_file p.txt --num_validation_images 1 --validation_prompt a --validation_prompt b", "--num_validation_images 1: shows fewer than the 2 of --validation_prompt"),
     ("sample of no prompt", "sample --output x.png --student TRUN", "takes text; say what to draw with it, or with --prompt_file"),
     ("sample of a teacher and no prompt", "sample --output x.png --teacher TEXT", "takes text; say what to draw with it, or with --prompt_file"),
-    ("sample of both", "sample --output x.png --student TRUN --prompt a --prompt_file p.txt", "--prompt and --prompt_file: give one or the other, not both"),
+    ("sample of both", "sample --output x.png --student TRUN --prompt a --prompt_file p.txt", " and --prompt_file: give one or the other, not both"),
     ("sample of a field", "sample --output x.png --student TRUN --prompt a --prompt_field b", "--prompt_field b: is for a --prompt_file"),
     ("sample of a bad file", "sample --output x.png --student TRUN --prompt_file binary.txt", "binary.txt: line 2: it is not UTF-8"),
     ("sample of a student with a negative", "sample --output x.png --student TRUN --prompt a --negative_prompt b", "--negative_prompt b: is for a teacher"),
