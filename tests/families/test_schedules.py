@@ -16,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
@@ -25,6 +26,7 @@ from torch import Tensor
 from vp_pipelines import cond_unet, stable_diffusion
 
 from onestill.core.errors import SettingError
+from onestill.diffusion.process import DiscreteVP
 from onestill.export.export import export_student
 from onestill.students.student import Student
 from onestill.teachers.guidance import guided
@@ -77,6 +79,18 @@ def test_a_schedule_is_the_pipelines_own_and_exports(name: str, tmp_path: Path) 
     assert export_student(perturbed(teacher), tmp_path / "out") <= 1e-4
     one, few = pictures(tmp_path / "out", 1, 4)
     assert (few - one).abs().max() <= 1e-3
+
+
+SPREAD = {"interpolation_type": "log_linear", "timestep_spacing": "leading", "steps_offset": 1}
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler(**BETAS), EulerDiscreteScheduler(**BETAS, **SPREAD)])
+def test_odd_steps_do_not_hide_the_schedule(scheduler: Any, tmp_path: Path) -> None:
+    process = teacher_of(tmp_path / "teacher", scheduler).spec.process
+    assert isinstance(process, DiscreteVP)
+    times = torch.tensor([process.time_of(i) for i in (0, 500, 999)], dtype=torch.float64)
+    torch.testing.assert_close(process.alpha_sigma(times)[0] ** 2, scheduler.alphas_cumprod[[0, 500, 999]].double())
+    torch.testing.assert_close(process.net_time(times), torch.tensor([0.0, 500.0, 999.0], dtype=torch.float64))
 
 
 def pictures(folder: Path, *num_steps: int) -> list[Tensor]:

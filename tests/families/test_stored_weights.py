@@ -54,11 +54,13 @@ def test_parts_of_several_precisions(tmp_path: Path) -> None:
     assert dtypes(load_teacher(tmp_path / "t").pipeline) == {torch.float32}
 
 
-def test_an_export_that_was_saved_again_in_half_is_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [{}, {"variant": "fp16", "max_shard_size": "8KB"}])
+def test_an_export_that_was_saved_again_in_half_is_drawn(stored: dict[str, str], tmp_path: Path) -> None:
     build("sd-epsilon").save_pretrained(tmp_path / "t")
     export_student(Student(load_teacher(tmp_path / "t")), tmp_path / "out")
-    diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out").to(torch.float16).save_pretrained(tmp_path / "out")
-    sampler = open_pipeline(tmp_path / "out", torch.device("cpu"))
+    half = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out").to(torch.float16)
+    half.save_pretrained(tmp_path / "half", **stored)
+    sampler = open_pipeline(tmp_path / "half", torch.device("cpu"))
     assert dtypes(sampler.pipeline) == {torch.float32}
 
 

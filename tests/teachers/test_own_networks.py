@@ -236,6 +236,14 @@ def test_exact_teachers_are_not_doubted(std: float, process: Any, t_max: float) 
         assert not doubts(look(teacher, "cpu"), teacher.spec) or not look(teacher, "cpu").rms
 
 
+def test_epsilon_that_is_read_as_a_picture_is_doubted() -> None:
+    process = onestill.VE(sigma_max=14.6)  # as noisy as Stable Diffusion's last index
+    data = MixtureTeacher(torch.tensor([[2.0, 0.5], [-2.0, 0.0]]), 0.2, process)
+    network = lambda x, _: (x - data.denoised(x, 1.0, {})) / 14.6  # noqa: E731
+    teacher = module_teacher(network, process, "sample", (2,))
+    assert "is not 'sample'" in doubts(look(teacher, "cpu"), teacher.spec)
+
+
 def test_embedded_teachers_are_not_doubted() -> None:
     teacher = onestill.load_teacher("digits")
     assert not doubts(look(teacher, "cpu"), teacher.spec)

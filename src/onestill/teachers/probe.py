@@ -29,8 +29,8 @@ NUMBERS = 4096
 """Random numbers that a look takes at least, if it can: the error of a correlation is then 0.016."""
 SHARE, CORRELATION, LARGE = 0.25, 0.3, 10.0
 """Smallest |g| and |correlation| to be doubted, and the largest RMS of f that is not."""
-SCALE = 4.0
-"""The largest RMS of data for which g = alpha S^2 / k is not doubted."""
+SCALE = 3.0
+"""The largest RMS of data for which g = alpha S^2 / k is not doubted; at usual starts less than the 1 of epsilon read as x_0."""
 
 
 @dataclass(frozen=True)

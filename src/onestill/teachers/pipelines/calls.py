@@ -18,6 +18,8 @@ from onestill.teachers.pipelines.spec import PipelineSpec
 
 EXAMPLE_PROMPTS = ("a photo", "a drawing of it")
 """The prompts of calls whose pictures do not matter."""
+FIRST_STEPS = 4
+"""Steps of calls that end in their first: the fewest that every scheduler takes (PNDM's begins with four)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class PipelineCalls:
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[Call]:
         """Return the first network call of the pipeline for these conditions; with `until` all of its first step."""
-        given = {"num_inference_steps": 2, **self.spec.guidance_argument(scale), **arguments}
+        most = self.pipeline.scheduler.config.get("num_train_timesteps", FIRST_STEPS)  # few in a one-step schedule
+        given = {"num_inference_steps": min(FIRST_STEPS, most), **self.spec.guidance_argument(scale), **arguments}
         run = lambda: self(conditions, given, seeds=seeds)  # noqa: E731 - passed on at once
         return [self.sorted(call) for call in record(run, self.network, until)]
 

@@ -62,15 +62,19 @@ def load_stock(
 
 
 def _loaded(folder: Path, name: str, entry: list[Any], variant: str | None) -> dict[str, Any]:
-    """Return the network that a component is by its name; of others, which hold no weights, nothing."""
+    """Return the network that a component is by its name; of others, which hold no weights, nothing.
+
+    Where there are no files of the variant, nor plain ones, those of another are taken, as of a student saved again.
+    """
     cls = component_class(folder, name, *entry)
     place = folder / name if (folder / name).is_dir() else folder  # some old folders keep their one network flat
     if not issubclass(cls, nn.Module):
         with loading(f"{folder}: {name}/"):
             check_configs(place)
         return {}
-    has_variant = variant in {variant_of(path.name) for path in place.glob("*.safetensors")}
-    how = {"variant": variant if has_variant else None, "dtype": torch.float32}
+    there = {variant_of(path.name) for path in place.glob("*.safetensors")}
+    chosen = next((each for each in (variant, None, *sorted(there - {None}, key=str)) if each in there), None)
+    how = {"variant": chosen, "dtype": torch.float32}
     return {name: load_model(cls, place, f"{folder}: {name}/", how).model}
 
 
