@@ -554,7 +554,7 @@ OTHERS = [
     Case("evaluate over a table", E + "--student RUN --output out", "--output out: holds a report; name another folder, or give --overwrite", write("out/report.md", "x")),
     Case("export of nothing", X, "--student: is required"),
     Case("export to nothing", "export --student RUN", "--output: is required"),
-    Case("export of no folder", X + "--student none", "--student none: is no run and no checkpoint-N folder"),
+    Case("export of no folder", X + "--student none", "--student none: no such folder"),
     Case("export of a teacher", X + "--student PLAIN", "is no run and no checkpoint-N folder"),
     Case("export over something", X + "--student RUN", "--output out: exists", write("out/a.txt", "x")),
     Case("export over what is no export", X + "--student RUN --overwrite", "is no exported student", write("out/a.txt", "x")),

@@ -70,7 +70,7 @@ def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("student", "arguments", "message"),
     [
-        (lambda: "no/where", {}, "is no run and no checkpoint-N folder"),
+        (lambda: "no/where", {}, "no such folder; give a run"),
         (lambda: teacher_folder(), {}, "is no run and no checkpoint-N folder"),
         (lambda: finished_run() / "samples", {}, "is corrupt"),
         (finished_run, {"guidance_scale": 2}, "distilled with w = 1 fixed"),

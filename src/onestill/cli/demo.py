@@ -19,7 +19,10 @@ def demo(
         "demo"
     ),
     max_train_steps: Annotated[
-        int | None, typer.Option("--max_train_steps", help="Steps, if not the demo's own.", parser=PARSERS[int])
+        int | None,
+        typer.Option(
+            "--max_train_steps", help="Steps, if not the demo's own, fewer on a slow machine.", parser=PARSERS[int]
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the training.", parser=PARSERS[int])] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "cpu",

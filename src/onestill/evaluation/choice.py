@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, named
 from onestill.core.files import PICKLE_SUFFIXES
 from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
@@ -18,6 +18,7 @@ from onestill.teachers.load import EMBEDDED
 
 MIDDLE_LOG_SNR = 2.0
 _GIVE = "a .safetensors file written by ConvFeatures.save, or a transformers vision model"
+_OTHERS = f"name other features: {named('features')} and {_GIVE}, by folder or id"
 
 
 def choose_features(spec: str, teacher: Teacher, *, local_files_only: bool, device: torch.device) -> FeatureExtractor:
@@ -66,7 +67,7 @@ def teacher_features(teacher: Teacher, device: torch.device) -> FeatureExtractor
     network = teacher.network
     if not isinstance(network, nn.Module):
         why = "this teacher is a plain callable without middle features"
-        raise SettingError("features", "teacher", why, "name a network file")
+        raise SettingError("features", "teacher", why, _OTHERS)
     process = teacher.spec.process
     t = float(process.time_at_log_snr(torch.tensor([MIDDLE_LOG_SNR], dtype=torch.float64)))
     fixed = noise([0], teacher.spec.sample_shape)
@@ -93,4 +94,4 @@ def _middle_of(network: nn.Module) -> str:
     if (blocks := getattr(network, "down_blocks", ())) and hasattr(network, "mid_block"):
         return f"down_blocks.{len(blocks) - 1}"
     why = f"{type(network).__name__} has no mid_block"
-    raise SettingError("features", "teacher", why, "name a network file or a transformers model")
+    raise SettingError("features", "teacher", why, _OTHERS)

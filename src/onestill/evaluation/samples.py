@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, named
 from onestill.evaluation.features import FeatureExtractor, sees_latents
 from onestill.sampling.generate import Rows, generate_images
 from onestill.sampling.samplers.base import Sampler
@@ -66,7 +66,7 @@ def check_features(extractor: FeatureExtractor, sampler: Sampler) -> None:
     """Raise SettingError if the extractor looks at latents and a sampler does not give them."""
     if looks_at_latents(extractor, sampler) and not sampler.gives_latents:
         why = f"looks at latents, and {sampler.name} gives images only"
-        raise SettingError("features", "teacher", why, "name a transformers model")
+        raise SettingError("features", "teacher", why, f"name a transformers model with {named('features')}")
 
 
 def looks_at_latents(extractor: FeatureExtractor, sampler: Sampler) -> bool:

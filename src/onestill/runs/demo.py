@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import read_yaml
+from onestill.core.tensors import noise
+from onestill.diffusion.trajectory import CALLS_PER_STEP
+from onestill.evaluation.comparison import SPEED_ROUNDS
 from onestill.evaluation.report import Report
-from onestill.runs.distill import distill
+from onestill.evaluation.speed import compare
+from onestill.runs.build import build_run, configure
+from onestill.runs.distill import distill, make_trainer
 from onestill.runs.evaluate import evaluate
 from onestill.runs.folder import CONFIG_FILE, check_output_dir
 from onestill.runs.sample import sample
 from onestill.sampling import pictures
+from onestill.sampling.generate import teacher_generator
 from onestill.training.config import make_config
 
 PROJECT_NAME = "onestill-demo"
@@ -45,6 +54,12 @@ PROMPTS = (
     "an italic red sans W on a white background",
     "a bold black mono 8 on a green background",
 )
+MOST_SECONDS = 480.0
+"""How long a demo should take at most; on a slower machine it has fewer steps and compares fewer images."""
+LEAST_SHARE = 1 / 3
+"""The least share of both: a student of fewer steps would not be worth looking at."""
+AROUND_SECONDS = 25.0
+"""How long all but network calls takes: loading, checking, exporting, features, pictures."""
 COMMON = {"learning_rate": 1e-3, "lr_scheduler": "cosine", "checkpointing_steps": 400, "validation_steps": 400}
 DEMOS = {
     "glyphs": Demo(
@@ -73,6 +88,77 @@ DEMOS = {
 }
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Seconds on this machine, at this moment: of an optimiser step, and of a call of the guided teacher per image."""
+
+    step: float
+    call: float
+
+
+def measure(teacher: str, settings: Mapping[str, Any], batch_size: int) -> Speed:
+    """Return the speed of a run of `settings`, by a few steps on a copy that is thrown away, and teacher's calls.
+
+    Random state is afterwards what it was; of what is written only the encoded prompts stay, which the run needs too.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{PROJECT_NAME}-") as folder, torch.random.fork_rng():
+        few = {"output_dir": Path(folder), "num_anchors": 1, "num_anchor_steps": 1}
+        run = build_run(configure(teacher, {**settings, **few}))
+        trainer = make_trainer(run)
+        for _ in trainer.prepare():
+            pass
+        call = teacher_generator(run.teacher, num_steps=1, device=trainer.device)
+        eps, cond = noise(range(batch_size), run.teacher.spec.sample_shape), run.conditions.grid(batch_size)
+        candidates = {"step": trainer.update, "call": lambda: call(eps, cond)}
+        seconds = compare(candidates, device=trainer.device, repeats=3)
+    return Speed(seconds["step"], seconds["call"] / batch_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a demo is done, and how long that takes on this machine."""
+
+    settings: Mapping[str, Any]  # of `distill`
+    evaluation: Mapping[str, Any]
+    seconds: float
+    share: float = 1.0
+
+    @property
+    def words(self) -> str:
+        """What to say of it."""
+        steps, images = self.settings["max_train_steps"], self.evaluation["num_samples"]
+        minutes = max(1, round(self.seconds / 60))
+        text = f"will take about {minutes} minute{'s' if minutes != 1 else ''} on this machine, as it is now"
+        if self.share == 1:
+            return text
+        why = "fewer would give no student worth looking at" if self.share == LEAST_SHARE else "it is slow for more"
+        return f"{text}: {steps:,} steps and {images:,} images, which may differ between machines; {why}"
+
+
+def plan(demo: Demo, settings: Mapping[str, Any], speed: Speed, max_train_steps: int | None = None) -> Plan:
+    """Return what to do of a demo so that it takes `MOST_SECONDS` at most, but never less than `LEAST_SHARE` of it.
+
+    The seconds are those of the steps, of the anchors, and of the comparison, whose network calls are all but one the
+    teacher's. A number of steps that was asked for is taken as it is, with as many anchors for each as in the full demo.
+    """
+    evaluation, full = demo.evaluation, settings["max_train_steps"]
+    calls = settings["num_anchor_steps"] * CALLS_PER_STEP[settings["solver"]]
+    steps = full if max_train_steps is None else max_train_steps
+    training = steps * (speed.step + settings["num_anchors"] / full * calls * speed.call)
+    of_image = (sum(evaluation["steps"]) + 1) * speed.call
+    drawing = evaluation["num_samples"] * of_image
+    timing = (SPEED_ROUNDS + 1) * (evaluation["batch_size"] + 1) * of_image
+    around = AROUND_SECONDS + timing + demo.shown["num_images"] * of_image
+    share = 1.0
+    if max_train_steps is None:
+        share = min(1.0, max(LEAST_SHARE, (MOST_SECONDS - around) / (training + drawing)))
+        steps = round(share * full)
+        evaluation = {**evaluation, "num_samples": round(share * evaluation["num_samples"])}
+    anchors = max(1, settings["num_anchors"] * steps // full)
+    chosen = {**settings, "max_train_steps": steps, "num_anchors": anchors}
+    return Plan(chosen, evaluation, around + share * (training + drawing), share)
+
+
 def run_demo(
     output_dir: Path,
     *,
@@ -86,29 +172,33 @@ def run_demo(
     """Distil, evaluate and draw; return the report and the picture.
 
     An earlier demo in `output_dir` is removed first with `overwrite`, and refused without, as is anything else there;
-    `max_train_steps` takes the place of the demo's own; `say` is called with a line before each part.
+    `max_train_steps` takes the place of the demo's own, which are fewer on a slow machine: how fast it is is measured
+    first. The run's configuration has the number that was chosen; `say` is called with a line before each part.
     """
     if teacher not in DEMOS:
         raise SettingError("teacher", teacher, "there is no demo of it", f"choose one of {', '.join(DEMOS)}")
     demo = DEMOS[teacher]
     settings = {**demo.distillation, "tracker_project_name": PROJECT_NAME, "seed": seed, "device": device}
-    if max_train_steps is not None:
-        # As many anchors for each step as in the full demo.
-        anchors = settings["num_anchors"] * max_train_steps // settings["max_train_steps"]
-        settings |= {"max_train_steps": max_train_steps, "num_anchors": max(1, anchors)}
-    make_config({"teacher": teacher, "output_dir": output_dir, **settings})
+    asked = {} if max_train_steps is None else {"max_train_steps": max_train_steps}
+    config = make_config({"teacher": teacher, "output_dir": output_dir, **settings, **asked})
     resolve_device(device)
     _make_room(output_dir, overwrite)
     check_output_dir(output_dir, resuming=False)
-    say(f"distilling the embedded {teacher} teacher: {settings['max_train_steps']} steps, no image is read")
-    stopped_by = distill(teacher, output_dir, **settings).stopped_by
+    say("how fast is this machine? That takes a few seconds")
+    settings |= {"num_anchor_steps": config.num_anchor_steps, "solver": config.solver}
+    speed = measure(teacher, settings, demo.evaluation["batch_size"])
+    planned = plan(demo, settings, speed, max_train_steps)
+    say(f"the demo {planned.words}")
+    steps = planned.settings["max_train_steps"]
+    say(f"distilling the embedded {teacher} teacher: {steps:,} steps, no image is read")
+    stopped_by = distill(teacher, output_dir, **planned.settings).stopped_by
     # A signal that the training has caught ends the whole demo, also where a shell in the background ignores Ctrl-C.
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped_by is not None:
         signal.raise_signal(stopped_by)
     place: dict[str, Any] = {"output": output_dir / "evaluation", "device": device}
-    report = evaluate(output_dir, show_progress=True, say=say, **place, **demo.evaluation)
+    report = evaluate(output_dir, show_progress=True, say=say, **place, **planned.evaluation)
     return report, draw(output_dir, teacher, device)
 
 

@@ -261,7 +261,8 @@ def _reference(
     found = embedded_reference(source) if embedded else folder_reference(Path(source), _decoded_shape(pair))
     if sees_latents(extractor):
         why = f"holds images, and {named('features')} teacher looks at latents"
-        raise SettingError("reference", source, why, "name a transformers model for the features")
+        todo = f"name a transformers model with {named('features')}"
+        raise SettingError("reference", source, why, todo)
     return found
 
 

@@ -18,7 +18,7 @@ from onestill.export.config import ExportConfig
 from onestill.export.export import export_student, is_exported
 from onestill.runs.distill import distilled_facts
 from onestill.runs.folder import RunFolder
-from onestill.runs.load import restore_student, run_teacher
+from onestill.runs.load import check_folder, restore_student, run_teacher
 from onestill.sampling.samplers.network import check_trained
 
 
@@ -44,7 +44,8 @@ def export(student: str | Path, output: str | Path, **settings: Any) -> float:
 def write_student(config: ExportConfig) -> float:
     """Write the student that a configuration names; return and raise as `export` does."""
     path, output, device = config.student, config.output, resolve_device(config.device)
-    run = RunFolder.of(path) if path.is_dir() else None
+    check_folder(path)
+    run = RunFolder.of(path)
     if run is None:
         raise SettingError("student", path, "is no run and no checkpoint-N folder of one")
     if output.exists() and not config.overwrite:

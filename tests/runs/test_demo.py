@@ -1,0 +1,74 @@
+"""The demo: how long it takes is measured and said first, and decides how much of it is done."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs_helpers import same_state
+
+from onestill.core.settings import read_yaml
+from onestill.runs import demo
+from onestill.runs.demo import DEMOS, Plan, Speed, plan
+
+IDLE = {"glyphs": Speed(0.28, 0.0043), "digits": Speed(0.136, 0.00034)}
+"""By the whole demo's time on two idle cores (docs/results.md), and by how a step compares with a call."""
+
+
+def planned(teacher: str, times: float = 1, steps: int | None = None) -> Plan:
+    chosen, speed = DEMOS[teacher], IDLE[teacher]
+    settings = {"num_anchor_steps": 12, "solver": "midpoint", **chosen.distillation}
+    return plan(chosen, settings, Speed(times * speed.step, times * speed.call), steps)
+
+
+@pytest.mark.parametrize("teacher", list(DEMOS))
+def test_how_much_is_done_follows_the_machine(teacher: str) -> None:
+    full = DEMOS[teacher]
+    steps, images = full.distillation["max_train_steps"], full.evaluation["num_samples"]
+    for times in (0.1, 1, 1.2):  # as it always was
+        found = planned(teacher, times)
+        assert (found.settings["max_train_steps"], found.evaluation) == (steps, full.evaluation)
+        assert found.settings["num_anchors"] == full.distillation["num_anchors"] and "steps" not in found.words
+    assert 300 < planned(teacher).seconds < 400 and "about 6 minutes" in planned(teacher).words
+    slow = planned(teacher, 2)
+    assert steps / 3 < slow.settings["max_train_steps"] < steps and slow.seconds == pytest.approx(480)
+    assert images / 3 < slow.evaluation["num_samples"] < images and "may differ between machines" in slow.words
+    assert f"about 8 minutes on this machine, as it is now: {slow.settings['max_train_steps']:,} steps" in slow.words
+    slowest = planned(teacher, 10)
+    assert slowest.settings["max_train_steps"] == round(steps / 3) and slowest.seconds > 900
+    assert f"about {round(slowest.seconds / 60)} minutes" in slowest.words and "worth looking at" in slowest.words
+
+
+def test_steps_given_by_hand_are_taken_as_they_are() -> None:
+    by_hand = planned("glyphs", 10, steps=840)
+    assert by_hand.settings["max_train_steps"] == 840 and by_hand.settings["num_anchors"] == 2000
+    assert by_hand.evaluation == DEMOS["glyphs"].evaluation
+    assert by_hand.seconds > 2 * planned("glyphs", 10).seconds and "steps" not in by_hand.words
+
+
+def test_the_run_records_what_was_chosen_and_measuring_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"train_batch_size": 8, "num_validation_images": 1, "num_teacher_steps": 2, "num_anchor_steps": 1}
+    few = {"max_train_steps": 6, "num_anchors": 24}
+    usual = DEMOS["digits"]
+    monkeypatch.setitem(DEMOS, "digits", replace(usual, distillation={**usual.distillation, **small, **few}))
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(demo, "evaluate", lambda *_, **how: seen.append(how))
+    monkeypatch.setattr(demo, "draw", lambda *_: None)
+    said: list[str] = []
+
+    def run(folder: str, **settings: Any) -> Path:
+        torch.manual_seed(3)
+        demo.run_demo(tmp_path / folder, teacher="digits", say=said.append, **settings)
+        return tmp_path / folder
+
+    measured = run("measured", max_train_steps=2)
+    assert [line for line in said if "minute" in line and "on this machine" in line] == [said[1]]
+    monkeypatch.setattr(demo, "measure", lambda *_: Speed(1e4, 1e-9))  # so that the floor is what is left
+    told = run("told")
+    assert read_yaml(told / "config.yaml")["max_train_steps"] == 2
+    assert read_yaml(told / "config.yaml")["num_anchors"] == read_yaml(measured / "config.yaml")["num_anchors"] == 8
+    assert seen[-1]["num_samples"] == usual.evaluation["num_samples"] / 3 and "worth looking at" in said[-2]
+    assert same_state(measured / "checkpoint-2", told / "checkpoint-2")
