@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from onestill.evaluation.choice import load_features
 from onestill.evaluation.classifier import ConvFeatures
+from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.features import (
     ClassifierFeatures,
     FeatureExtractor,
@@ -20,7 +22,7 @@ from onestill.evaluation.features import (
     extract,
 )
 from onestill.evaluation.metrics import frechet_distance, label_accuracy
-from onestill.evaluation.pretrained import TransformersFeatures
+from onestill.evaluation.pretrained import TransformersFeatures, stays_here
 
 DIGITS = Path(str(files("onestill"))) / "embedded" / "digits"
 
@@ -382,3 +384,22 @@ def test_embedded_features_see_what_a_student_does_wrong(
         assert amounts == sorted(amounts)
         assert amounts[-1] > 5 * chance
     assert distance(images[labels != 0]) > 5 * chance
+
+
+@pytest.mark.parametrize("setting", ["features", "clip"])
+def test_a_hub_that_does_not_answer_is_asked_once(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def unreachable(url: str, **_: Any) -> None:
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    load = {"features": TransformersFeatures, "clip": ClipScore}[setting]
+    with pytest.raises(ValueError, match=f"^{setting}='nobody/nothing': the hub cannot be reached.*local_files_only"):
+        load("nobody/nothing")
+    assert len(asked) == 1 and asked[0].endswith("nobody/nothing/resolve/main/config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/config.json")
+    assert stays_here("features", "nobody/nothing", False), "what is in the cache is read from there"
+    assert len(asked) == 2 and stays_here("features", "nobody/nothing", True) and len(asked) == 2

@@ -13,7 +13,7 @@ from torch.nn import functional
 from onestill.core.errors import SettingError
 from onestill.core.models import check_configs
 from onestill.evaluation.features import check_range
-from onestill.evaluation.pretrained import HUB_ID, input_size, load_transformers, name_with_commit, told
+from onestill.evaluation.pretrained import HUB_ID, input_size, load_transformers, name_with_commit, stays_here, told
 
 
 class ClipScore:
@@ -115,6 +115,7 @@ def _load(source: str, offline: bool) -> tuple[Any, Any]:
     """Return (the CLIPModel in float32, its CLIPProcessor)."""
     from transformers import AutoConfig, CLIPProcessor
 
+    offline = stays_here("clip", source, offline)
     arguments = {"trust_remote_code": False, "local_files_only": offline}
     nothing = " (local files only: nothing was downloaded)" if offline else ""
     with told("clip", source, f"cannot be loaded as a transformers model{nothing}"):

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, named
 from onestill.core.models import LARGEST_SIDE, load_model
 from onestill.core.reading import loading
 from onestill.evaluation.features import as_parameters, check_range, pooled
 
+HUB_SECONDS = 10
+"""How long the hub may take to answer the first question."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -43,7 +45,7 @@ class TransformersFeatures:
         from transformers import AutoImageProcessor
 
         source = os.fspath(model_id)
-        local_files_only = local_files_only or Path(source).is_dir()
+        local_files_only = stays_here("features", source, local_files_only)
         self._model, has_pooler = _load_vision(source, local_files_only)
         self._model.to(device).eval().requires_grad_(False)
         with told("features", source, "has no usable image processor"):
@@ -120,6 +122,31 @@ def _load_vision(source: str, local_files_only: bool) -> tuple[nn.Module, bool]:
     if getattr(vision, "main_input_name", None) != "pixel_values":
         raise SettingError("features", source, f"a {type(model).__name__} does not take images")
     return vision, not missing
+
+
+def stays_here(setting: str, source: str, local_files_only: bool) -> bool:
+    """Return whether only local files are to be read of a model's folder or hub id: also where no hub answers.
+
+    A hub that cannot be reached is asked once: its client would try again, file by file, for a minute.
+
+    Raises:
+        SettingError: About `setting`, if nothing answers and it was not downloaded before.
+    """
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if local_files_only or Path(source).is_dir() or constants.is_offline_mode():
+        return local_files_only or Path(source).is_dir()
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=HUB_SECONDS)
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        return False  # it has answered, and its client says best what
+    except Exception as error:  # its client's own types: of names, connections, proxies and time
+        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+            return True
+        why = "the hub cannot be reached, and it was not downloaded before"
+        todo = f"give a folder, or download it where there is a network, and give {named('local_files_only')}"
+        raise SettingError(setting, source, why, todo) from error
+    return False
 
 
 def name_with_commit(source: str) -> str:
