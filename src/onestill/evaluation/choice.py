@@ -18,7 +18,7 @@ from onestill.teachers.load import EMBEDDED
 
 MIDDLE_LOG_SNR = 2.0
 _GIVE = "a .safetensors file written by ConvFeatures.save, or a transformers vision model"
-_OTHERS = f"name other features: {named('features')} and {_GIVE}, by folder or id"
+_OTHERS = f"give {named('features')} {_GIVE}, by folder or id"
 
 
 def choose_features(spec: str, teacher: Teacher, *, local_files_only: bool, device: torch.device) -> FeatureExtractor:
