@@ -164,7 +164,7 @@ TEACHERS = [
     Case("no such hub id", "nobody/nothing", "--teacher nobody/nothing: no such teacher"),
     Case("no such name", "digitz", "--teacher digitz: no such teacher"),
     Case("a file", "teacher", "--teacher teacher: is a file", lambda: Path("teacher").write_text("") and None),
-    Case("no pipeline", "teacher", "teacher is no diffusers pipeline: it has no model_index.json", no_pipeline),
+    Case("no pipeline", "teacher", "--teacher teacher: is no diffusers pipeline: it has no model_index.json", no_pipeline),
     Case("an empty folder", "teacher", "it has no model_index.json", lambda: Path("teacher").mkdir()),
     Case("an index that is no JSON", "teacher", "model_index.json does not parse", index_is("{")),
     Case("an index without a class", "teacher", "names no pipeline class", index_is("{}")),

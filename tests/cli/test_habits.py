@@ -64,6 +64,21 @@ def test_a_word_without_a_flag_is_the_teacher_or_the_student(tmp_path: Path, mon
     assert call_cli("sample", finished_run(), "--student", finished_run(), "--output", "y.png").code == 0
 
 
+def test_a_name_that_is_nearly_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my-teacher/unet").mkdir(parents=True)
+    Path("my-teacher/model_index.json").write_text("{}")
+    for typed, near in (("digitz", "digits"), ("my_teacher", "my-teacher"), ("./my-techer", "my-teacher")):
+        outcome = call_cli("inspect", typed)
+        assert_refused(outcome, f"--teacher {typed}: no such")
+        assert f"did you mean '{near}'? Else give a folder" in outcome.words
+    assert "mean" not in call_cli("inspect", "qqqqq").words
+    assert_refused(call_cli("inspect", "my-teacher/unet"), "give the folder around it, 'my-teacher'")
+    assert_refused(
+        call_cli("sample", "digits"), "--student digits: is a teacher, of many steps; --teacher digits draws with it"
+    )
+
+
 def test_an_alias_is_named_as_it_was_typed() -> None:
     given = ["inspect", "--device", "cpu"]
     assert call_cli(*given, "--pretrained-model-name-or-path", "no/such/thing").words.startswith(

@@ -248,6 +248,7 @@ REFUSED = [
     ("frames rounded", "wan", "--height 32 --width 32 --num_frames 6", "--num_frames 6: a WanPipeline cannot make that and rounds it; ask for --num_frames 5"),
     ("more than the network takes", "sd3", "--height 320 --width 16", "--height 320: Height (80) cannot be greater than"),
     ("too long a sound", "stable-audio", "--audio_end_in_s 50", "--audio_end_in_s 50: The total audio length requested"),
+    ("far from its own", "sd-epsilon", "--height 8192 --width 8192", "--height 8192 and --width 8192: is more than 8 times what the teacher was trained on"),
     ("zero", "sd-epsilon", "--height 0 --width 16", "--height"),
 ]  # fmt: skip
 

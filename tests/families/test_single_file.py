@@ -187,7 +187,10 @@ def refusal(file: Path, **given: Any) -> str:
 def test_files_that_cannot_be_read(place: Path) -> None:
     tensors = original(build("sd-epsilon"))
     command = "from_single_file("
-    assert command in refusal(place / "t" / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(2)}, place / "lora.safetensors")
+    for part, words in (("t/unet/diffusion_pytorch_model", "give the folder of its whole"), ("lora", "fuse it into")):
+        said = refusal(place / f"{part}.safetensors")
+        assert words in said and command not in said  # which fails on these
     assert command in refusal(place / "model.safetensors") and "original_config" in refusal(place / "model.safetensors")
     (place / "model.ckpt").write_bytes(b"cos\nsystem\n")
     assert "is a pickle" in (said := refusal(place / "model.ckpt")) and command in said
@@ -219,7 +222,9 @@ def test_what_a_file_lacks_is_taken_from_the_folder(place: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("nowhere/at/all", "no folder, no YAML"),
+        ("nowhere/at/all", "no such file or folder"),
+        ("nowhere.yaml", "no such file or folder"),
+        ("no-where/at-all", "no folder, no YAML"),
         ("p.txt", "is no YAML of the original"),
         (".", "has no model_index.json"),
     ],

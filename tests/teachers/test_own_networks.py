@@ -19,7 +19,7 @@ from onestill.diffusion.process import CosineVP, FlowMatching
 from onestill.students.injection import BiasInjection
 from onestill.teachers.closed_form import MixtureTeacher
 from onestill.teachers.module import module_teacher
-from onestill.teachers.probe import doubts, look, measured
+from onestill.teachers.probe import Look, doubts, look, measured
 from onestill.training.trainer import unused_parameters
 
 FAST: dict[str, Any] = {
@@ -242,6 +242,11 @@ def test_epsilon_that_is_read_as_a_picture_is_doubted() -> None:
     network = lambda x, _: (x - data.denoised(x, 1.0, {})) / 14.6  # noqa: E731
     teacher = module_teacher(network, process, "sample", (2,))
     assert "is not 'sample'" in doubts(look(teacher, "cpu"), teacher.spec)
+
+
+def test_a_doubt_says_the_time_that_the_network_is_told() -> None:
+    spec = exact(1, "velocity", FlowMatching()).spec  # whose network may take 0 to 1
+    assert "(the network is told 1000 there)" in doubts(Look(0.0, 0.0, 391.0), spec)
 
 
 def test_embedded_teachers_are_not_doubted() -> None:

@@ -276,7 +276,7 @@ class FlowMatching(Process):
 
     Args:
         shift: Time shift as in diffusers' FlowMatchEulerDiscreteScheduler; 1 is none.
-        net_scale: The network's time is net_offset + net_scale * u.
+        net_scale: The network's time is net_offset + net_scale * u: 0 to 1000 as in diffusers, 0 to 1 with 1.
         net_offset: Its value at the clean end; with net_scale = -1 and net_offset = 1 it is 0 at noise and 1 at data.
 
     A network of prediction type "velocity" says eps - x_0 on it, whatever its time. One that was trained from noise to

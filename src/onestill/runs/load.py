@@ -27,7 +27,7 @@ from onestill.students.mark import read_mark, refuse_student
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
-from onestill.teachers.load import load_teacher
+from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.pipelines.folder import INDEX
 from onestill.training.config import DistillConfig
 from onestill.training.trained import load_parameters
@@ -159,6 +159,9 @@ def load_student(
 def check_folder(student: str | Path) -> None:
     """Raise SettingError if there is no such folder."""
     if not Path(student).is_dir():
+        if str(student) in EMBEDDED:
+            why = f"is a teacher, of many steps; {named('teacher')} {student} draws with it"
+            raise SettingError("student", str(student), why)
         todo = f"give a run ({named('output_dir')} of distill) or an exported pipeline"
         raise SettingError("student", str(student), "no such folder", todo)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import inspect
 import json
@@ -209,8 +210,18 @@ def _find_folder(
     if is_path or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         todo = "give a folder of a diffusers pipeline, a hub id 'owner/name', or an embedded teacher"
         why = f"no such {'folder' if is_path else 'teacher'}"
-        raise SettingError("teacher", source, why, f"{todo} ({', '.join(EMBEDDED)})")
+        raise SettingError("teacher", source, why, f"{_nearest(path)}{todo} ({', '.join(EMBEDDED)})")
     return _download(source, revision, variant, cache_dir, offline)
+
+
+def _nearest(path: Path) -> str:
+    """Return a question for the name that may have been meant, of those beside a path that is not there; "" if none is."""
+    beside = []
+    with suppress(OSError, ValueError):  # a parent that is no folder, or may not be read
+        beside = sorted(each.name for each in path.parent.iterdir())[:1000]
+    embedded = list(EMBEDDED) if path.parent == Path() else []
+    found = difflib.get_close_matches(path.name[:80], [*embedded, *beside], n=1)
+    return f"did you mean {str(path.with_name(found[0]))!r}? Else " if found else ""
 
 
 def _look(source: str) -> tuple[Path, bool]:
@@ -287,7 +298,13 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
         if any((each / RUN_FILE).is_file() for each in (folder, folder.parent)):
             todo = f"name the teacher that it was distilled from; {named('student')} draws with it"
             raise SettingError("teacher", source, "is a run, whose student has one step", todo)
-        raise ValueError(f"{source} is no diffusers pipeline: it has no model_index.json")
+        whole = (folder.parent / "model_index.json").is_file()
+        todo = (
+            f"give the folder around it, {str(folder.parent)!r}"
+            if whole
+            else "give the folder that save_pretrained wrote"
+        )
+        raise SettingError("teacher", source, "is no diffusers pipeline: it has no model_index.json", todo)
     try:
         index = read_json(path)
     except ValueError as error:

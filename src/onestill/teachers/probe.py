@@ -78,6 +78,7 @@ def doubts(found: Look, spec: TeacherSpec) -> str:
         return ""
     measured = f"{found.share:+.2f} of it, correlation {found.correlation:+.2f}, RMS {found.rms:.3g}"
     expected = "next to nothing of the noise, correlation below 0.2, and an RMS near that of the data"
+    told = spec.process.net_time(torch.tensor(float(spec.t_max), dtype=torch.float64)).item()
     cause = f"the prediction type is not {spec.prediction_type!r} (that of its scheduler, or the one given)"
     if spec.prediction_type == "velocity":
         cause = "a velocity of the other sign (it is eps - x_0 here; negate yours if it is x_0 - eps)"
@@ -88,5 +89,6 @@ def doubts(found: Look, spec: TeacherSpec) -> str:
         else f"what it predicts of x_0 from noise is {'0' if not found.rms else 'very large'}: {measured}"
     )
     return (
-        f"{where}; a trained denoiser gives {expected}. Likely causes: {cause}, another time or scale, or no training"
+        f"{where}; a trained denoiser gives {expected}. Likely causes: {cause}, "
+        f"another time (the network is told {told:.4g} there) or scale, or no training"
     )

@@ -25,6 +25,9 @@ from onestill.teachers.pipelines.teacher import PipelineTeacher
 from onestill.teachers.pipelines.vae import decode_vae, form_of
 from onestill.teachers.teacher_spec import TeacherSpec
 
+FAR = 8
+"""How many times the side that it was trained on a teacher may be asked for."""
+
 
 def load_family(
     family: PipelineSpec, folder: Path, index: dict[str, Any], source: str, variant: str | None
@@ -67,6 +70,7 @@ def pipeline_teacher(
     calls = PipelineCalls(family, pipeline)
     _check_channels(family, calls.network.config)
     signature, one = calls.signature()
+    _check_far(family, calls, family.unpack(one.x_t, signature.constant).shape[1:])
     process = _with_shift(schedule.process, calls)
     check_told(pipeline.scheduler, process, float(one.net_time.reshape(-1)[0]))
     null_class = None if family.null_class is None else family.null_class(calls.network.config)
@@ -106,6 +110,18 @@ def _check_channels(family: PipelineSpec, config: Any) -> None:
             f"the network takes {noisy} channels and returns {output}: the others hold a mask or a picture "
             "(inpainting, image to image), which would have to be given with every prompt, so it is not supported"
         )
+
+
+def _check_far(family: PipelineSpec, calls: PipelineCalls, sample_shape: tuple[int, ...]) -> None:
+    """Raise SettingError if a size that was asked for is far from the teacher's own, before its network computes any of it."""
+    own = calls.network.config.get("sample_size") or getattr(calls.pipeline, "default_sample_size", None)
+    asked = [name for name in ("height", "width") if name in family.given]
+    if not asked or own is None or len(sample_shape) < 3:
+        return
+    sides = (own, own) if isinstance(own, int) else tuple(own)[-2:]
+    if any(made > FAR * side for made, side in zip(sample_shape[-2:], sides, strict=True)):
+        why = f"is more than {FAR} times what the teacher was trained on, where it draws no picture"
+        raise SettingError(asked, [family.given[name] for name in asked], why, "lower it, or leave it out")
 
 
 def _check_size(family: PipelineSpec, pipeline: Any, sample_shape: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from onestill.teachers.pipelines.folder import CHECKER, INDEX
 
 CONFIGURATION = ("*.json", "*.txt", "*.model")
 """What of a folder is its configuration: its weights are not needed."""
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 NETWORK_PREFIX = "model.diffusion_model."
 # How the names of tensors in a file begin, for components that it may lack.
 HELD = {
@@ -97,7 +99,8 @@ def _shapes(file: Path, source: str) -> dict[str, SimpleNamespace]:
 def _kind(shapes: Mapping[str, SimpleNamespace], source: str) -> str:
     """Return the hub id that diffusers knows for the architecture; SettingError if it is none that it knows."""
     if any(".lora_" in name or name.startswith("lora_") for name in shapes):
-        raise _cannot(source, "is a LoRA", "fuse it into its pipeline (load_lora_weights, fuse_lora) and save that")
+        todo = "fuse it into its pipeline (load_lora_weights, fuse_lora), and give what save_pretrained of that writes"
+        raise SettingError("teacher", source, "is a LoRA, which is no whole network", todo)
     try:
         kind = stock.infer_diffusers_model_type(shapes)
     except (LookupError, AttributeError) as error:
@@ -105,7 +108,9 @@ def _kind(shapes: Mapping[str, SimpleNamespace], source: str) -> str:
     # What it does not know it takes for Stable Diffusion 1.
     if kind == "v1" and not any(name.startswith(NETWORK_PREFIX) for name in shapes):
         first = repr(min(shapes, default=""))
-        raise _cannot(source, f"is no whole pipeline in one file: its tensors are named as {first}", "give its folder")
+        why = f"is no whole pipeline in one file: its tensors are named as {first}"
+        todo = "give the folder of its whole pipeline (with model_index.json), after putting it there if it is a part alone"
+        raise SettingError("teacher", source, why, todo)
     return str(stock.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
 
 
@@ -130,13 +135,15 @@ def _configuration_folder(kind: str, source: str, given: str | None, *, offline:
         if not (folder / INDEX).is_file():
             raise SettingError("original_config", given, f"has no {INDEX}", "give the folder of a diffusers pipeline")
         return folder.resolve()
+    todo = "give the folder of a pipeline of the same architecture (its weights are not needed), or its hub id"
+    if given is not None and not re.fullmatch(HUB_ID, given):
+        raise SettingError("original_config", given, "no such file or folder", todo)
     patterns = [f"{where}{pattern}" for where in ("", "**/") for pattern in CONFIGURATION]
     try:
         # Nothing is downloaded but what an id is given for.
         asked = offline or given is None
         return Path(snapshot_download(given or kind, local_files_only=asked, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
-        todo = "give the folder of a pipeline of the same architecture (its weights are not needed), or its hub id"
         if given is not None:
             why = f"is no folder, no YAML file, and the hub gave no such pipeline ({in_short(error, 100)})"
             raise SettingError("original_config", given, why, todo) from error
