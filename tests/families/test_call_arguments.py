@@ -246,9 +246,9 @@ REFUSED = [
     ("not divisible", "sd-epsilon", "--height 20 --width 16", "--height 20 and --width 16: `height` and `width` have to be divisible by 8"),
     ("rounded without a word", "flux", "--height 19 --width 16 --max_sequence_length 16", "--height 19: a FluxPipeline cannot make that and rounds it; ask for --height 16"),
     ("frames rounded", "wan", "--height 32 --width 32 --num_frames 6", "--num_frames 6: a WanPipeline cannot make that and rounds it; ask for --num_frames 5"),
-    ("more than the network takes", "sd3", "--height 320 --width 16", "--height 320: Height (80) cannot be greater than"),
+    ("more than the network takes", "sd3", "--height 64 --width 16", "--height 64: Height (16) cannot be greater than"),
     ("too long a sound", "stable-audio", "--audio_end_in_s 50", "--audio_end_in_s 50: The total audio length requested"),
-    ("far from its own", "sd-epsilon", "--height 8192 --width 8192", "--height 8192 and --width 8192: is more than 8 times what the teacher was trained on"),
+    ("far from its own", "sd-epsilon", "--height 512 --width 512", "--height 512 and --width 512: is more than 8 times what the teacher was trained on"),
     ("zero", "sd-epsilon", "--height 0 --width 16", "--height"),
 ]  # fmt: skip
 

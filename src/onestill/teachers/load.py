@@ -298,12 +298,8 @@ def read_index(folder: Path, source: str) -> dict[str, Any]:
         if any((each / RUN_FILE).is_file() for each in (folder, folder.parent)):
             todo = f"name the teacher that it was distilled from; {named('student')} draws with it"
             raise SettingError("teacher", source, "is a run, whose student has one step", todo)
-        whole = (folder.parent / "model_index.json").is_file()
-        todo = (
-            f"give the folder around it, {str(folder.parent)!r}"
-            if whole
-            else "give the folder that save_pretrained wrote"
-        )
+        around = f"around it, {str(folder.parent)!r}" if (folder.parent / "model_index.json").is_file() else ""
+        todo = f"give the folder {around or 'that save_pretrained wrote'}"
         raise SettingError("teacher", source, "is no diffusers pipeline: it has no model_index.json", todo)
     try:
         index = read_json(path)

@@ -117,8 +117,7 @@ def module_teacher(
     what `prediction_type` says. A native EDM network D(x; sigma) is `VE(time_input="sigma")` with "sample".
 
     "velocity" is eps - x_0, from data to noise. A flow network that runs from noise to data predicts x_0 - eps: give
-    a module that returns its negative, and `FlowMatching(net_scale=-1.0, net_offset=1.0)` if its time is 0 at noise.
-    `FlowMatching()` tells it 0 to 1000, as in diffusers; a network whose time is 0 to 1 takes `FlowMatching(net_scale=1.0)`.
+    its negative, and `FlowMatching(net_scale=-1.0, net_offset=1.0)` if its time is 0 at noise, (net_scale=1.0) if 1 at noise.
 
     The network is put into evaluation mode; weights in half precision become float32, which students are trained in.
     What `torch.compile`, DataParallel and DistributedDataParallel put around it is taken off.
