@@ -204,8 +204,8 @@ def test_layers_that_are_not_there_are_refused_by_name(tiny_unet: MakeNetwork) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_rank": 0}, "lora_rank=0: .*greater than or equal to 1"),
-        ({"lora_rank": -3}, "lora_rank=-3: .*greater than or equal to 1"),
+        ({"lora_rank": 0}, "lora_rank=0: .*at least 1"),
+        ({"lora_rank": -3}, "lora_rank=-3: .*at least 1"),
         ({"lora_alpha": 4.0}, "lora_alpha=4: .*give lora_rank too"),
         (
             {"lora_rank": 2, "lora_target_modules": ("nowhere",)},
