@@ -1,5 +1,6 @@
 """Anchors: what the pool holds, how it is kept, and what a training makes of it."""
 
+import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 import onestill
 from onestill.core.errors import FoundWarning, RunError
 from onestill.core.files import read_hashed, save_hashed
+from onestill.core.writing import WriteError
 from onestill.data.conditions import LabelConditions
 from onestill.diffusion import trajectory
 from onestill.diffusion.process import CosineVP
@@ -115,6 +117,18 @@ def test_a_file_is_read_only_for_what_it_was_made_with(tmp_path: Path, pool: Poo
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(5).get_state())
     assert found is not None and torch.equal(found.signal, anchors.signal) and torch.equal(found.eps, anchors.eps)
     assert torch.equal(found.chosen["class_labels"], anchors.chosen["class_labels"])
+
+
+def test_what_is_no_file_is_not_waited_for_and_nothing_half_is_left(tmp_path: Path, pool: Pool) -> None:
+    pipe, folder = tmp_path / "new" / "a.safetensors", tmp_path / "new" / "b.safetensors"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="is no file"):
+        read_pool(pipe, {}, torch.Generator())
+    folder.mkdir()
+    with pytest.raises(WriteError):
+        write_pool(pool, torch.Generator(), folder, {})
+    assert sorted(pipe.parent.iterdir()) == [pipe, folder]
 
 
 def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:

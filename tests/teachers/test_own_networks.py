@@ -47,6 +47,11 @@ class Table(Net):
         return self.last(self.first(x) + self.table(t))
 
 
+class WithMore(Net):
+    def get_extra_state(self) -> object:
+        return {"more": 1}
+
+
 def wrong(change: Any, base: type[Net] = Net) -> nn.Module:
     """Return a network whose forward is `change(stock forward, x, t)`."""
     return type(
@@ -66,6 +71,11 @@ WRONG = {
     "column": (lambda: wrong(lambda f, x, t: torch.cat([x, t], 1) @ torch.ones(5, 4)), "takes its time as \\[B, 1\\]"),
     "no time": (lambda: nn.Linear(4, 4), "it takes no time"),
     "classes": (lambda: wrong(lambda f, x, t, class_labels: f(x, t)), "it wants classes: give num_classes"),
+    "complex": (lambda: wrong(lambda f, x, t: f(x, t) + 0j), "must return real numbers, it returned torch.complex64"),
+    "without a word": (lambda: wrong(lambda f, x, t: {}["unsaid"[9:]]), "cannot be called"),
+    "detached": (lambda: wrong(lambda f, x, t: f(x, t).detach()), "cannot be trained"),
+    "no gradient": (lambda: wrong(torch.no_grad()(lambda f, x, t: f(x, t))), "cannot be trained"),
+    "in place": (lambda: wrong(lambda f, x, t: f(x, t) + x.zero_()), "cannot be trained: .*inplace"),
 }  # fmt: skip
 
 
@@ -106,6 +116,7 @@ def test_a_student_network_is_tried_too(tmp_path: Path) -> None:
         ("sample_shape", ()), ("sample_shape", (True,)), ("sample_shape", "33"), ("num_classes", -1),
         ("num_classes", True), ("num_classes", 2.5), ("null_class", 3), ("sigma_data", "x"), ("sigma_data", 0),
         ("t_max", True), ("threshold", "static"), ("network", None), ("network", Net), ("network", nn.Linear(4, 4, device="meta")),
+        ("network", nn.LazyLinear(4)), ("network", torch.jit.script(nn.Linear(4, 4))), ("network", WithMore()),
     ],
 )  # fmt: skip
 def test_arguments_of_other_types_are_refused(setting: str, given: object) -> None:
@@ -143,6 +154,19 @@ def test_wrappers_are_taken_off_the_student(network: nn.Module, tmp_path: Path) 
         torch.testing.assert_close(found, student(x, None, 0.0, {}).detach(), rtol=1e-4, atol=1e-5)
     own = onestill.Student(teacher, network=laid_bare(Net()))
     assert list(own.network.state_dict()) == list(Net().state_dict())
+
+
+def test_half_precision_is_exported_and_loaded_in_float32(tmp_path: Path) -> None:
+    onestill.export_student(
+        onestill.Student(module_teacher(Net().half(), CosineVP(), "sample", (4,))), tmp_path / "out"
+    )
+    generate = onestill.load_module(tmp_path / "out", Net().bfloat16())
+    assert generate(torch.ones(2, 4), {}).dtype == torch.float32
+
+
+def test_a_network_that_answers_in_float64_is_trained(tmp_path: Path) -> None:
+    teacher = module_teacher(wrong(lambda f, x, t: f(x, t).double()), FlowMatching(), "velocity", (4,))
+    assert onestill.distill(teacher, tmp_path / "run", **FAST).step == 1
 
 
 def test_half_precision_becomes_float32() -> None:

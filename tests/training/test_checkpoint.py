@@ -108,6 +108,7 @@ DAMAGE = {
     "half a file": lambda folder: cut_in_half(folder / "student.safetensors"),
     "an empty file": lambda folder: (folder / "random.safetensors").write_bytes(b""),
     "a missing file": lambda folder: (folder / "student.safetensors").unlink(),
+    "a pipe": lambda folder: ((folder / "random.safetensors").unlink(), os.mkfifo(folder / "random.safetensors")),
     "no state": lambda folder: (folder / STATE_FILE).unlink(),
     "half a state": lambda folder: cut_in_half(folder / STATE_FILE),
     "a state of another kind": lambda folder: (folder / STATE_FILE).write_text("[1]"),

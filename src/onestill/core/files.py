@@ -52,6 +52,8 @@ def save_hashed(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str
 
 def read_hashed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors, metadata) of a file of `save_hashed`; ValueError that names it if it is not what was written."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file")
     with loading(str(path)):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

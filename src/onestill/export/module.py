@@ -18,6 +18,7 @@ from onestill.students.bake import bake
 from onestill.students.mark import read_mark
 from onestill.students.model_card import Facts
 from onestill.students.one_step import OneStep
+from onestill.teachers.module import own_network
 
 MODULE_WEIGHTS = "model.safetensors"
 
@@ -54,7 +55,8 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
     Args:
         folder: The exported folder.
         network: A fresh instance of the network that the teacher had; it receives the student's weights. What
-            `torch.compile` and parallel wrappers put around it or its parts is taken off.
+            `torch.compile` and parallel wrappers put around it or its parts is taken off; half precision becomes
+            float32.
 
     Raises:
         ValueError: If the folder is no exported module, or the weights are not of this network.
@@ -64,7 +66,7 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
         missing = MARK_FILE if mark is None else MODULE_WEIGHTS
         gone = "" if folder.is_dir() else "no such folder: it "
         raise SettingError("folder", folder, f"{gone}is no exported module: it has no {missing}")
-    network = laid_bare(network)
+    network = laid_bare(own_network(network))
     _add_missing_biases(network, weights := load_file(folder / MODULE_WEIGHTS))
     try:
         network.load_state_dict(weights)

@@ -225,9 +225,12 @@ def write_pool(pool: Pool, generator: torch.Generator, path: Path, identity: Map
     from onestill.core.files import save_hashed
 
     partial, said = path.with_suffix(".partial"), {"made_with": json.dumps(identity, sort_keys=True)}
-    with writing(path):
-        save_hashed({**pool.tensors(), "generator": generator.get_state()}, partial, said)
-        os.replace(partial, path)
+    try:
+        with writing(path):
+            save_hashed({**pool.tensors(), "generator": generator.get_state()}, partial, said)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_pool(path: Path, identity: Mapping[str, object], generator: torch.Generator) -> Pool | None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from onestill.core.devices import resolve_device
-from onestill.core.errors import SettingError
-from onestill.core.memory import enough_memory
+from onestill.core.errors import SettingError, in_short
+from onestill.core.memory import enough_memory, is_out_of_memory
+from onestill.core.tensors import to_device
 from onestill.export.export import ExportError, export_student
 from onestill.runs.build import Run
 from onestill.runs.folder import PIPELINE_FOLDER, REHEARSAL
@@ -42,8 +43,29 @@ def rehearse(run: Run) -> tuple[str, ...]:
         return ()
     messages = check_space(space_of(run.student, run.config), run.config.output_dir)
     with enough_memory(f"exporting a student of {run.config.teacher}", less_memory(run.config, run.student)):
-        _on_one_process(lambda: _try_export(run), run.config)
+        _on_one_process(lambda: _try(run), run.config)
     return messages
+
+
+def _try(run: Run) -> None:
+    if run.teacher.folder is None:
+        _try_gradient(run)
+    _try_export(run)
+
+
+def _try_gradient(run: Run) -> None:
+    """Raise SettingError if no gradient can be taken through a network of one's own."""
+    student, device = run.student.to(resolve_device(run.config.device)), resolve_device(run.config.device)
+    x, cond = torch.zeros(1, *student.spec.sample_shape, device=device), run.teacher.to(device).example_rows(1)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    try:
+        y = student(x, None, 0.0, to_device(student.with_scale(cond, None, 1), device))
+        torch.autograd.grad(y.square().sum(), trained, allow_unused=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        todo = "let it compute without no_grad, inference_mode, detach, and changes of its input in place"
+        raise SettingError("network", why=f"cannot be trained: {in_short(error)}", todo=todo) from error
 
 
 def _try_export(run: Run) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from onestill.core.arguments import Count, Label, Positive, checked
-from onestill.core.errors import SettingError, in_short, named
+from onestill.core.errors import SettingError, named
 from onestill.core.memory import is_out_of_memory
+from onestill.core.reading import reason
 from onestill.core.tensors import Cond, bare
 from onestill.diffusion.prediction import PREDICTION_TYPES
 from onestill.diffusion.process import Process
@@ -27,14 +29,17 @@ class ModuleTeacher(NetworkTeacher):
 
     def call(self, network: Callable[..., Any], x_t: Tensor, net_time: Tensor, cond: Cond) -> Tensor:
         output = network(x_t, net_time, **cond)
-        if not isinstance(output, Tensor):
-            why = f"must return a tensor, it returned {type(output).__name__}"
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            kind, other = "a tensor", type(output).__name__
+            if isinstance(output, Tensor):
+                kind, other = "real numbers", str(output.dtype)
+            why = f"must return {kind}, it returned {other}"
             raise SettingError("network", why=why, todo="wrap it in a module that returns the prediction alone")
         if output.shape != x_t.shape:
             why = f"returned shape {list(output.shape)} for input {list(x_t.shape)}"
             todo = f"wrap it so that it returns its prediction alone, or give another {named('sample_shape')}"
             raise SettingError("network", why=why, todo=todo)
-        return output
+        return output.to(x_t.dtype) if output.dtype == torch.float64 else output
 
     def first_call(self, eps: Tensor, network: Callable[..., object] | None = None) -> Tensor:
         network, x_t = self.network if network is None else network, self.spec.trajectory.start(eps)
@@ -50,7 +55,7 @@ class ModuleTeacher(NetworkTeacher):
             if is_out_of_memory(error):
                 raise
             call = f"network(x, t{', class_labels=...' if rows else ''})"
-            why = f"cannot be called as {call} with x {list(x_t.shape)} and t [{len(x_t)}]: {in_short(error)}"
+            why = f"cannot be called as {call} with x {list(x_t.shape)} and t [{len(x_t)}]: {reason(error)}"
             raise SettingError("network", why=why, todo=self._todo(network, x_t, rows)) from error
         if not found.isfinite().all():
             why = f"returns numbers that are not finite (NaN or infinity) at the start level t = {t_max:g}"
@@ -143,7 +148,7 @@ def module_teacher(
         raise SettingError("null_class", null_class, "is a label of classes", f"give {named('num_classes')} too")
     if t_max is not None:
         process.check_start_level(prediction_type, t_max)
-    start, reason = process.start_level(prediction_type) if t_max is None else (t_max, "given")
+    start, start_reason = process.start_level(prediction_type) if t_max is None else (t_max, "given")
     spec = TeacherSpec(
         family="module",
         source="",
@@ -151,7 +156,7 @@ def module_teacher(
         prediction_type=prediction_type,
         sample_shape=_shape(sample_shape),
         t_max=start,
-        t_max_reason=reason,
+        t_max_reason=start_reason,
         num_classes=num_classes,
         null_class=null_class,
         threshold=threshold,
@@ -167,12 +172,21 @@ def own_network(network: Any) -> Any:
         raise SettingError("network", why=f"is {what}", todo="give a torch.nn.Module, an instance, or a function")
     if not isinstance(network, nn.Module):
         return network
+    if isinstance(network, torch.jit.ScriptModule):
+        why = "is TorchScript, whose layers nothing can be put into"
+        raise SettingError("network", why=why, todo="give the module that it was made from")
     network = bare(network)
     if any(type(part).__module__.partition(".")[0] == "peft" for part in network.modules()):
         why = "holds adapters of peft, and a student is a copy of a whole network"
         raise SettingError("network", why=why, todo="merge them first: network.merge_and_unload()")
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         raise SettingError("network", why="has weights on the device 'meta', which holds none", todo="load them first")
+    if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
+        why = "has lazy layers, which have no weights before their first call"
+        raise SettingError("network", why=why, todo="call it once, or load its weights, first")
+    if others := [name for name, value in network.state_dict().items() if not isinstance(value, Tensor)]:
+        why = f"has a state that is no tensor, {others[0]!r}, as quantised networks and an extra state have"
+        raise SettingError("network", why=why, todo="give one whose weights and buffers are all there is")
     return network.float() if any(p.dtype in HALVES for p in network.parameters()) else network
 
 
