@@ -99,6 +99,8 @@ def test_what_a_killed_one_left_is_in_nobodys_way(tmp_path: Path) -> None:
     run = prepared(tmp_path / "run")
     rehearsal.rehearse(run)
     assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "run" / ".config.yaml.partial-1.yaml").touch()
+    prepared(tmp_path / "run")
 
 
 def test_all_processes_refuse_what_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from onestill.core.errors import FoundWarning, SettingError, named
@@ -86,11 +87,16 @@ class RunFolder:
         return found
 
 
+def _is_left(name: str) -> bool:
+    """Return whether a name is of what only a killed process leaves: a rehearsal, or a file before its rename."""
+    return name == REHEARSAL or fnmatchcase(name, ".*.partial-*")
+
+
 def check_output_dir(folder: Path, *, resuming: bool) -> None:
     """Raise SettingError if a run cannot be written to `folder`, or would overwrite something there."""
     if folder.exists() and not folder.is_dir():
         raise SettingError("output_dir", folder, "is a file")
-    if folder.is_dir() and any(path.name != REHEARSAL for path in folder.iterdir()):
+    if folder.is_dir() and any(not _is_left(path.name) for path in folder.iterdir()):
         if not is_run(folder):
             raise SettingError("output_dir", folder, "holds other files", "name a new or empty folder")
         if not resuming:
