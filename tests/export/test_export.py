@@ -340,6 +340,12 @@ def test_wrong_network_is_refused(
     for wrong in (nn.Linear(2, 2), plain_network(width=7), plain_network(channels=3)):
         with pytest.raises(ValueError, match=r"out: the weights are not of this network: \S"):
             load_module(tmp_path / "out", wrong)
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors cannot be read: a file of its weights is no whole safetens"
+    ):
+        load_module(tmp_path / "out", plain_network())
 
 
 def test_folder_that_is_no_module_is_refused(

@@ -116,6 +116,8 @@ class PromptCache:
 
     def _read_index(self, path: Path) -> tuple[Ints, Ints]:
         """Return (keys, which limits each prompt exceeds) of a shard; ValueError if it is not of this encoder."""
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is no file")
         with loading(str(path)), safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("encoder") != self.encoder:
                 raise ValueError("it was written for another text encoder")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from onestill.core.arguments import checked
 from onestill.core.errors import SettingError
 from onestill.core.files import MARK_FILE, save_tensors
+from onestill.core.reading import loading
 from onestill.core.tensors import Cond, laid_bare, to_device
 from onestill.export.base import Format
 from onestill.sampling.generate import Generate
@@ -67,7 +68,9 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
         gone = "" if folder.is_dir() else "no such folder: it "
         raise SettingError("folder", folder, f"{gone}is no exported module: it has no {missing}")
     network = laid_bare(own_network(network))
-    _add_missing_biases(network, weights := load_file(folder / MODULE_WEIGHTS))
+    with loading(str(folder / MODULE_WEIGHTS)):
+        weights = load_file(folder / MODULE_WEIGHTS)
+    _add_missing_biases(network, weights)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
