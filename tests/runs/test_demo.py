@@ -70,5 +70,7 @@ def test_the_run_records_what_was_chosen_and_measuring_changes_nothing(
     told = run("told")
     assert read_yaml(told / "config.yaml")["max_train_steps"] == 2
     assert read_yaml(told / "config.yaml")["num_anchors"] == read_yaml(measured / "config.yaml")["num_anchors"] == 8
-    assert seen[-1]["num_samples"] == usual.evaluation["num_samples"] / 3 and "worth looking at" in said[-2]
+    assert seen[-1]["num_samples"] == usual.evaluation["num_samples"] / 3 and any(
+        "worth looking at" in line for line in said
+    )
     assert same_state(measured / "checkpoint-2", told / "checkpoint-2")

@@ -21,7 +21,7 @@ from onestill.evaluation.comparison import SPEED_ROUNDS
 from onestill.evaluation.report import Report
 from onestill.evaluation.speed import compare
 from onestill.runs.build import build_run, configure
-from onestill.runs.distill import distill, make_trainer
+from onestill.runs.distill import distill, make_trainer, print_message
 from onestill.runs.evaluate import evaluate
 from onestill.runs.folder import CONFIG_FILE, check_output_dir
 from onestill.runs.sample import sample
@@ -167,7 +167,7 @@ def run_demo(
     device: str = "cpu",
     max_train_steps: int | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_message,
 ) -> tuple[Report, Path]:
     """Distil, evaluate and draw; return the report and the picture.
 
@@ -191,7 +191,7 @@ def run_demo(
     say(f"the demo {planned.words}")
     steps = planned.settings["max_train_steps"]
     say(f"distilling the embedded {teacher} teacher: {steps:,} steps, no image is read")
-    stopped_by = distill(teacher, output_dir, **planned.settings).stopped_by
+    stopped_by = distill(teacher, output_dir, say=say, **planned.settings).stopped_by
     # A signal that the training has caught ends the whole demo, also where a shell in the background ignores Ctrl-C.
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt

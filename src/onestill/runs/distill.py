@@ -97,6 +97,7 @@ def distill(
     dry_run: bool = False,
     show_progress: bool = True,
     on_step: Callable[[StepLog], None] | None = None,
+    say: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> RunResult:
     """Distil a teacher into a one-step student and export it to `output_dir`/pipeline.
@@ -109,6 +110,7 @@ def distill(
         dry_run: Check everything, write nothing, train nothing.
         show_progress: Print progress to standard error.
         on_step: Called after each optimiser step.
+        say: Called with what would be printed to standard error, but for the bars; settings are marked in it.
         **settings: Fields of `onestill.DistillConfig`; an unknown name is refused.
 
     Raises:
@@ -119,16 +121,20 @@ def distill(
     config = configure(teacher, {**settings, "output_dir": Path(output_dir)}, config_file)
     run = build_run(config, teacher if isinstance(teacher, Teacher) else None, network)
     messages = (*run.messages, *rehearse(run))
-    if show_progress:
-        for message in messages:
-            print(as_arguments(message), file=sys.stderr)
+    say = say or print_message
+    for message in messages if show_progress else ():
+        say(message)
     if dry_run:
         return RunResult(config.output_dir)
     result = carry_out(run, show_progress=show_progress, on_step=on_step)
-    if show_progress:
-        for message in result.closing():
-            print(as_arguments(message), file=sys.stderr)
+    for message in result.closing() if show_progress else ():
+        say(message)
     return result
+
+
+def print_message(message: str) -> None:
+    """Print a message to standard error, with its settings as Python spells them."""
+    print(as_arguments(message), file=sys.stderr)
 
 
 def carry_out(run: Run, *, show_progress: bool = True, on_step: Callable[[StepLog], None] | None = None) -> RunResult:
