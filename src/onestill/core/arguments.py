@@ -30,11 +30,14 @@ class Limits:
 
     least: float = -math.inf
     above: float = -math.inf
+    most: float = math.inf
 
     def why_not(self, value: Any) -> str:
         """Return why a number is outside; "" if it is not, or is no number."""
-        if not isinstance(value, (int, float)) or (value >= self.least and value > self.above):
+        if not isinstance(value, (int, float)) or (self.least <= value <= self.most and value > self.above):
             return ""
+        if value > self.most:
+            return f"must be at most {self.most:g}"
         return f"must be above {self.above:g}" if value <= self.above else f"must be at least {self.least:g}"
 
 

@@ -16,6 +16,8 @@ GENERATOR, IMAGES = "What generates", "Images"
 EXPLORING = "Exploring (one of them; the same noise or condition all over)"
 WAYS = ("interpolate", "fixed_noise", "guidance_scales", "target_times")
 """Settings that say how a sampler is explored."""
+LONGEST_WAY = 10_000
+"""The most images from one noise or prompt to another."""
 
 
 class SamplerSettings(CallSettings):
@@ -97,7 +99,7 @@ class SampleConfig(SamplerSettings, DrawSettings):
         EXPLORING,
         f"So many images from {named('seed')} to {named('to_seed')}, or from one prompt to another.",
         ge=2,
-        le=10_000,
+        le=LONGEST_WAY,
     )
     to_seed: int | None = setting(None, EXPLORING, f"Where {named('interpolate')} goes to.", ge=0, lt=2**63 - 1)
     fixed_noise: bool = setting(False, EXPLORING, f"One noise ({named('seed')}) for every prompt or label.")

@@ -21,7 +21,7 @@ from onestill.core.errors import SettingError, named
 from onestill.core.settings import make
 from onestill.core.tensors import Cond, noise
 from onestill.sampling import pictures
-from onestill.sampling.config import DrawSettings, check_interpolation, check_values
+from onestill.sampling.config import LONGEST_WAY, DrawSettings, check_interpolation, check_values
 from onestill.sampling.generate import Rows, with_progress
 from onestill.sampling.samplers.base import Sampler
 
@@ -154,7 +154,7 @@ def _between(name: str, a: Tensor, b: Tensor, u: Tensor) -> Tensor:
 @checked(DrawSettings)
 def interpolate(
     sampler: Sampler,
-    num_images: Annotated[int, Limits(least=2)],
+    num_images: Annotated[int, Limits(least=2, most=LONGEST_WAY)],
     *,
     to_seed: int | None = None,
     show_progress: bool = False,
