@@ -409,7 +409,7 @@ BAD = [
     ("no base", D + "--teacher SR", "IFSuperResolutionPipeline enlarges the picture of an earlier model"),
     ("base for a first stage", D + "--teacher IF --base_student BASE", "this teacher takes no picture; leave it out"),
     ("level for a first stage", D + "--teacher IF --noise_level 5", "--noise_level 5: this teacher takes no"),
-    ("level below", D + "--teacher SR --base_student BASE --noise_level -1", "--noise_level -1: must be above"),
+    ("level below", D + "--teacher SR --base_student BASE --noise_level -1", "--noise_level -1: must be at least 0"),
     ("level above", D + "--teacher SR --base_student BASE --noise_level 1000", "--noise_level 1000: this IFSuperResolutionPipeline knows the levels 0 to 999"),
     ("no folder", D + "--teacher SR --base_student nowhere", "--base_student nowhere: no such folder"),
     ("empty folder", D + "--teacher SR --base_student empty", "--base_student empty: holds no exported pipeline"),
