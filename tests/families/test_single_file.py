@@ -238,3 +238,30 @@ def test_a_configuration_that_is_none(given: str, words: str, place: Path, monke
 
 def test_a_configuration_beside_a_folder(place: Path) -> None:
     assert "leave it out" in refusal(place / "t", original_config=place / "t")
+
+
+def test_a_configuration_that_means_harm(place: Path, tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text(
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    )
+    assert "repeats parts of itself" in message(place, bomb)
+    index = json.loads((place / "t" / "model_index.json").read_text())
+    for change, words in (
+        ({"_class_name": "UNet2DConditionModel"}, "has no such pipeline"),
+        ({"tokenizer": ["os", "system"]}, "code of its own"),
+    ):
+        folder = bare(place)
+        (folder / "model_index.json").write_text(json.dumps({**index, **change}))
+        assert words in message(place, folder)
+    folder = bare(place)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 10**9}))
+    assert "above" in message(place, folder)
+
+
+def message(place: Path, original_config: Path) -> str:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        load_teacher(place / "model.safetensors", original_config=original_config)
+    return str(caught.value)

@@ -12,7 +12,6 @@ import torch
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, in_short
 from onestill.core.memory import enough_memory, is_out_of_memory
-from onestill.core.tensors import to_device
 from onestill.export.export import ExportError, export_student
 from onestill.runs.build import Run
 from onestill.runs.folder import PIPELINE_FOLDER, REHEARSAL
@@ -21,6 +20,7 @@ from onestill.runs.resume import num_processes
 from onestill.runs.space import check_space, space_of
 from onestill.students.student import Student
 from onestill.training.config import DistillConfig
+from onestill.training.trainer import unused_parameters
 
 SMALL_MOVE = 0.01
 """What the parameters that start at zero are moved by while a student is exported for a try."""
@@ -55,12 +55,10 @@ def _try(run: Run) -> None:
 
 def _try_gradient(run: Run) -> None:
     """Raise SettingError if no gradient can be taken through a network of one's own."""
-    student, device = run.student.to(resolve_device(run.config.device)), resolve_device(run.config.device)
-    x, cond = torch.zeros(1, *student.spec.sample_shape, device=device), run.teacher.to(device).example_rows(1)
-    trained = [p for p in student.parameters() if p.requires_grad]
+    device = resolve_device(run.config.device)
+    run.teacher.to(device)
     try:
-        y = student(x, None, 0.0, to_device(student.with_scale(cond, None, 1), device))
-        torch.autograd.grad(y.square().sum(), trained, allow_unused=True)
+        unused_parameters(run.student.to(device))
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -117,12 +115,13 @@ def _on_one_process(check: Callable[[], None], config: DistillConfig) -> None:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state, verdict = PartialState(cpu=config.device == "cpu"), [None]
+    state = PartialState(cpu=config.device == "cpu")
+    verdict: list[Exception | None] = [None]
     if state.is_main_process:
         try:
             check()
         except Exception as error:
-            verdict = [error]  # type: ignore[list-item]
+            verdict = [error]
     broadcast_object_list(verdict)
     if verdict[0] is not None:
         raise verdict[0]

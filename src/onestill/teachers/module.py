@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +105,7 @@ def module_teacher(
     network: Callable[..., object],
     process: Process,
     prediction_type: str,
-    sample_shape: tuple[int, ...],
+    sample_shape: tuple[Count, ...],
     *,
     num_classes: Count | None = None,
     null_class: Label | None = None,
@@ -142,8 +140,7 @@ def module_teacher(
         SettingError: If an argument is of another type, the prediction type is unknown or cannot start on this
             process, or the network is none or has no weights of its own yet.
     """
-    _check(process, prediction_type, threshold, {"sigma_data": sigma_data, "t_max": 1.0 if t_max is None else t_max})
-    num_classes, null_class = _count("num_classes", num_classes, 1), _count("null_class", null_class, 0)
+    _check(prediction_type, sample_shape)
     if null_class is not None and num_classes is None:
         raise SettingError("null_class", null_class, "is a label of classes", f"give {named('num_classes')} too")
     if t_max is not None:
@@ -154,7 +151,7 @@ def module_teacher(
         source="",
         process=process,
         prediction_type=prediction_type,
-        sample_shape=_shape(sample_shape),
+        sample_shape=sample_shape,
         t_max=start,
         t_max_reason=start_reason,
         num_classes=num_classes,
@@ -190,30 +187,10 @@ def own_network(network: Any) -> Any:
     return network.float() if any(p.dtype in HALVES for p in network.parameters()) else network
 
 
-def _check(process: Any, prediction_type: Any, threshold: Any, numbers: dict[str, Any]) -> None:
-    if not isinstance(process, Process):
-        todo = "give a noise process, such as onestill.CosineVP() or onestill.FlowMatching()"
-        raise SettingError("process", process, "is none", todo)
+def _check(prediction_type: str, sample_shape: tuple[int, ...]) -> None:
+    """Refuse what has the right type, and is nothing that is known."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-    if not isinstance(threshold, Threshold):
-        raise SettingError("threshold", threshold, "is none", "give an onestill.teachers.teacher_spec.Threshold")
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise SettingError(name, value, "must be a number above 0")
-
-
-def _shape(given: Any) -> tuple[int, ...]:
-    sizes = tuple(given) if isinstance(given, (tuple, list)) else ()
-    if not sizes or any(isinstance(n, bool) or not hasattr(n, "__index__") or operator.index(n) < 1 for n in sizes):
+    if not sample_shape:
         todo = "give sizes of at least 1 without the batch axis, such as (3, 32, 32)"
-        raise SettingError("sample_shape", given, "is no shape of one sample", todo)
-    return tuple(map(operator.index, sizes))
-
-
-def _count(name: str, given: Any, least: int) -> int | None:
-    if given is None:
-        return None
-    if isinstance(given, bool) or not hasattr(given, "__index__") or operator.index(given) < least:
-        raise SettingError(name, given, f"must be a whole number of at least {least}, or None")
-    return operator.index(given)
+        raise SettingError("sample_shape", sample_shape, "is no shape of one sample", todo)

@@ -82,12 +82,9 @@ def doubts(found: Look, spec: TeacherSpec) -> str:
     cause = f"the prediction type is not {spec.prediction_type!r} (that of its scheduler, or the one given)"
     if spec.prediction_type == "velocity":
         cause = "a velocity of the other sign (it is eps - x_0 here; negate yours if it is x_0 - eps)"
-    where = f"what it predicts of x_0 at the start level repeats the noise: {measured}"
-    where = (
-        where
-        if repeats
-        else f"what it predicts of x_0 from noise is {'0' if not found.rms else 'very large'}: {measured}"
-    )
+    where = f"what it predicts of x_0 from noise is {'very large' if found.rms else '0'}: {measured}"
+    if repeats:
+        where = f"what it predicts of x_0 at the start level repeats the noise: {measured}"
     return (
         f"{where}; a trained denoiser gives {expected}. Likely causes: {cause}, "
         f"another time (the network is told {told:.4g} there) or scale, or no training"

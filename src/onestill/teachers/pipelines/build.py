@@ -179,7 +179,7 @@ def _compared(
     if negative_prompt is not None:
         given["negative_prompt"] = [negative_prompt] * len(conditions)
     with replaced(pipeline, "scheduler", stock):
-        run = lambda: teacher.calls(conditions, given, seeds=(0, 1))  # noqa: E731 - passed on at once
+        run = partial(teacher.calls, conditions, given, seeds=(0, 1))
         x_t, theirs, decoded = watch(run, teacher.network, stock, num_steps, getattr(pipeline, "vae", None))
     x_t, theirs = (family.unpack(x[:2], teacher.signature.constant) for x in (x_t, theirs))
     x_t = x_t[:, : teacher.spec.sample_shape[0]]

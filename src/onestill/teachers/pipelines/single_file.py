@@ -19,16 +19,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
-import yaml
 from diffusers.loaders import single_file_utils as stock
 from safetensors import safe_open
 from torch import nn
 
 from onestill.core.errors import SettingError, in_short, named
 from onestill.core.files import PICKLE_SUFFIXES
-from onestill.core.reading import loading, read_mapping, read_text
+from onestill.core.models import check_configs, held, within
+from onestill.core.reading import loading, parse_yaml, read_mapping, read_text
 from onestill.core.writing import write_text, written
-from onestill.teachers.pipelines.folder import CHECKER, INDEX
+from onestill.teachers.pipelines.folder import CHECKER, INDEX, component_class, pipeline_class
 
 CONFIGURATION = ("*.json", "*.txt", "*.model")
 """What of a folder is its configuration: its weights are not needed."""
@@ -120,9 +120,9 @@ def _read_original(original_config: str | None) -> dict[str, Any] | None:
     if original_config is None or not path.is_file():
         return None
     try:
-        found = yaml.safe_load(read_text(path))
+        found = parse_yaml(read_text(path), "it")
         found["model"]["params"]["unet_config"]["params"], found["model"]["params"]["first_stage_config"]["params"]
-    except (ValueError, yaml.YAMLError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         why = f"is no YAML of the original training code (model, params, unet_config): {in_short(error)}"
         raise SettingError("original_config", original_config, why) from error
     return dict(found)
@@ -171,14 +171,16 @@ def _pipeline(
     """Return the pipeline in a file, but for the components `without`, as its weights are stored."""
     index = read_mapping(config / INDEX)
     name = str(index.get("_class_name"))
-    cls: Any = getattr(diffusers, name, None)
+    with loading(str(config)):
+        cls = pipeline_class(name)
+        _check_parts(config, index)
     if not hasattr(cls, "from_single_file"):
         raise SettingError("teacher", source, f"a {name} is read from no single file", "give its folder")
     parts = {**dict.fromkeys([*without, CHECKER]), **_scheduler(config, index, original, shapes)}
     given = {part: value for part, value in parts.items() if part in index}
     more = {} if original is None else {"original_config": dict(original)}
     try:
-        with loading(source):
+        with loading(source), within(*held([file])):
             pipeline = cls.from_single_file(str(file), config=str(config), local_files_only=True, **given, **more)
             _refuse_empty(pipeline)
     except ValueError as error:
@@ -186,6 +188,14 @@ def _pipeline(
         todo = f"name that of its own architecture with {named('original_config')}"
         raise _cannot(source, in_short(ValueError(why), 400), todo, name) from error
     return pipeline
+
+
+def _check_parts(config: Path, index: Mapping[str, Any]) -> None:
+    """Raise ValueError if a component of the configuration needs code of its own, or its configuration is out of bounds."""
+    for part, entry in index.items():
+        if not part.startswith("_") and isinstance(entry, list) and entry != [None, None]:
+            component_class(config, part, *entry)
+            check_configs(config / part)
 
 
 def _refuse_empty(pipeline: Any) -> None:
