@@ -44,6 +44,12 @@ def test_other_names_are_answered_with_ours(command: str, typed: str, ours: str)
         assert (command, typed) == ("evaluate", "pretrained_model_name_or_path")  # which it takes
 
 
+def test_a_guess_of_what_a_command_has_not_is_answered_with_nothing() -> None:
+    assert meant("--lr", ["--solver", "--student"]) == ""
+    assert_refused(call_cli("sample", "run", "--lr", 3), "no such option: --lr")
+    assert "did you mean" not in call_cli("sample", "run", "--lr", 3).words
+
+
 def test_what_resembles_nothing_gets_no_hint() -> None:
     assert meant("--qqqqq", ["--seed", "--device"]) == ""
 

@@ -77,5 +77,7 @@ def meant(flag: str, known: Sequence[str]) -> str:
     for setting in NAMES.get(name, ()):
         if f"--{setting}" in known:
             return f"--{setting}"
+    if name in NAMES:  # which is none of the command's: what is spelt alike means something else
+        return ""
     near = difflib.get_close_matches(f"--{name[:80]}", [each for each in known if each.startswith("--")], n=1)
     return near[0] if near else ""
