@@ -173,7 +173,7 @@ def _pipeline(
     name = str(index.get("_class_name"))
     with loading(str(config)):
         cls = pipeline_class(name)
-        _check_parts(config, index)
+    _check_parts(config, index)
     if not hasattr(cls, "from_single_file"):
         raise SettingError("teacher", source, f"a {name} is read from no single file", "give its folder")
     parts = {**dict.fromkeys([*without, CHECKER]), **_scheduler(config, index, original, shapes)}
@@ -195,7 +195,8 @@ def _check_parts(config: Path, index: Mapping[str, Any]) -> None:
     for part, entry in index.items():
         if not part.startswith("_") and isinstance(entry, list) and entry != [None, None]:
             component_class(config, part, *entry)
-            check_configs(config / part)
+            with loading(f"{config}: {part}/"):
+                check_configs(config / part)
 
 
 def _refuse_empty(pipeline: Any) -> None:
