@@ -80,8 +80,12 @@ def _default_cache_dir() -> Path:
 
 def _cannot(source: str, why: str, todo: str = "", name: str = "StableDiffusionPipeline") -> SettingError:
     """Return the complaint about a file, with the command that makes a folder of it where its owner can."""
-    command = f"diffusers.{name}.from_single_file({str(source)!r}).save_pretrained('FOLDER')"
-    return SettingError("teacher", source, why, f"{todo}{', or ' if todo else ''}convert it once: {command}")
+    way = f"convert it once: {_conversion(source, name)}"
+    return SettingError("teacher", source, why, f"{todo}{', or ' if todo else ''}{way}")
+
+
+def _conversion(source: str, name: str = "StableDiffusionPipeline") -> str:
+    return f"diffusers.{name}.from_single_file({source!r}).save_pretrained('FOLDER')"
 
 
 def _shapes(file: Path, source: str) -> dict[str, SimpleNamespace]:
@@ -109,8 +113,9 @@ def _kind(shapes: Mapping[str, SimpleNamespace], source: str) -> str:
     if kind == "v1" and not any(name.startswith(NETWORK_PREFIX) for name in shapes):
         first = repr(min(shapes, default=""))
         why = f"is no whole pipeline in one file: its tensors are named as {first}"
-        todo = "give the folder of its whole pipeline (with model_index.json), after putting it there if it is a part alone"
-        raise SettingError("teacher", source, why, todo)
+        todo = f"give the folder of its whole pipeline (with {INDEX}), after putting it there if it is a part alone"
+        whole = f"the file of a whole pipeline is made into a folder by {_conversion('FILE')}"
+        raise SettingError("teacher", source, why, f"{todo}; {whole}")
     return str(stock.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
 
 
