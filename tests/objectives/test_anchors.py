@@ -143,7 +143,7 @@ def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         exact = trainer.student(anchors.pool.eps, None, 0.0, {})
         anchors.pool = Pool(anchors.pool.eps, exact, {})
-        rows = anchors.batch(trainer.objectives[anchors])
+        rows = anchors.batch(4)
         assert isinstance(rows.target, Tensor)
         y = trainer.student(rows.x, rows.r, rows.s, rows.cond)
         assert squared_residuals(y, rows.target).max() < 1e-10
@@ -151,7 +151,7 @@ def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
         trainer.generator.manual_seed(0)
         both = float(trainer._losses()[0])
         trainer.generator.manual_seed(0)
-        alone = boot.batch(trainer.objectives[boot])
+        alone = boot.batch(4)
         residuals = squared_residuals(trainer.student(alone.x, None, alone.s, alone.cond), alone.target)
     assert both == pytest.approx(float((residuals * alone.weights).sum()) / prepared.config.train_batch_size, rel=1e-5)
 

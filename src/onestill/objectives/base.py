@@ -163,6 +163,11 @@ class Objective(ABC, Generic[S]):
         """Return how many rows of a batch it takes: 0 leaves it out, None is all that the others leave."""
 
     @classmethod
+    def begins(cls, settings: Any) -> float:
+        """Return the share of the training, in [0, 1), after which it takes its rows; the others have them before."""
+        return 0.0
+
+    @classmethod
     def cost(cls, settings: Any, batch_size: int) -> Cost:
         """Return what it costs besides the student's own training."""
         return Cost()

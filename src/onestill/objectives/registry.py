@@ -27,8 +27,12 @@ else:
     ObjectiveSettings = create_model("ObjectiveSettings", __base__=_OWN, __doc__="The settings of every objective.")
 
 
-def rows_of(settings: Any, batch_size: int) -> dict[type[Objective[Any]], int]:
-    """Return the rows of a batch for each objective that takes some; what the others leave may be too few, or none."""
-    wanted = {objective: objective.num_rows(settings, batch_size) for objective in OBJECTIVES}
+def rows_of(settings: Any, batch_size: int, progress: float = 1.0) -> dict[type[Objective[Any]], int]:
+    """Return the rows of a batch for each objective that takes some; what the others leave may be too few, or none.
+
+    `progress` is the share of the training that is done: an objective that begins later takes none yet.
+    """
+    begun = [objective for objective in OBJECTIVES if objective.begins(settings) <= progress]
+    wanted = {objective: objective.num_rows(settings, batch_size) for objective in begun}
     left = batch_size - sum(num for num in wanted.values() if num is not None)
     return {objective: left if num is None else num for objective, num in wanted.items() if num != 0}

@@ -90,8 +90,8 @@ class Trainer:
         self.stop_requested = False
         self.last_checkpoint: Path | None = None
 
-    def _make_objectives(self, target_student: nn.Module) -> dict[Objective[Any], int]:
-        """Return the objectives with their rows of a batch; networks of theirs are trained from now on."""
+    def _make_objectives(self, target_student: nn.Module) -> list[Objective[Any]]:
+        """Return the objectives that will have rows of a batch; networks of theirs are trained from now on."""
         config, accelerator = self.config, self.accelerator
         context = Context(
             config=config,
@@ -102,7 +102,7 @@ class Trainer:
             generator=self.generator,
             device=self.device,
             autocast=accelerator.autocast,
-            progress=lambda: self.progress.step / config.max_train_steps,
+            progress=self._share_done,
             batch_size=config.train_batch_size,
             seed=config.seed,
             folder=config.output_dir,
@@ -115,7 +115,7 @@ class Trainer:
                 "num_processes": accelerator.num_processes,
             },
         )
-        made = {kind(context): num for kind, num in rows_of(config, config.train_batch_size).items()}
+        made = [kind(context) for kind in rows_of(config, config.train_batch_size)]
         for objective in made:
             for name, network in objective.networks.items():
                 if accelerator.scaler is not None:
@@ -125,6 +125,9 @@ class Trainer:
                 self.trained.append(Trained(full_name, network, accelerator, config, learning_rate=rate))
                 objective.networks[name] = self.trained[-1].model
         return made
+
+    def _share_done(self) -> float:
+        return self.progress.step / self.config.max_train_steps
 
     def prepare(self) -> Iterator[tuple[Objective[Any], int]]:
         """Make the pools of the objectives; yield (objective, how many items came) until a stop is asked for."""
@@ -197,7 +200,8 @@ class Trainer:
 
     def _losses(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw one batch; return the student's loss, and those of the objectives' networks by the objective's name."""
-        batches = {objective: objective.batch(num) for objective, num in self.objectives.items()}
+        rows = rows_of(self.config, self.config.train_batch_size, self._share_done())
+        batches = {each: each.batch(rows[type(each)]) for each in self.objectives if type(each) in rows}
         found = list(batches.values())
         y = self.model(*joined_inputs(found, self.teacher.spec.t_max))
         with self.accelerator.autocast():
