@@ -22,6 +22,8 @@ from onestill.diffusion import trajectory
 from onestill.diffusion.process import CosineVP
 from onestill.objectives.anchors import Anchors, Pool, read_pool, write_pool
 from onestill.objectives.base import Context
+from onestill.objectives.boot import Boot
+from onestill.objectives.registry import rows_of
 from onestill.runs.build import build_run
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import restore_student
@@ -139,11 +141,12 @@ def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert sum(num for _, num in trainer.prepare()) == 10
     boot, anchors = trainer.objectives
+    num = rows_of(prepared.config, prepared.config.train_batch_size)
     assert isinstance(anchors, Anchors) and anchors.pool is not None
     with torch.no_grad():
         exact = trainer.student(anchors.pool.eps, None, 0.0, {})
         anchors.pool = Pool(anchors.pool.eps, exact, {})
-        rows = anchors.batch(4)
+        rows = anchors.batch(num[Anchors])
         assert isinstance(rows.target, Tensor)
         y = trainer.student(rows.x, rows.r, rows.s, rows.cond)
         assert squared_residuals(y, rows.target).max() < 1e-10
@@ -151,7 +154,7 @@ def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
         trainer.generator.manual_seed(0)
         both = float(trainer._losses()[0])
         trainer.generator.manual_seed(0)
-        alone = boot.batch(4)
+        alone = boot.batch(num[Boot])
         residuals = squared_residuals(trainer.student(alone.x, None, alone.s, alone.cond), alone.target)
     assert both == pytest.approx(float((residuals * alone.weights).sum()) / prepared.config.train_batch_size, rel=1e-5)
 
