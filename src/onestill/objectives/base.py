@@ -71,6 +71,7 @@ class Cost:
         pool: How many items are made before the first step.
         teacher_per_item: Calls of the guided teacher for each of them.
         samples_per_item: Tensors of a sample's shape that each keeps on the disk.
+        networks: Networks of the student's size that are trained with it.
     """
 
     student: float = 0.0
@@ -79,6 +80,7 @@ class Cost:
     pool: int = 0
     teacher_per_item: float = 0.0
     samples_per_item: int = 0
+    networks: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Context:
     Attributes:
         config: The run's configuration, which holds the settings of every objective.
         teacher: The teacher, guided and thresholded.
-        student: The student: (x_r, r, s, cond) -> y_s.
+        student: The student: (x_r, r, s, cond) -> y_s. Objectives are made before its first step.
         target_student: What a target's own signal is asked of: the student, or its average.
         conditions: Where conditions are drawn from.
         generator: The run's own generator: what is drawn from it is the same after a resume.
@@ -187,6 +189,14 @@ class Objective(ABC, Generic[S]):
     @abstractmethod
     def batch(self, num: int) -> Batch:
         """Return `num` rows; every random number is drawn from the context's generator."""
+
+    def state(self) -> dict[str, float]:
+        """Return what changes besides its networks: numbers that every checkpoint holds and that are logged."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from what `state` gave."""
+        return None
 
     def own_loss(self, batch: Batch, y: Tensor) -> Tensor | None:
         """Return a loss of its networks, given the student's predictions for its rows, without gradient."""

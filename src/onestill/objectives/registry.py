@@ -9,16 +9,18 @@ from pydantic import create_model
 from onestill.objectives.anchors import Anchors, AnchorSettings
 from onestill.objectives.base import Objective
 from onestill.objectives.boot import Boot, BootSettings
+from onestill.objectives.corrector import Corrector, CorrectorSettings
 
 OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     Boot,
     Anchors,
+    Corrector,
 )
 """Every objective, in the order in which they draw and in which their rows stand in a batch."""
 
 if TYPE_CHECKING:
 
-    class ObjectiveSettings(AnchorSettings, BootSettings):
+    class ObjectiveSettings(CorrectorSettings, AnchorSettings, BootSettings):
         """The settings of every objective."""
 
 else:

@@ -198,6 +198,7 @@ def estimate(
         student.enable_gradient_checkpointing()
     passes = _Passes(student, config, device, num)
     kept = passes.activations()
+    activations = float(kept)
     calls = (passes.learn, passes.student_target, passes.teacher_call)
     learning, of_student, of_teacher = (_seconds(call, device) for call in calls)
     student.zero_grad()
@@ -207,19 +208,21 @@ def estimate(
         drawn = torch.zeros(num, *first_stage.shape), first_stage.teacher.example_rows(num)
         of_stage = _seconds(lambda: first_stage.pictures(*drawn), device)
     scale, rows = config.train_batch_size / num, rows_of(config, config.train_batch_size)
-    seconds, pool, possible, in_pool = learning + of_stage, 0, 0, 0.0
+    seconds, pool, possible, in_pool, networks = learning + of_stage, 0, 0, 0.0, 1
     for kind in OBJECTIVES:
         cost, share = kind.cost(config, config.train_batch_size), rows.get(kind, 0) / config.train_batch_size
         seconds += share * (cost.student * of_student + cost.teacher * of_teacher + cost.learned * learning)
         pool += cost.pool if share else 0
+        networks += cost.networks if share else 0
+        activations += share * cost.learned * kept
         possible += cost.pool
         in_pool += cost.pool * (cost.teacher_per_item * of_teacher + of_stage) / num
     teachers = [student.teacher, *([first_stage.teacher] if first_stage else [])]
     copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = copies * trained + sum(_num_weights(teacher) for teacher in teachers)
+    weights = copies * networks * trained + sum(_num_weights(teacher) for teacher in teachers)
     step = seconds * scale * config.gradient_accumulation_steps
-    return RunCost(4 * weights + kept * scale, step, pool, in_pool / max(possible, 1))
+    return RunCost(4 * weights + activations * scale, step, pool, in_pool / max(possible, 1))
 
 
 def less_memory(config: DistillConfig, student: Student) -> str:

@@ -48,7 +48,8 @@ def space_of(student: Student, config: DistillConfig) -> Space:
     values, rows = 4 * math.prod(student.spec.sample_shape), rows_of(config, config.train_batch_size)
     costs = [kind.cost(config, config.train_batch_size) for kind in OBJECTIVES if rows.get(kind)]
     pools = sum(cost.pool * cost.samples_per_item * values for cost in costs)
-    return Space(copies * trained, kept, network + student.teacher.bytes_besides, pools)
+    networks = 1 + sum(cost.networks for cost in costs)
+    return Space(copies * networks * trained, kept, network + student.teacher.bytes_besides, pools)
 
 
 def check_space(space: Space, folder: Path) -> tuple[str, ...]:

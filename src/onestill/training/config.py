@@ -133,6 +133,7 @@ class DistillConfig(
         if next(iter(rows_of(self, size).values())) > self.num_boundary_rows(size):
             return self
         weights = {"boundary_fraction": self.boundary_weight, "anchor_fraction": self.anchor_fraction}
+        weights["corrector_fraction"] = self.corrector_fraction
         names = [name for name, weight in weights.items() if weight > 0]
         given = [getattr(self, name) for name in names]
         raise SettingError(names, given, f"no bootstrap rows are left in a batch of {size}")

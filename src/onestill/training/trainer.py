@@ -81,17 +81,19 @@ class Trainer:
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         decay = config.ema_target_decay
         follower = student.twin() if decay else None
-        own = Trained("student", student, self.accelerator, config, follower=follower, follower_decay=decay)
-        self.trained, self.model = [own], own.model
         self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.accelerator.process_index)
         self.progress = Progress()
         self.watch = Watch(config, self.accelerator, student.spec, conditions)
+        # Before the student is prepared: what is made of it there is no module that could be copied.
         self.objectives = self._make_objectives(student if follower is None else follower)
+        own = Trained("student", student, self.accelerator, config, follower=follower, follower_decay=decay)
+        self.trained, self.model = [own], own.model
+        self._train_networks()
         self.stop_requested = False
         self.last_checkpoint: Path | None = None
 
     def _make_objectives(self, target_student: nn.Module) -> list[Objective[Any]]:
-        """Return the objectives that will have rows of a batch; networks of theirs are trained from now on."""
+        """Return the objectives that will have rows of a batch."""
         config, accelerator = self.config, self.accelerator
         context = Context(
             config=config,
@@ -115,8 +117,12 @@ class Trainer:
                 "num_processes": accelerator.num_processes,
             },
         )
-        made = [kind(context) for kind in rows_of(config, config.train_batch_size)]
-        for objective in made:
+        return [kind(context) for kind in rows_of(config, config.train_batch_size)]
+
+    def _train_networks(self) -> None:
+        """Let the objectives' networks be trained from now on."""
+        config, accelerator = self.config, self.accelerator
+        for objective in self.objectives:
             for name, network in objective.networks.items():
                 if accelerator.scaler is not None:
                     why = f"its one scaler serves one network, and {objective.name} trains another"
@@ -124,7 +130,6 @@ class Trainer:
                 rate, full_name = objective.learning_rate(config, name), f"{objective.name}.{name}"
                 self.trained.append(Trained(full_name, network, accelerator, config, learning_rate=rate))
                 objective.networks[name] = self.trained[-1].model
-        return made
 
     def _share_done(self) -> float:
         return self.progress.step / self.config.max_train_steps
@@ -155,6 +160,9 @@ class Trainer:
             images = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
             log = StepLog(progress.step, loss, grad_norm, rate, seconds, images / seconds, progress.nonfinite_total)
             log.own_losses = own or None
+            log.states = {
+                objective.name: state for objective in self.objectives if (state := objective.state())
+            } or None
             ends = progress.step == config.max_train_steps
             if ends or progress.step % config.validation_steps == 0:
                 log.picture, log.validation_rms = self.validate()
@@ -260,6 +268,7 @@ class Trainer:
         generators = self.accelerator.gather(self.generator.get_state()[None].to(self.device)).cpu()
         folder = self.config.output_dir / f"checkpoint-{self.progress.step}"
         pools = {objective.name: gather_object([objective.pool_hash]) for objective in self.objectives}
+        states = {objective.name: gather_object([objective.state()]) for objective in self.objectives}
         tensors = {group: value for trained in self.trained for group, value in trained.tensors().items()}
         if self.accelerator.is_main_process:
             tensors["random"] = {str(i): state for i, state in enumerate(generators)}
@@ -268,6 +277,7 @@ class Trainer:
                 "trained": {trained.name: trained.values() for trained in self.trained},
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                 "pools": pools,
+                "states": states,
                 "fingerprints": asdict(self.fingerprints),
                 "num_processes": self.accelerator.num_processes,
                 "config": self.config.model_dump(mode="json"),
@@ -286,6 +296,8 @@ class Trainer:
             trained.restore(tensors, values["trained"][trained.name], self.progress.step)
         for objective in self.objectives:
             objective.pool_hash = values["pools"].get(objective.name, {rank: ""})[rank]
+            if objective.name in values.get("states", {}):
+                objective.restore(values["states"][objective.name][rank])
         self.generator.set_state(tensors["random"][str(rank)])
         if self.accelerator.scaler is not None and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])

@@ -36,7 +36,8 @@ class StepLog:
     """What is known after an optimiser step; written to logs/metrics.jsonl every `logging_steps`.
 
     `residual_by_time` is the mean squared residual in units of f over equal bins of target time, cleanest first,
-    since the last line; None for a bin without a draw. `own_losses` are those of the objectives' networks.
+    since the last line; None for a bin without a draw. `own_losses` are those of the objectives' networks,
+    `states` what objectives say of themselves.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepLog:
     nonfinite_steps: int
     residual_by_time: list[float | None] = field(default_factory=list)
     own_losses: dict[str, float] | None = None
+    states: dict[str, dict[str, float]] | None = None
     validation_rms: float | None = None
     picture: Path | None = None
     checkpoint: Path | None = None
@@ -138,6 +140,7 @@ class Watch:
         append_line(self.path, json.dumps(_finite(record)))
         if self.config.report_to:
             scalars = {k: v for k, v in record.items() if isinstance(v, float)} | (log.own_losses or {})
+            scalars |= {f"{of}/{name}": v for of, state in (log.states or {}).items() for name, v in state.items()}
             bins = {f"residual/{i}": v for i, v in enumerate(log.residual_by_time) if v is not None}
             self.accelerator.log({**scalars, **bins}, step=log.step)
 

@@ -1,0 +1,248 @@
+"""The endpoint corrector: the student's own law is moved towards the teacher's, at every level of noise, eqs. (25)-(27).
+
+A second network psi, the critic, learns to denoise what the student draws. Where it and the teacher differ on one noisy
+picture, the two laws do: that difference is the gradient of their KL divergence (variational score distillation, Wang
+et al. 2305.16213; one-step students, Luo et al. 2305.18455, Yin et al. 2311.18828). No data is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import model_validator
+
+from onestill.core.errors import SettingError, named
+from onestill.core.settings import Settings, setting
+from onestill.objectives.base import Batch, Context, Cost, Objective
+from onestill.objectives.boot import OBJECTIVE, BootSettings, row_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from onestill.core.tensors import Cond
+    from onestill.teachers.teacher_spec import TeacherSpec
+
+Normalizer = Literal["dmd", "inverse_sigma", "none"]
+CORRECTOR = 3  # its mean
+FLOOR = 1e-5
+MEMORY = 0.98
+"""Share of the student's spread that is kept from one batch to the next: about 50 batches are looked at."""
+
+
+class CorrectorSettings(Settings):
+    """How many rows the corrector takes, since when, how strong it is, and how its critic is trained."""
+
+    corrector_fraction: float = setting(
+        0.0,
+        OBJECTIVE,
+        "Share of the batch that a second network, a critic of the student's pictures, corrects; 0 leaves both out.",
+        ge=0,
+        lt=1,
+    )
+    corrector_weight: float = setting(1.0, OBJECTIVE, "Weight of that correction.", gt=0, le=1e6)
+    corrector_begin: float = setting(0.2, OBJECTIVE, "Share of the run before it begins.", ge=0, lt=1)
+    corrector_warmup: float = setting(
+        0.02, OBJECTIVE, "Share of the run after that in which only the critic learns.", ge=0, lt=1
+    )
+    corrector_normalizer: Normalizer = setting("dmd", OBJECTIVE, "What the correction is scaled by.")
+    corrector_filter: bool = setting(
+        False, OBJECTIVE, "Take out of the correction what cannot be told from the critic's own error."
+    )
+    corrector_level_min: float = setting(
+        0.02, OBJECTIVE, "Least noise that pictures are compared at, in t / t_max.", gt=0, lt=1
+    )
+    corrector_level_max: float = setting(0.98, OBJECTIVE, "Most noise that they are compared at.", gt=0, le=1)
+    corrector_min_spread: float = setting(
+        0.9,
+        OBJECTIVE,
+        "Where the student's pictures of one condition differ by less than this share of what they did when the "
+        "corrector began, it steps back; 0 lets it go on.",
+        ge=0,
+        lt=1,
+    )
+    corrector_learning_rate: float | None = setting(
+        None, OBJECTIVE, "Peak learning rate of the critic; the student's if not given.", gt=0, le=10
+    )
+    corrector_rows: int = setting(1, OBJECTIVE, "Rows of the critic for each row that is corrected.", ge=1, le=100)
+    corrector_merge: float = setting(
+        0.0, OBJECTIVE, "Share of the student's weights that the critic takes over in each step.", ge=0, lt=1
+    )
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if self.corrector_level_min >= self.corrector_level_max:
+            why = f"must be below {named('corrector_level_max')}, {self.corrector_level_max:g}"
+            raise SettingError("corrector_level_min", self.corrector_level_min, why)
+        return self
+
+
+class _Both(CorrectorSettings, BootSettings):
+    """What the corrector reads: its rows are weighted as those of the bootstrap."""
+
+
+class Corrector(Objective[_Both]):
+    """Rows from x_a to t_min whose target is y - (beta / 2) D, eq. (26), in a mean of their own.
+
+    Every two rows share a condition: the student's spread is how far their pictures are apart.
+    """
+
+    name = "corrector"
+    Settings = CorrectorSettings
+
+    def __init__(self, context: Context) -> None:
+        from onestill.core.tensors import laid_bare
+
+        super().__init__(context)
+        # The student before its first step is the teacher, eq. (12), and takes all that decides its law: a drawn
+        # guidance scale too. Frozen weights stay shared.
+        self.networks = {"psi": laid_bare(context.student.twin())}  # type: ignore[operator]  # a Student, which rooms above make
+        self._began: tuple[Tensor | float, int] = 0.0, 0  # sum and number of the spreads before the first correction
+        self._spread: Tensor | float = 0.0
+
+    @classmethod
+    def num_rows(cls, settings: Any, batch_size: int) -> int:
+        return 2 * max(1, round(settings.corrector_fraction * batch_size / 2)) if settings.corrector_fraction > 0 else 0
+
+    @classmethod
+    def begins(cls, settings: Any) -> float:
+        return float(settings.corrector_begin)
+
+    @classmethod
+    def cost(cls, settings: Any, batch_size: int) -> Cost:
+        return Cost(student=1, teacher=1, learned=settings.corrector_rows, networks=1)
+
+    @classmethod
+    def learning_rate(cls, settings: Any, network: str) -> float | None:
+        rate: float | None = settings.corrector_learning_rate
+        return rate
+
+    def state(self) -> dict[str, float]:
+        return {"spread": float(self._spread), "spread_sum": float(self._began[0]), "spread_num": self._began[1]}
+
+    def restore(self, state: dict[str, float]) -> None:
+        import torch
+
+        total, self._spread = (
+            torch.tensor(state[name], device=self.context.device) for name in ("spread_sum", "spread")
+        )
+        self._began = total, int(state["spread_num"])
+
+    def batch(self, num: int) -> Batch:
+        import torch
+
+        from onestill.core.tensors import to_device
+
+        context, settings = self.context, self.settings
+        trajectory, generator = context.teacher.spec.trajectory, context.generator
+        eps = torch.randn(num, *context.teacher.spec.sample_shape, generator=generator)
+        chosen = context.conditions.choose(num // 2, generator)
+        pairs = {name: value.repeat_interleave(2, 0) for name, value in chosen.items()}
+        cond = to_device(context.conditions.rows(pairs), context.device)
+        t = torch.full((num,), trajectory.t_max, dtype=torch.float64)
+        s = torch.full((num,), settings.t_min, dtype=torch.float64)
+        weights = row_weights(settings.bootstrap_weight, trajectory, t, s).float()
+
+        def target(y: Tensor) -> Tensor:
+            return self.target(y, cond)
+
+        return Batch(trajectory.start(eps.to(context.device)), s, cond, target, weights, torch.full((num,), CORRECTOR))
+
+    def target(self, y: Tensor, cond: Cond) -> Tensor:
+        """Return y - (beta / 2) D for predictions y [B, ...], y itself as long as only the critic learns."""
+        from onestill.core.tensors import broadcast, float32_or_more
+
+        context, settings = self.context, self.settings
+        y, spec = float32_or_more(y), context.teacher.spec
+        strength = self._look(spread(y))
+        if strength is None:
+            return y
+        r, x_r = self._noised(y)
+        learned = float32_or_more(self.networks["psi"](x_r, r, r, cond))
+        given = context.teacher.denoised(x_r, r, cond)
+        found = correction(y, learned, given, filtered=settings.corrector_filter)
+        scale = factor(settings.corrector_normalizer, spec, r, y, given)
+        return y - 0.5 * settings.corrector_weight * strength * broadcast(scale, y) * found
+
+    def own_loss(self, batch: Batch, y: Tensor) -> Tensor:
+        """Return the critic's loss, eq. (27): its mean squared error in the units of the network's own output."""
+        import torch
+
+        from onestill.core.tensors import float32_or_more
+
+        num, psi = self.settings.corrector_rows, self.networks["psi"]
+        if self.settings.corrector_merge > 0:
+            merge(psi, self.context.student, self.settings.corrector_merge)
+        y = float32_or_more(y).repeat(num, *[1] * (y.ndim - 1))
+        cond = {name: torch.cat([value] * num) for name, value in batch.cond.items()}
+        r, x_r = self._noised(y)
+        errors = (float32_or_more(psi(x_r, r, r, cond)) - y).square().flatten(1).mean(1)
+        return (output_weights(self.context.teacher.spec, r).to(errors) * errors).mean()
+
+    def _noised(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (levels r [B] float64, alpha_r y + sigma_r n), r uniform in t, with new noise n."""
+        import torch
+
+        from onestill.core.tensors import broadcast
+
+        context, settings, spec = self.context, self.settings, self.context.teacher.spec
+        low, high = (spec.t_max * level for level in (settings.corrector_level_min, settings.corrector_level_max))
+        low = max(low, spec.process.t_min)
+        r = low + (high - low) * torch.rand(len(y), generator=context.generator, dtype=torch.float64)
+        n = torch.randn(y.shape, generator=context.generator).to(y)
+        alpha, sigma = (broadcast(level, y) for level in spec.process.alpha_sigma(r))
+        return r, alpha * y + sigma * n
+
+    def _look(self, now: Tensor) -> Tensor | None:
+        """Take the spread of a batch in; return the strength of its correction, in [0, 1], None if there is none yet."""
+        settings, (total, num) = self.settings, self._began
+        self._spread = now if num == 0 else MEMORY * self._spread + (1 - MEMORY) * now
+        if num == 0 or self.context.progress() < settings.corrector_begin + settings.corrector_warmup:
+            self._began = total + now, num + 1
+            return None
+        least = settings.corrector_min_spread
+        # All of it down to the least share, none of it as far below.
+        return ((self._spread * num / (total + 1e-30) - least) / (1 - least) + 1).clamp(0, 1)
+
+
+def spread(y: Tensor) -> Tensor:
+    """Return the variance of pictures of one condition, from pairs of them [2 N, ...], mean over N and dimensions."""
+    return (y[::2] - y[1::2]).square().mean() / 2
+
+
+def correction(y: Tensor, learned: Tensor, given: Tensor, *, filtered: bool = False) -> Tensor:
+    """Return D = f_psi - f, eq. (25), [B, ...], of the critic's prediction and the teacher's for one noisy picture y.
+
+    `filtered` takes out D's component along f_psi - y: given x_r, the mean of that is the critic's own error.
+    """
+    found = learned - given
+    if not filtered:
+        return found
+    error = (learned - y).flatten(1)
+    share = (found.flatten(1) * error).sum(1) / error.square().sum(1).clamp(min=FLOOR**2)
+    return found - (share[:, None] * error).view_as(found)
+
+
+def factor(normalizer: Normalizer, spec: TeacherSpec, r: Tensor, y: Tensor, given: Tensor) -> Tensor:
+    """Return what each row's D is multiplied by, [B]: 1 / mean |y - f| (DMD), 1 / sigma_r, or 1."""
+    import torch
+
+    if normalizer == "dmd":
+        return 1 / (y - given).abs().flatten(1).mean(1).clamp(min=FLOOR)
+    return 1 / spec.process.alpha_sigma(r)[1] if normalizer == "inverse_sigma" else torch.ones_like(r)
+
+
+def output_weights(spec: TeacherSpec, r: Tensor) -> Tensor:
+    """Return 1 / c_out^2 of eq. (3), [B] float64: an error of f in it is one of the network's own output."""
+    from onestill.diffusion.prediction import preconditioning
+
+    return preconditioning(spec.prediction_type, *spec.process.alpha_sigma(r), spec.sigma_data).c_out ** -2
+
+
+def merge(psi: nn.Module, student: nn.Module, share: float) -> None:
+    """Move the critic's trained weights by a share of the way to the student's, in place."""
+    import torch
+
+    with torch.no_grad():
+        for own, other in zip(psi.parameters(), student.parameters(), strict=True):
+            if own.requires_grad:
+                own.lerp_(other, share)
