@@ -24,6 +24,7 @@ from torch import Tensor
 import onestill
 from onestill.runs.evaluate import default_report_folder
 from onestill.runs.export import export
+from onestill.runs.folder import RunFolder
 from onestill.runs.load import load_student
 from onestill.sampling.pictures import to_pil
 from onestill.students.model_card import NO_TABLE
@@ -67,6 +68,19 @@ def test_a_drawn_student_is_evaluated_at_the_scale_asked_for() -> None:
     run = finished_run("drawn")
     low, high = (onestill.evaluate(run, guidance_scale=w, **FEW).rows[-1].frechet_distance for w in (1.0, 3.0))
     assert low is not None and high is not None and abs(low - high) > 1e-6
+
+
+def test_a_student_of_several_steps_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished_run()
+    with pytest.raises(ValueError, match=r"student_steps=\(1, 4\): this student was trained for one step"):
+        onestill.evaluate(run, student_steps=(1, 4), **FEW)
+    with pytest.raises(ValueError, match=r"student_steps=\(1, 1\): must be different numbers"):
+        onestill.evaluate(run, student_steps=(1, 1), **FEW)
+    monkeypatch.setattr(RunFolder, "is_map", True)
+    report, one = onestill.evaluate(run, student_steps=(1, 4), **FEW), onestill.evaluate(run, **FEW)
+    told = [(row.name, row.num_steps, row.network_evaluations, row.is_student) for row in report.rows[2:]]
+    assert told == [("student", 1, 1, True), ("student, 4 steps", 4, 4, True)]
+    assert report.rows[:3] == one.rows and report.rows[3].frechet_distance != report.rows[2].frechet_distance
 
 
 def test_reference_seeds_are_never_those_of_a_row() -> None:

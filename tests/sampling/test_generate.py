@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
-from onestill.core.tensors import Cond, noise, to_device
-from onestill.diffusion.process import VE, CosineVP
+from onestill.core.tensors import Cond, as_times, noise, to_device
+from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process
 from onestill.diffusion.trajectory import CALLS_PER_STEP, STEPS, solve, uniform_times
 from onestill.sampling.generate import generate_images, student_generator, teacher_generator
 from onestill.students.student import Student
@@ -120,6 +122,57 @@ def test_student_is_asked_at_its_target_time(cases: dict[str, Any]) -> None:
         assert torch.equal(found, student(x_a, None, t, {})) and not found.requires_grad
     assert torch.equal(student_generator(student)(eps, {}), student_generator(student, t=0.0)(eps, {}))
     assert not torch.equal(student_generator(student, t=0.4)(eps, {}), student_generator(student)(eps, {}))
+
+
+class ExactMap(Student):
+    """The two-time map of Gaussian data N(m, c^2), eq. (17) with r for a; no network."""
+
+    def __init__(self, teacher: GaussianTeacher) -> None:
+        nn.Module.__init__(self)
+        self.teacher = teacher  # type: ignore[assignment]
+        self.seen: list[tuple[float, float]] = []
+
+    def forward(self, x_r: Tensor, r: float | Tensor | None, s: float | Tensor, cond: Cond) -> Tensor:
+        a, to = as_times(1.0 if r is None else r, len(x_r)), as_times(s, len(x_r))
+        self.seen.append((float(a[0]), float(to[0])))
+        (alpha_r, sigma_r), (alpha_s, sigma_s) = (self.spec.process.alpha_sigma(t) for t in (a, to))
+        v_r, v_s = ((alpha**2 * C**2 + sigma**2).sqrt() for alpha, sigma in ((alpha_r, sigma_r), (alpha_s, sigma_s)))
+        share = sigma_s / sigma_r
+        gain = ((v_s / v_r - share) / (alpha_s - alpha_r * share))[:, None]
+        return MEAN + gain * (x_r - alpha_r[:, None] * MEAN)
+
+
+MEAN, C = torch.tensor([0.7, -0.4], dtype=torch.float64), 0.35
+
+
+@pytest.mark.parametrize(
+    "process", [CosineVP(), FlowMatching(3.0), VE(0.002, 80.0), DiscreteVP(DDPMScheduler().alphas_cumprod)]
+)
+def test_several_steps_of_the_exact_map_end_where_one_does(process: Process) -> None:
+    eps = noise(range(6), (2,)).double()
+    one, *others = [1, 2, 3, 4, 8]
+    exact = ExactMap(GaussianTeacher(MEAN, C, process, 1.0))
+    expected = student_generator(exact, num_steps=one)(eps, {})
+    assert exact.seen == [(1.0, 0.0)]
+    for num in others:
+        exact = ExactMap(GaussianTeacher(MEAN, C, process, 1.0))
+        torch.testing.assert_close(student_generator(exact, num_steps=num)(eps, {}), expected, atol=1e-9, rtol=1e-9)
+        levels = [*uniform_times(1.0, num)[:-1], 0.0]
+        assert exact.seen == list(pairwise(levels))
+
+
+def test_several_steps_are_states_of_eq_5(cases: dict[str, Any]) -> None:
+    teacher = cases["edm-euler"].build()
+    student = Student(teacher)
+    with torch.no_grad():
+        student.target_embedding.mlp.linear_2.weight.normal_(0, 0.1)
+    eps, sigma = noise(range(3), teacher.spec.sample_shape), lambda t: teacher.spec.process.level(t)[1]
+    x = teacher.spec.trajectory.start(eps)
+    y = student(x, 1.0, 0.5, {})
+    x = sigma(0.5) / sigma(1.0) * x + (1 - sigma(0.5) / sigma(1.0)) * y
+    expected = student(x, 0.5, 0.1, {})
+    torch.testing.assert_close(student_generator(student, t=0.1, num_steps=2)(eps, {}), expected)
+    assert torch.equal(student_generator(student, num_steps=1)(eps, {}), student_generator(student)(eps, {}))
 
 
 # The teacher

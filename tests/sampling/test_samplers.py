@@ -14,8 +14,9 @@ from onestill.core.errors import SettingError
 from onestill.core.tensors import noise
 from onestill.diffusion.process import CosineVP
 from onestill.diffusion.trajectory import CALLS_PER_STEP
+from onestill.runs.folder import RunFolder
 from onestill.runs.load import load_student
-from onestill.sampling.generate import Rows
+from onestill.sampling.generate import Rows, generate_images, student_generator
 from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import StudentSampler, TeacherSampler
 from onestill.teachers.closed_form import GaussianTeacher
@@ -94,3 +95,32 @@ def test_a_student_stays_loaded_and_what_is_exported_stays_baked() -> None:
     found = load_student(finished_run("drawn"))
     assert found.pipeline == finished_run("drawn") / "pipeline"
     assert isinstance(found.sampler.at(guidance_scale=1.5), StudentSampler)
+
+
+def test_a_student_takes_the_steps_that_it_was_trained_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = finished_run("drawn")
+    found = load_student(path)
+    assert found.sampler.at(num_inference_steps=1) is found.sampler
+    for give in (lambda: load_student(path, num_inference_steps=2), lambda: found.sampler.at(num_inference_steps=2)):
+        with pytest.raises(SettingError, match="num_inference_steps=2: this student was trained for one step; distil"):
+            give()
+    with pytest.raises(SettingError, match="num_inference_steps=2: .* exported for 1, and no other number"):
+        load_student(path / "pipeline", num_inference_steps=2)
+    monkeypatch.setattr(RunFolder, "is_map", True)
+    four = load_student(path, num_inference_steps=4).sampler
+    rows = four.conditions(3)
+    assert isinstance(four, StudentSampler) and (four.num_steps, four.evaluations) == (4, 4)
+    cond = {**rows, "guidance_scale": torch.full((3,), 2.0)}
+    walked = student_generator(four.student, t=RunFolder(path).config.t_min, num_steps=4)
+    expected = generate_images(walked, range(3), four.sample_shape, cond).clamp(-1, 1)
+    assert torch.equal(four.images(range(3), rows), expected)
+    assert torch.equal(onestill.sample(path, num_images=3, num_inference_steps=4), expected)
+    one = four.at(num_inference_steps=1)
+    assert (one.num_steps, one.student) == (1, four.student)
+    torch.testing.assert_close(one.images(range(3), rows), found.sampler.images(range(3), rows), atol=1e-5, rtol=0)
+    assert torch.equal(found.sampler.at(num_inference_steps=4).images(range(3), rows), expected)
+    for steps, words in ((9, "a student has 1 to 8 steps; give teacher"), (0, "a student has 1 to 8")):
+        with pytest.raises(SettingError, match=f"num_inference_steps={steps}: {words}"):
+            four.at(num_inference_steps=steps)
+    with pytest.raises(SettingError, match="target_time=0.5: is of a single step; .* or give num_inference_steps 1"):
+        four.at(target_time=0.5)

@@ -9,13 +9,14 @@ from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, setting
+from onestill.students.settings import FEW_STEPS
 from onestill.teachers.settings import StoredSettings
 
 STUDENT, IMAGES, MEASURES, REPORT = "Student and teacher", "Images", "Measures", "Report"
 
 
 class EvaluateConfig(StoredSettings):
-    """How a student's one step is compared with its teacher's many."""
+    """How a student's one step, or few, are compared with its teacher's many."""
 
     student: Path = setting(..., STUDENT, "Folder of a run, a checkpoint-N folder, or an exported pipeline.")
     teacher: str | None = setting(None, STUDENT, "The teacher; that of the run if not given.", path=True)
@@ -40,6 +41,9 @@ class EvaluateConfig(StoredSettings):
     num_samples: int = setting(2000, IMAGES, "Images per row of the table.", ge=10, le=1_000_000)
     steps: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = setting(
         (50, 10, 4, 1), IMAGES, "DDIM steps of the teacher's rows, with commas.", commas=True
+    )
+    student_steps: tuple[Annotated[int, Field(ge=1, le=FEW_STEPS)], ...] = setting(
+        (), IMAGES, "Steps of the student's rows, with commas: 1,4. One, or those exported, if not given.", commas=True
     )
     class_labels: tuple[Label, ...] = setting((), IMAGES, "Label to go round; repeat for more. All if not given.")
     prompts: tuple[str, ...] = setting((), IMAGES, "What to draw, for text students; repeat for more.")
@@ -88,6 +92,8 @@ class EvaluateConfig(StoredSettings):
     def _is_enough_to_measure(self) -> Self:
         if not self.steps or len(set(self.steps)) != len(self.steps):
             raise SettingError("steps", self.steps, "must be different numbers")
+        if len(set(self.student_steps)) != len(self.student_steps):
+            raise SettingError("student_steps", self.student_steps, "must be different numbers")
         if self.seed >= 2**63 - self.num_samples:
             raise SettingError("seed", self.seed, f"must be between 0 and 2^63 minus {named('num_samples')}")
         return self

@@ -55,7 +55,7 @@ def evaluate(
     say: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> Report:
-    """Compare a student's one step with its teacher's many; return the report, and write it if `output` is given.
+    """Compare a student's one step, or few, with its teacher's many; return the report, and write it if `output` is given.
 
     Args:
         student: A run's folder or an exported pipeline.
@@ -85,6 +85,7 @@ def _evaluated(
     say: Callable[[str], None],
 ) -> Report:
     pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
+    students = _student_rows(config, pair.student.sampler)
     offline = config.local_files_only
     extractor = features
     if extractor is None or isinstance(extractor, (str, Path)):
@@ -105,7 +106,7 @@ def _evaluated(
         reference, extractor, subjects, config, name, clip, notes, show_progress=show_progress, say=say
     )
     rows = [Entry(f"DDIM-{n}", pair.many_steps(n)) for n in config.steps]
-    report, shown = comparison.run([*rows, Entry("student", pair.student.sampler, is_student=True)])
+    report, shown = comparison.run([*rows, *students])
     if config.output is not None:
         try:
             _write(report, shown, config.output, subjects.prompts, overwrite=config.overwrite)
@@ -170,6 +171,19 @@ def _at_scale(student: LoadedStudent, config: EvaluateConfig) -> LoadedStudent:
     if config.guidance_scale is None or not takes_it or student.pipeline == config.student:
         return student
     return LoadedStudent(student.sampler.at(guidance_scale=config.guidance_scale), None, student.run)
+
+
+def _student_rows(config: EvaluateConfig, sampler: Sampler) -> list[Entry]:
+    """Return a row of the student for each number of steps that is asked for."""
+    rows = []
+    try:
+        for num in config.student_steps or (sampler.num_steps,):
+            sampler = sampler.at(num_inference_steps=num)  # each from the one before, which may have loaded the student
+            rows.append(Entry("student" if num == 1 else f"student, {num} steps", sampler, is_student=True))
+    except SettingError as error:
+        is_ours = error.settings == ("num_inference_steps",)
+        raise (error.about("student_steps", config.student_steps) if is_ours else error) from None
+    return rows
 
 
 def _load_teacher(config: EvaluateConfig, student: LoadedStudent, device: torch.device) -> Teacher:

@@ -71,6 +71,11 @@ class RunFolder:
         config = self.config
         return Distilled(config.guidance_scale, config.negative_prompt, config.null_class, config.class_labels)
 
+    @property
+    def is_map(self) -> bool:
+        """Whether its student is trained between any two times, and so takes several steps."""
+        return getattr(self.config, "flow_map_fraction", 0.0) > 0
+
     @functools.cached_property
     def facts(self) -> RunFacts | None:
         """What it was distilled from, by its teacher.json; None if it has none, ValueError if that says nothing."""

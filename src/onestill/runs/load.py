@@ -24,6 +24,7 @@ from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import StudentSampler, TeacherSampler
 from onestill.sampling.samplers.pipeline import enlarges, open_pipeline
 from onestill.students.mark import read_mark, refuse_student
+from onestill.students.settings import check_steps
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
@@ -38,7 +39,7 @@ class LoadedStudent:
     """A student that was found on disk.
 
     Attributes:
-        sampler: Its one step.
+        sampler: Its one step, or its few.
         pipeline: The exported pipeline that draws it; None where the run's own weights do.
         run: The run that it comes from, if that is known.
     """
@@ -90,7 +91,7 @@ def open_sampler(config: SamplerSettings, teacher: Teacher | None = None) -> Sam
     device = resolve_device(config.device)
     if config.student is None:
         return _teacher_sampler(config, teacher, device)
-    names = ("target_time", "guidance_scale", "local_files_only", "base_student")
+    names = ("target_time", "guidance_scale", "num_inference_steps", "local_files_only", "base_student")
     return load_student(config.student, device=device, **{name: getattr(config, name) for name in names}).sampler
 
 
@@ -126,22 +127,31 @@ def load_student(
     device: torch.device | str = "cpu",
     target_time: float = 0.0,
     guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
     local_files_only: bool = False,
     base_student: str | Path | None = None,
 ) -> LoadedStudent:
-    """Return the one-step student in a run's folder, a checkpoint-N folder or an exported pipeline.
+    """Return the student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
-    A run's exported pipeline is used where it can be; another target time, or the guidance scale of a student that
-    takes one, needs the run's checkpoint and teacher. `base_student`, or that of the run, draws what is enlarged.
+    A run's exported pipeline is used where it can be; another target time, the guidance scale of a student that takes
+    one, or another number of steps, one if None, needs the run's checkpoint and teacher. `base_student`, or that of
+    the run, draws what is enlarged.
     """
     path, device = Path(path), torch.device(device)
     check_folder(path)
     is_usual = target_time == 0 and guidance_scale is None
+    num_steps = num_inference_steps or 1
     if (path / INDEX).is_file():
         if not is_usual:
             why = "is an exported pipeline, whose target time and guidance are baked in"
             raise SettingError("student", path, why, "give the run's folder for others")
-        return _exported(path, path, RunFolder.around(path), device, base_student)
+        found = _exported(path, path, RunFolder.around(path), device, base_student)
+        if num_inference_steps not in (None, found.sampler.num_steps):
+            why = f"{path} was exported for {found.sampler.num_steps}, and no other number"
+            raise SettingError(
+                "num_inference_steps", num_inference_steps, why, "leave it out, or give the run's folder"
+            )
+        return found
     for folder in (path, path / PIPELINE_FOLDER, path.parent / PIPELINE_FOLDER):
         if (mark := read_mark(folder)) is not None and mark.format == "module":
             todo = f"load it in Python with onestill.load_module({str(folder)!r}, network)"
@@ -151,9 +161,9 @@ def load_student(
         why = f"is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no {INDEX})"
         raise SettingError("student", path, why)
     trained = functools.partial(_trained, run, path, device, local_files_only, base_student)
-    if is_usual and run.path == path and (run.pipeline / INDEX).is_file():
+    if is_usual and num_steps == 1 and run.path == path and (run.pipeline / INDEX).is_file():
         return _exported(path, run.pipeline, run, device, base_student, trained)
-    return LoadedStudent(trained(target_time, guidance_scale), None, run)
+    return LoadedStudent(trained(target_time, guidance_scale, num_steps), None, run)
 
 
 def check_folder(student: str | Path) -> None:
@@ -195,8 +205,10 @@ def _trained(
     base_student: str | Path | None,
     target_time: float = 0.0,
     guidance_scale: float | None = None,
+    num_inference_steps: int = 1,
 ) -> StudentSampler:
     """Return the student of a run, or of one of its checkpoints, with its own weights."""
+    check_steps(num_inference_steps, target_time, is_map=run.is_map)  # before anything is loaded
     teacher, recorded = run_teacher(run, device, local_files_only=offline), run.config.base_student
     found = base_student if recorded is None else _lies_at(run, recorded, base_student)
     teacher, first_stage = with_first_stage(teacher, found, run.config.noise_level, device=device)
@@ -211,6 +223,8 @@ def _trained(
         t_min=run.config.t_min,
         device=device,
         first_stage=first_stage,
+        num_inference_steps=num_inference_steps,
+        is_map=run.is_map,
     )
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, Settings, setting
+from onestill.students.settings import check_steps
 from onestill.teachers.settings import STORED, CallSettings
 
 GENERATOR, IMAGES = "What generates", "Images"
@@ -24,14 +25,20 @@ class SamplerSettings(CallSettings):
     """What generates images: a student in one step, or a teacher in many."""
 
     student: str | None = setting(
-        None, GENERATOR, "Folder of a run, a checkpoint-N folder, or an exported pipeline: one step.", path=True
+        None, GENERATOR, "Folder of a run, a checkpoint-N folder, or an exported pipeline: one step or few.", path=True
     )
     teacher: str | None = setting(None, GENERATOR, "A teacher instead: many steps.", path=True)
     guidance_scale: float | None = setting(
         None, GENERATOR, "w, for teachers and students that take it.", ge=0, le=MOST_GUIDANCE
     )
     target_time: float = setting(0.0, GENERATOR, "The student's target time; 0 is the finished image.", ge=0, le=1)
-    num_inference_steps: int | None = setting(None, GENERATOR, "Steps of a teacher; 50 if not given.", ge=1, le=10_000)
+    num_inference_steps: int | None = setting(
+        None,
+        GENERATOR,
+        "Steps: 50 of a teacher if not given; of a student 1 to 8, 1 if not given, or those it was exported for.",
+        ge=1,
+        le=10_000,
+    )
     solver: Literal["ddim", "heun", "midpoint"] | None = setting(
         None, GENERATOR, "Step of a teacher; ddim if not given."
     )
@@ -56,9 +63,8 @@ class SamplerSettings(CallSettings):
                 why, todo = "is the student's", "a teacher goes to the finished image"
                 raise SettingError("target_time", self.target_time, why, todo)
             return self
-        if self.num_inference_steps not in (None, 1):
-            todo = f"give {named('teacher')} for more"
-            raise SettingError("num_inference_steps", self.num_inference_steps, "a student has one step", todo)
+        if self.num_inference_steps is not None:
+            check_steps(self.num_inference_steps, self.target_time, is_map=True)
         for name in ("negative_prompt", "solver", "null_class", "noise_level", *STORED, *self.call_arguments):
             if (value := getattr(self, name)) is not None:
                 raise SettingError(name, value, "is for a teacher; a student has it distilled in", "leave it out")

@@ -278,7 +278,8 @@ def _at_each(
     samplers, one = [], setting.removesuffix("s")
     try:
         for value in values:  # each from the one before, which may have loaded the student already
-            sampler = sampler.at(**{one: value})
+            given: dict[str, Any] = {one: value}
+            sampler = sampler.at(**given)
             samplers.append(sampler)
     except SettingError as error:
         raise (error.about(setting, tuple(values)) if error.settings == (one,) else error) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from onestill.core.errors import SettingError
-from onestill.core.tensors import Cond, noise, to_device
+from onestill.core.tensors import Cond, as_times, noise, to_device
 from onestill.diffusion.trajectory import STEPS, solve, uniform_times
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
@@ -23,13 +24,23 @@ Generate = Callable[[Tensor, Cond], Tensor]
 """(eps [B, *sample_shape], cond) -> images [B, *sample_shape] in [-1, 1]."""
 
 
-def student_generator(student: Student, *, t: float = 0.0, device: torch.device | str = "cpu") -> Generate:
-    """Return one-step generation by the student, at the target time t (0 is the finished image)."""
+def student_generator(
+    student: Student, *, t: float = 0.0, num_steps: int = 1, device: torch.device | str = "cpu"
+) -> Generate:
+    """Return generation by the student in K steps, eq. (28), one if not said; the last goes to the target time t.
+
+    Several walk the student's `levels`: x_{k+1} is the state of eq. (5) at t_{k+1} of the signal from x_k at t_k. For
+    students that are trained as a map between any two times; t = 0 is the finished image.
+    """
+    trajectory, levels = student.spec.trajectory, student.levels(num_steps)
 
     @torch.no_grad()
     def generate(eps: Tensor, cond: Cond) -> Tensor:
-        x_a = student.spec.trajectory.start(eps.to(device))
-        return student(x_a, None, t, to_device(cond, device))
+        x, cond = trajectory.start(eps.to(device)), to_device(cond, device)
+        for r, s in pairwise(levels):
+            a, to = as_times(r, len(x)), as_times(s, len(x))
+            x = trajectory.state(student(x, a, to, cond), x, to, a)
+        return student(x, None if num_steps == 1 else levels[-1], t, cond)
 
     return generate
 

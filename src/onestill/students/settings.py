@@ -1,4 +1,4 @@
-"""The settings that say what of a student is trained."""
+"""The settings that say what of a student is trained, and how many steps it may be asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from onestill.core.errors import SettingError, named
 from onestill.core.settings import Settings, setting
 
 LORA = "LoRA"
+FEW_STEPS = 8
+"""The most steps of a student."""
 
 
 class LoraSettings(Settings):
@@ -33,3 +35,16 @@ class LoraSettings(Settings):
             if self.lora_rank is None and (value := getattr(self, name)):
                 raise SettingError(name, value, "says how to train a LoRA", f"give {named('lora_rank')} too")
         return self
+
+
+def check_steps(num_steps: int, target_time: float = 0.0, *, is_map: bool) -> None:
+    """Raise SettingError if a student was not trained for a number of steps; more than one end at the picture."""
+    if not 1 <= num_steps <= FEW_STEPS:
+        why = f"a student has 1 to {FEW_STEPS} steps"
+        raise SettingError("num_inference_steps", num_steps, why, f"give {named('teacher')} for more")
+    if num_steps > 1 and not is_map:
+        todo = f"distil with {named('flow_map_fraction')} above 0 for one of 1 to {FEW_STEPS}"
+        raise SettingError("num_inference_steps", num_steps, "this student was trained for one step", todo)
+    if num_steps > 1 and target_time:
+        why = "is of a single step; several end at the finished image"
+        raise SettingError("target_time", target_time, why, f"leave it out, or give {named('num_inference_steps')} 1")

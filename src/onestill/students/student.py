@@ -17,6 +17,7 @@ from onestill.core.arguments import checked
 from onestill.core.errors import SettingError
 from onestill.core.patch import replaced
 from onestill.core.tensors import Cond, as_times, laid_bare
+from onestill.diffusion.trajectory import uniform_times
 from onestill.students.injection import (
     BiasInjection,
     Embedding,
@@ -122,6 +123,10 @@ class Student(nn.Module):
             why = f"{type(self.network).__name__} has no support for it"
             raise SettingError("gradient_checkpointing", True, why, "leave it out")
         enable(self.injection.checkpointed)
+
+    def levels(self, num_steps: int) -> list[float]:
+        """Return the start levels t_1 = t_max > ... > t_K of K steps, a uniform grid in t, eq. (28)."""
+        return uniform_times(self.spec.t_max, num_steps)[:-1]
 
     def chosen_scale(self, guidance_scale: float | None = None) -> float | None:
         """Return w, the middle of the range if None is given; None if the student takes none."""

@@ -84,13 +84,21 @@ class Sampler(ABC):
         return ()
 
     @checked()
-    def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Sampler:
-        """Return the same at another guidance scale w or target time t, if given; nothing is loaded twice.
+    def at(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        target_time: float | None = None,
+        num_inference_steps: int | None = None,
+    ) -> Sampler:
+        """Return the same at another guidance scale w, target time t or number of steps, if given; nothing is loaded twice.
 
         Raises:
             SettingError: If it cannot, as an exported folder, or was not trained for it.
         """
-        for setting, value in (("guidance_scale", guidance_scale), ("target_time", target_time)):
+        steps = None if num_inference_steps == self.num_steps else num_inference_steps
+        given = {"guidance_scale": guidance_scale, "target_time": target_time, "num_inference_steps": steps}
+        for setting, value in given.items():
             if value is not None:
                 raise SettingError(setting, value, f"{self.name} has it baked in", "give the folder of its run")
         return self

@@ -17,6 +17,7 @@ from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.sampling.generate import Rows, student_generator, teacher_generator
 from onestill.sampling.samplers.base import Sampler
 from onestill.students.model_card import Distilled
+from onestill.students.settings import check_steps
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
@@ -69,7 +70,7 @@ class NetworkSampler(Sampler):
 
 @final
 class StudentSampler(NetworkSampler):
-    """The one step of a student, y(eps, t) at the target time t and, if it takes one, a guidance scale.
+    """The one step of a student, y(eps, t) at the target time t and, if it takes one, a guidance scale; or its K steps.
 
     Args:
         student: The student.
@@ -80,9 +81,11 @@ class StudentSampler(NetworkSampler):
         t_min: The cleanest target time that it was trained at.
         device: Where it is.
         first_stage: The student that draws the pictures that it enlarges, if it does.
+        num_inference_steps: K, eq. (28).
+        is_map: Whether it is trained between any two times, which more than one step needs.
 
     Raises:
-        SettingError: If it was not trained for this time or scale.
+        SettingError: If it was not trained for this time, scale or number of steps.
     """
 
     clamps = True
@@ -98,14 +101,19 @@ class StudentSampler(NetworkSampler):
         t_min: float = 0.0,
         device: torch.device | str = "cpu",
         first_stage: FirstStage | None = None,
+        num_inference_steps: int = 1,
+        is_map: bool = True,
     ) -> None:
         super().__init__(student.teacher, first_stage)
         check_trained(student, target_time, guidance_scale, distilled, t_min)
+        check_steps(num_inference_steps, target_time, is_map=is_map)
         self.student, self.name, self.distilled, self.device = student, name, distilled, device
         self.target_time, self.guidance_scale, self.t_min = target_time, guidance_scale, t_min
         self.labels = distilled.class_labels or self.labels
-        self.evaluations = 1 + (first_stage is not None)
-        self._step = student_generator(student, t=max(target_time, t_min), device=device)
+        self.num_steps, self.is_map = num_inference_steps, is_map
+        self.evaluations = num_inference_steps + (first_stage is not None)
+        end = max(target_time, t_min)
+        self._step = student_generator(student, t=end, num_steps=num_inference_steps, device=device)
 
     def denoised(self, eps: Tensor, cond: Cond) -> Tensor:
         if self.student.guidance_range is None:
@@ -114,7 +122,13 @@ class StudentSampler(NetworkSampler):
         return self._step(eps, {**cond, "guidance_scale": torch.full((len(eps),), w)})
 
     @checked()
-    def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> StudentSampler:
+    def at(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        target_time: float | None = None,
+        num_inference_steps: int | None = None,
+    ) -> StudentSampler:
         return StudentSampler(
             self.student,
             name=self.name,
@@ -124,6 +138,8 @@ class StudentSampler(NetworkSampler):
             t_min=self.t_min,
             device=self.device,
             first_stage=self.first_stage,
+            num_inference_steps=self.num_steps if num_inference_steps is None else num_inference_steps,
+            is_map=self.is_map,
         )
 
 
@@ -180,14 +196,20 @@ class TeacherSampler(NetworkSampler):
         return self._solve(eps, cond)
 
     @checked()
-    def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> TeacherSampler:
+    def at(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        target_time: float | None = None,
+        num_inference_steps: int | None = None,
+    ) -> TeacherSampler:
         if target_time is not None:
             raise SettingError("target_time", target_time, "is a student's", "a teacher goes to the finished image")
-        if guidance_scale is None:
+        if guidance_scale is num_inference_steps is None:
             return self
         return TeacherSampler(
-            guided(self.teacher, guidance_scale),
-            num_steps=self.num_steps,
+            self.teacher if guidance_scale is None else guided(self.teacher, guidance_scale),
+            num_steps=self.num_steps if num_inference_steps is None else num_inference_steps,
             solver=self.solver,
             device=self.device,
             first_stage=self.first_stage,

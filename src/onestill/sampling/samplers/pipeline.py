@@ -203,10 +203,19 @@ class PipelineSampler(Sampler):
         return token_limits.limits(calls)
 
     @checked()
-    def at(self, *, guidance_scale: float | None = None, target_time: float | None = None) -> Sampler:
-        if self.trained is None or guidance_scale is target_time is None:
-            return super().at(guidance_scale=guidance_scale, target_time=target_time)
-        return self.trained().at(guidance_scale=guidance_scale, target_time=target_time)
+    def at(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        target_time: float | None = None,
+        num_inference_steps: int | None = None,
+    ) -> Sampler:
+        steps = None if num_inference_steps == self.num_steps else num_inference_steps
+        given: dict[str, Any] = {"guidance_scale": guidance_scale, "target_time": target_time}
+        given["num_inference_steps"] = steps
+        if self.trained is None or all(value is None for value in given.values()):
+            return super().at(**given)
+        return self.trained().at(**given)
 
 
 @contextmanager
