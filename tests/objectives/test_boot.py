@@ -199,6 +199,8 @@ def test_weights_are_the_formulas(process: Process) -> None:
     torch.testing.assert_close(row_weights("inverse_rho", trajectory, t, s), 1 / rho**2)
     bounded = torch.tensor([min(max(float(value), 0.05), 1.0) for value in sigma]).double()
     torch.testing.assert_close(row_weights("velocity", trajectory, t, s), 1 / (rho * bounded) ** 2)
+    noisy = process.alpha_sigma(t)[1].clamp(0.05, 1)
+    torch.testing.assert_close(row_weights("inverse_rho_sigma", trajectory, t, s), 1 / (rho * noisy))
 
 
 def test_inverse_rho_is_the_papers_weight() -> None:
@@ -215,8 +217,9 @@ def test_inverse_rho_is_the_papers_weight() -> None:
 def test_rho_is_one_in_the_weight_of_boundary_rows(process: Process, t_max: float) -> None:
     trajectory, at_start = Trajectory(process, t_max), as_times(t_max, 2)
     found = {weight: float(row_weights(weight, trajectory, at_start, at_start)[0]) for weight in WEIGHTS}
-    velocity = min(max(process.level(t_max)[1], 0.05), 1.0) ** -2
-    assert found == pytest.approx({"inverse_rho": 1.0, "velocity": velocity, "none": 1.0}, rel=1e-12)
+    sigma = min(max(process.level(t_max)[1], 0.05), 1.0)
+    expected = {"inverse_rho": 1.0, "velocity": sigma**-2, "inverse_rho_sigma": 1 / sigma, "none": 1.0}
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

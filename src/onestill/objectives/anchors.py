@@ -116,6 +116,7 @@ class Anchors(Objective[_Both]):
             why = f"{path} is not what this run was begun with, and what is made again here is not the same"
             raise RunError(f"{why}: go on where it was made, or distil again into another folder")
         self.pool_hash = self.pool.hash(context.identity)
+        context.pools[self.name] = self.pool
 
     def _is_begun_with(self, pool: Pool) -> bool:
         """Return whether a pool is the one that the run was begun with; one of another identity is another."""

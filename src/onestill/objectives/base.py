@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from onestill.core.settings import Settings
@@ -44,9 +44,9 @@ class Batch:
         weights: Weight of each row's mean squared residual, [B].
         mean: Which mean a row enters, [B] integers.
         r: Start levels, [B] float64; None where all rows start at t_max.
-        t: Times that the steps to s start from, [B] float64; None where they are t_max.
-        is_profiled: Which rows the residual profile counts, [B] bool; none if None. Their residual over rho(t, s)^2 is
-            an error of f.
+        share: Share of the whole mean that a row's step is, rho of eq. (6), [B] float64; 1 if None. The residual over
+            it is an error of f.
+        is_profiled: Which rows the residual profile counts, [B] bool; none if None.
     """
 
     x: Tensor
@@ -56,7 +56,7 @@ class Batch:
     weights: Tensor
     mean: Tensor
     r: Tensor | None = None
-    t: Tensor | None = None
+    share: Tensor | None = None
     is_profiled: Tensor | None = None
 
 
@@ -103,6 +103,7 @@ class Context:
         process_index: Number of this process.
         num_processes: How many there are.
         identity: Everything that decides what a pool holds.
+        pools: What objectives have prepared, by their names, for others to draw from.
     """
 
     config: Settings
@@ -120,6 +121,7 @@ class Context:
     process_index: int
     num_processes: int
     identity: Mapping[str, object]
+    pools: dict[str, Any] = field(default_factory=dict)
 
     def draw(self, num: int) -> tuple[Tensor, Cond]:
         """Return (start states x_a, conditions) of `num` new rows, on the device, drawn from the run's generator."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OBJECTIVE = "Objective"
 Solver = Literal["ddim", "heun", "midpoint"]
 TimeSampling = Literal["uniform", "s_first", "progressive"]
-Weight = Literal["inverse_rho", "velocity", "none"]
+Weight = Literal["inverse_rho", "velocity", "inverse_rho_sigma", "none"]
 SIGMA_FLOOR = 0.05
 BOOTSTRAP, BOUNDARY = 0, 1  # the two means
 
@@ -33,6 +33,12 @@ class BootSettings(Settings):
     t_min: float = setting(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
     solver: Solver = setting("midpoint", OBJECTIVE, "Step that makes the bootstrap target.")
     bootstrap_weight: Weight = setting("velocity", OBJECTIVE, "Weight of the residuals.")
+    robust_exponent: float = setting(
+        0.0, OBJECTIVE, "k of a factor (residual + c)^-k on each row's weight; 0 is none, 1 the most usual.", ge=0, le=2
+    )
+    robust_constant: float = setting(
+        1e-3, OBJECTIVE, "c of that factor, in squared units of the teacher's samples.", gt=0, le=1e6
+    )
     boundary_weight: float = setting(
         1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0, le=1e6
     )
@@ -83,10 +89,11 @@ class Boot(Objective[BootSettings]):
             y_t = context.target_student(x_a, None, t, cond)
             denoised = context.teacher.denoiser(cond)
             target = bootstrap_target(STEPS[settings.solver], spec.trajectory, denoised, x_a, y_t, t, s)
+        rho = spec.trajectory.rho(t, s)
         weights = row_weights(settings.bootstrap_weight, spec.trajectory, t, s).float()
         weights = weights * torch.where(is_boundary, settings.boundary_weight, 1.0)
         mean = torch.where(is_boundary, BOUNDARY, BOOTSTRAP)
-        return Batch(x_a, s, cond, target, weights, mean, t=t, is_profiled=~is_boundary)
+        return Batch(x_a, s, cond, target, weights, mean, share=rho, is_profiled=~is_boundary)
 
 
 def bootstrap_target(
@@ -129,12 +136,19 @@ def row_weights(weight: Weight, trajectory: Trajectory, t: Tensor, s: Tensor) ->
 
     inverse_rho: 1 / rho^2 (known as BOOT's 1 / d^2), which turns the residual into units of f. velocity:
     1 / (rho min(1, max(sigma_s, 0.05)))^2, units of the ODE's velocity, more weight at the clean end, where detail
-    forms. none: 1. On boundary rows rho is 1.
+    forms. inverse_rho_sigma: 1 / (rho min(1, max(sigma_t, 0.05))), whose gradient is the residual in that unit. none: 1.
+    On boundary rows rho is 1.
     """
     rho = trajectory.rho(t, s)
     if weight == "none":
         return rho.new_ones(rho.shape)
     if weight == "inverse_rho":
         return rho**-2
-    sigma = trajectory.process.alpha_sigma(s)[1]
-    return (rho * sigma.clamp(min=SIGMA_FLOOR, max=1.0)) ** -2
+    if weight == "inverse_rho_sigma":
+        return (rho * bounded_sigma(trajectory, t)) ** -1
+    return (rho * bounded_sigma(trajectory, s)) ** -2
+
+
+def bounded_sigma(trajectory: Trajectory, t: Tensor) -> Tensor:
+    """Return sigma_t between 0.05 and 1, [B] float64: what an error of f is divided by to be one of the velocity."""
+    return trajectory.process.alpha_sigma(t)[1].clamp(min=SIGMA_FLOOR, max=1.0)

@@ -10,17 +10,19 @@ from onestill.objectives.anchors import Anchors, AnchorSettings
 from onestill.objectives.base import Objective
 from onestill.objectives.boot import Boot, BootSettings
 from onestill.objectives.corrector import Corrector, CorrectorSettings
+from onestill.objectives.flow_map import FlowMap, FlowMapSettings
 
 OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     Boot,
     Anchors,
     Corrector,
+    FlowMap,
 )
 """Every objective, in the order in which they draw and in which their rows stand in a batch."""
 
 if TYPE_CHECKING:
 
-    class ObjectiveSettings(CorrectorSettings, AnchorSettings, BootSettings):
+    class ObjectiveSettings(FlowMapSettings, CorrectorSettings, AnchorSettings, BootSettings):
         """The settings of every objective."""
 
 else:

@@ -278,10 +278,11 @@ def _check_times(config: DistillConfig, teacher: Teacher) -> None:
     t_max, smallest = teacher.spec.t_max, teacher.spec.process.t_min
     if config.t_min >= t_max:
         raise SettingError("t_min", config.t_min, f"must be below the teacher's start level t_max = {t_max:.4g}")
-    if config.delta >= t_max - config.t_min:
-        raise SettingError("delta", config.delta, f"must be below t_max - t_min = {t_max - config.t_min:.4g}")
-    if config.delta < smallest:
-        raise SettingError("delta", config.delta, f"is below {smallest:g}, one time step of the teacher")
+    for name in config.steps_in_t():
+        if (step := getattr(config, name)) >= t_max - config.t_min:
+            raise SettingError(name, step, f"must be below t_max - t_min = {t_max - config.t_min:.4g}")
+        if step < smallest:
+            raise SettingError(name, step, f"is below {smallest:g}, one time step of the teacher")
 
 
 def _prompt_pool(

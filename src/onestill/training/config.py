@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_ROWS, MOST_STEPS, Settings, about, make, setting
 from onestill.data.settings import PromptSettings
+from onestill.objectives.flow_map import check_flow_map
 from onestill.objectives.registry import ObjectiveSettings, rows_of
 from onestill.students.settings import LoraSettings
 from onestill.teachers.settings import TeacherSettings
@@ -122,18 +123,25 @@ class DistillConfig(
         t_max = 1.0 if self.t_max is None else self.t_max
         if self.t_min >= t_max:
             raise SettingError("t_min", self.t_min, f"must be below {named('t_max')}, {t_max:g}")
-        if self.delta >= t_max - self.t_min:
-            why = f"must be below {named('t_max')} minus {named('t_min')}, {t_max - self.t_min:g}"
-            raise SettingError("delta", self.delta, why)
+        for name in self.steps_in_t():
+            if getattr(self, name) >= t_max - self.t_min:
+                why = f"must be below {named('t_max')} minus {named('t_min')}, {t_max - self.t_min:g}"
+                raise SettingError(name, getattr(self, name), why)
+        check_flow_map(self)
         return self
+
+    def steps_in_t(self) -> list[str]:
+        """Return the settings that are steps of the teacher in t and are used."""
+        return ["delta", *(["flow_map_delta"] if self.flow_map_fraction > 0 else [])]
 
     @model_validator(mode="after")
     def _leaves_bootstrap_rows(self) -> Self:
         size = self.train_batch_size
         if next(iter(rows_of(self, size).values())) > self.num_boundary_rows(size):
             return self
-        weights = {"boundary_fraction": self.boundary_weight, "anchor_fraction": self.anchor_fraction}
-        weights["corrector_fraction"] = self.corrector_fraction
+        weights = {"boundary_fraction": self.boundary_weight}
+        fractions = ("anchor_fraction", "corrector_fraction", "flow_map_fraction")
+        weights |= {name: getattr(self, name) for name in fractions}
         names = [name for name, weight in weights.items() if weight > 0]
         given = [getattr(self, name) for name in names]
         raise SettingError(names, given, f"no bootstrap rows are left in a batch of {size}")

@@ -36,6 +36,21 @@ def squared_residuals(y: Tensor, target: Tensor) -> Tensor:
     return (y - target).square().flatten(1).mean(1)
 
 
+def shares(batches: Sequence[Batch]) -> Tensor:
+    """Return the share of the whole mean that each row's step is, [B] float64."""
+    return torch.cat([torch.ones_like(batch.s) if batch.share is None else batch.share for batch in batches])
+
+
+def robust_factors(batches: Sequence[Batch], residuals: Tensor, exponent: float, constant: float) -> Tensor:
+    """Return sg(residual / rho^2 + c)^-k, eq. (24), [B].
+
+    It is 1 where the target is made of the prediction: the difference of the two is a gradient there, no residual.
+    """
+    of_f = residuals.detach() / shares(batches).to(residuals) ** 2
+    is_fixed = torch.cat([torch.full_like(batch.s, not callable(batch.target), dtype=torch.bool) for batch in batches])
+    return torch.where(is_fixed.to(residuals.device), (of_f + constant) ** -exponent, 1.0).to(residuals)
+
+
 def regression(residuals: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
     """Return sum over m of 1 / |m| sum over rows i of w_i residual_i; `mean`, [B] integers, is the m of each row."""
     counts = torch.bincount(mean)[mean]

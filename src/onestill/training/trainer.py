@@ -25,7 +25,7 @@ from onestill.students.student import Student
 from onestill.training.checkpoint import Checkpoint, rotate, write_checkpoint
 from onestill.training.config import DistillConfig, pool_settings
 from onestill.training.distance import Distance
-from onestill.training.loss import joined_inputs, regression, squared_residuals, targets
+from onestill.training.loss import joined_inputs, regression, robust_factors, squared_residuals, targets
 from onestill.training.trained import Trained
 from onestill.training.watch import StepLog, Watch
 
@@ -216,7 +216,11 @@ class Trainer:
             target = targets(found, y)
         residuals = squared_residuals(y.float(), target.float())
         self.watch.count(found, residuals)
-        loss = regression(residuals, *(torch.cat([getattr(b, name) for b in found]) for name in ("weights", "mean")))
+        weights, mean = (torch.cat([getattr(batch, name) for batch in found]) for name in ("weights", "mean"))
+        if (exponent := self.config.robust_exponent) > 0:
+            factors = robust_factors(found, residuals, exponent, self.config.robust_constant)
+            weights = weights.to(residuals) * factors
+        loss = regression(residuals, weights, mean)
         parts = torch.split(y.detach(), [len(batch.s) for batch in found])
         with self.accelerator.autocast():
             own = {o.name: o.own_loss(batch, part) for (o, batch), part in zip(batches.items(), parts, strict=True)}

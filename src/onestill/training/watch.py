@@ -22,6 +22,7 @@ from onestill.data.conditions import VALIDATION_SEED, Conditions
 from onestill.sampling import pictures
 from onestill.sampling.generate import Generate, generate_images
 from onestill.training.distance import FEW_STEPS, Distance
+from onestill.training.loss import shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,11 +71,10 @@ class Watch:
     def count(self, batches: Sequence[Batch], residuals: Tensor) -> None:
         """Add the rows of one forward pass, with their mean squared residuals [B], to the residual profile."""
         s = torch.cat([batch.s for batch in batches])
-        t = torch.cat([torch.full_like(batch.s, self.spec.t_max) if batch.t is None else batch.t for batch in batches])
         rows = torch.cat(
             [torch.zeros_like(b.s, dtype=torch.bool) if b.is_profiled is None else b.is_profiled for b in batches]
         )
-        rho, kept = self.spec.trajectory.rho(t, s)[rows], residuals[rows.to(residuals.device)]
+        rho, kept = shares(batches)[rows], residuals[rows.to(residuals.device)]
         self._bins += torch.stack(residual_by_time(kept, rho, s[rows], self.config.num_time_bins, self.spec.t_max))
 
     def validate(
