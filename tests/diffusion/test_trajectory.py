@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,15 +18,18 @@ from onestill.diffusion.prediction import preconditioning
 from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process
 from onestill.diffusion.trajectory import (
     CALLS_PER_STEP,
+    SOLVERS,
     STEPS,
     Trajectory,
     ddim_step,
+    dpm_solve,
     heun_step,
     midpoint_step,
     solve,
+    times_called,
     uniform_times,
 )
-from onestill.teachers.closed_form import GaussianTeacher
+from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
 
 PROCESSES: dict[str, Process] = {
     "vp, linear": DiscreteVP(DDPMScheduler().alphas_cumprod),
@@ -300,13 +303,84 @@ def test_heun_ends_with_a_ddim_step() -> None:
     assert not torch.equal(heun_step(*args), ddim_step(*args))
 
 
-def test_calls_per_step_are_what_the_steps_make() -> None:
-    trajectory, x_a = Trajectory(CosineVP(), 1.0), normal(2, 3)
-    for name, step in STEPS.items():
-        calls = []
-        step(trajectory, lambda x, t: (calls.append(t), x)[1], x_a, x_a, as_times(0.5, 2), as_times(0.3, 2))  # noqa: B023
-        assert len(calls) == CALLS_PER_STEP[name]
-    assert set(STEPS) == set(CALLS_PER_STEP)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_calls_per_step_are_what_the_solvers_make(name: str) -> None:
+    trajectory, x_a, times, calls = Trajectory(CosineVP(), 1.0), normal(2, 3), uniform_times(1.0, 5), []
+    SOLVERS[name](trajectory, lambda x, t: (calls.append(float(t[0])), x)[1], x_a, times)
+    assert len(calls) == 5 * CALLS_PER_STEP[name] and set(SOLVERS) == set(CALLS_PER_STEP)
+    assert times_called(trajectory, name, times) == calls
+
+
+# A solver with a memory
+
+
+@pytest.mark.parametrize("num", [1, 2, 4, 10, 20, 50])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+def test_dpm_solver_is_that_of_diffusers(schedule: str, num: int) -> None:
+    # For numbers of steps whose times are whole indices.
+    how = {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "timestep_spacing": "trailing",
+        "final_sigmas_type": "zero",
+    }
+    scheduler = DPMSolverMultistepScheduler(prediction_type="sample", beta_schedule=schedule, **how)
+    scheduler.set_timesteps(num)
+    process, x = DiscreteVP(scheduler.alphas_cumprod), normal(4, 6, seed=1)
+    denoised = network_denoiser(process, "sample")
+    ours = dpm_solve(Trajectory(process, 1.0), denoised, x, uniform_times(1.0, num))
+    for index in scheduler.timesteps:
+        f = denoised(x, as_times((float(index) + 1) / 1000, 4))
+        x = scheduler.step(f, index, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 8])
+def test_dpm_solver_from_pure_noise_is_that_of_diffusers(num: int) -> None:
+    # A flow's first level has alpha = 0; the scheduler is told our levels, since its own grid is another.
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero", lower_order_final=True
+    )
+    scheduler.set_timesteps(num)
+    times = uniform_times(1.0, num)
+    scheduler.sigmas, velocity = torch.tensor(times, dtype=torch.float64), normal(6, 6) / 6**0.5
+    denoised = lambda x, t: x - broadcast(t, x) * torch.tanh(x @ velocity)  # noqa: E731 - of a flow, eq. (3)
+    x = normal(4, 6, seed=1)
+    ours = dpm_solve(Trajectory(FlowMatching(), 1.0), denoised, x, times)
+    for index in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(x @ velocity), index, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow", "ve"])
+def test_dpm_solver_is_of_order_two(name: str) -> None:
+    # Above the clean end, where every solver's last step is infinitely long; 500 midpoint steps are the truth.
+    means = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]], dtype=torch.float64)
+    exact = MixtureTeacher(means, 0.3, PROCESSES[name], 1.0)
+    trajectory, denoised = exact.spec.trajectory, exact.denoiser({})
+    x_a = trajectory.start(normal(64, 2))
+    truth = SOLVERS["midpoint"](trajectory, denoised, x_a, uniform_times(1.0, 500, 0.2))
+    errors = [
+        float((dpm_solve(trajectory, denoised, x_a, uniform_times(1.0, n, 0.2)) - truth).square().mean().sqrt())
+        for n in (64, 128)
+    ]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
+
+
+@every_start
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "velocity", "edm"])
+@every_process
+def test_dpm_solver_is_finite_from_pure_noise_to_clean(process: Process, prediction: str, t_max: float) -> None:
+    denoised, trajectory = network_denoiser(process, prediction), Trajectory(process, t_max)
+    x_a = trajectory.start(normal(4, 6))
+    for num in (1, 2, 3, 7):
+        assert bool(dpm_solve(trajectory, denoised, x_a, uniform_times(t_max, num)).isfinite().all())
+    # What has no step before it, or none after it, is DDIM's.
+    for num in (1, 2):
+        ddim = SOLVERS["ddim"](trajectory, denoised, x_a, uniform_times(t_max, num))
+        torch.testing.assert_close(
+            dpm_solve(trajectory, denoised, x_a, uniform_times(t_max, num)), ddim, rtol=0, atol=0
+        )
 
 
 # Times

@@ -206,7 +206,7 @@ def test_a_pool_that_failed_in_a_batch_is_gone_on_with(tmp_path: Path, monkeypat
     conditions = LabelConditions((0, 1, 2))
     (tmp_path / "one").mkdir()
     whole = pool_of(anchors_of(guided_teacher(), conditions, tmp_path / "one", **settings))
-    real, calls = trajectory.solve, 0
+    real, calls = trajectory.SOLVERS["midpoint"], 0
 
     def failing(*args: Any) -> Any:
         nonlocal calls
@@ -217,7 +217,7 @@ def test_a_pool_that_failed_in_a_batch_is_gone_on_with(tmp_path: Path, monkeypat
 
     (tmp_path / "two").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(trajectory, "solve", failing)
+        patch.setitem(trajectory.SOLVERS, "midpoint", failing)
         with pytest.raises(RuntimeError, match="out of memory"):
             list(anchors_of(guided_teacher(), conditions, tmp_path / "two", **settings).prepare())
     again = pool_of(anchors_of(guided_teacher(), conditions, tmp_path / "two", **settings))

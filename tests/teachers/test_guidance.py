@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from onestill.core.errors import SettingError
 from onestill.core.tensors import Cond
 from onestill.data.conditions import LabelConditions, check_labels
-from onestill.diffusion.process import CosineVP
+from onestill.diffusion.process import CosineVP, DiscreteVP
+from onestill.diffusion.trajectory import SOLVERS, uniform_times
+from onestill.sampling.samplers.network import TeacherSampler
 from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
-from onestill.teachers.guidance import Guided, Thresholded
+from onestill.teachers.guidance import Guided, Thresholded, guided
 from onestill.teachers.teacher_spec import Threshold
 
 MEANS = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.0]], dtype=torch.float64)
@@ -105,6 +109,89 @@ def test_calls_multiply_through_the_wrappers() -> None:
     assert Thresholded(Guided(teacher, 2.0), Threshold("static")).evaluations == 2
     assert Thresholded(Guided(teacher), Threshold("static")).evaluations == 1
     assert Guided(teacher).spec is teacher.spec
+
+
+# On an interval of levels
+
+
+def test_guidance_acts_inside_its_interval_alone() -> None:
+    teacher, x, labels = conditional(), normal(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+    t = torch.tensor([0.1, 0.2, 0.3, 0.6, 0.60001, 1.0], dtype=torch.float64)
+    found = Guided(teacher, 3.0, interval=(0.2, 0.6)).denoised(x, t, {"class_labels": labels})
+    assert [len(x) for x, _, _ in teacher.asked] == [6 + 2], "two rows are inside: the lower end is not, the upper is"
+    plain = conditional().denoised(x, t, {"class_labels": labels})
+    everywhere = Guided(conditional(), 3.0).denoised(x, t, {"class_labels": labels})
+    inside = torch.tensor([False, False, True, True, False, False])
+    torch.testing.assert_close(found, torch.where(inside[:, None], everywhere, plain), rtol=0, atol=1e-13)
+    assert not torch.allclose(plain, everywhere, atol=0.01)
+
+
+@pytest.mark.parametrize(("t", "rows"), [(0.3, 8), (0.1, 4), (0.9, 4)])
+def test_a_batch_outside_the_interval_costs_one_evaluation(t: float, rows: int) -> None:
+    teacher, x, labels = conditional(), normal(4, 2), torch.tensor([0, 1, 2, 0])
+    guided = Guided(teacher, 3.0, interval=(0.2, 0.6))
+    for times in (t, torch.full((4,), t).double()):
+        guided.denoised(x, times, {"class_labels": labels})
+        assert len(teacher.asked[-1][0]) == rows
+    assert guided.evaluations_at(t) == rows / 4 and guided.evaluations == 2
+    assert Thresholded(guided, Threshold("static")).evaluations_at(t) == rows / 4
+
+
+def test_drawn_scales_and_the_interval() -> None:
+    teacher, x, labels = conditional(), normal(4, 2), torch.tensor([0, 1, 2, 0])
+    t, scales = torch.tensor([0.9, 0.5, 0.3, 0.1]).double(), torch.tensor([2.0, 3.0, 4.0, 5.0]).double()
+    guided = Guided(teacher, drawn=True, interval=(0.2, 0.6))
+    found = guided.denoised(x, t, {"class_labels": labels, "guidance_scale": scales})
+    for i, scale in enumerate([1.0, 3.0, 4.0, 1.0]):
+        alone = Guided(teacher, scale).denoised(x[i : i + 1], t[i : i + 1], {"class_labels": labels[i : i + 1]})
+        torch.testing.assert_close(found[i : i + 1], alone, rtol=0, atol=1e-13)
+
+
+def test_the_whole_range_is_no_interval_to_the_bit() -> None:
+    x, cond, t = normal(3, 2), {"class_labels": torch.tensor([0, 1, 2])}, torch.tensor([0.001, 0.5, 1.0]).double()
+    found = Guided(conditional(), 3.0, interval=(0.0, 1.0)).denoised(x, t, cond)
+    assert torch.equal(found, Guided(conditional(), 3.0).denoised(x, t, cond))
+
+
+def test_levels_of_a_grid_are_met_in_spite_of_rounding() -> None:
+    guided = Guided(conditional(), 3.0, interval=(0.1, 0.3))
+    times = uniform_times(1.0, 10)
+    assert times[7] > 0.3 and times[9] != 0.1, "or this tests nothing"
+    assert [i for i, t in enumerate(times) if guided.evaluations_at(t) == 2] == [7, 8]
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_sampler_counts_the_evaluations_that_it_makes(scale: float) -> None:
+    for solver in SOLVERS:
+        teacher = conditional()
+        interval = None if scale == 1 else (0.2, 0.6)
+        sampler = TeacherSampler(guided(teacher, scale, interval=interval), num_steps=10, solver=solver)
+        sampler(normal(3, 2), {"class_labels": torch.tensor([0, 1, 2])})
+        assert sum(len(x) for x, _, _ in teacher.asked) == 3 * sampler.evaluations
+    swept = sampler.at(guidance_scale=5.0)
+    assert swept.teacher.guidance_interval == interval and sampler.at(guidance_scale=1.0).evaluations == 10
+
+
+@pytest.mark.parametrize(
+    ("scale", "interval", "named", "why"),
+    [
+        (1.0, (0.1, 0.8), "guidance_interval_min", "w = 1 is none"),
+        (3.0, (0.8, 0.8), "guidance_interval_min", "must be below guidance_interval_max, 0.8"),
+        (3.0, (0.75, 1.0), "guidance_interval_min", "start level t_max = 0.7"),
+        (3.0, (0.0, 0.0005), "guidance_interval_max", "is below 0.001"),
+    ],
+)
+def test_intervals_without_a_guided_level_are_refused(
+    scale: float, interval: tuple[float, float], named: str, why: str
+) -> None:
+    process = DiscreteVP(DDIMScheduler().alphas_cumprod)
+    teacher = MixtureTeacher(MEANS, 0.4, process, 0.7, conditional=True)
+    with pytest.raises(SettingError, match=re.escape(why)) as error:
+        guided(teacher, scale, interval=interval)
+    assert error.value.settings[0] == named
+
+
+# Who can be guided
 
 
 @pytest.mark.parametrize(("scale", "drawn"), [(2.0, False), (0.0, False), (1.0, True)])

@@ -16,7 +16,7 @@ from onestill.teachers.guidance import EmbeddedGuidance, Guided, Thresholded, Wr
 from onestill.teachers.load import load_teacher
 from onestill.teachers.teacher_spec import Threshold
 
-OWN = {"denoised", "denoiser", "one_step", "evaluations", "to", "teacher"}
+OWN = {"denoised", "denoiser", "one_step", "evaluations", "evaluations_at", "guidance_interval", "to", "teacher"}
 """What a wrapper does itself."""
 CHANGES = {"with_t_max", "with_negative_prompt", "with_image_condition"}
 

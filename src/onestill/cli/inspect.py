@@ -101,10 +101,12 @@ def _time(seconds: float) -> str:
 
 def _guidance(found: Inspection) -> str:
     """Return how a teacher is guided, in words."""
+    interval = found.guidance_interval
+    where = "" if interval is None else f" at {interval[0]:g} < t <= {interval[1]:g} alone"
     if found.guidance == "embedded":
-        return f"an input of the network, {found.guidance_scale:g}; another one with --guidance_scale"
+        return f"an input of the network, {found.guidance_scale:g}{where}; another one with --guidance_scale"
     if found.guidance == "classifier-free":
-        return f"u + w (c - u): --guidance_scale{', --negative_prompt' if found.negative_prompts else ''}"
+        return f"u + w (c - u){where}: --guidance_scale{', --negative_prompt' if found.negative_prompts else ''}"
     return f"none: there is no null {'class that is known (--null_class)' if found.num_classes else 'condition'}"
 
 

@@ -9,13 +9,14 @@ from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, setting
+from onestill.diffusion.names import SolverName
 from onestill.students.settings import FEW_STEPS
-from onestill.teachers.settings import StoredSettings
+from onestill.teachers.settings import IntervalSettings, StoredSettings
 
 STUDENT, IMAGES, MEASURES, REPORT = "Student and teacher", "Images", "Measures", "Report"
 
 
-class EvaluateConfig(StoredSettings):
+class EvaluateConfig(IntervalSettings, StoredSettings):
     """How a student's one step, or few, are compared with its teacher's many."""
 
     student: Path = setting(..., STUDENT, "Folder of a run, a checkpoint-N folder, or an exported pipeline.")
@@ -40,7 +41,10 @@ class EvaluateConfig(StoredSettings):
     local_files_only: bool = setting(False, STUDENT, "Never use the network.")
     num_samples: int = setting(2000, IMAGES, "Images per row of the table.", ge=10, le=1_000_000)
     steps: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = setting(
-        (50, 10, 4, 1), IMAGES, "DDIM steps of the teacher's rows, with commas.", commas=True
+        (50, 10, 4, 1), IMAGES, "Steps of the teacher's rows, with commas.", commas=True
+    )
+    solver: tuple[SolverName, ...] = setting(
+        ("ddim",), IMAGES, "Solvers of the teacher's rows, with commas: ddim,dpmsolver++.", commas=True
     )
     student_steps: tuple[Annotated[int, Field(ge=1, le=FEW_STEPS)], ...] = setting(
         (), IMAGES, "Steps of the student's rows, with commas: 1,4. One, or those exported, if not given.", commas=True
@@ -90,10 +94,10 @@ class EvaluateConfig(StoredSettings):
 
     @model_validator(mode="after")
     def _is_enough_to_measure(self) -> Self:
-        if not self.steps or len(set(self.steps)) != len(self.steps):
-            raise SettingError("steps", self.steps, "must be different numbers")
-        if len(set(self.student_steps)) != len(self.student_steps):
-            raise SettingError("student_steps", self.student_steps, "must be different numbers")
+        for name, what in (("steps", "numbers"), ("solver", "solvers"), ("student_steps", "numbers")):
+            values = getattr(self, name)
+            if len(set(values)) != len(values) or (name != "student_steps" and not values):
+                raise SettingError(name, values, f"must be different {what}")
         if self.seed >= 2**63 - self.num_samples:
             raise SettingError("seed", self.seed, f"must be between 0 and 2^63 minus {named('num_samples')}")
         return self

@@ -15,10 +15,11 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from onestill.core.errors import FoundWarning, RunError
+from onestill.core.errors import FoundWarning, RunError, named
 from onestill.core.reading import loading
 from onestill.core.settings import MOST_STEPS, Settings, setting
 from onestill.core.writing import writing
+from onestill.diffusion.names import SolverName
 from onestill.objectives.base import Batch, Context, Cost, Objective
 from onestill.objectives.boot import BOOTSTRAP, OBJECTIVE, BootSettings, row_weights
 
@@ -48,10 +49,13 @@ class AnchorSettings(Settings):
         10_000, OBJECTIVE, "Teacher trajectories made for that before the first step.", ge=1, le=MOST_STEPS
     )
     num_anchor_steps: int = setting(12, OBJECTIVE, "Solver steps of each.", ge=1, le=1000)
+    anchor_solver: SolverName | None = setting(
+        None, OBJECTIVE, f"Solver of those trajectories; {named('solver')} if not given."
+    )
 
 
 class _Both(AnchorSettings, BootSettings):
-    """What anchors read: they are made by the solver of the bootstrap, and weighted as its rows."""
+    """What anchors read: they are weighted as the bootstrap's rows, and made by its step if by nothing else."""
 
 
 class Anchors(Objective[_Both]):
@@ -73,7 +77,7 @@ class Anchors(Objective[_Both]):
     def cost(cls, settings: Any, batch_size: int) -> Cost:
         from onestill.diffusion.trajectory import CALLS_PER_STEP
 
-        calls = settings.num_anchor_steps * CALLS_PER_STEP[settings.solver]
+        calls = settings.num_anchor_steps * CALLS_PER_STEP[settings.anchor_solver or settings.solver]
         return Cost(pool=settings.num_anchors, teacher_per_item=calls, samples_per_item=2)
 
     def prepare(self) -> Generator[int, None, None]:
@@ -143,10 +147,11 @@ class Anchors(Objective[_Both]):
         import torch
 
         from onestill.core.tensors import to_device
-        from onestill.diffusion.trajectory import STEPS, solve, uniform_times
+        from onestill.diffusion.trajectory import SOLVERS, uniform_times
 
         context, settings, spec = self.context, self.settings, self.context.teacher.spec
         times = uniform_times(spec.t_max, settings.num_anchor_steps, settings.t_min)
+        solve = SOLVERS[settings.anchor_solver or settings.solver]
         for start in range(first, num, context.batch_size):
             rows = min(context.batch_size, num - start)
             eps = torch.randn(rows, *spec.sample_shape, generator=generator)
@@ -154,7 +159,7 @@ class Anchors(Objective[_Both]):
             with torch.no_grad(), context.autocast():
                 denoised = context.teacher.denoiser(to_device(context.conditions.rows(chosen), context.device))
                 x_a = spec.trajectory.start(eps.to(context.device))
-                signal = solve(spec.trajectory, denoised, x_a, times, STEPS[settings.solver])
+                signal = solve(spec.trajectory, denoised, x_a, times)
             yield Pool(eps, signal.cpu(), chosen)
 
     def batch(self, num: int) -> Batch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from onestill.core.settings import Settings, setting
+from onestill.diffusion.names import StepName
 from onestill.objectives.base import Batch, Cost, Objective
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from onestill.diffusion.trajectory import Denoiser, Step, Trajectory
 
 OBJECTIVE = "Objective"
-Solver = Literal["ddim", "heun", "midpoint"]
 TimeSampling = Literal["uniform", "s_first", "progressive"]
 Weight = Literal["inverse_rho", "velocity", "inverse_rho_sigma", "none"]
 SIGMA_FLOOR = 0.05
@@ -31,7 +31,7 @@ class BootSettings(Settings):
     time_sampling: TimeSampling = setting("s_first", OBJECTIVE, "How step times are drawn.")
     delta: float = setting(1 / 25, OBJECTIVE, "Step size in t.", gt=0, lt=1)
     t_min: float = setting(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
-    solver: Solver = setting("midpoint", OBJECTIVE, "Step that makes the bootstrap target.")
+    solver: StepName = setting("midpoint", OBJECTIVE, "Step that makes the bootstrap target.")
     bootstrap_weight: Weight = setting("velocity", OBJECTIVE, "Weight of the residuals.")
     robust_exponent: float = setting(
         0.0, OBJECTIVE, "k of a factor (residual + c)^-k on each row's weight; 0 is none, 1 the most usual.", ge=0, le=2

@@ -202,11 +202,18 @@ def configured_teacher(config: DistillConfig, *, device: str = "cpu", local_file
     return load_teacher(config.teacher, local_files_only=offline, arguments=config.call_arguments, device=device, **own)
 
 
-def guided_as(teacher: Teacher, config: DistillConfig, guidance_scale: float | None = None) -> Teacher:
-    """Return the teacher guided and thresholded as the configuration says, or at another fixed guidance scale."""
+def guided_as(
+    teacher: Teacher,
+    config: DistillConfig,
+    guidance_scale: float | None = None,
+    interval: tuple[float, float] | None = None,
+) -> Teacher:
+    """Return the teacher guided and thresholded as the configuration says; at another fixed scale or interval, if given."""
     drawn = guidance_scale is None and config.guidance_range is not None
     scale = config.guidance_scale if guidance_scale is None else guidance_scale
-    return guided(teacher, scale, drawn=drawn, threshold=chosen_threshold(config))
+    if interval is None and guidance_scale != 1:
+        interval = config.guidance_interval
+    return guided(teacher, scale, drawn=drawn, threshold=chosen_threshold(config), interval=interval)
 
 
 def chosen_threshold(config: DistillConfig) -> Threshold | None:

@@ -288,8 +288,15 @@ def distilled_facts(config: DistillConfig, teacher: Teacher, guidance_scale: flo
     else:
         away = "" if config.negative_prompt is None else f", away from the negative prompt {config.negative_prompt!r}"
         words = f"w = {w:g} in u + w (c - u){away}{trained}" if w != 1 or away or trained else "none"
+    if (interval := config.guidance_interval) is not None:
+        words += f"; at {interval[0]:g} < t <= {interval[1]:g} alone (0 clean, 1 noise)"
     threshold, embedded = chosen_threshold(config), EMBEDDED.get(config.teacher)
-    said = card.Distilled(w, config.negative_prompt, class_labels=config.class_labels, threshold=threshold)
+    said = card.Distilled(
+        *(w, config.negative_prompt),
+        class_labels=config.class_labels,
+        threshold=threshold,
+        guidance_interval=interval,
+    )
     if embedded is None or embedded.prompts is None or config.prompt_file != embedded.prompts:
         return card.Facts(words, said)  # prompts of the user's own are not shown to others
     return card.Facts(words, said, PromptFile(embedded.prompts)[0])

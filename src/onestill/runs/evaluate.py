@@ -18,6 +18,7 @@ from onestill.core.files import check_writable
 from onestill.core.settings import make
 from onestill.core.writing import WriteError, written_into
 from onestill.data.prompts import read_prompts
+from onestill.diffusion.names import SolverName
 from onestill.evaluation.choice import choose_features
 from onestill.evaluation.clip import ClipScore, check_pictures
 from onestill.evaluation.comparison import Comparison, Entry
@@ -42,6 +43,8 @@ from onestill.teachers.settings import STORED
 from onestill.training.config import DistillConfig
 
 PICTURE_NAME = "samples.png"
+WORDS: dict[SolverName, str] = {"ddim": "DDIM", "heun": "Heun", "midpoint": "midpoint", "dpmsolver++": "DPM++"}
+"""Names of the teacher's rows, before their number of steps."""
 
 
 @checked(EvaluateConfig)
@@ -105,7 +108,7 @@ def _evaluated(
     comparison = Comparison(
         reference, extractor, subjects, config, name, clip, notes, show_progress=show_progress, say=say
     )
-    rows = [Entry(f"DDIM-{n}", pair.many_steps(n)) for n in config.steps]
+    rows = [Entry(f"{WORDS[s]}-{n}", pair.many_steps(n, s)) for s in config.solver for n in config.steps]
     report, shown = comparison.run([*rows, *students])
     if config.output is not None:
         try:
@@ -145,10 +148,10 @@ class _Pair:
     teacher: Teacher
     device: torch.device
 
-    def many_steps(self, num: int) -> Sampler:
-        """Return the teacher's DDIM sampler."""
+    def many_steps(self, num: int, solver: SolverName = "ddim") -> Sampler:
+        """Return the teacher's sampler of so many steps."""
         first_stage = self.student.sampler.first_stage
-        return TeacherSampler(self.teacher, num_steps=num, device=self.device, first_stage=first_stage)
+        return TeacherSampler(self.teacher, num_steps=num, solver=solver, device=self.device, first_stage=first_stage)
 
 
 def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
@@ -218,10 +221,13 @@ def _guided(config: EvaluateConfig, student: LoadedStudent, teacher: Teacher) ->
         negative = _recorded(student).negative_prompt
     acts = config.negative_prompt is None or scale not in (None, 1)
     teacher = teacher.with_negative_prompt(negative, acts=acts)
+    interval = config.guidance_interval
     if student.config is not None:
-        return guided_as(teacher, student.config, scale)
-    threshold = model_card.distilled(student.pipeline).threshold
-    return guided(teacher, teacher.usual_guidance if scale is None else scale, threshold=threshold)
+        return guided_as(teacher, student.config, scale, interval)
+    said, scale = model_card.distilled(student.pipeline), teacher.usual_guidance if scale is None else scale
+    if interval is None and scale != 1:
+        interval = said.guidance_interval
+    return guided(teacher, scale, threshold=said.threshold, interval=interval)
 
 
 def _check_pair(student: Sampler, teacher: Teacher) -> None:
@@ -287,6 +293,8 @@ def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subject
     prompts, origin = _prompts_of(pair.student, config, held_out)
     student.conditions(1, config.class_labels, prompts)
     notes = [f"prompts: {origin}"] if origin else []
+    if (interval := pair.teacher.guidance_interval) is not None:
+        notes.append(f"teacher guided at {interval[0]:g} < t <= {interval[1]:g}, w = 1 elsewhere")
     if student.first_stage is not None:
         drawn = f"every row enlarges what {student.first_stage.name} draws in one step"
         notes.append(f"{drawn}, which its evaluations and its time include")

@@ -54,6 +54,7 @@ class Inspection:
     thresholding: str
     guidance: str
     guidance_scale: float
+    guidance_interval: tuple[float, float] | None
     negative_prompts: bool
     prompt_limits: dict[str, int]
     num_prompts: int
@@ -112,7 +113,7 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
     way = "embedded" if teacher.guidance_input is not None else way  # an input of its network
     reached = isinstance(student.injection, TimeEmbeddingInjection)
     of_spec = ("family", "prediction_type", "conditioning", "num_classes", "null_class", "sample_shape", "t_max")
-    of_config = ("guidance_scale", "train_batch_size", "max_train_steps")
+    of_config = ("guidance_scale", "guidance_interval", "train_batch_size", "max_train_steps")
     return Inspection(
         **{name: getattr(spec, name) for name in (*of_spec, "t_max_reason")},
         **{name: getattr(config, name) for name in of_config},
@@ -246,6 +247,8 @@ class _Passes:
         self.cond = to_device({**self.teacher.example_rows(num), **middle_guidance(config.guidance_range, num)}, device)
         self.x = spec.trajectory.start(torch.zeros(num, *spec.sample_shape, device=device))
         self.t = spec.t_max / 2
+        # Guidance on an interval costs what it does of the levels of a trajectory.
+        self.times = (torch.arange(num) + 0.5).double() * spec.t_max / num
         self.precision, self.device = config.mixed_precision, device
 
     def autocast(self) -> torch.autocast:
@@ -265,7 +268,7 @@ class _Passes:
     @torch.no_grad()
     def teacher_call(self) -> None:
         with self.autocast():
-            self.teacher.denoised(self.x, self.t, self.cond)
+            self.teacher.denoised(self.x, self.times, self.cond)
 
     def activations(self) -> int:
         """Return the bytes that a forward of the student keeps for its backward."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, Settings, setting
+from onestill.diffusion.names import SolverName
 from onestill.students.settings import check_steps
-from onestill.teachers.settings import STORED, CallSettings
+from onestill.teachers.settings import STORED, CallSettings, IntervalSettings
 
 GENERATOR, IMAGES = "What generates", "Images"
 EXPLORING = "Exploring (one of them; the same noise or condition all over)"
@@ -21,7 +22,7 @@ LONGEST_WAY = 10_000
 """The most images from one noise or prompt to another."""
 
 
-class SamplerSettings(CallSettings):
+class SamplerSettings(IntervalSettings, CallSettings):
     """What generates images: a student in one step, or a teacher in many."""
 
     student: str | None = setting(
@@ -39,9 +40,7 @@ class SamplerSettings(CallSettings):
         ge=1,
         le=10_000,
     )
-    solver: Literal["ddim", "heun", "midpoint"] | None = setting(
-        None, GENERATOR, "Step of a teacher; ddim if not given."
-    )
+    solver: SolverName | None = setting(None, GENERATOR, "Solver of a teacher; ddim if not given.")
     null_class: int | None = setting(None, GENERATOR, "A teacher's label for 'no class'.", ge=0, le=MOST_LABELS)
     negative_prompt: str | None = setting(None, GENERATOR, "In place of 'no prompt' in a text teacher's guidance.")
     base_student: Path | None = setting(
@@ -65,7 +64,8 @@ class SamplerSettings(CallSettings):
             return self
         if self.num_inference_steps is not None:
             check_steps(self.num_inference_steps, self.target_time, is_map=True)
-        for name in ("negative_prompt", "solver", "null_class", "noise_level", *STORED, *self.call_arguments):
+        of_teachers = ("negative_prompt", "solver", "null_class", "noise_level", *IntervalSettings.model_fields)
+        for name in (*of_teachers, *STORED, *self.call_arguments):
             if (value := getattr(self, name)) is not None:
                 raise SettingError(name, value, "is for a teacher; a student has it distilled in", "leave it out")
         return self

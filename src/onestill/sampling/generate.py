@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from onestill.core.errors import SettingError
 from onestill.core.tensors import Cond, as_times, noise, to_device
-from onestill.diffusion.trajectory import STEPS, solve, uniform_times
+from onestill.diffusion.names import SolverName
+from onestill.diffusion.trajectory import SOLVERS, uniform_times
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 
@@ -46,15 +47,15 @@ def student_generator(
 
 
 def teacher_generator(
-    teacher: Teacher, *, num_steps: int, solver: str = "ddim", device: torch.device | str = "cpu"
+    teacher: Teacher, *, num_steps: int, solver: SolverName = "ddim", device: torch.device | str = "cpu"
 ) -> Generate:
-    """Return generation by the teacher in steps of `STEPS[solver]` on a uniform grid, as DDIM's "trailing" spacing."""
+    """Return generation by the teacher by `SOLVERS[solver]` on a uniform grid of times, as DDIM's "trailing" spacing."""
     times = uniform_times(teacher.spec.t_max, num_steps)
 
     @torch.no_grad()
     def generate(eps: Tensor, cond: Cond) -> Tensor:
         x_a = teacher.spec.trajectory.start(eps.to(device))
-        return solve(teacher.spec.trajectory, teacher.denoiser(to_device(cond, device)), x_a, times, STEPS[solver])
+        return SOLVERS[solver](teacher.spec.trajectory, teacher.denoiser(to_device(cond, device)), x_a, times)
 
     return generate
 

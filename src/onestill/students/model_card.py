@@ -14,15 +14,18 @@ from pydantic import Field
 from onestill.core.errors import as_flags, named
 from onestill.core.reading import OwnFile, as_model, parse_yaml, read_text
 from onestill.core.writing import write_text
-from onestill.teachers.base import Teacher
+from onestill.teachers.base import Interval, Teacher
 from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
 TABLE_START, TABLE_END = "<!-- onestill evaluate: start -->", "<!-- onestill evaluate: end -->"
 CARD_FILE = "README.md"
 TEXT_TO = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
-NOISE_LEVEL, GUIDANCE_SCALE, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOLDING = (
+NOISE_LEVEL, GUIDANCE_SCALE, GUIDANCE_INTERVAL, NEGATIVE_PROMPT, NULL_CLASS, CLASS_LABELS, THRESHOLDING = (
     f"onestill_{name}"
-    for name in ("noise_level", "guidance_scale", "negative_prompt", "null_class", "class_labels", "thresholding")
+    for name in (
+        *("noise_level", "guidance_scale", "guidance_interval", "negative_prompt"),
+        *("null_class", "class_labels", "thresholding"),
+    )
 )
 CHECKED = """- Safety checker: the teacher's, as it was; this folder's own call blackens what it flags. The self-check below and all
   numbers of `onestill evaluate` are without it, for student and teacher alike.
@@ -45,6 +48,7 @@ class Distilled:
         null_class: The teacher's label of "no class", where its folder does not say.
         class_labels: The labels that the student was trained on; empty if on all, or if there are none.
         threshold: What took the place of the thresholding of the teacher's own scheduler, if something did.
+        guidance_interval: (low, high): guided at low < t <= high; None if at all levels.
     """
 
     guidance_scale: float | None = None
@@ -52,6 +56,7 @@ class Distilled:
     null_class: int | None = None
     class_labels: tuple[int, ...] = ()
     threshold: Threshold | None = None
+    guidance_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,12 @@ def distilled(folder: Path | None) -> Distilled:
     said, threshold = _Said() if folder is None else _read_said(folder), None
     if said.thresholding is not None:
         threshold = Threshold(**said.thresholding.model_dump())
-    return Distilled(said.guidance_scale, said.negative_prompt, said.null_class, said.class_labels, threshold)
+    scale, interval = said.guidance_scale, said.guidance_interval
+    return Distilled(scale, said.negative_prompt, said.null_class, said.class_labels, threshold, interval)
 
 
 Label = Annotated[int, Field(ge=0, lt=2**31)]
+_Level = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Thresholding(OwnFile):
@@ -143,6 +150,7 @@ class _Said(OwnFile):
 
     noise_level: Annotated[int, Field(ge=0, le=1000)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, lt=1e6)] | None = None
+    guidance_interval: tuple[_Level, _Level] | None = None
     negative_prompt: str | None = None
     null_class: Label | None = None
     class_labels: tuple[Label, ...] = ()
@@ -204,6 +212,7 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
     distilled = facts.distilled
     written = {
         GUIDANCE_SCALE: distilled.guidance_scale,
+        GUIDANCE_INTERVAL: None if distilled.guidance_interval is None else list(distilled.guidance_interval),
         NEGATIVE_PROMPT: distilled.negative_prompt,
         NULL_CLASS: spec.null_class if teacher.records_null_class else None,
         CLASS_LABELS: list(distilled.class_labels) or None,

@@ -28,6 +28,8 @@ from onestill.teachers.prompt_limits import PromptLimit, exceeded
 from onestill.teachers.teacher_spec import TeacherSpec
 
 NO_TEXT, NO_PICTURE = "takes no text", "takes no picture of an earlier model"
+Interval = tuple[float, float]
+"""(low, high): levels t with low < t <= high."""
 NO_NETWORK = "is known in closed form, without a network that another could take the place of"
 
 
@@ -78,8 +80,12 @@ class Teacher(ABC):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations in one call of `denoised`."""
+        """Network evaluations in one call of `denoised`, the most at any time."""
         return 1
+
+    def evaluations_at(self, t: float) -> int:
+        """Return the network evaluations of one call of `denoised` at a time t."""
+        return self.evaluations
 
     def denoiser(self, cond: Cond) -> Denoiser:
         """Return `denoised` with the conditions fixed: what the steps of a trajectory take."""
@@ -106,6 +112,11 @@ class Teacher(ABC):
     def usual_guidance(self) -> float:
         """The guidance scale where none is named: what the pipeline tells its network, or 1, which is none."""
         return 1.0
+
+    @property
+    def guidance_interval(self) -> Interval | None:
+        """The levels at which it is guided; None where at all, or it is not."""
+        return None
 
     def guidance_rows(self, scales: Tensor) -> Tensor:
         """Return the rows of `guidance_input` that tell the network some guidance scales [B]."""

@@ -67,7 +67,31 @@ class CallSettings(StoredSettings):
         return {name: value for name in CALL_ARGUMENTS if (value := getattr(self, name)) is not None}
 
 
-class TeacherSettings(CallSettings):
+class IntervalSettings(Settings):
+    """At which levels a teacher is guided."""
+
+    guidance_interval_min: float | None = setting(
+        None, TEACHER, "Guide at levels t (0 clean, 1 noise) above this only; outside, w = 1 ...", ge=0, lt=1
+    )
+    guidance_interval_max: float | None = setting(None, TEACHER, "... and up to this.", gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _interval_holds_levels(self) -> Self:
+        if (interval := self.guidance_interval) is not None and interval[0] >= interval[1]:
+            low, high = interval
+            raise SettingError(
+                "guidance_interval_min", low, f"must be below {named('guidance_interval_max')}, {high:g}"
+            )
+        return self
+
+    @property
+    def guidance_interval(self) -> tuple[float, float] | None:
+        """(low, high): guided where low < t <= high; None if nothing is said."""
+        low, high = self.guidance_interval_min, self.guidance_interval_max
+        return None if low is high is None else (low or 0.0, 1.0 if high is None else high)
+
+
+class TeacherSettings(IntervalSettings, CallSettings):
     """Which teacher, from where, guided and thresholded how."""
 
     teacher: str = setting(

@@ -13,7 +13,8 @@ from onestill.core.arguments import checked
 from onestill.core.errors import SettingError, named
 from onestill.core.tensors import Cond
 from onestill.data.cascade import FirstStage, seeded_rows
-from onestill.diffusion.trajectory import CALLS_PER_STEP
+from onestill.diffusion.names import SolverName
+from onestill.diffusion.trajectory import CALLS_PER_STEP, times_called, uniform_times
 from onestill.sampling.generate import Rows, student_generator, teacher_generator
 from onestill.sampling.samplers.base import Sampler
 from onestill.students.model_card import Distilled
@@ -172,7 +173,7 @@ class TeacherSampler(NetworkSampler):
     Args:
         teacher: The teacher, guided and thresholded as wanted.
         num_steps: Steps.
-        solver: Kind of step, one of `onestill.diffusion.trajectory.STEPS`.
+        solver: One of `onestill.diffusion.trajectory.SOLVERS`.
         device: Where it is.
         first_stage: The student that draws the pictures that it enlarges, if it does.
     """
@@ -182,18 +183,26 @@ class TeacherSampler(NetworkSampler):
         teacher: Teacher,
         *,
         num_steps: int = 50,
-        solver: str = "ddim",
+        solver: SolverName = "ddim",
         device: torch.device | str = "cpu",
         first_stage: FirstStage | None = None,
     ) -> None:
         super().__init__(teacher, first_stage)
         self.num_steps, self.solver, self.device, self.clamps = num_steps, solver, device, teacher.clamps
         self.name = f"the teacher {teacher.spec.source}"
-        self.evaluations = num_steps * teacher.evaluations * CALLS_PER_STEP[solver] + (first_stage is not None)
+        self.evaluations = self._evaluations() + (first_stage is not None)
         self._solve = teacher_generator(teacher, num_steps=num_steps, solver=solver, device=device)
 
     def denoised(self, eps: Tensor, cond: Cond) -> Tensor:
         return self._solve(eps, cond)
+
+    def _evaluations(self) -> int:
+        """Return the network evaluations of all steps."""
+        teacher, spec = self.teacher, self.teacher.spec
+        if teacher.guidance_interval is None:
+            return self.num_steps * teacher.evaluations * CALLS_PER_STEP[self.solver]
+        called = times_called(spec.trajectory, self.solver, uniform_times(spec.t_max, self.num_steps))
+        return sum(map(teacher.evaluations_at, called))
 
     @checked()
     def at(
@@ -207,8 +216,9 @@ class TeacherSampler(NetworkSampler):
             raise SettingError("target_time", target_time, "is a student's", "a teacher goes to the finished image")
         if guidance_scale is num_inference_steps is None:
             return self
+        interval = None if guidance_scale == 1 else self.teacher.guidance_interval
         return TeacherSampler(
-            self.teacher if guidance_scale is None else guided(self.teacher, guidance_scale),
+            self.teacher if guidance_scale is None else guided(self.teacher, guidance_scale, interval=interval),
             num_steps=self.num_steps if num_inference_steps is None else num_inference_steps,
             solver=self.solver,
             device=self.device,
