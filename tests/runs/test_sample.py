@@ -90,7 +90,7 @@ def test_sample_takes_a_loaded_teacher() -> None:
         ({"student": "a", "num_images": 0}, "num_images=0: must be at least 1"),
         ({"student": "a", "batch_size": -1}, "batch_size=-1: must be at least 1"),
         ({"student": "a", "device": "gpu"}, "device='gpu'"),
-        ({"student": "a", "solver": "euler"}, "solver='euler': must be 'ddim', 'heun', 'midpoint' or 'dpmsolver++'"),
+        ({"student": "a", "solver": "euler"}, "solver='euler': must be 'ddim', 'heun', 'midpoint' or 'dpmsolver"),
         ({"student": "a", "num_inference_steps": 9}, "a student has 1 to 8 steps"),
         ({"teacher": "a", "target_time": 0.5}, "target_time=0.5: is the student's"),
         ({"student": "no/where"}, "no such folder"),
