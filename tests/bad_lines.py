@@ -82,7 +82,7 @@ def set_up(folder: Path) -> None:
 
 def lines() -> list[Line]:
     """Return all of them, always in the same order."""
-    return [*_of_fields(), *_of_yaml(), *_of_demo(), *_of_configs(), *_of_words(), *_of_guesses()]
+    return [*_of_fields(), *_of_yaml(), *_of_demo(), *_of_configs(), *_of_words(), *_of_budgets(), *_of_guesses()]
 
 
 def _of_fields() -> Iterator[Line]:
@@ -179,6 +179,31 @@ def _of_words() -> Iterator[Line]:
         yield Line((command, "one", "two", "three"), "unexpected extra argument")
         yield Line((command[:-1],), "no such command")
         yield Line((command.upper(),), "no such command")
+
+
+def _of_budgets() -> Iterator[Line]:
+    for command in ("distill", "inspect"):
+        start, text = (command, "digits", *("--output_dir", "run")), "teacher: digits\noutput_dir: run\nbudget: 8h\n"
+        for time in (
+            "",
+            " ",
+            "30",
+            "m",
+            "0m",
+            "-5m",
+            "1e3s",
+            "nanh",
+            "infd",
+            "30 minutes",
+            "1h30m",
+            "366d",
+            "٣m",
+            "5M",
+        ):
+            yield Line((*start, f"--budget={time}"), "--budget")
+        yield Line((*start, "--budget", "8h", "--max_train_steps", "5"), "--budget 8h and --max_train_steps 5")
+        yield Line((command, "--config", "c.yaml"), "c.yaml: --budget", f"{text}max_train_steps: 5\n")
+        yield Line((command, "--config", "c.yaml"), "c.yaml: --budget", text.replace("8h", "8"))
 
 
 def _of_guesses() -> Iterator[Line]:

@@ -10,16 +10,17 @@ from runs_helpers import same_state
 
 from onestill.core.settings import read_yaml
 from onestill.runs import demo
-from onestill.runs.demo import DEMOS, Plan, Speed, plan
+from onestill.runs.demo import DEMOS, Plan, plan
+from onestill.runs.plan import Speed
 
-IDLE = {"glyphs": Speed(0.28, 0.0043), "digits": Speed(0.136, 0.00034)}
+IDLE = {"glyphs": Speed({0.0: 0.28}, 0.0043), "digits": Speed({0.0: 0.136}, 0.00034)}
 """By the whole demo's time on two idle cores (docs/results.md), and by how a step compares with a call."""
 
 
 def planned(teacher: str, times: float = 1, steps: int | None = None) -> Plan:
     chosen, speed = DEMOS[teacher], IDLE[teacher]
     settings = {"num_anchor_steps": 12, "solver": "midpoint", **chosen.distillation}
-    return plan(chosen, settings, Speed(times * speed.step, times * speed.call), steps)
+    return plan(chosen, settings, Speed({0.0: times * speed.step}, times * speed.call), steps)
 
 
 @pytest.mark.parametrize("teacher", list(DEMOS))
@@ -66,7 +67,7 @@ def test_the_run_records_what_was_chosen_and_measuring_changes_nothing(
 
     measured = run("measured", max_train_steps=2)
     assert [line for line in said if "minute" in line and "on this machine" in line] == [said[1]]
-    monkeypatch.setattr(demo, "measure", lambda *_: Speed(1e4, 1e-9))  # so that the floor is what is left
+    monkeypatch.setattr(demo, "measure", lambda *_: Speed({0.0: 1e4}, 1e-9))  # so that the floor is what is left
     told = run("told")
     assert read_yaml(told / "config.yaml")["max_train_steps"] == 2
     assert read_yaml(told / "config.yaml")["num_anchors"] == read_yaml(measured / "config.yaml")["num_anchors"] == 8

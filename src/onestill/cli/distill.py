@@ -58,11 +58,11 @@ def distill(
 
 def _prepare(config: DistillConfig) -> Run:
     """Load and check everything, and say what was found."""
-    from onestill.runs.build import build_run
+    from onestill.runs.plan import planned_run
     from onestill.runs.rehearsal import rehearse
 
     quiet()
-    run = build_run(config)
+    run = planned_run(config)
     spec = run.teacher.spec
     for message in (*run.messages, *rehearse(run)):
         note(message)

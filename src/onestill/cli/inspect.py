@@ -14,6 +14,7 @@ from onestill.cli.fields import AsJson, ConfigFile, from_config
 from onestill.cli.output import out, quiet
 from onestill.core.errors import as_flags
 from onestill.training.config import DistillConfig, make_config
+from onestill.training.recipes import in_time
 
 if TYPE_CHECKING:
     from onestill.runs.inspect import Inspection
@@ -58,6 +59,7 @@ def _rows(found: Inspection) -> dict[str, str]:
         "guidance": _guidance(found),
         "prompts": _prompts(found) if found.prompt_bytes else "",
         "target time enters": found.target_time_enters,
+        "plan": found.plan,
         "estimate": _estimate(found),
         "disk": _disk(found),
         "warning": found.warning,
@@ -77,9 +79,9 @@ def _estimate(found: Inspection) -> str:
     seconds = found.estimated_seconds_per_step
     place = f"on {found.estimate_device}, batch {found.train_batch_size}"
     step = f"{found.estimated_memory_gb:.2f} GB and {seconds:.3g} s per step {place}"
-    run = f"{found.max_train_steps:,} steps take {_time(seconds * found.max_train_steps)}"
+    run = f"{found.max_train_steps:,} steps take {in_time(seconds * found.max_train_steps)}"
     if found.num_anchors:
-        run += f", {found.num_anchors:,} anchors {_time(found.estimated_seconds_per_anchor * found.num_anchors)} more"
+        run += f", {found.num_anchors:,} anchors {in_time(found.estimated_seconds_per_anchor * found.num_anchors)} more"
     return f"{step}; {run}"
 
 
@@ -90,13 +92,6 @@ def _disk(found: Inspection) -> str:
     kept = f"{found.num_checkpoints} checkpoint{'s' if found.num_checkpoints > 1 else ''} at once"
     pools = f", anchors {in_words(found.pool_bytes)}" if found.pool_bytes else ""
     return f"{kept}, {in_words(found.checkpoint_bytes)} each, export {in_words(found.export_bytes)}{pools}"
-
-
-def _time(seconds: float) -> str:
-    for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}" if unit > 60 else f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} seconds"
 
 
 def _guidance(found: Inspection) -> str:

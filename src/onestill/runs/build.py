@@ -53,6 +53,7 @@ class Run:
         messages: What should be said before it starts; may mention settings by `named`.
         prompts: Its prompts, for a text teacher.
         first_stage: The student that draws the pictures that the teacher enlarges, if it does.
+        budget: The time that its length was planned for, if it was.
     """
 
     config: DistillConfig
@@ -64,6 +65,7 @@ class Run:
     messages: tuple[str, ...] = ()
     prompts: PromptPool | None = None
     first_stage: FirstStage | None = None
+    budget: str | None = None
 
 
 def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn.Module | None = None) -> Run:

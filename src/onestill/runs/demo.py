@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import read_yaml
-from onestill.core.tensors import noise
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.evaluation.comparison import SPEED_ROUNDS
 from onestill.evaluation.report import Report
-from onestill.evaluation.speed import compare
-from onestill.runs.build import build_run, configure
-from onestill.runs.distill import distill, make_trainer, print_message
+from onestill.runs.build import configured_teacher
+from onestill.runs.distill import distill, print_message
 from onestill.runs.evaluate import evaluate
 from onestill.runs.folder import CONFIG_FILE, check_output_dir
+from onestill.runs.plan import Speed, measure
 from onestill.runs.sample import sample
 from onestill.sampling import pictures
-from onestill.sampling.generate import teacher_generator
 from onestill.training.config import make_config
 
 PROJECT_NAME = "onestill-demo"
@@ -86,32 +81,6 @@ DEMOS = {
         shown={"num_images": 10, "seed": 70},
     ),
 }
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds on this machine, at this moment: of an optimiser step, and of a call of the guided teacher per image."""
-
-    step: float
-    call: float
-
-
-def measure(teacher: str, settings: Mapping[str, Any], batch_size: int) -> Speed:
-    """Return the speed of a run of `settings`, by a few steps on a copy that is thrown away, and teacher's calls.
-
-    Random state is afterwards what it was; of what is written only the encoded prompts stay, which the run needs too.
-    """
-    with tempfile.TemporaryDirectory(prefix=f"{PROJECT_NAME}-") as folder, torch.random.fork_rng():
-        few = {"output_dir": Path(folder), "num_anchors": 1, "num_anchor_steps": 1}
-        run = build_run(configure(teacher, {**settings, **few}))
-        trainer = make_trainer(run)
-        for _ in trainer.prepare():
-            pass
-        call = teacher_generator(run.teacher, num_steps=1, device=trainer.device)
-        eps, cond = noise(range(batch_size), run.teacher.spec.sample_shape), run.conditions.grid(batch_size)
-        candidates = {"step": trainer.update, "call": lambda: call(eps, cond)}
-        seconds = compare(candidates, device=trainer.device, repeats=3)
-    return Speed(seconds["step"], seconds["call"] / batch_size)
 
 
 @dataclass(frozen=True)
@@ -186,7 +155,7 @@ def run_demo(
     check_output_dir(output_dir, resuming=False)
     say("how fast is this machine? That takes a few seconds")
     settings |= {"num_anchor_steps": config.num_anchor_steps, "solver": config.solver}
-    speed = measure(teacher, settings, demo.evaluation["batch_size"])
+    speed = measure(config, configured_teacher(config))
     planned = plan(demo, settings, speed, max_train_steps)
     say(f"the demo {planned.words}")
     steps = planned.settings["max_train_steps"]

@@ -27,7 +27,7 @@ from onestill.core.settings import MOST_STEPS, write_yaml
 from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
 from onestill.export.export import ExportError, export_student
-from onestill.runs.build import Run, build_run, chosen_threshold, configure
+from onestill.runs.build import Run, chosen_threshold, configure
 from onestill.runs.folder import (
     CONFIG_FILE,
     PIPELINE_FOLDER,
@@ -37,6 +37,7 @@ from onestill.runs.folder import (
     removed_if_nothing_came,
 )
 from onestill.runs.memory import going_on
+from onestill.runs.plan import planned_run
 from onestill.runs.rehearsal import rehearse
 from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
@@ -119,7 +120,7 @@ def distill(
         RunError: If memory or disk is not enough, or the export fails; what was saved is kept.
     """
     config = configure(teacher, {**settings, "output_dir": Path(output_dir)}, config_file)
-    run = build_run(config, teacher if isinstance(teacher, Teacher) else None, network)
+    run = planned_run(config, teacher if isinstance(teacher, Teacher) else None, network)
     messages = (*run.messages, *rehearse(run))
     say = say or print_message
     for message in messages if show_progress else ():
@@ -183,7 +184,9 @@ def _begin(run: Run, trainer: Trainer) -> Path | None:
         kept = config.model_copy(update={"output_dir": here, "resume_from_checkpoint": None})
         write_yaml(kept, here / CONFIG_FILE)
         base = None if run.first_stage is None else run.first_stage.fingerprint
-        facts = RunFacts(fingerprint=run.fingerprints.teacher, teacher=config.teacher, base_student=base)
+        facts = RunFacts(
+            fingerprint=run.fingerprints.teacher, teacher=config.teacher, base_student=base, budget=run.budget
+        )
         write_text(config.output_dir / TEACHER_FILE, facts.model_dump_json(exclude_none=True) + "\n")
     if config.report_to:
         trainer.accelerator.init_trackers(config.tracker_project_name)

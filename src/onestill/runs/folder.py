@@ -25,11 +25,15 @@ REHEARSAL = ".onestill-rehearsal"
 
 
 class RunFacts(OwnFile):
-    """What a run was distilled from: the teacher's name, its fingerprint, and that of the first stage, if there is one."""
+    """What a run was distilled from: the teacher's name, its fingerprint, that of the first stage, if there is one.
+
+    And the budget that its length was planned for: its configuration has what came of it.
+    """
 
     fingerprint: str
     teacher: str
     base_student: str | None = None
+    budget: str | None = None
 
 
 def is_run(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompts import PromptFile
 from onestill.objectives.registry import OBJECTIVES, rows_of
 from onestill.runs.build import configure, doubts_about, make_student, num_draws, open_teacher
+from onestill.runs.plan import make_plan
 from onestill.runs.space import space_of
 from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.student import Student
@@ -72,6 +73,7 @@ class Inspection:
     num_checkpoints: int
     export_bytes: int
     pool_bytes: int
+    plan: str
     warning: str
 
 
@@ -95,6 +97,10 @@ def inspect_teacher(
 
 def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspection:
     """Return what is known of the teacher of a run, given where it is an object, and what the run would cost."""
+    plan = ""
+    if config.budget is not None:
+        found, teacher = make_plan(config, teacher)
+        config, plan = found.config, found.words
     config, teacher, first_stage, prompt_file = open_teacher(config, teacher, needs_first_stage=False)
     check_labels(config.class_labels, teacher.spec)
     device = resolve_device(config.device)
@@ -141,6 +147,7 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
         num_checkpoints=space.num_checkpoints,
         export_bytes=space.export,
         pool_bytes=space.pools,
+        plan=plan,
         warning=warning,
     )
 

@@ -15,8 +15,9 @@ from onestill.objectives.flow_map import check_flow_map
 from onestill.objectives.registry import ObjectiveSettings, rows_of
 from onestill.students.settings import LoraSettings
 from onestill.teachers.settings import TeacherSettings
+from onestill.training.recipes import RUN, RecipeSettings
 
-OPTIMISATION, RUN, WATCHING = "Optimisation", "Run", "Watching"
+OPTIMISATION, WATCHING = "Optimisation", "Watching"
 USUAL_WARMUP = 100
 
 
@@ -114,7 +115,14 @@ class WatchSettings(Settings):
 
 # The help and the written YAML show the settings of the last base first.
 class DistillConfig(
-    WatchSettings, RunSettings, OptimisationSettings, LoraSettings, ObjectiveSettings, PromptSettings, TeacherSettings
+    WatchSettings,
+    RecipeSettings,
+    RunSettings,
+    OptimisationSettings,
+    LoraSettings,
+    ObjectiveSettings,
+    PromptSettings,
+    TeacherSettings,
 ):
     """Everything that decides a distillation run. Frozen; unknown names are refused."""
 
