@@ -172,7 +172,7 @@ def interrupted(*_: Any, **__: Any) -> Any:
 
 
 def test_ctrl_c_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestill.runs.build.build_run", interrupted)
+    monkeypatch.setattr("onestill.runs.plan.planned_run", interrupted)
     outcome = call_cli("distill", "--teacher", teacher_folder(), "--output_dir", tmp_path / "run")
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "stopped before the first step; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
