@@ -21,7 +21,10 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "bootstrap_weight": "inverse_rho",
         "boundary_weight": 1.0,
         "ema_target_decay": 0.0,
+        "robust_exponent": 0.0,
         "anchor_fraction": 0.0,
+        "flow_map_fraction": 0.0,
+        "corrector_fraction": 0.0,
     },
 }
 """Settings by a recipe's name: `default` is the defaults, `boot` the paper's method alone (docs/method.md, section 10)."""
