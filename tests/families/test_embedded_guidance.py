@@ -90,6 +90,20 @@ def test_four_steps_at_a_scale_are_the_pipelines_own() -> None:
         assert ((theirs - usual).abs().max() > 1e-3) == (scale != 3.5)
 
 
+def test_outside_an_interval_the_network_is_told_one() -> None:
+    teacher = teacher_of("flux")
+    x, cond = noise_of(teacher, 2), conditions_of(teacher)
+    found = guided(teacher, 5.0, interval=(0.2, 0.6))
+    for t, scale in ((0.9, 1.0), (0.6, 5.0), (0.2, 1.0)):
+        assert torch.equal(found.denoised(x, t, cond), guided(teacher, scale).denoised(x, t, cond))
+        assert found.evaluations_at(t) == 1
+    rows = found.denoised(x, torch.tensor([0.9, 0.5]).double(), cond)
+    each = torch.cat(
+        [guided(teacher, w).denoised(x, t, cond)[i : i + 1] for i, (w, t) in enumerate(((1, 0.9), (5, 0.5)))]
+    )
+    torch.testing.assert_close(rows, each, rtol=0, atol=1e-5)
+
+
 class MeanColour:
     """Features that need no network."""
 

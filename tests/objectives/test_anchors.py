@@ -87,6 +87,20 @@ def test_an_anchor_is_the_end_of_the_teachers_own_sampling(pool: Pool) -> None:
     torch.testing.assert_close(anchors.signal, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_anchors_are_made_by_the_solver_that_is_named(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_anchors": 4, "num_anchor_steps": 4, "anchor_solver": "dpmsolver++"}
+    objective = anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **settings)
+    anchors = pool_of(objective)
+    ends = {
+        solver: teacher_generator(guided_teacher(), num_steps=4, solver=solver)(anchors.eps, anchors.chosen)
+        for solver in ("dpmsolver++", "midpoint")
+    }
+    torch.testing.assert_close(anchors.signal, ends["dpmsolver++"], atol=1e-5, rtol=1e-5)
+    assert (anchors.signal - ends["midpoint"]).abs().max() > 1e-3
+    config = objective.settings
+    assert Anchors.cost(config, 4).teacher_per_item == 4 and Boot.cost(config, 4).teacher == 2
+
+
 def test_anchors_of_a_closed_form_reach_the_exact_map(tmp_path: Path) -> None:
     teacher = GaussianTeacher(torch.tensor([0.5, -0.3]), 0.6, CosineVP())
     objective = anchors_of(teacher, LabelConditions(), tmp_path, num_anchors=100, num_anchor_steps=64)

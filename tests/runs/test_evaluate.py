@@ -83,6 +83,42 @@ def test_a_student_of_several_steps_has_a_row_for_each(monkeypatch: pytest.Monke
     assert report.rows[:3] == one.rows and report.rows[3].frechet_distance != report.rows[2].frechet_distance
 
 
+def test_solvers_are_compared_side_by_side() -> None:
+    run = finished_run()
+    report = onestill.evaluate(run, solver=("ddim", "dpmsolver++"), **{**FEW, "steps": (4, 2)})
+    told = [(row.name, row.num_steps, row.network_evaluations) for row in report.rows]
+    names = ("DDIM-4", "DDIM-2", "DPM++-4", "DPM++-2")
+    assert told == [*((name, int(name[-1]), int(name[-1])) for name in names), ("student", 1, 1)]
+    distances = [row.frechet_distance for row in report.rows]
+    assert distances[0] != distances[2] and distances[1] == distances[3], "two steps are both of order 1"
+    with pytest.raises(ValueError, match="solver=.*must be different solvers"):
+        onestill.evaluate(run, solver=("ddim", "ddim"), **FEW)
+
+
+def test_the_interval_of_guidance_is_kept_by_the_run_and_by_the_folder(tmp_path: Path) -> None:
+    teacher, interval = teacher_folder("class"), {"guidance_interval_min": 0.2, "guidance_interval_max": 0.8}
+    onestill.distill(
+        teacher, tmp_path / "run", null_class=NULL_CLASS, guidance_scale=3.0, show_progress=False, **interval, **FAST
+    )
+    assert RunFolder(tmp_path / "run").config.guidance_interval == (0.2, 0.8)
+    folder = copied(tmp_path / "run" / "pipeline", tmp_path / "moved")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "w = 3 in u + w (c - u); at 0.2 < t <= 0.8 alone (0 clean, 1 noise)" in card
+    few = {**FEW, "steps": (10, 2)}
+    inside, moved = onestill.evaluate(tmp_path / "run", **few), onestill.evaluate(folder, teacher=teacher, **few)
+    for report in (inside, moved):
+        # Of ten steps those at 0.8, 0.7 ... 0.3 are guided, of two the one at 0.5.
+        assert [row.network_evaluations for row in report.rows] == [16, 3, 1]
+        assert "teacher guided at 0.2 < t <= 0.8, w = 1 elsewhere" in report.protocol.notes
+    found, expected = ([row.frechet_distance for row in made.rows] for made in (moved, inside))
+    assert found == pytest.approx(expected, rel=1e-3)
+    other = onestill.evaluate(folder, teacher=teacher, guidance_interval_max=0.4, **few)
+    assert [row.network_evaluations for row in other.rows] == [14, 2, 1]
+    assert [
+        row.network_evaluations for row in onestill.evaluate(folder, teacher=teacher, guidance_scale=1, **few).rows
+    ] == [10, 2, 1]
+
+
 def test_reference_seeds_are_never_those_of_a_row() -> None:
     report = onestill.evaluate(finished_run(), seed=10_000_000, reference="teacher", **FEW)
     teacher = report.rows[0].frechet_distance

@@ -40,7 +40,7 @@ def test_guidance_that_is_no_scale_is_refused_before_any_work(scale: float) -> N
         onestill.sample(teacher=teacher_folder("class"), null_class=NULL_CLASS, guidance_scale=scale)
 
 
-@pytest.mark.parametrize("given", [{"solver": "heun"}, {"null_class": 1}])
+@pytest.mark.parametrize("given", [{"solver": "heun"}, {"null_class": 1}, {"guidance_interval_max": 0.8}])
 def test_what_only_a_teacher_can_do_is_refused_of_a_student(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(given))}=.* is for a teacher"):
         onestill.sample(finished_run("class"), **given)
@@ -67,7 +67,25 @@ def test_sample_of_the_teacher_nears_its_limit_with_more_steps() -> None:
     limit = rows(32)
     error = [(rows(num) - limit).square().mean() for num in (1, 4, 16)]
     assert error[0] > error[1] > error[2]
-    assert (rows(4, solver="midpoint") - limit).square().mean() < error[1]
+    for solver in ("midpoint", "dpmsolver++"):
+        assert (rows(8, solver=solver) - limit).square().mean() < error[1]
+
+
+def test_sample_of_a_teacher_guided_on_an_interval() -> None:
+    def rows(**settings: Any) -> Tensor:
+        given = {"num_images": 3, "num_inference_steps": 4, "null_class": NULL_CLASS, **settings}
+        return onestill.sample(teacher=teacher_folder("class"), **given)
+
+    plain, everywhere = rows(guidance_scale=1), rows(guidance_scale=4)
+    assert torch.equal(rows(guidance_scale=4, guidance_interval_min=0, guidance_interval_max=1), everywhere)
+    found = rows(guidance_scale=4, guidance_interval_max=0.5)
+    assert (found - plain).abs().max() > 1e-4 and (found - everywhere).abs().max() > 1e-4
+    swept = rows(guidance_scales=(1.0, 4.0), guidance_interval_max=0.5)
+    torch.testing.assert_close(swept, torch.cat([plain, found]), rtol=0, atol=1e-5)
+    with pytest.raises(
+        ValueError, match="guidance_interval_max=0.5: w = 1 is no guidance at any level; give a guidance_scale"
+    ):
+        rows(guidance_interval_max=0.5)
 
 
 def test_sample_takes_a_loaded_teacher() -> None:

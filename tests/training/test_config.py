@@ -337,6 +337,10 @@ CONTRADICTIONS = {
     "delta=0.5: must be below": {"delta": 0.5, "t_min": 0.5},
     "guidance_scale_min and guidance_scale_max: are given together": {"guidance_scale_min": 2},
     "given together or not": {"guidance_scale_max": 2},
+    "guidance_interval_min=0.8: must be below guidance_interval_max, 0.2": {
+        "guidance_interval_min": 0.8,
+        "guidance_interval_max": 0.2,
+    },
     "guidance_scale_min=3: must be below guidance_scale_max, 3": {"guidance_scale_min": 3, "guidance_scale_max": 3},
     "guidance_scale=2: fixes w": {"guidance_scale": 2, "guidance_scale_min": 1, "guidance_scale_max": 3},
     "height and width: are given together": {"height": 64},

@@ -140,6 +140,7 @@ def open_teacher(
     teacher.check_start()
     config = _with_usual_guidance(config, teacher)
     acts = config.guidance_scale != 1 or config.guidance_range is not None
+    config.check_interval(acts=acts)
     teacher = guided_as(teacher.with_negative_prompt(config.negative_prompt, acts=acts), config)
     if not teacher.spec.text:
         refuse_prompts(config, config.validation_prompt)
@@ -213,8 +214,7 @@ def guided_as(
     """Return the teacher guided and thresholded as the configuration says; at another fixed scale or interval, if given."""
     drawn = guidance_scale is None and config.guidance_range is not None
     scale = config.guidance_scale if guidance_scale is None else guidance_scale
-    if interval is None and guidance_scale != 1:
-        interval = config.guidance_interval
+    interval = config.guidance_interval if interval is None else interval
     return guided(teacher, scale, drawn=drawn, threshold=chosen_threshold(config), interval=interval)
 
 

@@ -221,12 +221,12 @@ def _guided(config: EvaluateConfig, student: LoadedStudent, teacher: Teacher) ->
         negative = _recorded(student).negative_prompt
     acts = config.negative_prompt is None or scale not in (None, 1)
     teacher = teacher.with_negative_prompt(negative, acts=acts)
+    config.check_interval(acts=scale not in (None, 1))
     interval = config.guidance_interval
     if student.config is not None:
         return guided_as(teacher, student.config, scale, interval)
     said, scale = model_card.distilled(student.pipeline), teacher.usual_guidance if scale is None else scale
-    if interval is None and scale != 1:
-        interval = said.guidance_interval
+    interval = said.guidance_interval if interval is None else interval
     return guided(teacher, scale, threshold=said.threshold, interval=interval)
 
 
@@ -293,7 +293,7 @@ def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subject
     prompts, origin = _prompts_of(pair.student, config, held_out)
     student.conditions(1, config.class_labels, prompts)
     notes = [f"prompts: {origin}"] if origin else []
-    if (interval := pair.teacher.guidance_interval) is not None:
+    if (interval := pair.teacher.guidance_interval) is not None and config.guidance_scale != 1:
         notes.append(f"teacher guided at {interval[0]:g} < t <= {interval[1]:g}, w = 1 elsewhere")
     if student.first_stage is not None:
         drawn = f"every row enlarges what {student.first_stage.name} draws in one step"

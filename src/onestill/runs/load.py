@@ -117,6 +117,7 @@ def _teacher_sampler(config: SamplerSettings, teacher: Teacher | None, device: t
     interval = config.guidance_interval
     is_guided = teacher.unguided is not teacher and config.guidance_scale is None and interval is None
     teacher = teacher.with_negative_prompt(config.negative_prompt, acts=is_guided or scale != 1)
+    config.check_interval(acts=scale != 1)
     teacher = teacher if is_guided else guided(teacher, scale, interval=interval)
     steps, solver = config.num_inference_steps or 50, config.solver or "ddim"
     return TeacherSampler(teacher, num_steps=steps, solver=solver, device=device, first_stage=first_stage)

@@ -139,12 +139,9 @@ class EmbeddedGuidance(Scaled):
         return self.teacher.denoised(x_t, t, {**{n: v for n, v in cond.items() if n != "guidance_scale"}, name: told})
 
 
-def _check_interval(interval: Interval, teacher: Teacher, *, acts: bool) -> None:
+def _check_interval(interval: Interval, teacher: Teacher) -> None:
     """Raise SettingError if guidance acts nowhere in an interval of levels."""
     (low, high), spec = interval, teacher.spec
-    if not acts:
-        todo = f"give a {named('guidance_scale')} other than 1"
-        raise SettingError(INTERVAL, interval, "says at which levels guidance acts, and w = 1 is none", todo)
     if not low < high:
         raise SettingError(INTERVAL[0], low, f"must be below {named(INTERVAL[1])}, {high:g}")
     if low >= spec.t_max:
@@ -196,7 +193,7 @@ def guided(
     of the `interval`, eq. (32), and at all levels if that is None.
     """
     if interval is not None:
-        _check_interval(interval, teacher, acts=drawn or guidance_scale != 1)
+        _check_interval(interval, teacher)
     kind = Guided if teacher.guidance_input is None else EmbeddedGuidance
     found = kind(teacher, guidance_scale, drawn=drawn, interval=interval)
     threshold = teacher.spec.threshold if threshold is None else threshold

@@ -90,6 +90,13 @@ class IntervalSettings(Settings):
         low, high = self.guidance_interval_min, self.guidance_interval_max
         return None if low is high is None else (low or 0.0, 1.0 if high is None else high)
 
+    def check_interval(self, *, acts: bool) -> None:
+        """Raise SettingError if an interval is given where nothing is guided."""
+        names = [name for name in IntervalSettings.model_fields if getattr(self, name) is not None]
+        if names and not acts:
+            given, todo = [getattr(self, name) for name in names], f"give a {named('guidance_scale')} other than 1"
+            raise SettingError(names, given, "w = 1 is no guidance at any level", todo)
+
 
 class TeacherSettings(IntervalSettings, CallSettings):
     """Which teacher, from where, guided and thresholded how."""

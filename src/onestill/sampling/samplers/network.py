@@ -216,7 +216,7 @@ class TeacherSampler(NetworkSampler):
             raise SettingError("target_time", target_time, "is a student's", "a teacher goes to the finished image")
         if guidance_scale is num_inference_steps is None:
             return self
-        interval = None if guidance_scale == 1 else self.teacher.guidance_interval
+        interval = self.teacher.guidance_interval
         return TeacherSampler(
             self.teacher if guidance_scale is None else guided(self.teacher, guidance_scale, interval=interval),
             num_steps=self.num_steps if num_inference_steps is None else num_inference_steps,
