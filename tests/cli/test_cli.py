@@ -318,6 +318,15 @@ def test_inspect_is_readable_and_writes_nothing(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inspect_says_at_which_levels_guidance_acts() -> None:
+    given = ["inspect", teacher_folder("class"), "--null_class", NULL_CLASS, "--device", "cpu", "--guidance_scale", 2]
+    assert (
+        "u + w (c - u) at 0 < t <= 0.8 alone: --guidance_scale"
+        in call_cli(*given, "--guidance_interval_max", 0.8).words
+    )
+    assert json.loads(call_cli(*given, "--json").out)["guidance_interval"] is None
+
+
 def test_inspect_says_what_the_whole_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three passes of eight images.
     monkeypatch.setattr("onestill.runs.inspect.seconds_of", lambda call, device: 3 * 0.008)
