@@ -59,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {},
     "digits paper": {
         "boundary_weight": 0.0, "time_sampling": "uniform", "solver": "ddim", "bootstrap_weight": "inverse_rho",
-        "ema_decay": 0.5,
+        "ema_width": 0.2,
     },
     "digits progressive": {
         "time_sampling": "progressive", "ema_target_decay": 0.99, "gradient_accumulation_steps": 2,
@@ -67,7 +67,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "digits anchors": ANCHORS,
     "digits guided": {"guidance_scale_min": 1.0, "guidance_scale_max": 4.0, "thresholding": "dynamic"},
-    "digits bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True, "ema_decay": 0.0},
+    "digits bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True, "ema_width": 0.0},
     "digits stopped": {},
     "glyphs": GLYPHS,
     "glyphs LoRA": {**GLYPHS, "lora_rank": 4, "lora_alpha": 8.0},

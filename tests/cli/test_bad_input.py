@@ -391,7 +391,7 @@ def run(tmp_path: Path) -> Path:
         (["--delta", 0.2, "--seed", 5], "delta: 0.04 -> 0.2; seed: 0 -> 5"),
         (["--max_train_steps", 2], "max_train_steps: 4 -> 2"),
         (["--solver", "ddim"], "solver: 'midpoint' -> 'ddim'"),
-        (["--ema_decay", 0], "ema_decay: 0.9999 -> 0.0"),
+        (["--ema_width", 0], "ema_width: [0.09] -> [0.0]"),
         (["--mixed_precision", "bf16"], "mixed_precision: 'no' -> 'bf16'"),
         (["--t_max", 0.9], "t_max: None -> 0.9"),
     ],

@@ -345,7 +345,7 @@ def test_inspect_counts_the_batch_and_the_solver() -> None:
         outcome = call_cli("inspect", "--teacher", teacher_folder(), "--json", "--device", "cpu", *flags)
         return float(json.loads(outcome.out)["estimated_memory_gb"])
 
-    small, large, no_average = memory(), memory("--train_batch_size", 640), memory("--ema_decay", 0)
+    small, large, no_average = memory(), memory("--train_batch_size", 640), memory("--ema_width", 0)
     # Activations grow with the batch and weights do not; the average is one more copy of the weights.
     assert 2 * small < large < 10 * small and no_average < small
 

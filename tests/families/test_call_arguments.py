@@ -27,7 +27,7 @@ FAST: dict[str, Any] = {
     "device": "cpu",
     "train_batch_size": 4,
     "max_train_steps": 2,
-    "ema_decay": 0,
+    "ema_width": 0,
     "checkpointing_steps": 2,
     "learning_rate": 3e-3,
     "num_validation_images": 2,

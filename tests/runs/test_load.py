@@ -167,7 +167,7 @@ def test_the_teacher_of_a_run_is_fitted_as_in_the_run() -> None:
 REFUSED = {
     "no such folder": lambda: opened("nowhere/at/all"),
     "neither a run": lambda: opened(teacher_folder() / "unet"),
-    "exported pipeline, whose target time and guidance are baked in": lambda: opened(
+    "exported pipeline, whose target time, guidance and average are baked in": lambda: opened(
         finished_run() / "pipeline", target_time=0.5
     ),
     "distilled with w = 1 fixed": lambda: opened(finished_run(), guidance_scale=2.0),

@@ -27,10 +27,11 @@ class Net(nn.Module):
 
 
 def make_trained(seed: int = 0, name: str = "net", follower: nn.Module | None = None) -> Trained:
-    given = {"learning_rate": 1e-2, "lr_scheduler": "constant", "ema_decay": 0.9}
+    given = {"learning_rate": 1e-2, "lr_scheduler": "constant", "ema_width": 0.1}
     config = make_config({"teacher": "x", "output_dir": "y", **given})
     decay = 0.5 if follower else 0.0
-    return Trained(name, Net(seed), Accelerator(cpu=True), config, follower=follower, follower_decay=decay)
+    given_averages = {"widths": config.ema_tracks, "follower": follower, "follower_decay": decay}
+    return Trained(name, Net(seed), Accelerator(cpu=True), config, **given_averages)
 
 
 def train(trained: Trained, num_steps: int) -> None:
@@ -54,7 +55,7 @@ def test_state_goes_to_disk_and_back_bit_by_bit(tmp_path: Path) -> None:
     train(trained, 3)
     trained.optimizer.param_groups[0]["lr"] = 5e-3
     groups = trained.tensors()
-    assert set(groups) == {"net", "net-optimizer", "net-ema"}
+    assert set(groups) == {"net", "net-optimizer", "net-ema", "net-ema_beside"}
     assert (
         set(groups["net"])
         == set(groups["net-ema"])
@@ -78,7 +79,7 @@ def test_state_goes_to_disk_and_back_bit_by_bit(tmp_path: Path) -> None:
 
 def test_before_its_first_step_there_is_no_state_and_none_is_made(tmp_path: Path) -> None:
     trained, other = make_trained(), make_trained()
-    assert set(trained.tensors()) == {"net", "net-ema"} and not trained.optimizer.state
+    assert set(trained.tensors()) == {"net", "net-ema", "net-ema_beside"} and not trained.optimizer.state
     other.restore(trained.tensors(), trained.values(), 0)
     train(trained, 2)
     train(other, 2)

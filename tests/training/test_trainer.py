@@ -82,7 +82,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
         {"time_sampling": "s_first", "solver": "heun", "bootstrap_weight": "velocity"},
         {"time_sampling": "progressive", "solver": "midpoint", "bootstrap_weight": "none"},
         {"boundary_weight": 0},
-        {"ema_decay": 0},
+        {"ema_width": 0},
         {"ema_target_decay": 0.9},
         {"anchor_fraction": 0.5, "num_anchors": 6, "num_anchor_steps": 2, "boundary_weight": 0},
         {"gradient_checkpointing": True},
@@ -108,16 +108,18 @@ def test_averages_are_kept_only_where_asked(tmp_path: Path) -> None:
         trainer, _ = make_trainer(tmp_path / str(settings), max_train_steps=2, **settings)
         return set(read_checkpoint(list(trainer.steps())[-1].checkpoint or Path()).tensors)
 
-    assert groups(ema_decay=0) == {"student", "student-optimizer", "random"}
-    assert groups(ema_decay=0, ema_target_decay=0.5) == {"student", "student-optimizer", "random", "student-target_ema"}
-    assert groups(ema_decay=0.9) == {"student", "student-optimizer", "random", "student-ema"}
+    always = {"student", "student-optimizer", "random"}
+    assert groups(ema_width=0) == always
+    assert groups(ema_width=0, ema_target_decay=0.5) == always | {"student-target_ema"}
+    assert groups(ema_width=0.2, num_ema_snapshots=0) == always | {"student-ema"}
+    assert groups(ema_width=0.2) == always | {"student-ema", "student-ema_beside"}
 
 
 def test_the_averages_follow_the_weights(tmp_path: Path) -> None:
-    trainer, _ = make_trainer(tmp_path, max_train_steps=6, ema_decay=0.9999, ema_target_decay=0.5, learning_rate=1e-2)
+    trainer, _ = make_trainer(tmp_path, max_train_steps=6, ema_width=0.2, ema_target_decay=0.5, learning_rate=1e-2)
     expected: dict[str, Tensor] = {}
     for log in trainer.steps():
-        # diffusers' averages: the first update copies, then (1 + n) / (10 + n) up to the largest; the target's is fixed.
+        # Of the target: the first update copies, then its decay is the same.
         for name, value in parameters(trainer).items():
             n = log.step - 1
             old = expected.get(name, value)
@@ -161,7 +163,7 @@ def test_the_teacher_is_never_touched(tmp_path: Path) -> None:
 
 TOY = {
     "max_train_steps": 60, "train_batch_size": 8, "learning_rate": 1e-2, "lr_scheduler": "cosine", "delta": 0.25,
-    "solver": "ddim", "ema_decay": 0, "num_teacher_steps": 4, "num_validation_images": 16, "checkpointing_steps": 1000,
+    "solver": "ddim", "ema_width": 0, "num_teacher_steps": 4, "num_validation_images": 16, "checkpointing_steps": 1000,
 }  # fmt: skip
 
 
@@ -254,7 +256,7 @@ def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
     ("kind", "settings"),
     [
         ("plain", {}),
-        ("plain", {"ema_decay": 0, "gradient_accumulation_steps": 2}),
+        ("plain", {"ema_width": 0, "gradient_accumulation_steps": 2}),
         (
             "class",
             {

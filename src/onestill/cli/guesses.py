@@ -51,7 +51,7 @@ GUESSES = {
     "gradient_accumulation accum",
     "max_grad_norm": "clip grad_clip gradient_clip clip_grad clip_grad_norm gradient_clip_val",
     "adam_weight_decay": "weight_decay wd",
-    "ema_decay": "ema use_ema ema_rate ema_max_decay",
+    "ema_width": "ema use_ema ema_decay ema_rate ema_max_decay sigma_rel ema_std",
     "lora_rank": "rank lora r use_lora lora_r lora_dim",
     "report_to": "wandb tensorboard log_with logger use_wandb tracker",
     "t_max": "max_t t_start start_time",

@@ -91,7 +91,8 @@ def _disk(found: Inspection) -> str:
 
     kept = f"{found.num_checkpoints} checkpoint{'s' if found.num_checkpoints > 1 else ''} at once"
     pools = f", anchors {in_words(found.pool_bytes)}" if found.pool_bytes else ""
-    return f"{kept}, {in_words(found.checkpoint_bytes)} each, export {in_words(found.export_bytes)}{pools}"
+    averages = f", averages {in_words(found.snapshot_bytes)}" if found.snapshot_bytes else ""
+    return f"{kept}, {in_words(found.checkpoint_bytes)} each, export {in_words(found.export_bytes)}{averages}{pools}"
 
 
 def _guidance(found: Inspection) -> str:

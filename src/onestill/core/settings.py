@@ -29,6 +29,8 @@ MOST_STEPS: Final = 100_000_000
 MOST_GUIDANCE: Final = 1_000.0
 """The largest guidance scale: beyond a hundred every prediction is its thresholding."""
 MOST_LABELS: Final = 1_000_000
+MOST_WIDTH: Final = 0.28
+"""The largest relative width of an average of weights; the plain mean of all of a run has 0.289."""
 MOST_ROWS: Final = 100_000
 """The largest batch: no machine holds the activations of more."""
 LONGEST_TEXT: Final = 10_000

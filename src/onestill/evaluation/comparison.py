@@ -31,11 +31,12 @@ NO_KERNEL = "no kernel distance: rows and reference show the same prompts, at le
 
 
 class Entry(NamedTuple):
-    """What a row of the table is about."""
+    """What a row of the table is about; `as_fast_as` is the row of the same network that is timed for it, if not it."""
 
     name: str
     sampler: Sampler
     is_student: bool = False
+    as_fast_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Comparison:
         rows, shown = [], {}
         for entry in entries:
             row, shown[entry.name] = self._row(entry, real, targets, paired)
-            rows.append(row.model_copy(update=_speed_columns(entry.name, seconds, self.config.batch_size)))
+            rows.append(
+                row.model_copy(update=_speed_columns(entry.as_fast_as or entry.name, seconds, self.config.batch_size))
+            )
         warning = metrics.sample_warning(len(real), self.config.num_samples, real.shape[1])
         protocol = self._protocol(entries, real, paired, notes)
         return Report(protocol=protocol, rows=tuple(rows), warnings=(warning,) if warning else ()), shown
@@ -129,7 +132,7 @@ class Comparison:
 
         how: dict[str, Any] = {"device": self.config.device, "repeats": SPEED_ROUNDS}
         one, large = (
-            speed.compare({entry.name: call(entry.sampler, num) for entry in entries}, **how)
+            speed.compare({e.name: call(e.sampler, num) for e in entries if e.as_fast_as in ("", e.name)}, **how)
             for num in (1, self.config.batch_size)
         )
         return {name: (one[name], large[name]) for name in one}

@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, setting
+from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, MOST_WIDTH, Label, setting
 from onestill.diffusion.names import SolverName
 from onestill.students.settings import FEW_STEPS
 from onestill.teachers.settings import IntervalSettings, StoredSettings
@@ -27,6 +27,13 @@ class EvaluateConfig(IntervalSettings, StoredSettings):
         "w of the teacher's rows; as distilled if not given: as the card or the run says.",
         ge=0,
         le=MOST_GUIDANCE,
+    )
+    ema_width: tuple[Annotated[float, Field(ge=0, le=MOST_WIDTH)], ...] = setting(
+        (),
+        STUDENT,
+        "Relative width of the average of the weights of a run, 0 for the weights themselves; a row for each, with "
+        "commas. That of the run if not given.",
+        commas=True,
     )
     null_class: int | None = setting(
         None, STUDENT, "The teacher's label for 'no class'; that of the run.", ge=0, le=MOST_LABELS
@@ -94,9 +101,14 @@ class EvaluateConfig(IntervalSettings, StoredSettings):
 
     @model_validator(mode="after")
     def _is_enough_to_measure(self) -> Self:
-        for name, what in (("steps", "numbers"), ("solver", "solvers"), ("student_steps", "numbers")):
+        for name, what in (
+            ("steps", "numbers"),
+            ("solver", "solvers"),
+            ("student_steps", "numbers"),
+            ("ema_width", "numbers"),
+        ):
             values = getattr(self, name)
-            if len(set(values)) != len(values) or (name != "student_steps" and not values):
+            if len(set(values)) != len(values) or (name in ("steps", "solver") and not values):
                 raise SettingError(name, values, f"must be different {what}")
         if self.seed >= 2**63 - self.num_samples:
             raise SettingError("seed", self.seed, f"must be between 0 and 2^63 minus {named('num_samples')}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onestill.core.settings import MOST_GUIDANCE, Settings, setting
+from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, Settings, setting
 
 EXPORT = "Export"
 
@@ -23,6 +23,13 @@ class ExportConfig(Settings):
     )
     target_time: float | None = setting(
         None, EXPORT, "Target time to bake in; the run's t_min if not given.", ge=0, le=1
+    )
+    ema_width: float | None = setting(
+        None,
+        EXPORT,
+        "Relative width of the average of the weights, 0 for the weights themselves; that of the run if not given.",
+        ge=0,
+        le=MOST_WIDTH,
     )
     device: str = setting("auto", EXPORT, "auto, cpu, cuda, cuda:N or mps.")
     overwrite: bool = setting(False, EXPORT, "Replace what was exported there before.")

@@ -191,7 +191,7 @@ def _begin(run: Run, trainer: Trainer) -> Path | None:
     if config.report_to:
         trainer.accelerator.init_trackers(config.tracker_project_name)
     if run.resume is None:
-        trainer.watch.forget_after(0)
+        trainer.forget_after(0)
         return None
     trainer.last_checkpoint, checkpoint = run.resume
     with loading(f"checkpoint {trainer.last_checkpoint}"):
@@ -241,7 +241,7 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
     # Takes accelerate's mixed precision off the student: what is exported is compared in full precision.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.accelerator.is_main_process:
-        with trainer.trained[0].averaged():
+        with trainer.averaged():
             facts = card_facts(run, num_steps, seconds)
             try:
                 error = export_student(run.student, folder, t=config.t_min, facts=facts, overwrite=True)

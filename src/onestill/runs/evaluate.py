@@ -29,7 +29,7 @@ from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
 from onestill.evaluation.samples import Subjects, check_features
 from onestill.runs.build import guided_as
 from onestill.runs.folder import PIPELINE_FOLDER, is_run
-from onestill.runs.load import LoadedStudent, check_folder, load_student, run_teacher
+from onestill.runs.load import LoadedStudent, at_widths, check_folder, load_student, run_teacher
 from onestill.runs.memory import enough_for_images
 from onestill.sampling import pictures
 from onestill.sampling.samplers.base import Sampler
@@ -88,7 +88,7 @@ def _evaluated(
     say: Callable[[str], None],
 ) -> Report:
     pair = _open_pair(config, teacher if isinstance(teacher, Teacher) else None)
-    students = _student_rows(config, pair.student.sampler)
+    students = _student_rows(config, pair.student)
     offline = config.local_files_only
     extractor = features
     if extractor is None or isinstance(extractor, (str, Path)):
@@ -157,7 +157,8 @@ class _Pair:
 def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
     """Return the student and the teacher, which may be an object, with w of both as the settings say."""
     device, offline, base = resolve_device(config.device), config.local_files_only, config.base_student
-    found = load_student(config.student, device=device, local_files_only=offline, base_student=base)
+    width = config.ema_width[0] if config.ema_width else None
+    found = load_student(config.student, device=device, ema_width=width, local_files_only=offline, base_student=base)
     student = _at_scale(found, config)
     teacher = _load_teacher(config, student, device) if teacher is None else teacher
     refuse_student(teacher)
@@ -176,13 +177,16 @@ def _at_scale(student: LoadedStudent, config: EvaluateConfig) -> LoadedStudent:
     return LoadedStudent(student.sampler.at(guidance_scale=config.guidance_scale), None, student.run)
 
 
-def _student_rows(config: EvaluateConfig, sampler: Sampler) -> list[Entry]:
-    """Return a row of the student for each number of steps that is asked for."""
-    rows = []
+def _student_rows(config: EvaluateConfig, student: LoadedStudent) -> list[Entry]:
+    """Return a row of the student for each number of steps that is asked for, with each average."""
+    rows, timed = [], dict[int, str]()
     try:
-        for num in config.student_steps or (sampler.num_steps,):
-            sampler = sampler.at(num_inference_steps=num)  # each from the one before, which may have loaded the student
-            rows.append(Entry("student" if num == 1 else f"student, {num} steps", sampler, is_student=True))
+        for average, sampler in at_widths(student, config.student, config.ema_width).items():
+            for num in config.student_steps or (sampler.num_steps,):
+                sampler = sampler.at(num_inference_steps=num)  # each from the one before, which may have loaded it
+                name = f"student{'' if num == 1 else f', {num} steps'}{average}"
+                like = timed.setdefault(num, name)
+                rows.append(Entry(name, sampler, is_student=True, as_fast_as=like))
     except SettingError as error:
         is_ours = error.settings == ("num_inference_steps",)
         raise (error.about("student_steps", config.student_steps) if is_ours else error) from None

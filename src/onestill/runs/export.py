@@ -60,7 +60,7 @@ def write_student(config: ExportConfig) -> float:
         # The teacher checks itself with its pictures where they are still there; what is written does not need them.
         with contextlib.suppress(ValueError):
             teacher, _ = with_first_stage(teacher, run.config.base_student, run.config.noise_level, device=device)
-    student = restore_student(run, teacher, path).to(device)
+    student = restore_student(run, teacher, path, config.ema_width).to(device)
     t, scale = config.target_time, config.guidance_scale
     check_trained(student, t or 0.0, scale, run.distilled, run.config.t_min)
     training = f"{run.config.max_train_steps:,} steps planned, exported from {path.name}, seed {run.config.seed}"

@@ -74,6 +74,7 @@ class Inspection:
     export_bytes: int
     pool_bytes: int
     plan: str
+    snapshot_bytes: int
     warning: str
 
 
@@ -148,6 +149,7 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
         export_bytes=space.export,
         pool_bytes=space.pools,
         plan=plan,
+        snapshot_bytes=space.snapshots,
         warning=warning,
     )
 
@@ -226,9 +228,9 @@ def estimate(
         possible += cost.pool
         in_pool += cost.pool * (cost.teacher_per_item * of_teacher + of_stage) / num
     teachers = [student.teacher, *([first_stage.teacher] if first_stage else [])]
-    copies = 4 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
+    copies = 4 * networks + len(config.ema_tracks) + (config.ema_target_decay > 0)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = copies * networks * trained + sum(_num_weights(teacher) for teacher in teachers)
+    weights = copies * trained + sum(_num_weights(teacher) for teacher in teachers)
     step = seconds * scale * config.gradient_accumulation_steps
     return RunCost(4 * weights + activations * scale, step, pool, in_pool / max(possible, 1))
 
@@ -239,6 +241,7 @@ def less_memory(config: DistillConfig, student: Student) -> str:
     others = {
         "gradient_checkpointing": can_checkpoint and not config.gradient_checkpointing,
         f"{named('lora_rank')} 64": config.lora_rank is None,
+        f"{named('num_ema_snapshots')} 0": len(config.ema_tracks) > 1,
         f"{named('mixed_precision')} bf16": config.mixed_precision == "no",
     }
     found = [name if " " in name else named(name) for name, is_left in others.items() if is_left]

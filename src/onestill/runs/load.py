@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.pipelines.folder import INDEX
+from onestill.training.averages import weights_of
+from onestill.training.checkpoint import Checkpoint, Tensors
 from onestill.training.config import DistillConfig
 from onestill.training.trained import load_parameters
 
@@ -91,7 +93,7 @@ def open_sampler(config: SamplerSettings, teacher: Teacher | None = None) -> Sam
     device = resolve_device(config.device)
     if config.student is None:
         return _teacher_sampler(config, teacher, device)
-    names = ("target_time", "guidance_scale", "num_inference_steps", "local_files_only", "base_student")
+    names = ("target_time", "guidance_scale", "ema_width", "num_inference_steps", "local_files_only", "base_student")
     return load_student(config.student, device=device, **{name: getattr(config, name) for name in names}).sampler
 
 
@@ -130,22 +132,23 @@ def load_student(
     target_time: float = 0.0,
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
+    ema_width: float | None = None,
     local_files_only: bool = False,
     base_student: str | Path | None = None,
 ) -> LoadedStudent:
     """Return the student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
-    A run's exported pipeline is used where it can be; another target time, the guidance scale of a student that takes
-    one, or another number of steps, one if None, needs the run's checkpoint and teacher. `base_student`, or that of
+    A run's exported pipeline is used where it can be; another target time, average, the guidance scale of a student that
+    takes one, or another number of steps, one if None, needs the run's checkpoint and teacher. `base_student`, or that of
     the run, draws what is enlarged.
     """
     path, device = Path(path), torch.device(device)
     check_folder(path)
-    is_usual = target_time == 0 and guidance_scale is None
+    is_usual = target_time == 0 and guidance_scale is None and ema_width is None
     num_steps = num_inference_steps or 1
     if (path / INDEX).is_file():
         if not is_usual:
-            why = "is an exported pipeline, whose target time and guidance are baked in"
+            why = "is an exported pipeline, whose target time, guidance and average are baked in"
             raise SettingError("student", path, why, "give the run's folder for others")
         found = _exported(path, path, RunFolder.around(path), device, base_student)
         if num_inference_steps not in (None, found.sampler.num_steps):
@@ -162,7 +165,7 @@ def load_student(
     if run is None:
         why = f"is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no {INDEX})"
         raise SettingError("student", path, why)
-    trained = functools.partial(_trained, run, path, device, local_files_only, base_student)
+    trained = functools.partial(_trained, run, path, device, local_files_only, base_student, ema_width)
     if is_usual and num_steps == 1 and run.path == path and (run.pipeline / INDEX).is_file():
         return _exported(path, run.pipeline, run, device, base_student, trained)
     return LoadedStudent(trained(target_time, guidance_scale, num_steps), None, run)
@@ -205,6 +208,7 @@ def _trained(
     device: torch.device,
     offline: bool,
     base_student: str | Path | None,
+    ema_width: float | None,
     target_time: float = 0.0,
     guidance_scale: float | None = None,
     num_inference_steps: int = 1,
@@ -217,7 +221,7 @@ def _trained(
     if first_stage is not None:
         _compare(first_stage, run, base_student)
     return StudentSampler(
-        restore_student(run, teacher, path).to(device),
+        restore_student(run, teacher, path, ema_width).to(device),
         name=f"the student in {path}",
         target_time=target_time,
         guidance_scale=guidance_scale,
@@ -245,19 +249,50 @@ def run_teacher(run: RunFolder, device: torch.device, *, local_files_only: bool 
     return teacher if config.noise_level is None else teacher.with_image_condition(config.noise_level)
 
 
-def restore_student(run: RunFolder, teacher: Teacher, path: Path | None = None) -> Student:
-    """Return the student of a run, with averaged weights where they were averaged.
+def restore_student(
+    run: RunFolder, teacher: Teacher, path: Path | None = None, ema_width: float | None = None
+) -> Student:
+    """Return the student of a run, with the average of a relative width of its weights: that of the run if None.
 
     Of the checkpoint-N folder that `path` is; of the newest that is whole if it is the run's own folder, or None.
     """
-    checkpoint = run.checkpoint(None if path in (None, run.path) else path)
+    checkpoint = checkpoint_at(run, path)
     old = checkpoint.values["config"]
     if changes := changed_settings(old, made_longer(run.config, old)):
         why = f"does not say what its checkpoint was trained with: {'; '.join(changes)}"
         raise ValueError(f"{run.path / CONFIG_FILE} {why}; put that back")
     student = make_student(teacher, run.config)
-    load_parameters(student, checkpoint.student)
+    load_parameters(student, weights_of(run.path, checkpoint, ema_width))
     return student
+
+
+def at_widths(found: LoadedStudent, path: Path, widths: Sequence[float]) -> dict[str, Sampler]:
+    """Return the student of a run with averages of several relative widths of its weights, by what a row's name ends in.
+
+    They share one network: each puts its own weights there before it draws.
+    """
+    first = found.sampler
+    if len(widths) < 2 or found.run is None:
+        return {"": first}
+    assert isinstance(first, StudentSampler)  # of a width that is given
+    checkpoint, student = checkpoint_at(found.run, path), first.student
+    there = list(widths[:1])
+
+    def put(width: float, weights: Tensors) -> None:
+        if there != [width]:
+            load_parameters(student, weights)
+            there[:] = [width]
+
+    made: dict[str, Sampler] = {}
+    for width in widths:
+        weights = weights_of(found.run.path, checkpoint, width)
+        made[f", width {width:g}"] = first.at(prepare=functools.partial(put, width, weights))
+    return made
+
+
+def checkpoint_at(run: RunFolder, path: Path | None) -> Checkpoint:
+    """Return the checkpoint of a run in the checkpoint-N folder `path`; the newest if it is the run's own, or None."""
+    return run.checkpoint(None if path in (None, run.path) else path)
 
 
 def _first_stage_of_pipeline(path: Path, run: RunFolder | None, given: str | Path | None) -> FirstStage:

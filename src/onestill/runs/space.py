@@ -13,6 +13,7 @@ from onestill.core.errors import SettingError, named
 from onestill.data.prompt_cache import in_words
 from onestill.objectives.registry import OBJECTIVES, rows_of
 from onestill.students.student import Student
+from onestill.training.averages import snapshot_steps
 from onestill.training.config import DistillConfig
 
 
@@ -25,23 +26,25 @@ class Space:
         num_checkpoints: How many of them are there at once, the one that is being written included.
         export: The exported student: its network, and what else the teacher's pipeline has.
         pools: What the objectives keep, such as anchors.
+        snapshots: The averages that are kept of the way.
     """
 
     checkpoint: int
     num_checkpoints: int
     export: int
     pools: int
+    snapshots: int = 0
 
     @property
     def total(self) -> int:
         """All of it at once."""
-        return self.num_checkpoints * self.checkpoint + self.export + self.pools
+        return self.num_checkpoints * self.checkpoint + self.export + self.pools + self.snapshots
 
 
 def space_of(student: Student, config: DistillConfig) -> Space:
     """Return what a run of an untrained student takes on the disk."""
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
-    copies = 3 + (config.ema_decay > 0) + (config.ema_target_decay > 0)
+    tracks = len(config.ema_tracks)
     written = math.ceil(config.max_train_steps / config.checkpointing_steps)
     kept = min(config.checkpoints_total_limit + 1, written)
     network = sum(p.numel() * p.element_size() for p in student.network.parameters())
@@ -49,13 +52,15 @@ def space_of(student: Student, config: DistillConfig) -> Space:
     costs = [kind.cost(config, config.train_batch_size) for kind in OBJECTIVES if rows.get(kind)]
     pools = sum(cost.pool * cost.samples_per_item * values for cost in costs)
     networks = 1 + sum(cost.networks for cost in costs)
-    return Space(copies * networks * trained, kept, network + student.teacher.bytes_besides, pools)
+    copies = 3 * networks + tracks + (config.ema_target_decay > 0)
+    snapshots = len(snapshot_steps(config)) * tracks * trained
+    return Space(copies * trained, kept, network + student.teacher.bytes_besides, pools, snapshots)
 
 
 def check_space(space: Space, folder: Path) -> tuple[str, ...]:
     """Return what to say where a disk may become full; SettingError if one checkpoint and the export have no room."""
     place = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    usage, least = shutil.disk_usage(place), space.checkpoint + space.export + space.pools
+    usage, least = shutil.disk_usage(place), space.checkpoint + space.export + space.pools + space.snapshots
     free = usage.free
     if usage.total == 0:  # of a file system that does not say, or holds no files of people's
         _try_folder(place, folder)
@@ -66,8 +71,8 @@ def check_space(space: Space, folder: Path) -> tuple[str, ...]:
         why = f"{parts} do not fit: {in_words(least)} are needed in all, {in_words(free)} are free"
         raise SettingError("output_dir", folder, why, todo)
     if free < space.total:
-        needs = f"{space.num_checkpoints} checkpoints, pools and the export take {in_words(space.total)}"
-        limit = f"lower {named('checkpoints_total_limit')} or free some"
+        needs = f"{space.num_checkpoints} checkpoints, pools, averages and the export take {in_words(space.total)}"
+        limit = f"lower {named('checkpoints_total_limit')} or {named('num_ema_snapshots')}, or free some"
         return (f"{folder}: {needs} and {in_words(free)} are free: the run will stop when the disk is full; {limit}",)
     return ()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, Label, Settings, setting
+from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, MOST_WIDTH, Label, Settings, setting
 from onestill.diffusion.names import SolverName
 from onestill.students.settings import check_steps
 from onestill.teachers.settings import STORED, CallSettings, IntervalSettings
@@ -33,6 +33,13 @@ class SamplerSettings(IntervalSettings, CallSettings):
         None, GENERATOR, "w, for teachers and students that take it.", ge=0, le=MOST_GUIDANCE
     )
     target_time: float = setting(0.0, GENERATOR, "The student's target time; 0 is the finished image.", ge=0, le=1)
+    ema_width: float | None = setting(
+        None,
+        GENERATOR,
+        "Relative width of the average of a run's weights, 0 for the weights themselves; that of the run if not given.",
+        ge=0,
+        le=MOST_WIDTH,
+    )
     num_inference_steps: int | None = setting(
         None,
         GENERATOR,
@@ -61,6 +68,8 @@ class SamplerSettings(IntervalSettings, CallSettings):
             if self.target_time != 0:
                 why, todo = "is the student's", "a teacher goes to the finished image"
                 raise SettingError("target_time", self.target_time, why, todo)
+            if self.ema_width is not None:
+                raise SettingError("ema_width", self.ema_width, "is the student's", "a teacher has one set of weights")
             return self
         if self.num_inference_steps is not None:
             check_steps(self.num_inference_steps, self.target_time, is_map=True)

@@ -21,7 +21,7 @@ from onestill.core.reading import OwnFile, as_model, loading, read_mapping
 from onestill.core.writing import writing
 
 STATE_FILE = "state.json"
-FORMAT = 3
+FORMAT = 4
 """Of the names of groups and values; what another version wrote is refused, not misread."""
 Tensors = dict[str, Tensor]
 
@@ -42,11 +42,6 @@ class Checkpoint:
 
     tensors: dict[str, Tensors]
     values: dict[str, Any]
-
-    @property
-    def student(self) -> Tensors:
-        """The student's weights: their average where the run keeps one."""
-        return self.tensors.get("student-ema", self.tensors["student"])
 
 
 def write_checkpoint(output_dir: Path, step: int, checkpoint: Checkpoint) -> Path:

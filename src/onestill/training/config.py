@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import MOST_ROWS, MOST_STEPS, Settings, about, make, setting
+from onestill.core.settings import MOST_ROWS, MOST_STEPS, MOST_WIDTH, Settings, about, make, setting
 from onestill.data.settings import PromptSettings
 from onestill.objectives.flow_map import check_flow_map
 from onestill.objectives.registry import ObjectiveSettings, rows_of
@@ -19,6 +19,10 @@ from onestill.training.recipes import RUN, RecipeSettings
 
 OPTIMISATION, WATCHING = "Optimisation", "Watching"
 USUAL_WARMUP = 100
+LEAST_WIDTH = 0.01
+"""The smallest relative width of an average of weights."""
+TWICE_OR_HALF = 0.07
+"""Up to this width the second average is twice as wide as the first, beyond it half as wide."""
 
 
 class OptimisationSettings(Settings):
@@ -40,14 +44,51 @@ class OptimisationSettings(Settings):
     adam_weight_decay: float = setting(0.0, OPTIMISATION, "AdamW weight decay.", ge=0, le=1000)
     adam_epsilon: float = setting(1e-8, OPTIMISATION, "AdamW epsilon.", gt=0, le=1)
     max_grad_norm: float = setting(1.0, OPTIMISATION, "Gradient norm to clip to.", gt=0, le=1e12)
-    ema_decay: float = setting(
-        0.9999, OPTIMISATION, "Largest decay of the averaged weights that are exported; 0 is none.", ge=0, lt=1
+    ema_width: tuple[Annotated[float, Field(ge=0, le=MOST_WIDTH)], ...] = setting(
+        (0.09,),
+        OPTIMISATION,
+        "Relative width of the average of the weights that is exported; 0 is none. Of several, with commas, the one "
+        "nearest to the teacher at the end.",
+        commas=True,
+    )
+    num_ema_snapshots: int = setting(
+        8,
+        OPTIMISATION,
+        "Moments of the run of which averages are kept, to rebuild other widths from; 0 is none, and saves an average.",
+        ge=0,
+        le=100,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", OPTIMISATION, "Precision of the networks.")
     allow_tf32: bool = setting(False, OPTIMISATION, "Allow TF32 matrix products on NVIDIA GPUs.")
     max_nonfinite_steps: int = setting(
         20, OPTIMISATION, "Stop after this many non-finite losses in a row.", may_change=True, ge=1, le=MOST_STEPS
     )
+
+    @property
+    def ema_tracks(self) -> tuple[float, ...]:
+        """Widths of the averages that are kept: what pictures show, and if others can be rebuilt one more for them."""
+        first = self.ema_width[0]
+        beside = 2 * first if first <= TWICE_OR_HALF else first / 2
+        return (first, beside)[: 1 + (self.num_ema_snapshots > 0)] if first else ()
+
+    @field_validator("ema_width", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _averages_can_be_had(self) -> Self:
+        widths = self.ema_width
+        spelt = widths[0] if len(widths) == 1 else ",".join(f"{width:g}" for width in widths)
+        if not widths or len(set(widths)) != len(widths):
+            raise SettingError("ema_width", spelt, "must be one number, or different ones")
+        if any(0 < width < LEAST_WIDTH for width in widths) or (len(widths) > 1 and 0 in widths):
+            zero = ", or 0 for none" if len(widths) == 1 else ", none of them 0"
+            raise SettingError("ema_width", spelt, f"must be at least {LEAST_WIDTH}{zero}")
+        if len(widths) > 1 and not self.num_ema_snapshots:
+            why = f"of several widths all but one are rebuilt, and {named('num_ema_snapshots')} is 0"
+            raise SettingError("ema_width", spelt, why)
+        return self
 
     @model_validator(mode="before")
     @classmethod

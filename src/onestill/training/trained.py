@@ -6,7 +6,7 @@ Parameters are taken after `accelerator.prepare`, and state is read and written 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
+from onestill.training.averages import PowerAverage, Tracks
 from onestill.training.config import OptimisationSettings
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class Trained:
         name: Its name in checkpoints.
         module: The module itself.
         model: The module as accelerate has prepared it, which is what is called for a loss.
-        averages: Running averages of the trained parameters, by name: "ema", unless its decay is 0, and "target_ema".
+        averages: Running averages of the trained parameters, by name: "ema" and "ema_beside", as `widths` has them, and
+            "target_ema".
+        widths: Relative widths of the first two, by name.
 
     Args:
         name: Its name in checkpoints.
@@ -38,6 +41,7 @@ class Trained:
         accelerator: The engine.
         config: Optimiser, schedule, clipping, average.
         learning_rate: Its own peak rate; that of `config` if None.
+        widths: Relative widths of the averages that are kept, two at most.
         follower: A copy of the module whose weights are the average "target_ema" of decay `follower_decay`.
         follower_decay: That decay, the same at every step.
     """
@@ -50,6 +54,7 @@ class Trained:
         config: OptimisationSettings,
         *,
         learning_rate: float | None = None,
+        widths: Sequence[float] = (),
         follower: nn.Module | None = None,
         follower_decay: float = 0.0,
     ) -> None:
@@ -67,9 +72,10 @@ class Trained:
         self._optimizer = optimizer
         warmup, steps = config.lr_warmup_steps, config.max_train_steps
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-        self.averages: dict[str, EMAModel] = {}
-        if config.ema_decay:
-            self.averages["ema"] = EMAModel(self.parameters(), decay=config.ema_decay, foreach=True)
+        self.widths = dict(zip(("ema", "ema_beside"), widths, strict=False))
+        self.averages: dict[str, EMAModel] = {
+            average: PowerAverage(self.parameters(), width) for average, width in self.widths.items()
+        }
         if follower is not None:
             followed = EMAModel(self.parameters(), decay=follower_decay, min_decay=follower_decay, foreach=True)
             # The average's own tensors are the follower's weights: it changes with every update, and is kept once.
@@ -99,19 +105,28 @@ class Trained:
         for average in self.averages.values():
             average.step(self.parameters())
 
+    @property
+    def tracks(self) -> Tracks:
+        """The averages, as they are now, that any other is rebuilt from."""
+        names = list(self.named_parameters())
+        tensors = {name: dict(zip(names, self.averages[name].shadow_params, strict=True)) for name in self.widths}
+        return Tracks(self.widths, tensors, self.averages["ema"].optimization_step if self.widths else 0)
+
     @contextmanager
-    def averaged(self, name: str = "ema") -> Iterator[None]:
-        """Put an average in the place of the parameters for a while; the parameters stay where there is none."""
-        average, parameters = self.averages.get(name), self.parameters()
-        if average is None:
+    def averaged(self, weights: Tensors | None = None) -> Iterator[None]:
+        """Put weights, the average "ema" if None, in the place of the parameters for a while; they stay without one."""
+        if weights is None:
+            weights = self.tracks.tensors.get("ema")
+        if weights is None:
             yield
             return
-        average.store(parameters)
-        average.copy_to(parameters)
+        parameters = self.named_parameters()
+        kept = {name: value.detach().cpu().clone() for name, value in parameters.items()}
+        _copy(weights, parameters)
         try:
             yield
         finally:
-            average.restore(parameters)
+            _copy(kept, parameters)
 
     def tensors(self) -> dict[str, Tensors]:
         """Return everything that changes, as groups of tensors by name: parameters, moments, averages."""
@@ -132,6 +147,7 @@ class Trained:
         return {
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
             "averages": {average: ema.optimization_step for average, ema in self.averages.items()},
+            "widths": self.widths,
         }
 
     def restore(self, tensors: Mapping[str, Tensors], values: Mapping[str, Any], step: int) -> None:
@@ -140,10 +156,8 @@ class Trained:
         self._restore_optimizer(tensors.get(f"{self.name}-optimizer", {}), values["learning_rates"])
         for average, ema in self.averages.items():
             # By name: a safetensors file lists its tensors in an order of its own.
-            saved = tensors[f"{self.name}-{average}"]
-            with torch.no_grad():
-                for name, kept in zip(self.named_parameters(), ema.shadow_params, strict=True):
-                    kept.copy_(saved[name])
+            kept = dict(zip(self.named_parameters(), ema.shadow_params, strict=True))
+            _copy(tensors[f"{self.name}-{average}"], kept)
             ema.optimization_step = values["averages"][average]
         self.schedule.last_epoch, self.schedule._step_count = step, step + 1
 
@@ -178,6 +192,10 @@ def load_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if {n: v.shape for n, v in tensors.items()} != {n: p.shape for n, p in trained.items()}:
         raise ValueError("the checkpoint's tensors are not this student's: another teacher, or other settings")
-    with torch.no_grad():
-        for name, value in tensors.items():
-            trained[name].copy_(value)
+    _copy(tensors, trained)
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    for name, value in into.items():
+        value.copy_(tensors[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from onestill.core.errors import RunError, SettingError, named
@@ -22,12 +28,13 @@ from onestill.objectives.base import Context, Objective
 from onestill.objectives.registry import rows_of
 from onestill.sampling.generate import Generate, student_generator, teacher_generator
 from onestill.students.student import Student
-from onestill.training.checkpoint import Checkpoint, rotate, write_checkpoint
+from onestill.training.averages import forget_after, snapshot_steps, write_snapshot
+from onestill.training.checkpoint import Checkpoint, Tensors, rotate, write_checkpoint
 from onestill.training.config import DistillConfig, pool_settings
 from onestill.training.distance import Distance
 from onestill.training.loss import joined_inputs, regression, robust_factors, squared_residuals, targets
 from onestill.training.trained import Trained
-from onestill.training.watch import StepLog, Watch
+from onestill.training.watch import StepLog, Watch, rms
 
 
 @dataclass
@@ -86,11 +93,17 @@ class Trainer:
         self.watch = Watch(config, self.accelerator, student.spec, conditions)
         # Before the student is prepared: what is made of it there is no module that could be copied.
         self.objectives = self._make_objectives(student if follower is None else follower)
-        own = Trained("student", student, self.accelerator, config, follower=follower, follower_decay=decay)
+        widths = config.ema_tracks
+        own = Trained(
+            "student", student, self.accelerator, config, widths=widths, follower=follower, follower_decay=decay
+        )
         self.trained, self.model = [own], own.model
         self._train_networks()
         self.stop_requested = False
         self.last_checkpoint: Path | None = None
+        self.ema_width = config.ema_width[0]
+        self.ema_distances: dict[float, float] = {}
+        self._rebuilt: Tensors | None = None
 
     def _make_objectives(self, target_student: nn.Module) -> list[Objective[Any]]:
         """Return the objectives that will have rows of a batch."""
@@ -149,7 +162,7 @@ class Trainer:
         Raises:
             NonFiniteLossError: After `max_nonfinite_steps` non-finite losses in a row; names the last checkpoint.
         """
-        config, progress = self.config, self.progress
+        config, progress, snapshots = self.config, self.progress, snapshot_steps(self.config)
         started = time.perf_counter()
         while progress.step < config.max_train_steps and not self._stops():
             loss, grad_norm, rate, own = self.update()
@@ -164,6 +177,10 @@ class Trainer:
                 objective.name: state for objective in self.objectives if (state := objective.state())
             } or None
             ends = progress.step == config.max_train_steps
+            if progress.step in snapshots and self.accelerator.is_main_process:
+                write_snapshot(config.output_dir, progress.step, self.trained[0].tracks)
+            if ends and len(config.ema_width) > 1:
+                self._choose_width()
             if ends or progress.step % config.validation_steps == 0:
                 log.picture, log.validation_rms = self.validate()
             if ends or progress.step % config.logging_steps == 0 or log.validation_rms is not None:
@@ -247,12 +264,39 @@ class Trainer:
                 f"Lower {named('learning_rate')}, or use {named('mixed_precision')} bf16 or no"
             )
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the weights that are exported in the place of the student's for a while."""
+        return self.trained[0].averaged(self._rebuilt)
+
+    def _choose_width(self) -> None:
+        """Export from now on the average, of those of several widths, that is nearest to the teacher on held-out noise.
+
+        On other noise than pictures are made of: what is said of those is no result of the choice.
+        """
+        config, own, distances = self.config, self.trained[0], self.ema_distances
+        if self.accelerator.is_main_process:
+            teacher = teacher_generator(self.teacher, num_steps=config.num_teacher_steps, device=self.device)
+            student = student_generator(self.student, t=config.t_min, device=self.device)
+            with self.accelerator.autocast():
+                images = self.watch.held_out(teacher)
+                for width in config.ema_width:
+                    with own.averaged(own.tracks.at(width, config.output_dir, self.progress.step)):
+                        distances[width] = rms(self.watch.held_out(student), images)
+        (found,) = broadcast_object_list([distances])
+        self._export(min(found, key=lambda width: (not math.isfinite(found[width]), found[width])), found)
+
+    def _export(self, width: float, distances: dict[float, float]) -> None:
+        """Export the average of a width from now on."""
+        self.ema_width, self.ema_distances, own = width, distances, self.trained[0]
+        if distances:
+            self._rebuilt = own.tracks.at(width, self.config.output_dir, self.progress.step)
+
     def validate(self) -> tuple[Path | None, float]:
         """Draw student beside teacher from the same noise; return (picture, RMS difference of the two)."""
         config = self.config
         teacher = teacher_generator(self.teacher, num_steps=config.num_teacher_steps, device=self.device)
         student = student_generator(self.student, t=config.t_min, device=self.device)
-        with self.accelerator.autocast(), self.trained[0].averaged():
+        with self.accelerator.autocast(), self.averaged():
             return self.watch.validate(self.progress.step, teacher, student, self.teacher.decode)
 
     def distance(self, seconds: float) -> Distance | None:
@@ -279,6 +323,8 @@ class Trainer:
             values = {
                 "progress": asdict(self.progress),
                 "trained": {trained.name: trained.values() for trained in self.trained},
+                "ema_width": self.ema_width,
+                "ema_distances": list(self.ema_distances.items()),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                 "pools": pools,
                 "states": states,
@@ -305,7 +351,14 @@ class Trainer:
         self.generator.set_state(tensors["random"][str(rank)])
         if self.accelerator.scaler is not None and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
-        self.watch.forget_after(self.progress.step)
+        self.forget_after(self.progress.step)
+        self._export(values["ema_width"], dict(values["ema_distances"]))
+
+    def forget_after(self, step: int) -> None:
+        """Remove what an interrupted run wrote after a step: it comes again."""
+        self.watch.forget_after(step)
+        if self.accelerator.is_main_process:
+            forget_after(self.config.output_dir, step)
 
 
 def unused_parameters(student: Student) -> list[str]:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from onestill.teachers.teacher_spec import TeacherSpec
     from onestill.training.config import DistillConfig
 
+NUM_HELD_OUT = 64
+"""Images that averages of several widths are compared on."""
+
 
 @dataclass
 class StepLog:
@@ -89,14 +92,14 @@ class Watch:
         if self.teacher_images is None:
             self.teacher_images = self._drawn(teacher)
         images = self._drawn(student)
-        self.last_rms = rms = _rms(images, self.teacher_images)
+        self.last_rms = distance = rms(images, self.teacher_images)
         if not self.accelerator.is_main_process:
-            return None, rms
+            return None, distance
         drawn = {f"teacher, {config.num_teacher_steps} steps": self.teacher_images, "student, 1 step": images}
         # One by one: a decoder needs far more memory than the network.
         rows = {words: torch.cat([decode(row[None]).cpu() for row in made]) for words, made in drawn.items()}
         if not pictures.can_be_shown(next(iter(rows.values())).shape[1:]):
-            return None, rms
+            return None, distance
         path = config.output_dir / "samples" / f"step-{step:06d}.png"
         pictures.save_rows(rows, path, title=f"step {step}", columns=self.conditions.captions)
         for tracker in self.accelerator.trackers if config.report_to else ():
@@ -104,12 +107,19 @@ class Watch:
                 # Of accelerate's trackers only this one expects the channels first unless told.
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pictures.read_pixels(path)[None]}, step=step, **layout)
-        return path, rms
+        return path, distance
 
     def _drawn(self, generate: Generate) -> Tensor:
         """Return the samples that a run shows of itself: their noise and conditions are always the same."""
         seeds = range(VALIDATION_SEED, VALIDATION_SEED + self.config.num_validation_images)
         return generate_images(generate, seeds, self.spec.sample_shape, self.conditions.grid(len(seeds)))
+
+    def held_out(self, generate: Generate) -> Tensor:
+        """Return samples of other noise than that of the pictures, which no training sees either."""
+        first, config = VALIDATION_SEED + self.config.num_validation_images, self.config
+        seeds = range(first, first + NUM_HELD_OUT)
+        rows = self.conditions.grid(len(seeds))
+        return generate_images(generate, seeds, self.spec.sample_shape, rows, batch_size=config.train_batch_size)
 
     def distance(self, teacher_of: Callable[[int], Generate], seconds: float) -> Distance | None:
         """Return how far the student was from its teacher when it was last drawn; None if it never was.
@@ -124,7 +134,7 @@ class Watch:
         for num in FEW_STEPS:
             if num >= config.num_teacher_steps or time.monotonic() > end:
                 break
-            few[num] = _rms(self._drawn(teacher_of(num)), many)
+            few[num] = rms(self._drawn(teacher_of(num)), many)
             if not few[num] > self.last_rms:
                 break
         return Distance(self.last_rms, few, config.num_teacher_steps, len(many))
@@ -166,7 +176,8 @@ class Watch:
             partial.write_bytes(b"".join(kept))
 
 
-def _rms(images: Tensor, others: Tensor) -> float:
+def rms(images: Tensor, others: Tensor) -> float:
+    """Return the root of the mean squared difference."""
     return float((images - others).square().mean().sqrt())
 
 

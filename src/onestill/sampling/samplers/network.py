@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -84,6 +84,7 @@ class StudentSampler(NetworkSampler):
         first_stage: The student that draws the pictures that it enlarges, if it does.
         num_inference_steps: K, eq. (28).
         is_map: Whether it is trained between any two times, which more than one step needs.
+        prepare: Called before each step: puts its weights into the student, where several samplers share one.
 
     Raises:
         SettingError: If it was not trained for this time, scale or number of steps.
@@ -104,12 +105,14 @@ class StudentSampler(NetworkSampler):
         first_stage: FirstStage | None = None,
         num_inference_steps: int = 1,
         is_map: bool = True,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(student.teacher, first_stage)
         check_trained(student, target_time, guidance_scale, distilled, t_min)
         check_steps(num_inference_steps, target_time, is_map=is_map)
         self.student, self.name, self.distilled, self.device = student, name, distilled, device
         self.target_time, self.guidance_scale, self.t_min = target_time, guidance_scale, t_min
+        self.prepare = prepare
         self.labels = distilled.class_labels or self.labels
         self.num_steps, self.is_map = num_inference_steps, is_map
         self.evaluations = num_inference_steps + (first_stage is not None)
@@ -117,6 +120,7 @@ class StudentSampler(NetworkSampler):
         self._step = student_generator(student, t=end, num_steps=num_inference_steps, device=device)
 
     def denoised(self, eps: Tensor, cond: Cond) -> Tensor:
+        self.prepare()
         if self.student.guidance_range is None:
             return self._step(eps, cond)
         w = sum(self.student.guidance_range) / 2 if self.guidance_scale is None else self.guidance_scale
@@ -129,6 +133,7 @@ class StudentSampler(NetworkSampler):
         guidance_scale: float | None = None,
         target_time: float | None = None,
         num_inference_steps: int | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> StudentSampler:
         return StudentSampler(
             self.student,
@@ -141,6 +146,7 @@ class StudentSampler(NetworkSampler):
             first_stage=self.first_stage,
             num_inference_steps=self.num_steps if num_inference_steps is None else num_inference_steps,
             is_map=self.is_map,
+            prepare=self.prepare if prepare is None else prepare,
         )
 
 
