@@ -55,7 +55,8 @@ def test_layout_of_a_run() -> None:
     run = finished_run()
     names = {name for name in snapshot(run) if "/" not in name}
     # checkpoint-2 and checkpoint-4 of 4 steps: the newest two are kept.
-    assert names == {"checkpoint-2", "checkpoint-4", "config.yaml", "logs", "pipeline", "samples", "teacher.json"}
+    whole = {"checkpoint-2", "checkpoint-4", "pipeline", "averages"}
+    assert names == whole | {"config.yaml", "logs", "samples", "teacher.json"}
     assert (run / "logs" / "metrics.jsonl").is_file()
     assert [path.name for path in (run / "samples").iterdir()] == ["step-000004.png"]
     pipeline = set(snapshot(run / "pipeline"))

@@ -144,12 +144,12 @@ def test_a_disk_without_room_is_refused_and_a_small_one_is_said(
 ) -> None:
     run = prepared(tmp_path / "run", checkpointing_steps=1)
     needed = space.space_of(run.student, run.config)
-    least = needed.checkpoint + needed.export + needed.pools
+    least = needed.checkpoint + needed.export + needed.pools + needed.snapshots
     with_free(monkeypatch, least - 1)
     assert_refused(call_cli(*distill_words(tmp_path / "run")), f"--output_dir {tmp_path / 'run'}: a checkpoint (")
     assert list(tmp_path.iterdir()) == []
     with_free(monkeypatch, needed.total - 1)
-    assert "3 checkpoints, pools and the export take" in rehearsal.rehearse(run)[0]
+    assert "3 checkpoints, pools, averages and the export take" in rehearsal.rehearse(run)[0]
     with_free(monkeypatch, needed.total)
     assert rehearsal.rehearse(run) == ()
 

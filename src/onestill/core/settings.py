@@ -104,6 +104,8 @@ class Settings(BaseModel):
         for each in value if isinstance(value, (list, tuple)) else [value]:
             if (isinstance(each, bool) and bool not in kinds) or isinstance(each, (bytes, bytearray)):
                 raise SettingError(info.field_name, value, f"must be no {type(each).__name__}")
+        if isinstance(value, (int, float)) and tuple in kinds and about(field, "commas"):
+            return (value,)
         if isinstance(value, str) and tuple in kinds:
             if about(field, "commas"):
                 return value.split(",")

@@ -7,9 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -66,6 +66,8 @@ class RunResult:
         stopped_by: Number of the signal that stopped the run, if one did.
         num_trained: Steps done by this call; 0 of a run that had been finished before, which is left as it was.
         distance: How far the student is from its teacher; None if nothing was trained, or another process knows.
+        ema_width: The relative width of the average that is exported; 0 for the last weights themselves.
+        ema_distances: Of several widths, how far the average of each was from the teacher on held-out noise.
         advice: The setting that helps most from here, with a value; may mention settings by `named`.
     """
 
@@ -77,15 +79,20 @@ class RunResult:
     stopped_by: int | None = None
     num_trained: int = 0
     distance: Distance | None = None
+    ema_width: float = 0.0
+    ema_distances: Mapping[float, float] = field(default_factory=dict)
     advice: str = ""
 
     def closing(self) -> tuple[str, ...]:
         """Return the last words about a finished run, a line each: how far it came, and what would take it further."""
         if self.export_error is None:
             return ()  # of a run that has not ended, or ended before; or another process has exported, and says so
+        of_others = [f"{width:g} ({found:.3g})" for width, found in self.ema_distances.items()]
+        chosen = f"average: width {self.ema_width:g}, of {', '.join(of_others)} from the teacher on held-out noise"
+        average = (chosen,) if of_others else ()
         if self.distance is None:
-            return ("distance: not measured, since nothing was left to train; onestill evaluate measures it",)
-        return f"distance: {self.distance}", f"what helps most from here: {self.advice}"
+            return *average, "distance: not measured, since nothing was left to train; onestill evaluate measures it"
+        return *average, f"distance: {self.distance}", f"what helps most from here: {self.advice}"
 
 
 @checked(DistillConfig)
@@ -242,13 +249,14 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.accelerator.is_main_process:
         with trainer.averaged():
-            facts = card_facts(run, num_steps, seconds)
+            facts = card_facts(run, num_steps, seconds, trainer.ema_width)
             try:
                 error = export_student(run.student, folder, t=config.t_min, facts=facts, overwrite=True)
             except ExportError as failed:
                 raise ExportError(f"{failed.text}; the trained student is kept in {checkpoint}") from failed
     trainer.accelerator.wait_for_everyone()
     done, advice = RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error), what_helps(config)
+    done = replace(done, ema_width=trainer.ema_width, ema_distances=trainer.ema_distances)
     return replace(done, num_trained=num_steps, distance=distance, advice=advice)
 
 
@@ -264,8 +272,8 @@ def what_helps(config: DistillConfig) -> str:
     return f"{named('max_train_steps')} {min(2 * config.max_train_steps, MOST_STEPS)}"
 
 
-def card_facts(run: Run, num_steps: int, seconds: float) -> card.Facts:
-    """Return what the model card says of a run."""
+def card_facts(run: Run, num_steps: int, seconds: float, ema_width: float) -> card.Facts:
+    """Return what the model card says of a run whose average of a relative width is exported."""
     config = run.config
     images = config.train_batch_size * config.gradient_accumulation_steps
     device, threads = next(run.student.parameters()).device, torch.get_num_threads()
@@ -274,8 +282,13 @@ def card_facts(run: Run, num_steps: int, seconds: float) -> card.Facts:
     now = f"{num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}"
     training = f"{config.max_train_steps:,} steps of {images:,} images, {now}, seed {config.seed}"
     targets = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets"
-    settings = f"{targets}, learning rate {config.learning_rate:g}"
+    settings = f"{targets}, learning rate {config.learning_rate:g}, {in_words(ema_width)}"
     return replace(distilled_facts(config, run.teacher), training=training, settings=settings)
+
+
+def in_words(ema_width: float) -> str:
+    """Return which weights are exported."""
+    return f"average of relative width {ema_width:g} of the weights" if ema_width else "the last weights"
 
 
 def distilled_facts(config: DistillConfig, teacher: Teacher, guidance_scale: float | None = None) -> card.Facts:

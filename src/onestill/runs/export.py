@@ -16,7 +16,7 @@ from onestill.core.settings import make
 from onestill.data.cascade import with_first_stage
 from onestill.export.config import ExportConfig
 from onestill.export.export import export_student, is_exported
-from onestill.runs.distill import distilled_facts
+from onestill.runs.distill import distilled_facts, in_words
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import check_folder, restore_student, run_teacher
 from onestill.sampling.samplers.network import check_trained
@@ -64,6 +64,8 @@ def write_student(config: ExportConfig) -> float:
     t, scale = config.target_time, config.guidance_scale
     check_trained(student, t or 0.0, scale, run.distilled, run.config.t_min)
     training = f"{run.config.max_train_steps:,} steps planned, exported from {path.name}, seed {run.config.seed}"
+    if config.ema_width is not None:
+        training += f"; {in_words(config.ema_width)}"
     facts = replace(distilled_facts(run.config, student.teacher, scale), training=training)
     t = run.config.t_min if t is None else max(t, run.config.t_min)
     return export_student(student, output, t=t, guidance_scale=scale, facts=facts, overwrite=config.overwrite)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_ROWS, MOST_STEPS, MOST_WIDTH, Settings, about, make, setting
@@ -70,11 +70,6 @@ class OptimisationSettings(Settings):
         first = self.ema_width[0]
         beside = 2 * first if first <= TWICE_OR_HALF else first / 2
         return (first, beside)[: 1 + (self.num_ema_snapshots > 0)] if first else ()
-
-    @field_validator("ema_width", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _averages_can_be_had(self) -> Self:
