@@ -11,8 +11,9 @@ means a == b, not |a - b| small:
 losses, gradient norms   after every step k, L_k and |grad L_k| of logs/metrics.jsonl, all digits
 residual profile         the mean of |y_s - target|^2 / rho^2 in every bin of target time, after every step
 learning rates, RMS      the other numbers of that file; times are left out
-training state           sha256 of each tensor of the last checkpoint (weights, averages, optimiser, generators) and of
-                         the anchors, whatever it is called and whichever file it is in
+training state           sha256 of each tensor of the last checkpoint (weights, optimiser, generators, the target's
+                         average) and of the anchors, whatever it is called and whichever file it is in
+averages                 the same of the averages of the weights that are exported and shown in pictures
 exported files           names below the exported folder; sha256 of each but weights, without lines of times and places
                          and without the mark of a student, which that commit did not write
 exported tensors         sha256 of each tensor in every safetensors file there, LoRA included: the final weights
@@ -59,7 +60,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {},
     "digits paper": {
         "boundary_weight": 0.0, "time_sampling": "uniform", "solver": "ddim", "bootstrap_weight": "inverse_rho",
-        "ema_width": 0.2,
     },
     "digits progressive": {
         "time_sampling": "progressive", "ema_target_decay": 0.99, "gradient_accumulation_steps": 2,
@@ -159,6 +159,8 @@ def run_setting(name: str, source: Path, folder: Path) -> Columns:
     """Distil one setting with the source of a tree and return what came of it."""
     run, onestill = folder / "run", [sys.executable, "-m", "onestill"]
     settings = {"teacher": "digits", **COMMON, **SETTINGS[name]}
+    if "ema_width" in settings and not any("ema_width" in path.read_text() for path in source.rglob("config.py")):
+        settings["ema_decay"] = settings.pop("ema_width")  # 0 is none under both names
     if settings["teacher"] == "own":
         own = json.dumps({key: value for key, value in settings.items() if key != "teacher"})
         call([sys.executable, str(Path(__file__).resolve()), "own", str(run), own], source, folder)
@@ -214,8 +216,9 @@ def collect(run: Path, exported: dict[str, Path]) -> Columns:
         for column, names in METRICS.items()
     }
     inside = [path for path in run.rglob("*.safetensors") if not path.is_relative_to(run / "pipeline")]
-    state = Counter(digest(tensor) for path in inside for tensor in load_file(path).values())
-    columns["training state"] = dict(sorted(state.items()))
+    averages = [path for path in inside if path.parent.name == "averages" or path.stem.startswith("student-ema")]
+    for column, paths in (("training state", set(inside) - set(averages)), ("averages", averages)):
+        columns[column] = dict(sorted(Counter(digest(t) for path in paths for t in load_file(path).values()).items()))
     files: dict[str, str] = {}
     tensors: dict[str, str] = {}
     for label, folder in exported.items():

@@ -106,7 +106,7 @@ def measure(kind: str, rank: int, width: int, batch: int, steps: int, device: st
     both = distinct_bytes(network, student)
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     forget_peak(place)
-    with trainer.trained[0].averaged():
+    with trainer.averaged():
         export_student(student, folder / "pipeline")
     exporting = peak(place) - before
     estimated = estimate(student, prepared.config, trainer.device).memory

@@ -88,7 +88,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pool .4": {POOL: 0.4},
     "anchors of 16 steps": {"num_anchor_steps": 16},
     "boundary loss": {"boundary_weight": 1.0},
-    "average .999": {"ema_decay": 0.999},
+    "average of width .05": {"ema_width": 0.05},
+    "average of width .15": {"ema_width": 0.15},
     "no anchors": {"anchor_fraction": 0.0},
     "no anchors, weight velocity": {"anchor_fraction": 0.0, "bootstrap_weight": "velocity"},
 }  # fmt: skip

@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_samplers_and_no_random_state_is_touched(tm
     def rms(x: torch.Tensor) -> float:
         return float((x - many).square().mean().sqrt())
 
-    with trainer.trained[0].averaged():
+    with trainer.averaged():
         assert found.student == pytest.approx(rms(student_generator(run.student, t=run.config.t_min)(eps, {})))
     assert found.few_steps and (found.teacher_steps, found.num_images) == (30, 5)
     for num, d in found.few_steps.items():
