@@ -85,11 +85,14 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def measure(kind: str, rank: int, width: int, batch: int, steps: int, device: str, folder: Path) -> dict[str, float]:
-    """Train some steps, export, and return sizes in MB; rank 0 is a full student."""
+def measure(
+    kind: str, rank: int, share: float, width: int, batch: int, steps: int, device: str, folder: Path
+) -> dict[str, float]:
+    """Train some steps, export, and return sizes in MB; rank 0 is a full student, `share` that of the corrector's rows."""
     place = resolve_device(device)
     settings: dict[str, Any] = {"output_dir": f"{folder}/run", "device": device, "train_batch_size": batch}
     settings |= {"max_train_steps": steps, **({"lora_rank": rank} if rank else {})}
+    settings |= {"corrector_fraction": share, "corrector_begin": 0.0, "corrector_warmup": 0.0}
     before = 0 if place.type == "cuda" else psutil.Process().memory_info().rss
     if kind == "text":
         teacher = load_teacher(folder / "teacher")
@@ -103,8 +106,9 @@ def measure(kind: str, rank: int, width: int, batch: int, steps: int, device: st
     training = peak(place) - before
     network, student = teacher.network, trainer.student
     assert isinstance(network, torch.nn.Module)
-    both = distinct_bytes(network, student)
-    trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
+    modules = [each.module for each in trainer.trained]
+    all_of_them = distinct_bytes(network, *modules)
+    trained = sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if p.requires_grad)
     forget_peak(place)
     with trainer.averaged():
         export_student(student, folder / "pipeline")
@@ -113,7 +117,7 @@ def measure(kind: str, rank: int, width: int, batch: int, steps: int, device: st
     sizes = {
         "base": 4 * num_parameters(network),
         "trained": trained,
-        "teacher and student": both,
+        "all networks": all_of_them,
         "peak of the training": training,
         "peak of the export": exporting,
         "inspect says": estimated,
@@ -131,17 +135,18 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only is not None:
-        kind, rank, folder = args.only.split(":")
-        sizes = measure(kind, int(rank), args.width, args.batch, args.steps, args.device, Path(folder))
+        kind, rank, share, folder = args.only.split(":")
+        sizes = measure(kind, int(rank), float(share), args.width, args.batch, args.steps, args.device, Path(folder))
         print(json.dumps(sizes))
         return
     rows = {}
     for kind in TEACHERS:
-        for name, rank in {"full": 0, f"LoRA, rank {args.rank}": args.rank}.items():
+        ways = {"full": (0, 0.0), "LoRA": (args.rank, 0.0), "LoRA, LoRA corrector": (args.rank, 0.5)}
+        for name, (rank, share) in ways.items():
             with tempfile.TemporaryDirectory() as folder:
                 if kind == "text":
                     write_text_teacher(args.width, Path(folder) / "teacher")
-                command = [sys.executable, __file__, *sys.argv[1:], "--only", f"{kind}:{rank}:{folder}"]
+                command = [sys.executable, __file__, *sys.argv[1:], "--only", f"{kind}:{rank}:{share}:{folder}"]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows[f"{kind}, {name}"] = json.loads(done.stdout.splitlines()[-1])
     columns = list(next(iter(rows.values())))

@@ -148,6 +148,12 @@ def test_a_run_is_resumed_to_the_bit(name: str, tmp_path: Path) -> None:
     check_run(functools.partial(prepared_run, name), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dit", "flux", "if-super-resolution", "sd-v"])
+def test_a_run_with_a_corrector_is_resumed_to_the_bit(name: str, tmp_path: Path) -> None:
+    own = {"train_batch_size": 4, "corrector_fraction": 0.5, "corrector_begin": 0.0, "corrector_warmup": 0.0}
+    check_run(functools.partial(prepared_run, name, **own), tmp_path)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_in_bfloat16(name: str, tmp_path: Path) -> None:
     check_bf16(prepared_run(name, tmp_path / "run", mixed_precision="bf16", max_train_steps=1))

@@ -18,8 +18,10 @@ from onestill.objectives.corrector import CORRECTOR, MEMORY, Corrector, correcti
 from onestill.students.lora import Lora
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
-from onestill.teachers.closed_form import GaussianTeacher
+from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
+from onestill.teachers.guidance import Wrapped, guided
 from onestill.teachers.load import load_teacher
+from onestill.teachers.module import module_teacher
 from onestill.training.checkpoint import read_latest
 from onestill.training.config import make_config
 from onestill.training.loss import regression, squared_residuals, targets
@@ -200,6 +202,75 @@ def test_gradient_checkpointing_changes_nothing_of_the_critic(cases: Any) -> Non
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def test_its_teacher_is_guided_as_it_is_told_and_else_as_the_runs(tmp_path: Path) -> None:
+    plain, labels = load_teacher(teacher_folder("class"), null_class=NULL_CLASS), {"class_labels": torch.tensor([0, 1])}
+    x, times = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.8], dtype=torch.float64)
+
+    def told(**settings: Any) -> Tensor:
+        teacher = guided(plain, settings.get("guidance_scale", 1.0))
+        return corrector_of(Student(teacher), **settings).teacher.denoised(x, times, labels)
+
+    by_scale = {w: guided(plain, w).denoised(x, times, labels) for w in (1.0, 2.0, 4.0)}
+    assert told(guidance_scale=2.0).equal(by_scale[2.0])
+    assert told(guidance_scale=2.0, corrector_guidance_scale=4.0).equal(by_scale[4.0])
+    assert told(guidance_scale=2.0, corrector_guidance_scale=1.0).equal(by_scale[1.0])
+    some = told(guidance_scale=2.0, corrector_guidance_interval_max=0.5)
+    torch.testing.assert_close(some, torch.stack([by_scale[2.0][0], by_scale[1.0][1]]))
+    # Of a run with drawn scales too: what is drawn is the student's, not the corrector's.
+    student = Student(guided(plain, drawn=True), guidance_range=(1.0, 3.0))
+    settings = {"guidance_scale_min": 1.0, "guidance_scale_max": 3.0, "corrector_guidance_scale": 4.0}
+    objective = corrector_of(student, conditions=LabelConditions((0, 1, 2), (1.0, 3.0)), **settings)
+    seen = []
+    objective.teacher = Recorded(objective.teacher, seen)
+    objective._look(torch.tensor(0.01))
+    targets([objective.batch(4)], torch.randn(4, 1, 8, 8))
+    assert seen == [{"class_labels"}]
+
+
+class Recorded(Wrapped):
+    """A teacher that notes which conditions it is given."""
+
+    def __init__(self, teacher: Teacher, seen: list[set[str]]) -> None:
+        super().__init__(teacher)
+        self.seen = seen
+
+    def denoised(self, x_t: Tensor, t: float | Tensor, cond: dict[str, Tensor]) -> Tensor:
+        self.seen.append(set(cond))
+        return self.teacher.denoised(x_t, t, cond)
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"corrector_guidance_scale": 2.0}, "corrector_guidance_scale=2: needs a teacher with a null condition"),
+        ({"corrector_guidance_interval_max": 0.5}, "w = 1 is none"),
+        ({"corrector_guidance_interval_min": 0.6, "corrector_guidance_interval_max": 0.5}, "must be below"),
+        ({"corrector_level_min": 0.6, "corrector_level_max": 0.5}, "corrector_level_min=0.6: must be below"),
+        ({"corrector_fraction": 0.9}, "no bootstrap rows are left"),
+        ({"guidance_scale": 2.0, "null_class": 3, "corrector_guidance_interval_min": 0.99}, "none of the levels"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, own: dict[str, Any], words: str
+) -> None:
+    teacher = teacher_folder("class" if "null_class" in own else "plain")
+    with pytest.raises(ValueError, match=words):
+        onestill.distill(teacher, tmp_path / "run", show_progress=False, **{**ON, **own})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_it_costs_is_said_before(tmp_path: Path) -> None:
+    settings = {**FAST, "train_batch_size": 8}
+    without, with_it = (
+        onestill.inspect_teacher(teacher_folder("plain"), **settings, corrector_fraction=share) for share in (0.0, 0.25)
+    )
+    weights = 4 * without.num_parameters
+    more = with_it.checkpoint_bytes - without.checkpoint_bytes
+    assert 3 * weights < more < 3.5 * weights  # with its moments, without an average; it takes a target time too
+    assert 1e9 * (with_it.estimated_memory_gb - without.estimated_memory_gb) > 4 * weights  # gradients, activations
+
+
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("plain", {}),
     "drawn guidance": ("class", {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale_max": 3.0}),
@@ -233,3 +304,54 @@ def test_a_run_that_is_interrupted_goes_on_to_the_bit(tmp_path: Path, name: str)
     one, other = (read_latest(tmp_path / run)[1] for run in ("long", "short"))
     assert {"corrector.psi", "corrector.psi-optimizer"} <= set(one.tensors)
     assert one.values["states"] == other.values["states"] and one.values["states"]["corrector"][0]["spread"] > 0
+
+
+class Denoiser2d(nn.Module):
+    """A perceptron of points in the plane and a time."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.inside, self.time = nn.Linear(2, width), nn.Linear(8, width)
+        self.middle, self.last = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angles = t[:, None] * torch.tensor([1.0, 2.0, 4.0, 8.0])
+        h = nn.functional.silu(self.inside(x) + self.time(torch.cat([angles.sin(), angles.cos()], 1)))
+        return self.last(nn.functional.silu(self.middle(h)))
+
+
+def energy_distance(one: Tensor, other: Tensor) -> float:
+    across, own, others = (torch.cdist(a, b).mean() for a, b in ((one, other), (one, one), (other, other)))
+    return float(2 * across - own - others)
+
+
+def test_it_leads_a_student_to_the_teachers_law_without_a_trajectory() -> None:
+    means = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9]])
+    teacher_law, generator = MixtureTeacher(means, 0.2, FlowMatching(net_scale=1.0)), torch.Generator().manual_seed(0)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return (x - teacher_law.denoised(x, t.double(), {})) / t[:, None]
+
+    teacher = module_teacher(velocity, FlowMatching(net_scale=1.0), "velocity", (2,))
+    student = Student(teacher, network=Denoiser2d())
+    objective = corrector_of(student, train_batch_size=128, bootstrap_weight="none", corrector_min_spread=0.0)
+    psi, data = objective.networks["psi"], teacher_law.draw(2000, generator)
+    own, critic = (
+        torch.optim.Adam(net.parameters(), rate, (0.5, 0.99)) for net, rate in ((student, 1e-3), (psi, 2e-3))
+    )
+
+    def distance() -> float:
+        with torch.no_grad():
+            return energy_distance(student(torch.randn(2000, 2, generator=generator), None, 0.0, {}), data)
+
+    before = distance()
+    for step in range(400):
+        batch = objective.batch(128)
+        y = student(batch.x, None, batch.s, batch.cond)
+        loss = regression(squared_residuals(y, targets([batch], y)), batch.weights, batch.mean)
+        learns = [(objective.own_loss(batch, y.detach()), critic), *([(loss, own)] if step >= 100 else [])]
+        for value, optimizer in learns:
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    assert distance() < 0.65 * before

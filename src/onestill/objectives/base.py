@@ -181,6 +181,16 @@ class Objective(ABC, Generic[S]):
         """Return the peak learning rate of one of its networks; None for the student's."""
         return None
 
+    @classmethod
+    def adam_beta1(cls, settings: Any, network: str) -> float | None:
+        """Return AdamW's beta 1 for one of its networks; None for the student's."""
+        return None
+
+    @classmethod
+    def check(cls, settings: Any, teacher: Teacher) -> None:
+        """Raise SettingError if its settings do not fit the teacher, guided as the run says; before any work."""
+        return None
+
     def prepare(self) -> Generator[int, None, None]:
         """Make its pool before the first step; yield how many items came each time.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import MOST_GUIDANCE, Settings, setting
 from onestill.objectives.base import Batch, Context, Cost, Objective
 from onestill.objectives.boot import OBJECTIVE, BootSettings, row_weights
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from onestill.core.tensors import Cond
+    from onestill.teachers.base import Teacher
     from onestill.teachers.teacher_spec import TeacherSpec
 
 Normalizer = Literal["dmd", "inverse_sigma", "none"]
@@ -63,16 +64,32 @@ class CorrectorSettings(Settings):
     corrector_learning_rate: float | None = setting(
         None, OBJECTIVE, "Peak learning rate of the critic; the student's if not given.", gt=0, le=10
     )
+    corrector_adam_beta1: float = setting(0.0, OBJECTIVE, "AdamW beta 1 of the critic.", ge=0, lt=1)
     corrector_rows: int = setting(1, OBJECTIVE, "Rows of the critic for each row that is corrected.", ge=1, le=100)
     corrector_merge: float = setting(
         0.0, OBJECTIVE, "Share of the student's weights that the critic takes over in each step.", ge=0, lt=1
     )
+    corrector_guidance_scale: float | None = setting(
+        None, OBJECTIVE, "w of the teacher that the corrector asks; the run's if not given.", ge=0, le=MOST_GUIDANCE
+    )
+    corrector_guidance_interval_min: float | None = setting(
+        None, OBJECTIVE, "It guides at levels t above this only; the run's if neither is given ...", ge=0, lt=1
+    )
+    corrector_guidance_interval_max: float | None = setting(None, OBJECTIVE, "... and up to this.", gt=0, le=1)
+
+    @property
+    def corrector_guidance_interval(self) -> tuple[float, float] | None:
+        """(low, high): the corrector's teacher is guided where low < t <= high; None if nothing is said."""
+        low, high = self.corrector_guidance_interval_min, self.corrector_guidance_interval_max
+        return None if low is high is None else (low or 0.0, 1.0 if high is None else high)
 
     @model_validator(mode="after")
     def _levels_fit(self) -> Self:
-        if self.corrector_level_min >= self.corrector_level_max:
-            why = f"must be below {named('corrector_level_max')}, {self.corrector_level_max:g}"
-            raise SettingError("corrector_level_min", self.corrector_level_min, why)
+        levels = self.corrector_level_min, self.corrector_level_max
+        for name, ends in {"level": levels, "guidance_interval": self.corrector_guidance_interval}.items():
+            if ends is not None and ends[0] >= ends[1]:
+                why = f"must be below {named(f'corrector_{name}_max')}, {ends[1]:g}"
+                raise SettingError(f"corrector_{name}_min", ends[0], why)
         return self
 
 
@@ -96,6 +113,7 @@ class Corrector(Objective[_Both]):
         # The student before its first step is the teacher, eq. (12), and takes all that decides its law: a drawn
         # guidance scale too. Frozen weights stay shared.
         self.networks = {"psi": laid_bare(context.student.twin())}  # type: ignore[operator]  # a Student, which rooms above make
+        self.teacher = teacher_of(self.settings, context.teacher)
         self._began: tuple[Tensor | float, int] = 0.0, 0  # sum and number of the spreads before the first correction
         self._spread: Tensor | float = 0.0
 
@@ -115,6 +133,28 @@ class Corrector(Objective[_Both]):
     def learning_rate(cls, settings: Any, network: str) -> float | None:
         rate: float | None = settings.corrector_learning_rate
         return rate
+
+    @classmethod
+    def adam_beta1(cls, settings: Any, network: str) -> float | None:
+        return float(settings.corrector_adam_beta1)
+
+    @classmethod
+    def check(cls, settings: Any, teacher: Teacher) -> None:
+        scale, interval = settings.corrector_guidance_scale, settings.corrector_guidance_interval
+        ends = ("corrector_guidance_interval_min", "corrector_guidance_interval_max")
+        if scale is not None and not teacher.can_guide and teacher.guidance_input is None:
+            why = "needs a teacher with a null condition, and this one has none that is known"
+            raise SettingError("corrector_guidance_scale", scale, why, "leave it out")
+        if interval is None:
+            return
+        is_fixed = settings.guidance_range is None or scale is not None
+        if is_fixed and (settings.guidance_scale if scale is None else scale) == 1:
+            todo = f"give a {named('corrector_guidance_scale')} other than 1, or leave it out"
+            raise SettingError(ends, interval, "says at which levels guidance acts, and w = 1 is none", todo)
+        first, last = levels(settings, teacher.spec)
+        if interval[0] >= last or interval[1] < first:
+            why = f"holds none of the levels that the corrector looks at, {first:.3g} to {last:.3g}"
+            raise SettingError(ends, interval, why)
 
     def state(self) -> dict[str, float]:
         return {"spread": float(self._spread), "spread_sum": float(self._began[0]), "spread_num": self._began[1]}
@@ -158,7 +198,9 @@ class Corrector(Objective[_Both]):
             return y
         r, x_r = self._noised(y)
         learned = float32_or_more(self.networks["psi"](x_r, r, r, cond))
-        given = context.teacher.denoised(x_r, r, cond)
+        if settings.corrector_guidance_scale is not None:
+            cond = {name: value for name, value in cond.items() if name != "guidance_scale"}
+        given = self.teacher.denoised(x_r, r, cond)
         found = correction(y, learned, given, filtered=settings.corrector_filter)
         scale = factor(settings.corrector_normalizer, spec, r, y, given)
         return y - 0.5 * settings.corrector_weight * strength * broadcast(scale, y) * found
@@ -185,8 +227,7 @@ class Corrector(Objective[_Both]):
         from onestill.core.tensors import broadcast
 
         context, settings, spec = self.context, self.settings, self.context.teacher.spec
-        low, high = (spec.t_max * level for level in (settings.corrector_level_min, settings.corrector_level_max))
-        low = max(low, spec.process.t_min)
+        low, high = levels(settings, spec)
         r = low + (high - low) * torch.rand(len(y), generator=context.generator, dtype=torch.float64)
         n = torch.randn(y.shape, generator=context.generator).to(y)
         alpha, sigma = (broadcast(level, y) for level in spec.process.alpha_sigma(r))
@@ -202,6 +243,29 @@ class Corrector(Objective[_Both]):
         least = settings.corrector_min_spread
         # All of it down to the least share, none of it as far below.
         return ((self._spread * num / (total + 1e-30) - least) / (1 - least) + 1).clamp(0, 1)
+
+
+def levels(settings: Any, spec: TeacherSpec) -> tuple[float, float]:
+    """Return the cleanest and the noisiest level t that pictures are compared at."""
+    low, high = (spec.t_max * level for level in (settings.corrector_level_min, settings.corrector_level_max))
+    return max(low, spec.process.t_min), high
+
+
+def teacher_of(settings: Any, teacher: Teacher) -> Teacher:
+    """Return the teacher of D: as guided as the run's, but at the scale and in the interval that are named."""
+    from onestill.teachers.guidance import guided
+    from onestill.teachers.teacher_spec import NO_THRESHOLD
+
+    scale, interval = settings.corrector_guidance_scale, settings.corrector_guidance_interval
+    if scale is None and interval is None:
+        return teacher
+    return guided(
+        teacher,
+        settings.guidance_scale if scale is None else scale,
+        drawn=scale is None and settings.guidance_range is not None,
+        threshold=getattr(teacher, "threshold", NO_THRESHOLD),
+        interval=teacher.guidance_interval if interval is None and scale != 1 else interval,
+    )
 
 
 def spread(y: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from onestill.data.conditions import Conditions, LabelConditions, check_labels
 from onestill.data.prompt_cache import default_cache_dir
 from onestill.data.prompt_pool import PromptPool, make_prompt_pool, refuse_prompts
 from onestill.data.prompts import PromptFile
+from onestill.objectives.registry import rows_of
 from onestill.runs.folder import check_output_dir
 from onestill.runs.resume import find_resume, made_longer, num_processes
 from onestill.students.lora import Lora
@@ -142,6 +143,8 @@ def open_teacher(
     acts = config.guidance_scale != 1 or config.guidance_range is not None
     config.check_interval(acts=acts)
     teacher = guided_as(teacher.with_negative_prompt(config.negative_prompt, acts=acts), config)
+    for objective in rows_of(config, config.train_batch_size):
+        objective.check(config, teacher)
     if not teacher.spec.text:
         refuse_prompts(config, config.validation_prompt)
     return config, teacher, first_stage, prompt_file

@@ -42,6 +42,7 @@ class Trained:
         config: Optimiser, schedule, clipping, average.
         learning_rate: Its own peak rate; that of `config` if None.
         widths: Relative widths of the averages that are kept, two at most.
+        adam_beta1: Its own beta 1; that of `config` if None.
         follower: A copy of the module whose weights are the average "target_ema" of decay `follower_decay`.
         follower_decay: That decay, the same at every step.
     """
@@ -55,6 +56,7 @@ class Trained:
         *,
         learning_rate: float | None = None,
         widths: Sequence[float] = (),
+        adam_beta1: float | None = None,
         follower: nn.Module | None = None,
         follower_decay: float = 0.0,
     ) -> None:
@@ -62,7 +64,7 @@ class Trained:
         optimizer = torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad],
             lr=config.learning_rate if learning_rate is None else learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
+            betas=(config.adam_beta1 if adam_beta1 is None else adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
             fused=accelerator.device.type in ("cpu", "cuda"),

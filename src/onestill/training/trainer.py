@@ -141,7 +141,9 @@ class Trainer:
                     why = f"its one scaler serves one network, and {objective.name} trains another"
                     raise SettingError("mixed_precision", "fp16", why, "use bf16 or no")
                 rate, full_name = objective.learning_rate(config, name), f"{objective.name}.{name}"
-                self.trained.append(Trained(full_name, network, accelerator, config, learning_rate=rate))
+                beta = objective.adam_beta1(config, name)
+                trained = Trained(full_name, network, accelerator, config, learning_rate=rate, adam_beta1=beta)
+                self.trained.append(trained)
                 objective.networks[name] = self.trained[-1].model
 
     def _share_done(self) -> float:
