@@ -17,7 +17,7 @@ from torch import Tensor
 from onestill.core.errors import SettingError, named
 from onestill.core.tensors import Cond, noise, to_device, without_autocast
 from onestill.data.conditions import VALIDATION_SEED, PromptConditions
-from onestill.students.mark import is_student
+from onestill.students.mark import is_student, num_steps_of
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import load_teacher, read_index
 from onestill.teachers.pipelines import text_encoders as encoders
@@ -195,6 +195,9 @@ def open_first_stage(path: str | Path) -> FirstStage:
         why = f"is a {teacher.kind} of many steps, no one-step student"
         todo = f"distil it first (onestill distill, with it as {named('teacher')}) and give that run"
         raise SettingError("base_student", path, why, todo)
+    if (steps := num_steps_of(folder)) > 1:
+        why = f"was exported for {steps} steps, and a first stage draws in one"
+        raise SettingError("base_student", path, why, "export its run for one")
     return FirstStage(teacher, folder.resolve())
 
 

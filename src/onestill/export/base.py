@@ -16,7 +16,7 @@ from onestill.students.student import Student
 
 
 class Format(ABC):
-    """One way of writing a student as a folder; an instance writes one student, at a target time and guidance scale.
+    """One way of writing a student as a folder; an instance writes one, at a target time and guidance scale, for K steps.
 
     `export_student` makes the student's `OneStep` and compares it with the student, has it written, lets go of it, and
     has the folder checked, before it gets its name; all of it without gradients and autocast. A format may keep between
@@ -26,8 +26,10 @@ class Format(ABC):
     library = "onestill"
     """What loads such a folder, by the name that the hub knows it by."""
 
-    def __init__(self, student: Student, t: float = 0.0, guidance_scale: float | None = None) -> None:
-        self.student, self.t, self.guidance_scale = student, t, guidance_scale
+    def __init__(
+        self, student: Student, t: float = 0.0, guidance_scale: float | None = None, num_steps: int = 1
+    ) -> None:
+        self.student, self.t, self.guidance_scale, self.num_steps = student, t, guidance_scale, num_steps
         # The student's own: two devices differ by more than an export may (TF32 convolutions, for one).
         self.device = next(student.parameters()).device
 
@@ -35,7 +37,7 @@ class Format(ABC):
     def write(self, step: OneStep, folder: Path) -> None:
         """Write a student, its one step on the CPU, into an empty folder, all but its card and its mark.
 
-        The one step may be changed: nobody uses it afterwards.
+        The one step may be changed: nobody uses it afterwards. Of a student of several steps it is `FewSteps`.
         """
 
     @abstractmethod
@@ -53,7 +55,7 @@ class Format(ABC):
     def expected(self, eps: Tensor, cond: Cond) -> Tensor:
         """Return the student's own samples of some noise, on its device."""
         cond = self.student.with_scale(cond, self.guidance_scale, len(eps))
-        return student_generator(self.student, t=self.t, device=self.device)(eps, cond)
+        return student_generator(self.student, t=self.t, num_steps=self.num_steps, device=self.device)(eps, cond)
 
     def example(self, num: int) -> tuple[Tensor, Cond]:
         """Return (the noise of the seeds 0, 1, ..., some conditions, all labels in turn)."""

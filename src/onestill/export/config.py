@@ -1,10 +1,11 @@
-"""The settings of an export: which student, baked in at which time and guidance scale."""
+"""The settings of an export: which student, baked in at which time and guidance scale, for how many steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, Settings, setting
+from onestill.students.settings import FEW_STEPS
 
 EXPORT = "Export"
 
@@ -30,6 +31,9 @@ class ExportConfig(Settings):
         "Relative width of the average of the weights, 0 for the weights themselves; that of the run if not given.",
         ge=0,
         le=MOST_WIDTH,
+    )
+    num_inference_steps: int = setting(
+        1, EXPORT, "Steps that the folder is called with; more than one of a run that trains them.", ge=1, le=FEW_STEPS
     )
     device: str = setting("auto", EXPORT, "auto, cpu, cuda, cuda:N or mps.")
     overwrite: bool = setting(False, EXPORT, "Replace what was exported there before.")

@@ -1,4 +1,4 @@
-"""From a trained student to a folder that others load and sample in one network evaluation.
+"""From a trained student to a folder that others load and sample in one network evaluation, or a few.
 
 The target time is baked into the weights, eq. (13), and what is left is one step, eq. (19): `OneStep`. How that is
 written is the teacher's choice of a format. Each is loaded afresh and compared with the student before it has its name.
@@ -29,9 +29,11 @@ from onestill.export.module import ModuleFormat
 from onestill.export.pipeline import PipelineFormat
 from onestill.export.pixel import PixelFormat
 from onestill.sampling.samplers.network import NOTHING_SAID, check_trained
-from onestill.students.mark import Mark, read_mark
+from onestill.students.bake import NO_TIME
+from onestill.students.injection import TimeEmbeddingInjection
+from onestill.students.mark import Head, Mark, read_mark
 from onestill.students.model_card import Facts, teacher_license, write_card
-from onestill.students.one_step import OneStep, one_step_of
+from onestill.students.one_step import FewSteps, OneStep, few_steps_of, one_step_of
 from onestill.students.student import Student
 
 FORMATS: dict[str, type[Format]] = {"pixel": PixelFormat, "pipeline": PipelineFormat, "module": ModuleFormat}
@@ -52,6 +54,7 @@ def export_student(
     *,
     t: float = 0.0,
     guidance_scale: float | None = None,
+    num_inference_steps: int = 1,
     facts: Facts | None = None,
     format: str | None = None,
     overwrite: bool = False,
@@ -63,6 +66,8 @@ def export_student(
         folder: Where to; must not exist unless `overwrite`.
         t: Target time to bake in; 0 is the finished image.
         guidance_scale: w to bake in, for students that take it.
+        num_inference_steps: K, for students that are trained between any two times: the folder's own call with K steps
+            is theirs, eq. (28).
         facts: What the model card says besides; nothing more if None.
         format: One of `FORMATS`; the teacher's if None.
         overwrite: Replace an existing folder, in one rename, after the new one passed its check.
@@ -71,7 +76,7 @@ def export_student(
         The largest difference between the reloaded folder's samples and the student's, same noise.
 
     Raises:
-        SettingError: If `folder` exists.
+        SettingError: If `folder` exists, or the student cannot be written for so many steps.
         ExportError: If the self-check fails; nothing is left under the folder's name then.
         WriteError: If the system refuses, as when the disk is full; likewise.
     """
@@ -81,6 +86,8 @@ def export_student(
     if name not in known:
         raise SettingError("format", name, "is unknown of this teacher", f"known are {', '.join(known)}")
     _check_trained(student, t, guidance_scale)
+    if num_inference_steps > 1 and (why := why_not_in_steps(student, num_inference_steps)) is not None:
+        raise SettingError("num_inference_steps", num_inference_steps, why, "export it for one step, or sample the run")
     check_writable(folder, "output")
     if folder.exists() and not overwrite:
         todo = f"name another folder, or give {named('overwrite')} to replace it"
@@ -89,7 +96,7 @@ def export_student(
         shutil.rmtree(left, ignore_errors=True)
     with written(folder, overwrite=overwrite) as partial, _exporting():
         partial.mkdir()
-        form = FORMATS[name](student, t, guidance_scale)
+        form = FORMATS[name](student, t, guidance_scale, num_inference_steps)
         _write(form, name, partial)
         gc.collect()  # what was written: modules know each other in circles
         error = _passed(form.check(partial), "the reloaded folder's images differ")
@@ -118,6 +125,13 @@ def _check_trained(student: Student, t: float, guidance_scale: float | None) -> 
         raise (error.about("t", t) if error.settings == ("target_time",) else error) from None
 
 
+def why_not_in_steps(student: Student, num_steps: int) -> str | None:
+    """Return why a student cannot be exported for several steps, or None if it can."""
+    if not isinstance(student.injection, TimeEmbeddingInjection):
+        return NO_TIME
+    return student.teacher.why_not_in_steps(student.levels(num_steps))
+
+
 def is_exported(folder: Path) -> bool:
     """Return whether a folder is an exported student: one may be replaced by another, and nothing else may."""
     try:
@@ -129,12 +143,15 @@ def is_exported(folder: Path) -> bool:
 def _write(form: Format, name: str, folder: Path) -> None:
     """Write a student and its mark, after a look at its one step."""
     student, t, scale = form.student, form.t, form.guidance_scale
-    step = one_step_of(student, t, scale)
-    _passed(_difference(step, form), "its one step's samples differ")
+    num = form.num_steps
+    step = one_step_of(student, t, scale) if num == 1 else few_steps_of(student, num, t, scale)
+    _passed(_difference(step, form), f"its {'one step' if num == 1 else f'{num} steps'}'s samples differ")
     mark = Mark(
         format=name,
         sample_shape=student.spec.sample_shape,
         head=step.head,
+        num_inference_steps=num,
+        heads=tuple(Head(**head) for head in step.heads) if isinstance(step, FewSteps) else (),
         target_time=t,
         guidance_scale=student.chosen_scale(scale),
     )
@@ -167,4 +184,5 @@ def _describe(form: Format, folder: Path, facts: Facts, error: float) -> None:
         facts = replace(facts, license=teacher_license(teacher.folder, teacher.spec.source))
     if form.student.lora is not None:
         facts = replace(facts, lora=lora_words(form.student, folder))
+    facts = replace(facts, num_steps=form.num_steps)
     write_card(folder, teacher, facts, error, library=form.library, code=form.code(facts))

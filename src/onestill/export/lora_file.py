@@ -1,23 +1,23 @@
-"""A LoRA student as a file that the teacher's own pipeline loads, beside the scheduler of its one step.
+"""A LoRA student as a file that the teacher's own pipeline loads, beside the scheduler of its one step, or its few.
 
 A plain LoRA file has no place for the target time, which is a constant added to the time embedding. It needs none:
 in one step the pipeline's time is one number, the last layer of the time embedding sees one fixed vector h, and the
-update u h^T / |h|^2 adds exactly u.
+update u h^T / |h|^2 adds exactly u. In K steps it sees K vectors, and sum_k u_k g_k^T of their dual basis adds u_k to
+each, eq. (30): rank K.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from torch import Tensor, nn
 
-from onestill.core.tensors import Cond
-from onestill.students.injection import TimeEmbeddingInjection, observe
+from onestill.students.bake import dual_basis, embedded
+from onestill.students.injection import TimeEmbeddingInjection
 from onestill.students.lora import adapter_tensors
 from onestill.students.student import Student
 from onestill.teachers.pipelines.teacher import PipelineTeacher
@@ -37,34 +37,35 @@ def why_no_file(student: Student) -> str | None:
 
 
 def write_lora(
-    teacher: PipelineTeacher, network: nn.Module, embeddings: Mapping[str, Tensor], net_time: float, folder: Path
+    teacher: PipelineTeacher,
+    network: nn.Module,
+    wanted: Mapping[str, Tensor],
+    net_times: Sequence[float],
+    scheduler: Any,
+    folder: Path,
 ) -> None:
-    """Write `pytorch_lora_weights.safetensors` for the teacher's own pipeline, and the scheduler of its one step.
+    """Write `pytorch_lora_weights.safetensors` for the teacher's own pipeline, and the scheduler of the student's steps.
 
-    The student's network has its adapters. Each time embedding is to give a constant instead, by name in `embeddings`;
-    `net_time` is the time that the one step gives the network.
+    The student's network has its adapters. Each time embedding is to give constants instead, [K, E] by its last layer's
+    name in `wanted`; `net_times` are the times that the K steps give the network.
     """
-    spec, pipeline_spec = teacher.spec, teacher.pipeline_spec
-    tensors = adapter_tensors(network, without=tuple(embeddings)) | constant_updates(teacher, net_time, embeddings)
+    embeddings = tuple(name.rpartition(".")[0] for name in wanted)
+    tensors = adapter_tensors(network, without=embeddings) | constant_updates(teacher, net_times, wanted)
     save = type(teacher.pipeline).save_lora_weights
-    save(folder, **{f"{pipeline_spec.network}_lora_layers": tensors}, safe_serialization=True)
-    alpha = spec.process.level(spec.t_max)[0]
-    pipeline_spec.one_step(teacher.pipeline, spec.prediction_type, alpha).save_pretrained(folder)
+    save(folder, **{f"{teacher.pipeline_spec.network}_lora_layers": tensors}, safe_serialization=True)
+    scheduler.save_pretrained(folder)
 
 
-def constant_updates(teacher: PipelineTeacher, net_time: float, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the updates of rank 1 that give each time embedding its constant in the one step at `net_time`."""
-
-    def run(x_t: Tensor, cond: Cond) -> None:
-        teacher.call(teacher.network, x_t, torch.full((1,), net_time, device=x_t.device, dtype=x_t.dtype), cond)
-
-    constants = {f"{name}.linear_2": value for name, value in embeddings.items()}
+def constant_updates(
+    teacher: PipelineTeacher, net_times: Sequence[float], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the updates of rank K that give each time embedding its constants when told K times, eq. (30)."""
     found: dict[str, Tensor] = {}
-    for layer, seen in observe(teacher, teacher.network, constants, run).items():
-        h, output = (value[0].double().cpu() for value in seen)
-        u = constants[layer].double().cpu() - output
-        found[f"{layer}.lora_A.weight"] = (h / h.norm())[None].float()
-        found[f"{layer}.lora_B.weight"] = (u / h.norm())[:, None].float()
+    for layer, (h, output) in embedded(teacher, teacher.network, net_times).items():
+        g, u = dual_basis(h), wanted[layer].double().cpu() - output
+        size = g.norm(dim=1, keepdim=True)
+        found[f"{layer}.lora_A.weight"] = (g / size).float().contiguous()
+        found[f"{layer}.lora_B.weight"] = (u * size).T.float().contiguous()
     return found
 
 
@@ -79,7 +80,10 @@ def load_with_lora(teacher: PipelineTeacher, folder: Path) -> Any:
 def lora_words(student: Student, folder: Path) -> str:
     """Return what a card says of a LoRA student."""
     assert student.lora is not None
-    if (reason := why_no_file(student)) is not None:
+    reason = why_no_file(student)
+    if reason is None and not (folder / LORA_FOLDER).is_dir():
+        reason = "the times of its steps hardly differ to the last layer of the teacher's time embedding"
+    if reason is not None:
         return f"rank {student.lora.rank}, merged into the weights; there is no LoRA file: {reason}"
     kind, place = _scheduler_class(folder / LORA_FOLDER), f'"path/to/this/folder/{LORA_FOLDER}"'
     return (

@@ -1,4 +1,4 @@
-"""Students of networks of one's own: the weights, and the numbers of eq. (19) in the folder's mark."""
+"""Students of networks of one's own: the weights, and the numbers of eqs. (19) and (29) in the folder's mark."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from onestill.export.base import Format
 from onestill.sampling.generate import Generate
 from onestill.students.bake import bake
 from onestill.students.mark import read_mark
-from onestill.students.model_card import Facts
-from onestill.students.one_step import OneStep
+from onestill.students.model_card import Facts, evaluations
+from onestill.students.one_step import Call, FewSteps, OneStep
 from onestill.teachers.module import own_network
 
 MODULE_WEIGHTS = "model.safetensors"
@@ -45,13 +45,13 @@ class ModuleFormat(Format):
         return (
             "from onestill import load_module\n\n"
             'generate = load_module("path/to/this/folder", MyNetwork())\n'
-            "images = generate(noise, {})  # one network evaluation"
+            f"images = generate(noise, {{}})  # {evaluations(self.num_steps)}"
         )
 
 
 @checked()
 def load_module(folder: str | Path, network: nn.Module) -> Generate:
-    """Return one-step generation by a module student that `export_student` wrote.
+    """Return generation by a module student that `export_student` wrote, in the steps that it was exported for.
 
     Args:
         folder: The exported folder.
@@ -76,7 +76,13 @@ def load_module(folder: str | Path, network: nn.Module) -> Generate:
     except RuntimeError as error:
         why = str(error).splitlines()[1].strip()
         raise ValueError(f"{folder}: the weights are not of this network: {why}") from error
-    step = OneStep(network.eval(), lambda net, x, net_time, cond: net(x, net_time, **cond), **mark.head)
+    call: Call = lambda net, x, net_time, cond: net(x, net_time, **cond)  # noqa: E731 - one of two
+    network.eval()
+    step = (
+        FewSteps(network, call, [head.model_dump() for head in mark.heads])
+        if mark.heads
+        else OneStep(network, call, **mark.head)
+    )
 
     @torch.no_grad()
     def generate(eps: Tensor, cond: Cond) -> Tensor:

@@ -20,6 +20,7 @@ from onestill.runs.distill import distilled_facts, in_words
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import check_folder, restore_student, run_teacher
 from onestill.sampling.samplers.network import check_trained
+from onestill.students.settings import check_steps
 
 
 @checked(ExportConfig)
@@ -55,6 +56,8 @@ def write_student(config: ExportConfig) -> float:
         why = f"is no exported student, so {named('overwrite')} does not replace it"
         raise SettingError("output", output, why)
     check_writable(output.absolute().parent, "output")
+    steps = config.num_inference_steps
+    check_steps(steps, config.target_time or 0.0, is_map=run.is_map)
     teacher = run_teacher(run, device)
     if run.config.base_student is not None:
         # The teacher checks itself with its pictures where they are still there; what is written does not need them.
@@ -68,4 +71,5 @@ def write_student(config: ExportConfig) -> float:
         training += f"; {in_words(config.ema_width)}"
     facts = replace(distilled_facts(run.config, student.teacher, scale), training=training)
     t = run.config.t_min if t is None else max(t, run.config.t_min)
-    return export_student(student, output, t=t, guidance_scale=scale, facts=facts, overwrite=config.overwrite)
+    how: dict[str, Any] = {"t": t, "guidance_scale": scale, "num_inference_steps": steps, "facts": facts}
+    return export_student(student, output, **how, overwrite=config.overwrite)

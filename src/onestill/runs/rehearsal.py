@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from onestill.core.devices import resolve_device
-from onestill.core.errors import SettingError, in_short
+from onestill.core.errors import SettingError, in_short, named
 from onestill.core.memory import enough_memory, is_out_of_memory
 from onestill.export.export import ExportError, export_student
 from onestill.runs.build import Run
@@ -22,6 +22,8 @@ from onestill.students.student import Student
 from onestill.training.config import DistillConfig
 from onestill.training.trainer import unused_parameters
 
+TRIED_STEPS = 4
+"""The steps of the second export, for runs that train for several."""
 SMALL_MOVE = 0.01
 """What the parameters that start at zero are moved by while a student is exported for a try."""
 
@@ -42,15 +44,28 @@ def rehearse(run: Run) -> tuple[str, ...]:
     if run.resume is not None:
         return ()
     messages = check_space(space_of(run.student, run.config), run.config.output_dir)
+    said: list[str] = []
     with enough_memory(f"exporting a student of {run.config.teacher}", less_memory(run.config, run.student)):
-        _on_one_process(lambda: _try(run), run.config)
-    return messages
+        _on_one_process(lambda: said.extend(_try(run)), run.config)
+    return (*messages, *said)
 
 
-def _try(run: Run) -> None:
+def _try(run: Run) -> list[str]:
+    """Try both; return what should be said of exports for several steps, where the run trains for them."""
     if run.teacher.folder is None:
         _try_gradient(run)
     _try_export(run)
+    if not getattr(run.config, "flow_map_fraction", 0.0):
+        return []
+    try:
+        _try_export(run, num_steps=TRIED_STEPS)
+    except SettingError as error:
+        why = error.why.rpartition("so none is trained: ")[2]
+        todo = (
+            f"sample and evaluate it in several from the run ({named('num_inference_steps')}, {named('student_steps')})"
+        )
+        return [f"warning: the student can be exported for one step only: {why}; {todo}"]
+    return []
 
 
 def _try_gradient(run: Run) -> None:
@@ -66,7 +81,7 @@ def _try_gradient(run: Run) -> None:
         raise SettingError("network", why=f"cannot be trained: {in_short(error)}", todo=todo) from error
 
 
-def _try_export(run: Run) -> None:
+def _try_export(run: Run, num_steps: int = 1) -> None:
     config, student, device = run.config, run.student, resolve_device(run.config.device)
     run.teacher.to(device)
     student.to(device)
@@ -74,7 +89,7 @@ def _try_export(run: Run) -> None:
     shutil.rmtree(place, ignore_errors=True)  # of one that was killed
     try:
         with torch.random.fork_rng(), _moved(student):
-            export_student(student, place / PIPELINE_FOLDER, t=config.t_min)
+            export_student(student, place / PIPELINE_FOLDER, t=config.t_min, num_inference_steps=num_steps)
     except ExportError as error:
         why = f"a student of it cannot be exported, so none is trained: {error.text}"
         todo = "its folder draws in another way than its parts do here; name a teacher that onestill inspect knows"

@@ -40,7 +40,7 @@ def student_generator(
         x, cond = trajectory.start(eps.to(device)), to_device(cond, device)
         for r, s in pairwise(levels):
             a, to = as_times(r, len(x)), as_times(s, len(x))
-            x = trajectory.state(student(x, a, to, cond), x, to, a)
+            x = trajectory.state(student.teacher.bound(student(x, a, to, cond)), x, to, a)
         return student(x, None if num_steps == 1 else levels[-1], t, cond)
 
     return generate

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -155,18 +155,43 @@ def last_layer(embedding: nn.Module) -> nn.Linear:
     return layer
 
 
+def last_name(network: nn.Module, embedding: str) -> str:
+    """Return the name of that layer."""
+    (name,) = (
+        n
+        for n, m in network.get_submodule(embedding).named_modules()
+        if m is last_layer(network.get_submodule(embedding))
+    )
+    return f"{embedding}.{name}"
+
+
+class _Seen(Exception):
+    """Ends a network's call once enough has been seen."""
+
+
 def observe(
     teacher: Teacher, network: nn.Module, names: Iterable[str], run: Callable[[Tensor, Cond], object]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (input, output) of some modules of a network, by name, in one call `run(x_t = 0, some conditions)`."""
+    """Return (input, output) of some modules of a network, by name, in one call `run(x_t = 0, some conditions)`.
+
+    It ends where all of them have been called, which for time embeddings is at its beginning.
+    """
+    names = list(names)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, x: tuple[Tensor, ...], y: Tensor) -> None:
+        seen[name] = (x[0].clone(), y.clone())
+        if len(seen) == len(names):
+            raise _Seen
+
     weight = next(network.parameters())
     x_t = torch.zeros(1, *teacher.spec.sample_shape, device=weight.device, dtype=weight.dtype)
     with ExitStack() as hooks:
         for name in names:
-            keep = lambda _, x, y, name=name: seen.update({name: (x[0].clone(), y.clone())})  # noqa: E731 - bound
-            hooks.enter_context(network.get_submodule(name).register_forward_hook(keep))
-        run(x_t, to_device(teacher.example_rows(1), weight.device))
+            hook = lambda _, x, y, name=name: keep(name, x, y)  # noqa: E731 - bound
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(hook))
+        with suppress(_Seen):
+            run(x_t, to_device(teacher.example_rows(1), weight.device))
     return seen
 
 

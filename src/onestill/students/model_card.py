@@ -34,6 +34,9 @@ STEPS = """- One step, by this folder's own scheduler. It stays at the start unt
   picture at more cost; a `DDIMScheduler` or `DDPMScheduler` here refuses more than 16. Another scheduler in its place
   (DEIS, SASolver, multistep solvers with several steps) may draw something else, or black, without a word: keep this one.
 """
+FEW = """- {num} steps, by this folder's own scheduler: its levels and the times that its network is told are those of a call with
+  `num_inference_steps={num}`, and the call above says it. Another number, or another scheduler, draws something else without a word.
+"""
 LICENSE = ("license", "license_name", "license_link")
 NO_TABLE = as_flags(f"Not evaluated yet: `onestill evaluate {named('student')} RUN` writes the table here.")
 
@@ -74,6 +77,7 @@ class Facts:
         lora: What the student is as a LoRA, in words; not said if empty.
         size: Arguments of the call it was distilled at, in words; not said if empty.
         checked: Whether the folder's own call runs a safety checker.
+        num_steps: The steps that it was exported for.
     """
 
     guidance: str = "none"
@@ -85,6 +89,7 @@ class Facts:
     lora: str = ""
     size: str = ""
     checked: bool = False
+    num_steps: int = 1
 
 
 def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str) -> None:
@@ -93,7 +98,8 @@ def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, 
     `self_check` is the largest difference between the folder and the student.
     """
     front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
-    card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code, STEPS * (library == 'diffusers'))}"
+    steps = STEPS if facts.num_steps == 1 else FEW.format(num=facts.num_steps)
+    card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code, steps * (library == 'diffusers'))}"
     write_text(folder / CARD_FILE, card)
 
 
@@ -185,13 +191,22 @@ def _is_hub_id(source: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
 
 
-def stock_code(results: str, arguments: str, before: str = "") -> str:
+def evaluations(num_steps: int) -> str:
+    """Return how often the network is called, in words."""
+    return "one network evaluation" if num_steps == 1 else f"{num_steps} network evaluations"
+
+
+def stock_code(results: str, arguments: str, before: str = "", num_steps: int = 1) -> str:
     """Return the plain call of a stock pipeline's folder, for its card; `before` are lines before the call."""
     return (
         "from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-        f"{before}{results} = pipe({arguments}).{results}  # one network evaluation"
+        f"{before}{results} = pipe({arguments}).{results}  # {evaluations(num_steps)}"
     )
+
+
+def _in_words(num_steps: int) -> str:
+    return "one" if num_steps == 1 else str(num_steps)
 
 
 def shown_labels(spec: TeacherSpec, facts: Facts) -> list[int]:
@@ -204,7 +219,7 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
     front: dict[str, object] = {
         "library_name": library,
         "pipeline_tag": TEXT_TO[teacher.output_field] if spec.text else "unconditional-image-generation",
-        "tags": ["diffusers", "distillation", "one-step", "data-free", "onestill"],
+        "tags": ["diffusers", "distillation", f"{_in_words(facts.num_steps)}-step", "data-free", "onestill"],
     }
     if _is_hub_id(spec.source):
         front |= {"base_model": spec.source, "base_model_relation": "finetune"}
@@ -226,7 +241,7 @@ def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str, steps: 
     shape, name = " x ".join(map(str, spec.sample_shape)), Path(spec.source).name or "a network"
     given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
     more = "".join(f"- {name}: {said}.\n" for name, said in (("Size", facts.size), ("LoRA", facts.lora)) if said)
-    return f"""# One-step student of {name}
+    return f"""# {_in_words(facts.num_steps).capitalize()}-step student of {name}
 
 Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}) by BOOT
 (Gu et al., arXiv 2306.05544). **No training data was used**: only noise{given}.

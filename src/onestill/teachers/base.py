@@ -262,7 +262,15 @@ class Teacher(ABC):
         """Return the images of what the network makes: the same, where it works on pixels."""
         return latents
 
+    def bound(self, x_0: Tensor) -> Tensor:
+        """Return what a step of several goes on with: the same, or thresholded where the pipeline's last step does that."""
+        return x_0
+
     # Students
+
+    def why_not_in_steps(self, levels: Sequence[float]) -> str | None:
+        """Return why no folder could walk a student down these start levels, or None if one can."""
+        return None
 
     def check_start(self) -> None:
         """Raise SettingError if no exported student could start at this start level."""

@@ -1,4 +1,4 @@
-"""Exported pipelines as samplers: their own call, one step, on noise that is given."""
+"""Exported pipelines as samplers: their own call, one step or the few they were exported for, on noise that is given."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def open_pipeline(
     first_stage: FirstStage | None = None,
     trained: Callable[[], Sampler] | None = None,
 ) -> PipelineSampler:
-    """Return the one step of an exported pipeline: its own components, on noise that is given.
+    """Return the steps of an exported pipeline, mostly one: its own components, on noise that is given.
 
     Args:
         folder: The exported pipeline.
@@ -81,8 +81,10 @@ def open_pipeline(
         # Where the time cannot be seen to enter, the folder may be of a student that somebody else wrote again.
         if time_embeddings(network) and not is_student(folder, network):
             raise ValueError(f"it is a pipeline of many steps, no one-step student; {named('teacher')} draws with it")
-        sampler = PipelineSampler(pipeline, spec, distilled, device, first_stage=first_stage, noise_level=level)
-        if (mark := read_mark(folder)) is not None and mark.sample_shape != sampler.sample_shape:
+        mark, given = read_mark(folder), {"first_stage": first_stage, "noise_level": level}
+        num_steps = 1 if mark is None else mark.num_inference_steps
+        sampler = PipelineSampler(pipeline, spec, distilled, device, num_steps=num_steps, **given)
+        if mark is not None and mark.sample_shape != sampler.sample_shape:
             raise ValueError(f"its samples have shape {sampler.sample_shape}, and its mark says {mark.sample_shape}")
     except Exception as error:  # a call with arguments of a wrong kind ends in errors of every kind
         if isinstance(error, RunError) or is_out_of_memory(error):
@@ -98,9 +100,9 @@ def open_pipeline(
 
 @final
 class PipelineSampler(Sampler):
-    """The one step of an exported pipeline by its own call; its target time and its guidance scale are baked in.
+    """The steps of an exported pipeline by its own call; its target time and its guidance scale are baked in.
 
-    Pipelines of a `UNet2DModel` take neither noise nor labels: there it is a step of their network and scheduler.
+    Pipelines of a `UNet2DModel` take neither noise nor labels: there it is the steps of their network and scheduler.
 
     Args:
         pipeline: The pipeline.
@@ -109,6 +111,7 @@ class PipelineSampler(Sampler):
         device: Where it is.
         first_stage: The student that draws the pictures that it enlarges, if it does.
         noise_level: How much noise is mixed into them; the pipeline's own level if None.
+        num_steps: The steps that it was exported for.
 
     Attributes:
         trained: Opens the student whose export it is, which can go to other target times; None where it is not at hand.
@@ -125,15 +128,17 @@ class PipelineSampler(Sampler):
         *,
         first_stage: FirstStage | None = None,
         noise_level: int | None = None,
+        num_steps: int = 1,
     ) -> None:
         self.pipeline, self.device, self.first_stage = pipeline, device, first_stage
+        self.num_steps = self.evaluations = num_steps
         self.takes_noise = first_stage is None and "latents" in inspect.signature(pipeline.__call__).parameters
         if spec is None:
             config, size = pipeline.unet.config, pipeline.unet.config.sample_size
             self.sample_shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
             self.labels = tuple(i for i in range(config.num_class_embeds or 0) if i != distilled.null_class)
-            pipeline.scheduler.set_timesteps(1)
         else:
+            spec = spec.in_steps(num_steps)
             self.calls, self.given, self.arguments = (
                 PipelineCalls(spec, pipeline),
                 {**spec.export_arguments},
@@ -149,7 +154,8 @@ class PipelineSampler(Sampler):
         if first_stage is not None:
             assert spec is not None and spec.image_condition is not None
             first_stage.teacher.lend_encoders(pipeline)
-            self.evaluations, self.noise_level = 2, spec.image_condition.level if noise_level is None else noise_level
+            self.evaluations += 1
+            self.noise_level = spec.image_condition.level if noise_level is None else noise_level
 
     def __call__(self, eps: Tensor, rows: Rows) -> Tensor:
         if not self.takes_text or "prompt" in rows:
@@ -160,10 +166,13 @@ class PipelineSampler(Sampler):
     @torch.no_grad()
     def _of_network(self, eps: Tensor, rows: Rows) -> Tensor:
         network, scheduler = self.pipeline.unet, self.pipeline.scheduler
-        t, x = scheduler.timesteps[0], eps.to(network.device) * scheduler.init_noise_sigma
+        scheduler.set_timesteps(self.num_steps)
+        x = eps.to(network.device) * scheduler.init_noise_sigma
         labels = rows["class_labels"].to(network.device) if "class_labels" in rows else None
-        images: Tensor = scheduler.step(network(x, t, class_labels=labels).sample, t, x).prev_sample
-        return images
+        for t in scheduler.timesteps:
+            output = network(scheduler.scale_model_input(x, t), t, class_labels=labels).sample
+            x = scheduler.step(output, t, x).prev_sample
+        return x.clamp(-1, 1)
 
     def _images(self, eps: Tensor, rows: Rows) -> Tensor:
         return self.calls.spec.result(self._called(eps, rows, "pt")).float().clamp(-1, 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.tensors import Cond
-from onestill.teachers.pipelines.capture import Call, Signature, as_call, record, seen_calls, split
+from onestill.teachers.pipelines.capture import Call, Signature, as_call, record, seen_calls, split, walk
 from onestill.teachers.pipelines.spec import PipelineSpec
 
 EXAMPLE_PROMPTS = ("a photo", "a drawing of it")
@@ -76,14 +76,31 @@ class PipelineCalls:
         (call,) = record(run, self.network)
         return float(call.net_time.reshape(-1)[0])
 
+    @property
+    def num_steps(self) -> int:
+        """The steps of an exported student's plain call."""
+        return int(self.spec.export_arguments["num_inference_steps"])
+
+    def step_times(self) -> list[float]:
+        """Return the times that an exported student's plain call gives its network, one for each step."""
+        run = lambda: self(self.examples(1), self.spec.export_arguments)  # noqa: E731 - passed on at once
+        calls = walk(run, self.network, self.pipeline.scheduler, self.num_steps)
+        self._check(calls)
+        return [float(call.net_time.reshape(-1)[0]) for call in calls]
+
+    def _check(self, calls: Sequence[Call], num: int = 1) -> None:
+        if len(calls) != self.num_steps or any(len(call.x_t) != num for call in calls):
+            often = "once" if self.num_steps == 1 else f"{self.num_steps} times"
+            found = f"{len(calls)} times, not {often}"
+            raise RuntimeError(f"the exported pipeline's plain call evaluated its network {found}")
+
     @torch.no_grad()
     def plain_call(self, signature: Signature, num: int) -> tuple[Tensor, Tensor, Cond]:
         """Return (images in [-1, 1], the noise they came from, their conditions) of an exported student's plain call."""
         with seen_calls(self.network) as calls:
             arguments = {**self.spec.export_arguments, "output_type": "pt"}
             output = self(self.examples(num), arguments, seeds=range(num))
-        if len(calls) != 1 or len(calls[0].x_t) != num:
-            raise RuntimeError(f"the exported pipeline's plain call evaluated its network {len(calls)} times, not once")
+        self._check(calls, num)
         call = self.sorted(calls[0])
         eps = self.spec.unpack(call.x_t, signature.constant)
         return self.spec.result(output), eps, signature.conditions(call)

@@ -85,6 +85,24 @@ def watch(
 
 
 @torch.no_grad()
+def walk(run: Callable[[], object], network: nn.Module, scheduler: Any, num_steps: int) -> list[Call]:
+    """Return the calls of `network` in all steps of a pipeline, which computes only the first, and end it there."""
+    forward = network.forward
+    outputs: list[Any] = []
+
+    @functools.wraps(forward)  # pipelines may read its signature
+    def first(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            outputs.append(forward(*args, **kwargs))
+        return outputs[0]
+
+    stepped, computed = _seen_states(scheduler, num_steps), replaced(network, "forward", first)
+    with suppress(_Stop), seen_calls(network) as calls, stepped, computed:
+        run()
+    return calls
+
+
+@torch.no_grad()
 def finish(run: Callable[[], Any], scheduler: Any) -> tuple[Any, Tensor]:
     """Return (what a pipeline's call returns, the last state of its scheduler)."""
     with _seen_states(scheduler) as states:

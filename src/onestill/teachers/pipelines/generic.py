@@ -23,8 +23,8 @@ from onestill.core.tensors import SELF_CHECK_TOLERANCE
 from onestill.teachers.pipelines.build import pipeline_teacher
 from onestill.teachers.pipelines.calls import PipelineCalls
 from onestill.teachers.pipelines.capture import finish, record
-from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
-from onestill.teachers.pipelines.families._vp import one_ddim_step
+from onestill.teachers.pipelines.families._flow import flow_schedule, flow_steps, one_flow_step
+from onestill.teachers.pipelines.families._vp import ddim_steps, one_ddim_step
 from onestill.teachers.pipelines.folder import load_pipeline, pipeline_class
 from onestill.teachers.pipelines.schedulers import is_flow, plain_stock, scheduler_process, scheduler_threshold
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
@@ -116,7 +116,7 @@ def _candidates(network: str, pipeline: Any, arguments: Mapping[str, Any]) -> It
     for net_scale, net_offset in [(first, 0.0)] if first > 0 else [(-1.0, 1.0), (-1000.0, 1000.0)]:
         schedule = partial(flow_schedule, net_scale=net_scale, net_offset=net_offset)
         for sign in (1.0, -1.0):
-            yield replace(base, schedule=schedule, one_step=one_flow_step, sign=sign)
+            yield replace(base, schedule=schedule, one_step=one_flow_step, few_steps=flow_steps, sign=sign)
 
 
 def _described(network: str, pipeline: Any) -> PipelineSpec:
@@ -132,6 +132,7 @@ def _described(network: str, pipeline: Any) -> PipelineSpec:
         schedule=_vp_schedule,
         decode=decode_vae if getattr(pipeline, "vae", None) is not None else None,
         one_step=one_ddim_step,
+        few_steps=ddim_steps,
         result=_result,
         guidance=guidance,
         export_arguments={"num_inference_steps": 1, **({guidance: 1.0} if guidance else {})},

@@ -6,7 +6,7 @@ are called and how their answers are read by watching them, is in `calls` and `c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from onestill.diffusion.process import Process
 from onestill.teachers.image_condition import ImageCondition
-from onestill.teachers.teacher_spec import Threshold
+from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class PipelineSpec:
         schedule: From the pipeline to its schedule.
         decode: From (pipeline, what the network makes) to images; None where that is the images already.
         one_step: From (pipeline, prediction_type, alpha at the start level) to the scheduler of an exported student.
+        few_steps: From (pipeline, the teacher's facts, start levels) to the schedulers that a student of several steps may
+            be exported with, of which the first is taken that the pipeline's call sets to these levels; ValueError, or None
+            here, if there is none.
         arguments: Arguments of every call of the pipeline.
         given: Those of them that were asked for, such as a size.
         result: From what a call with output_type="pt" returns to images in [-1, 1], as `decode` gives them.
@@ -72,6 +75,7 @@ class PipelineSpec:
     schedule: Callable[[Any], Schedule]
     decode: Callable[[Any, Tensor], Tensor] | None
     one_step: Callable[[Any, str, float], Any]
+    few_steps: Callable[[Any, TeacherSpec, Sequence[float]], Sequence[Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     result: Callable[[Any], Tensor] = lambda output: output.images * 2 - 1
@@ -102,6 +106,10 @@ class PipelineSpec:
     def with_arguments(self, arguments: Mapping[str, Any]) -> PipelineSpec:
         """Return the family with these arguments in every call."""
         return replace(self, arguments={**self.arguments, **arguments}, given={**self.given, **arguments})
+
+    def in_steps(self, num_steps: int) -> PipelineSpec:
+        """Return the family whose exported student is called with another number of steps."""
+        return replace(self, export_arguments={**self.export_arguments, "num_inference_steps": num_steps})
 
     def guided_by(self, name: str) -> PipelineSpec:
         """Return the family of a pipeline whose network takes the guidance scale as the input `name`.

@@ -219,6 +219,9 @@ class PipelineTeacher(NetworkTeacher):
             else spec.trim(self.pipeline, spec.decode(self.pipeline, latents), spec.arguments)
         )
 
+    def bound(self, x_0: Tensor) -> Tensor:
+        return self.decode(x_0) if self.pipeline_spec.on_pixels else x_0
+
     # Students
 
     @property
@@ -231,6 +234,15 @@ class PipelineTeacher(NetworkTeacher):
         parts = (p for p in self.pipeline.components.values() if isinstance(p, nn.Module) and p is not self.network)
         return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
+    def why_not_in_steps(self, levels: Sequence[float]) -> str | None:
+        if self.pipeline_spec.few_steps is None:
+            return f"no stock scheduler walks a {self.kind} down a student's levels"
+        try:
+            self.pipeline_spec.few_steps(self.pipeline, self.spec, levels)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def check_start(self) -> None:
         spec = self.spec
         self.pipeline_spec.one_step(self.pipeline, spec.prediction_type, spec.process.level(spec.t_max)[0])
@@ -238,7 +250,11 @@ class PipelineTeacher(NetworkTeacher):
     @property
     def plain_arguments(self) -> dict[str, Any]:
         """The arguments of the plain call of an exported student, besides the condition."""
-        family = self.pipeline_spec
+        return self.plain_call_arguments(1)
+
+    def plain_call_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Return them for an exported student of several steps."""
+        family = self.pipeline_spec.in_steps(num_steps)
         sizes = {**family.size(self.pipeline), **family.given}
         # Without it the pipeline would take the nearest of its own sizes.
         exact = ("use_resolution_binning",) if "height" in sizes else ()

@@ -7,10 +7,13 @@ signal form mixes with rho = (w_s - w_t) / (w_s - w_a), w = alpha / sigma, which
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from onestill.teachers.pipelines.schedulers import flow_process, one_euler_step, plain_euler
 from onestill.teachers.pipelines.spec import Schedule
+from onestill.teachers.pipelines.walks import flow_walks
+from onestill.teachers.teacher_spec import TeacherSpec
 
 
 def flow_schedule(pipeline: Any, *, net_scale: float = 1000.0, net_offset: float = 0.0) -> Schedule:
@@ -22,3 +25,8 @@ def flow_schedule(pipeline: Any, *, net_scale: float = 1000.0, net_offset: float
 def one_flow_step(_pipeline: Any, _prediction_type: str, alpha: float) -> Any:
     """Return the scheduler of an exported student: its one step from the noise is eps - output."""
     return one_euler_step(alpha)
+
+
+def flow_steps(_pipeline: Any, spec: TeacherSpec, levels: Sequence[float]) -> list[Any]:
+    """Return the schedulers that an exported student of several steps may have: which one, the pipeline's call decides."""
+    return list(flow_walks(spec, levels))

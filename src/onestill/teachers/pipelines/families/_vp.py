@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from onestill.teachers.pipelines.schedulers import one_level, plain_stock, scheduler_process
 from onestill.teachers.pipelines.spec import Schedule
+from onestill.teachers.pipelines.walks import ddim_walk
+from onestill.teachers.teacher_spec import TeacherSpec
 
 
 def vp_schedule(pipeline: Any) -> Schedule:
@@ -22,6 +25,11 @@ def vp_schedule(pipeline: Any) -> Schedule:
 def one_ddim_step(_pipeline: Any, prediction_type: str, alpha: float) -> Any:
     """Return the scheduler of an exported student: its one step is the head."""
     return one_level(alpha, prediction_type, clip_sample=False)
+
+
+def ddim_steps(_pipeline: Any, spec: TeacherSpec, levels: Sequence[float]) -> list[Any]:
+    """Return the scheduler of an exported student of several steps."""
+    return [ddim_walk(spec, levels)]
 
 
 def any_size(network: Any, size: tuple[int, int]) -> bool:

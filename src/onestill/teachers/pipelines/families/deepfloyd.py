@@ -7,6 +7,7 @@ further channels, the level as `class_labels`. So these are its conditions, "low
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from onestill.teachers.image_condition import ImageCondition
 from onestill.teachers.pipelines.families._vp import vp_schedule
 from onestill.teachers.pipelines.schedulers import one_level, scheduler_threshold
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
+from onestill.teachers.pipelines.walks import dpm_walk
+from onestill.teachers.teacher_spec import TeacherSpec
 
 NOISE_LEVEL = 250
 """How much noise stage II mixes into the low-resolution picture, of 1000: its pipeline's own default."""
@@ -45,6 +48,11 @@ def one_ddpm_step(pipeline: Any, prediction_type: str, alpha: float) -> Any:
     dynamic = {"thresholding": True, "sample_max_value": own.limit, "dynamic_thresholding_ratio": own.ratio}
     scheduler.register_to_config(**(dynamic if own.mode == "dynamic" else {"clip_sample_range": own.limit}))
     return scheduler
+
+
+def dpm_steps(pipeline: Any, spec: TeacherSpec, levels: Sequence[float]) -> list[Any]:
+    """Return the scheduler of an exported student of several steps, thresholded as the teacher's."""
+    return [dpm_walk(spec, levels, scheduler_threshold(pipeline.scheduler))]
 
 
 def low_res_rows(pipeline: Any, pictures: Tensor, noise: Tensor, noise_level: int = NOISE_LEVEL) -> Cond:
@@ -79,6 +87,7 @@ IF_STAGE_1 = PipelineSpec(
     decode=threshold,
     on_pixels=True,
     one_step=one_ddpm_step,
+    few_steps=dpm_steps,
     # A prompt must not depend on whether the two packages that clean captions are installed.
     arguments={"clean_caption": False},
     result=lambda output: output.images,  # from -1 to 1 already

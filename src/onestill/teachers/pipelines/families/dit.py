@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onestill.teachers.pipelines.families._vp import one_ddim_step, vp_schedule
+from onestill.teachers.pipelines.families._vp import ddim_steps, one_ddim_step, vp_schedule
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.vae import decode_vae
 
@@ -29,6 +29,7 @@ DIT = PipelineSpec(
     schedule=vp_schedule,
     decode=decode_vae,
     one_step=one_ddim_step,
+    few_steps=ddim_steps,
     prompt="class_labels",
     null_class=null_class,
 )

@@ -15,7 +15,7 @@ from functools import partial
 
 from torch import Tensor
 
-from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
+from onestill.teachers.pipelines.families._flow import flow_schedule, flow_steps, one_flow_step
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.vae import decode_vae
 
@@ -41,6 +41,7 @@ FLUX = PipelineSpec(
     schedule=partial(flow_schedule, net_scale=1.0),  # the network's time is sigma itself
     decode=decode_vae,
     one_step=one_flow_step,
+    few_steps=flow_steps,
     guidance=None,
     guidance_input="guidance",
     export_arguments={"num_inference_steps": 1},

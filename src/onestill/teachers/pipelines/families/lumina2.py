@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
+from onestill.teachers.pipelines.families._flow import flow_schedule, flow_steps, one_flow_step
 from onestill.teachers.pipelines.families._vp import square_size
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.vae import decode_vae
@@ -20,6 +20,7 @@ LUMINA_2 = PipelineSpec(
     schedule=partial(flow_schedule, net_scale=-1.0, net_offset=1.0),
     decode=decode_vae,
     one_step=one_flow_step,
+    few_steps=flow_steps,
     arguments={"cfg_normalization": False},
     sign=-1.0,
     set_size=square_size,

@@ -6,7 +6,7 @@ pipeline finds it. One step of PixArt-alpha takes the scheduler's prediction of 
 
 from __future__ import annotations
 
-from onestill.teachers.pipelines.families._vp import one_ddim_step, vp_schedule
+from onestill.teachers.pipelines.families._vp import ddim_steps, one_ddim_step, vp_schedule
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.vae import decode_vae
 
@@ -17,6 +17,7 @@ PIXART = PipelineSpec(
     schedule=vp_schedule,
     decode=decode_vae,
     one_step=one_ddim_step,
+    few_steps=ddim_steps,
     # Binning is the identity at the sizes the networks were trained for and unknown at any other. Cleaning captions
     # needs two packages; a prompt must not depend on whether they are installed.
     arguments={"use_resolution_binning": False, "clean_caption": False},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
+from onestill.teachers.pipelines.families._flow import flow_schedule, flow_steps, one_flow_step
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 from onestill.teachers.pipelines.vae import decode_vae
 
@@ -32,6 +32,7 @@ SANA = PipelineSpec(
     schedule=schedule,
     decode=decode_vae,
     one_step=one_flow_step,
+    few_steps=flow_steps,
     arguments={"use_resolution_binning": False},
     size=size,
 )

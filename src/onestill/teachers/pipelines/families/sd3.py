@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
+from onestill.teachers.pipelines.families._flow import flow_schedule, flow_steps, one_flow_step
 from onestill.teachers.pipelines.families._vp import square_size
 from onestill.teachers.pipelines.spec import PipelineSpec
 from onestill.teachers.pipelines.vae import decode_vae
@@ -14,5 +14,6 @@ STABLE_DIFFUSION_3 = PipelineSpec(
     schedule=flow_schedule,
     decode=decode_vae,
     one_step=one_flow_step,
+    few_steps=flow_steps,
     set_size=square_size,
 )

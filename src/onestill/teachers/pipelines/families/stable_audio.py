@@ -22,7 +22,7 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor
 
 from onestill.diffusion.process import CosineVP
-from onestill.teachers.pipelines.families._vp import one_ddim_step
+from onestill.teachers.pipelines.families._vp import ddim_steps, one_ddim_step
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 from onestill.teachers.pipelines.vae import decode_vae
 
@@ -65,6 +65,7 @@ STABLE_AUDIO = PipelineSpec(
     schedule=schedule,
     decode=decode_vae,
     one_step=one_ddim_step,
+    few_steps=ddim_steps,
     result=lambda output: output.audios,
     output_field="audios",
     trim=trim,

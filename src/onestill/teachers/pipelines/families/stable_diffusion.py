@@ -6,16 +6,19 @@ rectified flow. Latent consistency models (`time_cond_proj_dim`) take the guidan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from onestill.teachers.pipelines.families._flow import flow_schedule
-from onestill.teachers.pipelines.families._vp import any_size, one_ddim_step, square_size, vp_schedule
+from onestill.teachers.pipelines.families._vp import any_size, ddim_steps, one_ddim_step, square_size, vp_schedule
 from onestill.teachers.pipelines.schedulers import is_flow, one_flow_level, plain_euler
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 from onestill.teachers.pipelines.vae import decode_vae
+from onestill.teachers.pipelines.walks import unipc_walk
+from onestill.teachers.teacher_spec import TeacherSpec
 
 SCALE_FEATURES = 256  # of the guidance scale, as in the latent consistency models of diffusers
 
@@ -50,6 +53,11 @@ def one_step(pipeline: Any, prediction_type: str, alpha: float) -> Any:
     return one_flow_level(alpha) if prediction_type == "velocity" else one_ddim_step(pipeline, prediction_type, alpha)
 
 
+def few_steps(pipeline: Any, spec: TeacherSpec, levels: Sequence[float]) -> list[Any]:
+    """Return the scheduler of an exported student of several steps."""
+    return [unipc_walk(spec, levels)] if spec.prediction_type == "velocity" else ddim_steps(pipeline, spec, levels)
+
+
 STABLE_DIFFUSION = PipelineSpec(
     name="stable_diffusion",
     pipelines=("StableDiffusionPipeline",),
@@ -57,6 +65,7 @@ STABLE_DIFFUSION = PipelineSpec(
     schedule=schedule,
     decode=decode_vae,
     one_step=one_step,
+    few_steps=few_steps,
     adapt=guide_once,
     set_size=any_size,
 )

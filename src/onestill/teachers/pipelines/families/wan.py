@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onestill.teachers.pipelines.families._flow import flow_schedule, one_flow_step
+from onestill.teachers.pipelines.families._flow import flow_schedule, flow_steps, one_flow_step
 from onestill.teachers.pipelines.spec import PipelineSpec, Schedule
 from onestill.teachers.pipelines.vae import decode_vae
 
@@ -28,6 +28,7 @@ WAN = PipelineSpec(
     schedule=schedule,
     decode=decode_vae,
     one_step=one_flow_step,
+    few_steps=flow_steps,
     result=lambda output: output.frames.movedim(1, 2) * 2 - 1,  # [B, C, F, H, W]
     output_field="frames",
 )
