@@ -480,6 +480,8 @@ OTHERS = [
     Case("sample on no device", S + "--student RUN --device gpu", "--device gpu: unknown device"),
     Case("sample with many steps of a student", S + "--student RUN --num_inference_steps 9", "a student has 1 to 8 steps"),
     Case("sample with a step too many", S + "--student RUN --num_inference_steps 4", "was trained for one step; distil"),
+    Case("export with a step too many", "export --student RUN --output out --num_inference_steps 4", "for one step; distil"),
+    Case("export with steps without end", "export --student RUN --output out --num_inference_steps 9", "must be at most 8"),
     Case("sample with other steps", S + "--student RUN/pipeline --num_inference_steps 4", "was exported for 1, and no"),
     Case("evaluate with a step too many", E + "--student RUN --student_steps 1,4", "--student_steps 1,4: this student was"),
     Case("sample with no step of a teacher", S + "--teacher PLAIN --num_inference_steps 0", "--num_inference_steps 0: must be at least 1"),

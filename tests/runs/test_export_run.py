@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from runs_helpers import (
+    FAST,
     copied,
     finished_run,
     snapshot,
@@ -13,6 +15,7 @@ from runs_helpers import (
 )
 
 import onestill
+from onestill.export.pixel import call_pipeline
 from onestill.runs.export import export
 from onestill.sampling.pictures import to_pil
 
@@ -43,6 +46,29 @@ def test_export_bakes_target_time_and_guidance(tmp_path: Path) -> None:
     asked = onestill.sample(run, num_images=4, guidance_scale=1.5, target_time=0.5)
     assert (baked - asked).abs().max() <= 1e-5
     assert "w = 1.5" in (tmp_path / "low" / "README.md").read_text(encoding="utf-8")
+
+
+def test_export_of_a_run_that_trains_several_steps(tmp_path: Path) -> None:
+    run = onestill.distill(str(teacher_folder()), tmp_path / "run", **FAST, flow_map_fraction=0.5).output_dir
+    assert export(run, tmp_path / "four", num_inference_steps=4) <= 1e-5
+    exported = onestill.sample(tmp_path / "four", num_images=4)
+    assert (exported - onestill.sample(run, num_images=4, num_inference_steps=4)).abs().max() <= 1e-5
+    assert (exported - onestill.sample(run, num_images=4)).abs().max() > 1e-4
+    images = call_pipeline(DiffusionPipeline.from_pretrained(tmp_path / "four"), range(4), None, 4)
+    assert (exported - images).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="num_inference_steps=2: .*exported for 4, and no other number"):
+        onestill.sample(tmp_path / "four", num_inference_steps=2)
+    with pytest.raises(ValueError, match="target_time=0.5: is of a single step"):
+        export(run, tmp_path / "no", num_inference_steps=4, target_time=0.5)
+    with pytest.raises(ValueError, match="num_inference_steps=9: must be at most 8"):
+        export(run, tmp_path / "no", num_inference_steps=9)
+    with pytest.raises(ValueError, match="num_inference_steps=4: this student was trained for one step"):
+        export(finished_run(), tmp_path / "no", num_inference_steps=4)
+    assert not (tmp_path / "no").exists()
+    report = onestill.evaluate(
+        tmp_path / "four", teacher=str(teacher_folder()), num_samples=12, steps=(2,), num_reference_steps=2, speed=False
+    )
+    assert [(row.name, row.num_steps) for row in report.rows] == [("DDIM-2", 2), ("student, 4 steps", 4)]
 
 
 def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from onestill.diffusion.process import CosineVP
 from onestill.export.export import ExportError
 from onestill.export.pixel import PixelFormat
 from onestill.runs import rehearsal, space
-from onestill.runs.build import Run, build_run
+from onestill.runs.build import Run, build_run, configure
 from onestill.students.injection import TimeEmbeddingInjection
 from onestill.teachers.module import module_teacher
 from onestill.training.config import make_config
@@ -80,7 +80,28 @@ def test_a_time_embedding_that_is_called_twice_is_refused(tmp_path: Path, timed_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("own", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+def test_what_cannot_be_exported_for_several_steps_is_said_before(
+    tmp_path: Path, plain_network: Any, timed_network: Any
+) -> None:
+    for network, words in (
+        (
+            plain_network(),
+            "warning: the student can be exported for one step only: its network's time embedding cannot",
+        ),
+        (timed_network(), ""),
+    ):
+        teacher = module_teacher(network, CosineVP(net_scale=1000.0), "v_prediction", (1, 8, 8))
+        for fraction in (0.0, 0.5):
+            settings = {**FAST, "output_dir": tmp_path / "run", "flow_map_fraction": fraction}
+            run = build_run(configure(teacher, settings), teacher)
+            said = rehearsal.rehearse(run)
+            assert len(said) == (1 if words and fraction else 0) and all(words in line for line in said), said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"lora_rank": 2}, {"flow_map_fraction": 0.5}], ids=["full", "lora", "several steps"]
+)
 def test_it_leaves_no_trace(own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, kept = prepared(tmp_path / "run", **own), torch.get_rng_state()
     before = {name: value.clone() for name, value in run.student.state_dict().items()}

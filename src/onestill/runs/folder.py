@@ -78,7 +78,7 @@ class RunFolder:
     @property
     def is_map(self) -> bool:
         """Whether its student is trained between any two times, and so takes several steps."""
-        return getattr(self.config, "flow_map_fraction", 0.0) > 0
+        return self.config.flow_map_fraction > 0
 
     @functools.cached_property
     def facts(self) -> RunFacts | None:

@@ -55,7 +55,7 @@ def _try(run: Run) -> list[str]:
     if run.teacher.folder is None:
         _try_gradient(run)
     _try_export(run)
-    if not getattr(run.config, "flow_map_fraction", 0.0):
+    if run.config.flow_map_fraction == 0:
         return []
     try:
         _try_export(run, num_steps=TRIED_STEPS)
