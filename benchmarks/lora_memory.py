@@ -3,11 +3,12 @@
 python benchmarks/lora_memory.py                      # U-Nets of 26 million random weights, 3 steps of 4 images
 python benchmarks/lora_memory.py --width 256 --device cuda
 
+A third student is LoRA with a LoRA corrector, whose critic is a second adapter on the same weights.
 Two teachers: a U-Net on pixels, and one in the Stable Diffusion `glyphs`, in the place of its own small one.
 
 Peak: on CUDA the most that torch had allocated, on a CPU the most that the process had resident, less what it had
 before the teacher was made; of the training, and with the export that ends a run. Weights: every distinct block of
-memory among the teacher's and the student's parameters.
+memory among the parameters of the teacher and of what is trained.
 """
 
 from __future__ import annotations
