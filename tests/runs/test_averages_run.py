@@ -123,6 +123,19 @@ def test_what_cannot_be_had_is_one_line(run: Path, tmp_path: Path, command: str)
     assert snapshot(run) == before and not list(tmp_path.iterdir())
 
 
+def test_what_keeps_them_costs_and_is_said(run: Path, tmp_path: Path) -> None:
+    def space(**settings: Any) -> Any:
+        inspected = onestill.inspect_teacher(teacher_folder(), device="cpu", max_train_steps=40, **settings)
+        return inspected.checkpoint_bytes, inspected.snapshot_bytes
+
+    copy = sum(value.nbytes for value in read_checkpoint(run / "checkpoint-40").tensors["student"].values())
+    assert space() == (5 * copy, 16 * copy)
+    written = sum(path.stat().st_size for path in (run / FOLDER).iterdir())
+    assert 16 * copy < written < 1.2 * 16 * copy + 8 * 40_000, "names and hashes weigh little"
+    assert space(num_ema_snapshots=0) == (4 * copy, 0) and space(ema_width=0) == (3 * copy, 0)
+    assert space(num_ema_snapshots=3, ema_target_decay=0.9) == (6 * copy, 6 * copy)
+
+
 def test_a_run_without_averages_or_an_export_has_no_other(tmp_path: Path) -> None:
     run = distil(tmp_path / "raw", max_train_steps=2, ema_width=0).output_dir
     assert not (run / FOLDER).exists()
