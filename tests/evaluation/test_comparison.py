@@ -419,5 +419,8 @@ def test_features_of_a_teacher_without_a_middle_are_refused() -> None:
     with pytest.raises(ValueError, match="plain callable without middle features; give features a .safetensors file "):
         teacher_features(function, CPU)
     module = module_teacher(nn.Identity(), CosineVP(), "sample", (1, 8, 8))
-    with pytest.raises(ValueError, match="Identity has no mid_block; give features a .safetensors file "):
+    with pytest.raises(
+        ValueError,
+        match="Identity has neither a mid_block nor another layer that sees each image once; give features a .safetensors file ",
+    ):
         teacher_features(module, CPU)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -82,16 +84,35 @@ def teacher_features(teacher: Teacher, device: torch.device) -> FeatureExtractor
             cond |= to_device(teacher.picture_rows(small, fixed.expand_as(images)), device)
         teacher.denoised((alpha * images + sigma * fixed.to(images)).to(device), t, cond)
 
-    middle = _middle_of(network)
+    middle = _middle_of(network) or _middle_layer(network, look, noise([1, 2], teacher.spec.sample_shape))
     name = f"the teacher's own {middle}{' of latents' if teacher.has_decoder else ''} at log-SNR {MIDDLE_LOG_SNR:g}"
     return MiddleFeatures(network, look, submodule=middle, name=name, of_latents=teacher.has_decoder)
 
 
 def _middle_of(network: nn.Module) -> str:
-    """Return the name of the middle of a U-Net: where there is no middle block, that of its last block down."""
+    """Return the name of the middle of a U-Net: where there is no middle block, that of its last block down; "" if none."""
     if isinstance(getattr(network, "mid_block", None), nn.Module):
         return "mid_block"
     if (blocks := getattr(network, "down_blocks", ())) and hasattr(network, "mid_block"):
         return f"down_blocks.{len(blocks) - 1}"
-    why = f"{type(network).__name__} has no mid_block"
-    raise SettingError("features", "teacher", why, _OTHERS)
+    return ""
+
+
+def _middle_layer(network: nn.Module, look: Callable[[Tensor], None], images: Tensor) -> str:
+    """Return the name of the middle one of the layers that are called once and see which of two images it is."""
+    seen: dict[str, list[Tensor]] = {}
+    layers = {
+        name: part for name, part in network.named_modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    }
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            note = lambda _, __, out, name=name: seen.setdefault(name, []).append(out)  # noqa: E731 - bound
+            hooks.enter_context(layer.register_forward_hook(note))
+        if layers:
+            look(images)
+    once = {name: found[0] for name, found in seen.items() if len(found) == 1 and len(found[0]) == len(images)}
+    names = [name for name, (one, other) in once.items() if not torch.equal(one, other)]
+    if not names:
+        why = f"{type(network).__name__} has neither a mid_block nor another layer that sees each image once"
+        raise SettingError("features", "teacher", why, _OTHERS)
+    return names[len(names) // 2]

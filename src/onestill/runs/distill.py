@@ -26,6 +26,7 @@ from onestill.core.reading import loading
 from onestill.core.settings import MOST_STEPS, write_yaml
 from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
+from onestill.evaluation.held_out import HeldOut
 from onestill.export.export import ExportError, export_student
 from onestill.runs.build import Run, chosen_threshold, configure
 from onestill.runs.folder import (
@@ -43,7 +44,7 @@ from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
 from onestill.training.config import DistillConfig
-from onestill.training.distance import Distance
+from onestill.training.distance import Distance, Verdict
 from onestill.training.trainer import Trainer
 from onestill.training.watch import StepLog
 
@@ -68,6 +69,8 @@ class RunResult:
         distance: How far the student is from its teacher; None if nothing was trained, or another process knows.
         ema_width: The relative width of the average that is exported; 0 for the last weights themselves.
         ema_distances: Of several widths, how far the average of each was from the teacher on held-out noise.
+        verdict: How good it is by held-out samples beside its teacher's few steps; None if that was not measured.
+        unjudged: Why not.
         advice: The setting that helps most from here, with a value; may mention settings by `named`.
     """
 
@@ -81,6 +84,8 @@ class RunResult:
     distance: Distance | None = None
     ema_width: float = 0.0
     ema_distances: Mapping[float, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    unjudged: str = ""
     advice: str = ""
 
     def closing(self) -> tuple[str, ...]:
@@ -92,7 +97,8 @@ class RunResult:
         average = (chosen,) if of_others else ()
         if self.distance is None:
             return *average, "distance: not measured, since nothing was left to train; onestill evaluate measures it"
-        return *average, f"distance: {self.distance}", f"what helps most from here: {self.advice}"
+        judged = f"quality: {self.verdict or f'not measured during the run: {self.unjudged}'}"
+        return *average, judged, f"distance: {self.distance}", f"what helps most from here: {self.advice}"
 
 
 @checked(DistillConfig)
@@ -166,7 +172,8 @@ def _carried_out(run: Run, show_progress: bool, on_step: Callable[[StepLog], Non
                 checkpoint = log.checkpoint or checkpoint
                 bar.update()
                 if log.step % 10 == 0 or log.picture:
-                    bar.set_postfix(loss=f"{log.loss:.4g}", refresh=False)
+                    judged = {} if (now := trainer.watch.verdict) is None else {"held_out": f"{now.student[1]:.3g}"}
+                    bar.set_postfix(loss=f"{log.loss:.4g}", **judged, refresh=False)
                 if on_step is not None:
                     on_step(log)
         if trainer.stop_requested and trainer.progress.step < steps:
@@ -229,6 +236,7 @@ def _make_pools(trainer: Trainer, show_progress: bool) -> None:
 def make_trainer(run: Run, *, show_progress: bool = False) -> Trainer:
     """Return the trainer of a run; its prompts are encoded then, and their encoders are gone."""
     trainer = Trainer(run.config, run.student, run.conditions, run.fingerprints)
+    trainer.watch.judge = HeldOut(run.student, run.conditions, run.config, trainer.device)
     run.teacher.to(trainer.device)
     if run.first_stage is not None:
         run.first_stage.teacher.to(trainer.device)
@@ -242,7 +250,7 @@ def make_trainer(run: Run, *, show_progress: bool = False) -> Trainer:
 
 def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int, seconds: float) -> RunResult:
     config, folder = run.config, run.config.output_dir / PIPELINE_FOLDER
-    error = distance = None
+    error, distance, verdict = None, None, trainer.watch.verdict
     if trainer.accelerator.is_main_process:
         distance = trainer.distance(max(LEAST_SECONDS, OF_THE_RUN * seconds))
     # Takes accelerate's mixed precision off the student: what is exported is compared in full precision.
@@ -250,24 +258,38 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
     if trainer.accelerator.is_main_process:
         with trainer.averaged():
             facts = card_facts(run, num_steps, seconds, trainer.ema_width)
+            facts = replace(facts, quality=f"{verdict or ''}")
             try:
                 error = export_student(run.student, folder, t=config.t_min, facts=facts, overwrite=True)
             except ExportError as failed:
                 raise ExportError(f"{failed.text}; the trained student is kept in {checkpoint}") from failed
     trainer.accelerator.wait_for_everyone()
-    done, advice = RunResult(config.output_dir, config.max_train_steps, folder, checkpoint, error), what_helps(config)
-    done = replace(done, ema_width=trainer.ema_width, ema_distances=trainer.ema_distances)
-    return replace(done, num_trained=num_steps, distance=distance, advice=advice)
+    judge = trainer.watch.judge
+    return RunResult(
+        config.output_dir,
+        config.max_train_steps,
+        folder,
+        checkpoint,
+        error,
+        num_trained=num_steps,
+        distance=distance,
+        ema_width=trainer.ema_width,
+        ema_distances=trainer.ema_distances,
+        verdict=verdict,
+        unjudged=judge.why if isinstance(judge, HeldOut) else "",
+        advice=what_helps(config, is_falling=verdict is not None and verdict.is_falling),
+    )
 
 
-def what_helps(config: DistillConfig) -> str:
+def what_helps(config: DistillConfig, *, is_falling: bool = False) -> str:
     """Return the setting that would bring a student nearer to its teacher, with a value; mentions it by `named`.
 
-    Anchors where there are few, since errors of the bootstrap add up along the trajectory; else more steps.
+    Anchors where there are few, since errors of the bootstrap add up along the trajectory; else more steps, and so
+    where the distance is falling still.
     """
     more = {**config.model_dump(), "anchor_fraction": MANY_ANCHORS}
     with suppress(ValueError):  # a batch may be too small for them
-        if config.anchor_fraction < MANY_ANCHORS - 0.25 and DistillConfig.model_validate(more):
+        if not is_falling and config.anchor_fraction < MANY_ANCHORS - 0.25 and DistillConfig.model_validate(more):
             return f"{named('anchor_fraction')} {MANY_ANCHORS:g}, in a new run"
     return f"{named('max_train_steps')} {min(2 * config.max_train_steps, MOST_STEPS)}"
 

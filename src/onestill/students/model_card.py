@@ -72,6 +72,7 @@ class Facts:
         prompt: One to show the call with.
         training: Steps, batch, time and hardware, in words.
         settings: Command or settings that made it.
+        quality: How good it was at the end of the training, in words; not said if empty.
         license: The teacher's license: the lines of a card's front matter, `license` and, for one that the hub does not
             know ("other"), `license_name` and `license_link`; read from the card in its folder if empty.
         lora: What the student is as a LoRA, in words; not said if empty.
@@ -85,6 +86,7 @@ class Facts:
     prompt: str = "a photo of a cat"
     training: str = ""
     settings: str = ""
+    quality: str = ""
     license: Mapping[str, str] = field(default_factory=dict)
     lora: str = ""
     size: str = ""
@@ -240,7 +242,8 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
 def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str, steps: str) -> str:
     shape, name = " x ".join(map(str, spec.sample_shape)), Path(spec.source).name or "a network"
     given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
-    more = "".join(f"- {name}: {said}.\n" for name, said in (("Size", facts.size), ("LoRA", facts.lora)) if said)
+    parts = (("Quality", facts.quality), ("Size", facts.size), ("LoRA", facts.lora))
+    more = "".join(f"- {name}: {said}.\n" for name, said in parts if said)
     return f"""# {_in_words(facts.num_steps).capitalize()}-step student of {name}
 
 Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}) by BOOT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 FEW_STEPS: Final = (1, 2, 4, 8, 16)
@@ -43,6 +44,65 @@ class Distance:
         if far or near:
             return f"{head}: {'nearer' if far else 'no nearer'} than the teacher's own {far or near}"
         return head
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Fréchet distances of held-out samples from the teacher's own law, of other noise, in some features.
+
+    Attributes:
+        teacher: Of the teacher's DDIM steps, by their number, rising.
+        student: Of the student, by its number of steps.
+        num_samples: How many samples each row has; distances of few samples are biased, all alike.
+        features: What they are seen through.
+        before: The student's in one step when it was looked at before; nan the first time.
+    """
+
+    teacher: Mapping[int, float]
+    student: Mapping[int, float]
+    num_samples: int
+    features: str
+    before: float = math.nan
+
+    def steps(self, num: int = 1) -> float:
+        """Return how many steps of the teacher the student's `num` are as good as; nan if no number says it.
+
+        Interpolated in the logarithms of both, between the teacher's rows; its most steps for whatever is better.
+        """
+        found, rows = self.student[num], list(self.teacher.items())
+        if not math.isfinite(found) or not all(0 < d < math.inf for d in self.teacher.values()):
+            return math.nan
+        if found <= rows[-1][1]:
+            return rows[-1][0]
+        for (few, far), (more, near) in reversed(list(pairwise(rows))):
+            if near < found <= far:
+                return float(few * (more / few) ** (math.log(far / found) / math.log(far / near)))
+        return math.nan
+
+    @property
+    def is_falling(self) -> bool:
+        """Whether the distance was still becoming less, by more than its noise."""
+        return self.student[1] < 0.95 * self.before
+
+    @property
+    def in_short(self) -> str:
+        """The numbers, for a title."""
+        student, teacher = (", ".join(f"{d:.3g} in {n}" for n, d in of.items()) for of in (self.student, self.teacher))
+        return f"Fréchet distance {student} (teacher {teacher})"
+
+    def __str__(self) -> str:
+        said = [f"{_steps(k)} {'are' if k > 1 else 'is'} {self._as_good_as(k)}" for k in self.student]
+        few, least = 8, self.steps()
+        worse = few in self.teacher and not least >= few
+        why = ", and was still falling" if self.is_falling else ""
+        not_yet = f"; one step is not better than its {few} yet{why}" if worse else ""
+        return f"{', '.join(said)}{not_yet} ({self.in_short}; {self.num_samples} held-out samples, {self.features})"
+
+    def _as_good_as(self, num: int) -> str:
+        steps, first = self.steps(num), next(iter(self.teacher))
+        if math.isnan(steps):
+            return f"no better than the teacher's {_steps(first)}"
+        return f"as good as the teacher's {_steps(round(steps))}"
 
 
 def _steps(num: int) -> str:

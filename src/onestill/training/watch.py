@@ -21,7 +21,7 @@ from onestill.core.writing import append_line, written
 from onestill.data.conditions import VALIDATION_SEED, Conditions
 from onestill.sampling import pictures
 from onestill.sampling.generate import Generate, generate_images
-from onestill.training.distance import FEW_STEPS, Distance
+from onestill.training.distance import FEW_STEPS, Distance, Verdict
 from onestill.training.loss import shares
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class StepLog:
 
     `residual_by_time` is the mean squared residual in units of f over equal bins of target time, cleanest first,
     since the last line; None for a bin without a draw. `own_losses` are those of the objectives' networks,
-    `states` what objectives say of themselves.
+    `states` what objectives say of themselves, `held_out` the Fréchet distances of student and teacher.
     """
 
     step: int
@@ -55,6 +55,7 @@ class StepLog:
     own_losses: dict[str, float] | None = None
     states: dict[str, dict[str, float]] | None = None
     validation_rms: float | None = None
+    held_out: Verdict | None = None
     picture: Path | None = None
     checkpoint: Path | None = None
 
@@ -69,10 +70,14 @@ class Watch:
         self.path = config.output_dir / "logs" / "metrics.jsonl"
         self.teacher_images: Tensor | None = None
         self.last_rms: float | None = None
+        self.judge: Callable[[float], Verdict | None] | None = None
+        self.verdict: Verdict | None = None
+        self._began, self._forwards = 0.0, 0
         self._bins = torch.zeros(2, config.num_time_bins, dtype=torch.float64)
 
     def count(self, batches: Sequence[Batch], residuals: Tensor) -> None:
         """Add the rows of one forward pass, with their mean squared residuals [B], to the residual profile."""
+        self._began, self._forwards = self._began or time.monotonic(), self._forwards + 1
         s = torch.cat([batch.s for batch in batches])
         rows = torch.cat(
             [torch.zeros_like(b.s, dtype=torch.bool) if b.is_profiled is None else b.is_profiled for b in batches]
@@ -93,6 +98,9 @@ class Watch:
             self.teacher_images = self._drawn(teacher)
         images = self._drawn(student)
         self.last_rms = distance = rms(images, self.teacher_images)
+        if self.judge is not None and self._forwards:
+            forwards = config.max_train_steps * config.gradient_accumulation_steps
+            self.verdict = self.judge((time.monotonic() - self._began) / self._forwards * forwards)
         if not self.accelerator.is_main_process:
             return None, distance
         drawn = {f"teacher, {config.num_teacher_steps} steps": self.teacher_images, "student, 1 step": images}
@@ -101,7 +109,8 @@ class Watch:
         if not pictures.can_be_shown(next(iter(rows.values())).shape[1:]):
             return None, distance
         path = config.output_dir / "samples" / f"step-{step:06d}.png"
-        pictures.save_rows(rows, path, title=f"step {step}", columns=self.conditions.captions)
+        title = f"step {step}: {distance:.3g} from the teacher's{f'; {self.verdict.in_short}' if self.verdict else ''}"
+        pictures.save_rows(rows, path, title=title, columns=self.conditions.captions)
         for tracker in self.accelerator.trackers if config.report_to else ():
             if hasattr(tracker, "log_images"):
                 # Of accelerate's trackers only this one expects the channels first unless told.
@@ -141,6 +150,8 @@ class Watch:
 
     def write(self, log: StepLog) -> None:
         """Write a line; the residual profile begins anew."""
+        if log.validation_rms is not None:
+            log.held_out = self.verdict
         sums, counts = self._bins
         log.residual_by_time = [float(a / n) if n else None for a, n in zip(sums, counts, strict=True)]
         self._bins.zero_()
@@ -151,6 +162,8 @@ class Watch:
         if self.config.report_to:
             scalars = {k: v for k, v in record.items() if isinstance(v, float)} | (log.own_losses or {})
             scalars |= {f"{of}/{name}": v for of, state in (log.states or {}).items() for name, v in state.items()}
+            if log.held_out is not None:
+                scalars |= {f"held_out/{n}": d for n, d in log.held_out.student.items()}
             bins = {f"residual/{i}": v for i, v in enumerate(log.residual_by_time) if v is not None}
             self.accelerator.log({**scalars, **bins}, step=log.step)
 
