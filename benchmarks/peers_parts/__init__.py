@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/peers.py`: teachers with their measures, and methods."""
