@@ -1,5 +1,6 @@
 """Averages in whole runs: other widths evaluated, sampled and exported, one chosen at the end, all of it after a crash."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,38 @@ def test_chosen_after_a_crash_is_chosen_without(tmp_path: Path, chosen: onestill
     assert resumed.ema_width == chosen.ema_width and resumed.ema_distances == chosen.ema_distances
     one, two = (snapshot(folder / "pipeline") for folder in (run, chosen.output_dir))
     assert {name: value for name, value in one.items() if name.endswith(".safetensors")}.items() <= two.items()
+
+
+def test_a_width_that_the_end_will_not_reach_is_refused_before(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="ema_width=0.28: cannot be rebuilt .* between 0.0.* and 0.2") as refused:
+        distil(tmp_path / "run", ema_width=(0.1, 0.28))
+    assert refused.value.todo and not list(tmp_path.iterdir())
+    words = ["--teacher", teacher_folder(), "--output_dir", tmp_path / "run", "--max_train_steps", 40]
+    assert_refused(call_cli("distill", *words, "--ema_width", "0.1,0.28"), "--ema_width 0.28: cannot be rebuilt")
+
+
+def test_a_longer_run_chooses_again_at_its_end(tmp_path: Path, chosen: onestill.RunResult) -> None:
+    run = copied(chosen.output_dir, tmp_path / "run")
+    longer = distil(
+        run, max_train_steps=44, ema_width=SEVERAL, resume_from_checkpoint="latest", validation_steps=42,
+        lr_warmup_steps=FAST["lr_warmup_steps"],
+    )  # fmt: skip
+    assert set(longer.ema_distances) == set(SEVERAL) and longer.ema_distances != chosen.ema_distances
+    assert read_checkpoint(run / "checkpoint-42").values["ema_width"] == 0.1, "of the first, until the end"
+    assert read_checkpoint(run / "checkpoint-44").values["ema_width"] == longer.ema_width
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "validation_rms" in line] == [40, 42, 44]
+
+
+def test_what_was_lost_is_not_compared(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Interruption):
+        distil(run, ema_width=(0.1, 0.25), on_step=interrupt_at(39))
+    for path in (run / FOLDER).iterdir():
+        path.unlink()
+    with pytest.warns(UserWarning, match="ema_width=0.25: .*it is not compared"):
+        resumed = distil(run, ema_width=(0.1, 0.25), resume_from_checkpoint="latest")
+    assert set(resumed.ema_distances) == {0.1} and resumed.ema_width == 0.1 and resumed.pipeline
 
 
 def test_a_damaged_snapshot_is_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from onestill.teachers.module import own_network
 from onestill.teachers.probe import doubts, look
 from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.teachers.teacher_spec import Threshold
+from onestill.training.averages import check_widths
 from onestill.training.checkpoint import Checkpoint
 from onestill.training.config import DistillConfig, make_config
 from onestill.training.trainer import Fingerprints
@@ -76,6 +77,7 @@ def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn
     student, for teachers that are plain callables.
     """
     check_tracker(config.report_to)
+    check_widths(config)
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
     config, teacher, first_stage, prompt_file = open_teacher(config, teacher)
     labels = check_labels(config.class_labels, teacher.spec)

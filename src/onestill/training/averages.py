@@ -131,7 +131,9 @@ class Tracks:
         now = {name: Profile(each, self.num) for name, each in self.widths.items()}
         files = {path: _profiles(path) for path in _snapshots(output_dir) if _step_of(path) <= step}
         profiles = [profile for each in (*files.values(), now) for profile in each.values()]
-        self._check(width, profiles)
+        if not self.num:
+            raise SettingError("ema_width", width, "cannot be had: there is no average", "give 0, the last weights")
+        _check_reach(width, profiles, Profile(self.widths["ema"], self.num))
         c, _ = combination(profiles, Profile(width, self.num))
         sums: dict[str, Tensor] = {}
         for path, held in files.items():
@@ -142,17 +144,14 @@ class Tracks:
             _add(sums, self.tensors[average], c.pop(0))
         return {name: total.to(self.tensors["ema"][name].dtype) for name, total in sums.items()}
 
-    def _check(self, width: float, profiles: Sequence[Profile]) -> None:
-        """Raise SettingError if the averages that are there do not reach a width."""
-        if not self.num:
-            raise SettingError(
-                "ema_width", width, "cannot be had: there is no average", "give 0, the weights themselves"
-            )
-        if combination(profiles, Profile(width, self.num))[1] > LARGEST_ERROR:
-            low, high = reach(profiles, Profile(self.widths["ema"], self.num))
-            found = f"one between {low:.3g} and {high:.3g}" if low < high else f"{low:.3g}"
-            why = "cannot be rebuilt from the averages that the run keeps"
-            raise SettingError("ema_width", width, why, f"give {found}, or 0 for the weights themselves")
+
+def _check_reach(width: float, profiles: Sequence[Profile], own: Profile) -> None:
+    """Raise SettingError if a width cannot be rebuilt from averages, of which `own` is the last of the run's own."""
+    if combination(profiles, Profile(width, own.num))[1] > LARGEST_ERROR:
+        low, high = reach(profiles, own)
+        found = f"one between {low:.3g} and {high:.3g}" if low < high else f"{low:.3g}"
+        why = "cannot be rebuilt from the averages that the run keeps"
+        raise SettingError("ema_width", width, why, f"give {found}, or 0 for the weights themselves")
 
 
 def _add(sums: dict[str, Tensor], part: Tensors, c: float) -> None:
@@ -229,3 +228,12 @@ def snapshot_steps(config: DistillConfig) -> tuple[int, ...]:
     num, steps = config.num_ema_snapshots if config.ema_tracks else 0, config.max_train_steps
     found = {round(i * steps / (num + 1)) for i in range(1, num + 1)}
     return tuple(sorted(step for step in found if 0 < step < steps))
+
+
+def check_widths(config: DistillConfig) -> None:
+    """Raise SettingError if a run will not reach one of the several widths that it is to choose from."""
+    own, *others = config.ema_width
+    end = Profile(own, config.max_train_steps)
+    profiles = [Profile(width, n) for n in (*snapshot_steps(config), end.num) for width in config.ema_tracks]
+    for width in others:
+        _check_reach(width, profiles, end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from onestill.core.errors import RunError, SettingError, named
+from onestill.core.errors import FoundWarning, RunError, SettingError, named
 from onestill.core.tensors import to_device
 from onestill.data.conditions import Conditions
 from onestill.objectives.base import Context, Objective
@@ -282,16 +283,20 @@ class Trainer:
             with self.accelerator.autocast():
                 images = self.watch.held_out(teacher)
                 for width in config.ema_width:
-                    with own.averaged(own.tracks.at(width, config.output_dir, self.progress.step)):
+                    try:
+                        weights = own.tracks.at(width, config.output_dir, self.progress.step)
+                    except SettingError as error:  # snapshots were lost, or are those of a shorter run
+                        warnings.warn(f"{error}: it is not compared", FoundWarning, stacklevel=3)
+                        continue
+                    with own.averaged(weights):
                         distances[width] = rms(self.watch.held_out(student), images)
         (found,) = broadcast_object_list([distances])
         self._export(min(found, key=lambda width: (not math.isfinite(found[width]), found[width])), found)
 
     def _export(self, width: float, distances: dict[float, float]) -> None:
-        """Export the average of a width from now on."""
-        self.ema_width, self.ema_distances, own = width, distances, self.trained[0]
-        if distances:
-            self._rebuilt = own.tracks.at(width, self.config.output_dir, self.progress.step)
+        """Export the average of the width that was chosen at the end."""
+        self.ema_width, self.ema_distances = width, distances
+        self._rebuilt = self.trained[0].tracks.at(width, self.config.output_dir, self.progress.step)
 
     def validate(self) -> tuple[Path | None, float]:
         """Draw student beside teacher from the same noise; return (picture, RMS difference of the two)."""
@@ -354,7 +359,8 @@ class Trainer:
         if self.accelerator.scaler is not None and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.forget_after(self.progress.step)
-        self._export(values["ema_width"], dict(values["ema_distances"]))
+        if (chosen := dict(values["ema_distances"])) and self.progress.step == self.config.max_train_steps:
+            self._export(values["ema_width"], chosen)
 
     def forget_after(self, step: int) -> None:
         """Remove what an interrupted run wrote after a step: it comes again."""
