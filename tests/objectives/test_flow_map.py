@@ -18,7 +18,7 @@ from onestill.core.tensors import broadcast
 from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, LogSigmaVP, Process
 from onestill.diffusion.trajectory import STEPS, Trajectory
 from onestill.objectives.boot import bounded_sigma
-from onestill.objectives.flow_map import FlowMap, draw_levels, flow_map_target, step_share
+from onestill.objectives.flow_map import FlowMap, draw_levels, eulerian, lagrangian, step_share
 from onestill.runs.build import build_run
 from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import GaussianTeacher, MixtureTeacher
@@ -69,10 +69,25 @@ def test_the_target_is_the_map_of_the_whole_path(process: Process, t_max: float,
             y = of(trajectory, denoised, x, y, start if i == 0 else start + (r - start) * i / 5, to, a)
         return y
 
-    found = flow_map_target(of, trajectory, denoised, lambda x, a, _: onward(x, zero, a, a), x_t, t, m, r)
+    found = eulerian(of, trajectory, denoised, lambda x, a, _: onward(x, zero, a, a), x_t, t, m, r)
     first = of(trajectory, denoised, x_t, zero, t, m, t)
     expected = torch.where((m > r)[:, None], onward(x_t, first, m, t), first)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    # And with the step at the other end: the map by five steps to m, and one from there to r.
+    m = torch.minimum(r + 0.04, t)
+
+    def up_to(x: Tensor, a: Tensor, m: Tensor) -> Tensor:
+        y = zero
+        for i in range(5):
+            y = of(trajectory, denoised, x, y, a + (m - a) * i / 5, m if i == 4 else a + (m - a) * (i + 1) / 5, a)
+        return y
+
+    rows = m < t
+    found = lagrangian(of, trajectory, denoised, up_to, x_t, t, m, r)[rows]
+    x_m = trajectory.state(y_m := up_to(x_t, t, m), x_t, m, t)
+    mean = of(trajectory, denoised, x_m, zero, m, r, m)  # of f over the step alone
+    part = broadcast(trajectory.rho(m, r, t), x_t)
+    torch.testing.assert_close(found, ((1 - part) * y_m + part * mean)[rows], rtol=0, atol=1e-12)
 
 
 def exact_map(teacher: GaussianTeacher, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -84,21 +99,24 @@ def exact_map(teacher: GaussianTeacher, x_t: Tensor, t: Tensor, r: Tensor) -> Te
     return trajectory.signal(x_r, x_t, r, t)
 
 
-def exact_residual(process: Process, step: str, delta: float) -> float:
+def exact_residual(process: Process, step: str, delta: float, identity: str) -> float:
     """Return the root of the mean squared residual in units of f, at the exact map of a Gaussian."""
     teacher = GaussianTeacher(torch.tensor([0.5, -0.3], dtype=torch.float64), 0.6, process)
     trajectory, num = teacher.spec.trajectory, 48
     t = torch.linspace(0.35, 0.9, num, dtype=torch.float64)
-    r, m = t * torch.linspace(0.2, 0.7, num).double().flip(0), t - delta
+    r = t * torch.linspace(0.2, 0.7, num).double().flip(0)
     x_t, student = states(teacher, t), lambda x, a, s: exact_map(teacher, x, a, s)
-    target = flow_map_target(STEPS[step], trajectory, teacher.denoiser({}), student, x_t, t, m, r)
-    return float((squared_residuals(student(x_t, t, r), target) / step_share(trajectory, t, m, r) ** 2).mean().sqrt())
+    of, m = (eulerian, t - delta) if identity == "eulerian" else (lagrangian, r + delta)
+    share = step_share(trajectory, t, m, r) if identity == "eulerian" else trajectory.rho(m, r, t)
+    target = of(STEPS[step], trajectory, teacher.denoiser({}), student, x_t, t, m, r)
+    return float((squared_residuals(student(x_t, t, r), target) / share**2).mean().sqrt())
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("identity", ["lagrangian", "eulerian"])
 @pytest.mark.parametrize("step", STEPS)
-def test_at_the_exact_map_the_residual_is_of_the_solvers_order(process: Process, step: str) -> None:
-    coarse, fine = exact_residual(process, step, 0.02), exact_residual(process, step, 0.01)
+def test_at_the_exact_map_the_residual_is_of_the_solvers_order(process: Process, step: str, identity: str) -> None:
+    coarse, fine = (exact_residual(process, step, delta, identity) for delta in (0.02, 0.01))
     assert 0 < fine < coarse < 0.2
     assert math.log2(coarse / fine) == pytest.approx(ORDERS[step], abs=0.3)
 
@@ -178,11 +196,29 @@ def test_an_untrained_student_solves_the_rows_that_end_where_they_start(tmp_path
         y = trainer.student(batch.x, batch.r, batch.s, batch.cond)
     residuals = squared_residuals(y, batch.target)
     assert float(residuals[same].max()) < 1e-10 < float(residuals[~same].min())
-    assert bool((batch.share[same] == 1).all()) and bool((batch.share[batch.s == 0] < 1).any())
+    assert bool((batch.share[same] == 1).all()) and bool((batch.share[~same] < 1).any())
+
+
+@pytest.mark.parametrize("identity", ["lagrangian", "mixed", "eulerian"])
+def test_weights_are_first_powers_of_the_step_and_of_both_levels(tmp_path: Path, identity: str) -> None:
+    trainer = trainer_of(tmp_path / "run", flow_map_identity=identity, flow_map_delta=0.1, flow_map_weight=3.0)
+    batch, trajectory = trainer.objectives[-1].batch(200), trainer.student.spec.trajectory
+    t, r = batch.r, batch.s
+    assert t is not None
+    moves = r < t
+    is_eulerian = moves & ((r > 0) if identity == "mixed" else torch.tensor(identity == "eulerian"))
+    near, far = torch.minimum(r + 0.1, t), torch.maximum(t - 0.1, r)
+    kappa = step_share(trajectory, t, far, r)
+    share = torch.where(is_eulerian, kappa, torch.where(moves, trajectory.rho(near, r, t), 1.0))
+    noisy = torch.where(moves & ~is_eulerian, near, t)
+    expected = 3 / (share * bounded_sigma(trajectory, t) * bounded_sigma(trajectory, noisy))
+    torch.testing.assert_close(batch.weights, expected.float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(batch.share, share, rtol=1e-12, atol=0)
 
 
 def test_every_start_is_drawn_and_noise_is_one(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path / "run", flow_map_delta=0.2, flow_map_diagonal=0.0, flow_map_to_end=1.0)
+    own: dict[str, Any] = {"flow_map_delta": 0.2, "flow_map_diagonal": 0.0, "flow_map_to_end": 1.0}
+    trainer = trainer_of(tmp_path / "run", **own)
     batch = trainer.objectives[-1].batch(400)
     assert batch.r is not None
     # A share of delta / (t_max - t_min) starts at noise itself; the standard deviation is 2 %.
@@ -213,8 +249,8 @@ def test_a_robust_loss_is_the_sum_of_relative_residuals(tmp_path: Path) -> None:
 
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("plain", {"robust_exponent": 0.5, "bootstrap_weight": "inverse_rho_sigma"}),
-    "epsilon": ("epsilon", {"solver": "heun", "flow_map_states": "path"}),
+    "plain": ("plain", {"robust_exponent": 0.5, "flow_map_identity": "lagrangian"}),
+    "epsilon": ("epsilon", {"solver": "heun", "flow_map_states": "path", "flow_map_identity": "eulerian"}),
     "guided anchors": (
         "class",
         {"null_class": NULL_CLASS, "guidance_scale": 2.0, "flow_map_states": "anchors", **ANCHORS},

@@ -274,6 +274,7 @@ OUT_OF_RANGE = {
     "flow_map_to_end": [-0.1, 1.1],
     "flow_map_delta": [0, 1],
     "flow_map_states": ["pool"],
+    "flow_map_identity": ["semigroup"],
     "flow_map_weight": [0, -1],
     "corrector_fraction": [-0.1, 1.0],
     "corrector_weight": [0, -1],

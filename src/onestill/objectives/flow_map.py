@@ -1,8 +1,9 @@
 """The flow map: the student as a map between any two levels of one trajectory, eqs. (21)-(23).
 
 Rows of eq. (10) start at noise and learn where its trajectory passes. These start at any level t and end at any r <= t,
-so that the same network makes pictures in 1, 2, 4, ... steps: state by state, eq. (5) with a = t. Their targets need no
-derivative and no second network: one step of the teacher from t to t' >= r, and the student's own map from there to r.
+so that the same network makes pictures in 1, 2, 4, ... steps: state by state, eq. (21). Their targets need no derivative
+and no second network: a step of the teacher at one end of the way, and the student's own map for the rest of it. At the
+clean end the step is that of eq. (10) with the start level t (Lagrangian), at the noisy one that of eq. (22) (Eulerian).
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
     from onestill.core.tensors import Cond
     from onestill.diffusion.trajectory import Denoiser, Trajectory
 
+    Step = Callable[..., Tensor]
+    Map = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 States = Literal["student", "path", "anchors"]
+Identity = Literal["mixed", "lagrangian", "eulerian"]
 
 
 class FlowMapSettings(Settings):
@@ -50,6 +55,11 @@ class FlowMapSettings(Settings):
         OBJECTIVE,
         "What they start from: the student's picture with noise, the student's own path, or anchors with noise.",
     )
+    flow_map_identity: Identity = setting(
+        "mixed",
+        OBJECTIVE,
+        "Where the teacher steps: at the clean end, at the noisy one, or at the clean one of those to t_min only.",
+    )
     flow_map_weight: float = setting(1.0, OBJECTIVE, "Factor on the weight of those rows.", gt=0, le=1e6)
 
     @model_validator(mode="after")
@@ -65,7 +75,7 @@ class _Read(FlowMapSettings, AnchorSettings, BootSettings):
 
 
 class FlowMap(Objective[_Read]):
-    """Rows from x_t to r, eq. (22), in the mean of the bootstrap: those with r = t first, then those that end at t_min."""
+    """Rows from x_t to r in the mean of the bootstrap: first those with r = t, then Lagrangian, then Eulerian ones."""
 
     name = "flow_map"
     Settings = FlowMapSettings
@@ -94,21 +104,23 @@ class FlowMap(Objective[_Read]):
         same = int((place < settings.flow_map_diagonal).sum())
         to_end = place < settings.flow_map_diagonal + settings.flow_map_to_end
         t, m, r = draw_levels(u, to_end, settings.flow_map_delta, settings.t_min, trajectory)
+        last = {"eulerian": same, "mixed": int(to_end.sum()), "lagrangian": num}[settings.flow_map_identity]
+        m[same:last] = torch.minimum(r + settings.flow_map_delta, t)[same:last]
         m[:same] = r[:same] = t[:same]
         with torch.no_grad(), context.autocast():
             x_t, cond = self._states(num, t)
-            some = {name: value[same:] for name, value in cond.items()}
-            student = lambda *levels: context.target_student(*levels, some)  # noqa: E731 - short
-            found = []
-            if same:
-                denoised = context.teacher.denoiser({name: value[:same] for name, value in cond.items()})
-                found.append(denoised(x_t[:same], t[:same]))
-            if same < num:
-                rows = x_t[same:], t[same:], m[same:], r[same:]
-                denoised = context.teacher.denoiser(some)
-                found.append(flow_map_target(STEPS[settings.solver], trajectory, denoised, student, *rows))
+            found, step = [], STEPS[settings.solver]
+            for target, rows in (on_the_spot, (0, same)), (lagrangian, (same, last)), (eulerian, (last, num)):
+                part = slice(*rows)
+                some = {name: value[part] for name, value in cond.items()}
+                student = lambda *levels, some=some: context.target_student(*levels, some)  # noqa: E731 - short
+                if rows[0] < rows[1]:
+                    levels = x_t[part], t[part], m[part], r[part]
+                    found.append(target(step, trajectory, context.teacher.denoiser(some), student, *levels))
         share = step_share(trajectory, t, m, r)
-        weights = settings.flow_map_weight / (share * bounded_sigma(trajectory, t) ** 2)
+        share[same:last] = trajectory.rho(m, r, t)[same:last]
+        noisy = torch.where(torch.arange(num) < last, m, t)  # the noisy end of the teacher's step
+        weights = settings.flow_map_weight / (share * bounded_sigma(trajectory, noisy) * bounded_sigma(trajectory, t))
         mean = torch.full((num,), BOOTSTRAP)
         return Batch(x_t, r, cond, torch.cat(found), weights.float(), mean, r=t, share=share)
 
@@ -152,15 +164,32 @@ def draw_levels(
     return t, torch.where(m < trajectory.process.t_min, r, m), r
 
 
-def flow_map_target(
-    step: Callable[..., Tensor],
-    trajectory: Trajectory,
+def on_the_spot(
+    _step: Step,
+    _trajectory: Trajectory,
     denoised: Denoiser,
-    student: Callable[[Tensor, Tensor, Tensor], Tensor],
+    _student: Map,
     x_t: Tensor,
     t: Tensor,
-    m: Tensor,
-    r: Tensor,
+    _m: Tensor,
+    _r: Tensor,
+) -> Tensor:
+    """Return f(x_t, t), the target of rows with r = t."""
+    return denoised(x_t, t)
+
+
+def lagrangian(
+    step: Step, trajectory: Trajectory, denoised: Denoiser, student: Map, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor
+) -> Tensor:
+    """Return sg[y_m + rho (mean of f - y_m)], y_m = y(x_t, t, m), the right side of eq. (10) with a = t; r < m <= t."""
+    import torch
+
+    with torch.no_grad():
+        return step(trajectory, denoised, x_t, student(x_t, t, m), m, r, t)
+
+
+def eulerian(
+    step: Step, trajectory: Trajectory, denoised: Denoiser, student: Map, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor
 ) -> Tensor:
     """Return sg[(1 - rho') y(x_t', t', r) + rho' mean of f], the right side of eq. (22), [B, ...].
 
