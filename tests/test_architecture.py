@@ -47,7 +47,7 @@ TEACHERS = (
 # Short names for what one's own networks are wrapped and drawn with: they import, and hold nothing.
 SHORT_NAMES = ("process", "sampler")
 # Folders of the package that hold no code.
-DATA = ("embedded", "recipes")
+DATA = ("embedded", "configs")
 # What `import onestill` must not load: seconds of start-up, or not installed at all.
 LAZY = ("torch", "diffusers", "transformers", "matplotlib", "torchmetrics", "accelerate", "scipy", "pydantic", "typer")
 LONGEST_FUNCTION, MEDIAN_FUNCTION, LONGEST_FILE, ALL_LINES = 60, 10, 400, 21_000

@@ -74,10 +74,10 @@ def test_a_command_has_flags_that_exist(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "--config" in command])
-def test_a_recipe_that_is_named_exists(command: str) -> None:
+def test_a_config_that_is_named_exists(command: str) -> None:
     words = words_of(command)
-    recipe = words[words.index("--config") + 1]
-    assert recipe == "run.yaml" or (ROOT / "src" / "onestill" / "recipes" / f"{recipe}.yaml").is_file()
+    config = words[words.index("--config") + 1]
+    assert config == "run.yaml" or (ROOT / "src" / "onestill" / "configs" / f"{config}.yaml").is_file()
 
 
 def test_flags_that_are_spoken_of_exist() -> None:
@@ -120,7 +120,7 @@ def test_the_tree_of_the_design_is_the_folders() -> None:
     named = re.findall(r"^ +([\w/]+)/  ", tree, re.M)
     package = ROOT / "src" / "onestill"
     folders = {path.parent.relative_to(package).as_posix() for path in package.rglob("__init__.py")} - {"."}
-    assert {*named} == folders | {"embedded", "recipes"}, "one line a folder"
+    assert {*named} == folders | {"embedded", "configs"}, "one line a folder"
     assert len(named) == len(set(named))
 
 

@@ -38,7 +38,7 @@ LONGEST_TEXT: Final = 10_000
 
 Label = Annotated[int, Field(ge=0, le=MOST_LABELS)]
 """A class label in a list of them."""
-RECIPES = Path(__file__).parents[1] / "recipes"
+CONFIGS = Path(__file__).parents[1] / "configs"
 """Settings for known teachers, which are found by name."""
 
 
@@ -166,7 +166,7 @@ def make(
     Args:
         cls: The model.
         values: Settings by name; None means "not given" where None is the default.
-        config_file: A YAML file, or the name of a shipped recipe.
+        config_file: A YAML file, or the name of a shipped one.
         recorded: Whether they say what was, not what is to be done: then its paths may have gone since.
 
     Raises:
@@ -204,22 +204,22 @@ def _refuse_places(made: Settings, given: Mapping[str, Any], origins: Mapping[st
 
 
 def find_config(config_file: str | Path) -> Path:
-    """Return the path of a YAML file that is named by its path, or by a shipped recipe's name."""
+    """Return the path of a YAML file that is named by its path, or by a shipped one's name."""
     if fault := text_fault(str(config_file)) or place_fault(config_file):
         raise SettingError("config", str(config_file), fault)
     path = Path(config_file).expanduser()
     if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
-    recipes = sorted(found.stem for found in RECIPES.glob("*.yaml"))
-    if path.name in recipes:
-        return RECIPES / f"{path.name}.yaml"
-    near = difflib.get_close_matches(path.name, recipes, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the recipes are {', '.join(recipes)}"
-    raise SettingError("config", str(config_file), "no such file, and no recipe of that name", hint)
+    shipped = sorted(found.stem for found in CONFIGS.glob("*.yaml"))
+    if path.name in shipped:
+        return CONFIGS / f"{path.name}.yaml"
+    near = difflib.get_close_matches(path.name, shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"those shipped are {', '.join(shipped)}"
+    raise SettingError("config", str(config_file), "no such file, and none of that name is shipped", hint)
 
 
 def read_yaml(config_file: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file, or in a shipped recipe; SettingError if it is missing or holds none."""
+    """Return the mapping in a YAML file, or in a shipped one; SettingError if it is missing or holds none."""
     path = find_config(config_file)
     if not path.exists():
         raise SettingError("config", str(path), os.strerror(errno.ENOENT))

@@ -14,6 +14,7 @@ from onestill.core.errors import SettingError, named
 from onestill.core.settings import read_yaml
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.evaluation.comparison import SPEED_ROUNDS
+from onestill.evaluation.held_out import SHARE
 from onestill.evaluation.report import Report
 from onestill.runs.build import configured_teacher
 from onestill.runs.distill import distill, print_message
@@ -107,13 +108,13 @@ class Plan:
 def plan(demo: Demo, settings: Mapping[str, Any], speed: Speed, max_train_steps: int | None = None) -> Plan:
     """Return what to do of a demo so that it takes `MOST_SECONDS` at most, but never less than `LEAST_SHARE` of it.
 
-    The seconds are those of the steps, of the anchors, and of the comparison, whose network calls are all but one the
+    The seconds are those of the steps, of the anchors, of the run's watching itself, and of the comparison, whose network calls are all but one the
     teacher's. A number of steps that was asked for is taken as it is, with as many anchors for each as in the full demo.
     """
     evaluation, full = demo.evaluation, settings["max_train_steps"]
     calls = settings["num_anchor_steps"] * CALLS_PER_STEP[settings.get("anchor_solver") or settings["solver"]]
     steps = full if max_train_steps is None else max_train_steps
-    training = steps * (speed.step + settings["num_anchors"] / full * calls * speed.call)
+    training = (1 + SHARE) * steps * (speed.step + settings["num_anchors"] / full * calls * speed.call)
     of_image = (sum(evaluation["steps"]) + 1) * speed.call
     drawing = evaluation["num_samples"] * of_image
     timing = (SPEED_ROUNDS + 1) * (evaluation["batch_size"] + 1) * of_image

@@ -119,7 +119,7 @@ def distill(
     Args:
         teacher: A pipeline folder, a hub id, an embedded teacher's name, or a teacher object.
         output_dir: Folder of the run.
-        config_file: YAML file of settings, or the name of a shipped recipe; `settings` win over it.
+        config_file: YAML file of settings, or the name of a shipped one; `settings` win over it.
         network: A module to train as the student, for teachers that are plain callables.
         dry_run: Check everything, write nothing, train nothing.
         show_progress: Print progress to standard error.

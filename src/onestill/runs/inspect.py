@@ -86,7 +86,7 @@ def inspect_teacher(
 
     Args:
         teacher: A pipeline folder, a hub id, an embedded teacher's name, or a teacher object.
-        config_file: YAML file of settings, or the name of a shipped recipe; `settings` win over it.
+        config_file: YAML file of settings, or the name of a shipped one; `settings` win over it.
         **settings: Fields of `onestill.DistillConfig`; nothing is written to an `output_dir`.
 
     Raises:

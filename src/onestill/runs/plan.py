@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,8 +43,8 @@ from onestill.training.config import DistillConfig, usual_warmup
 from onestill.training.recipes import PLANNED, as_budget, in_time, seconds_of_budget
 from onestill.training.trainer import Fingerprints, Trainer
 
-ROUNDS = 3
-"""How often each part of a run is timed; the median counts."""
+LEAST_ROUNDS, MOST_ROUNDS, OF_THE_BUDGET = 3, 30, 0.02
+"""How often each part of a run is timed, so that it takes this share of a budget; the median counts."""
 LEAST_STEPS = 100
 """The fewest steps that a budget may come to: a student of fewer is its teacher's first guess."""
 POOL_SHARE = 0.2
@@ -114,7 +115,7 @@ class ExampleConditions:
 def measure(config: DistillConfig, teacher: Teacher, network: nn.Module | None = None) -> Speed:
     """Return the speed of a run, by a few of its steps on a copy that is thrown away, and teacher's calls.
 
-    Random state, the teacher and a network of one's own are afterwards what they were; nothing is written.
+    There are more of them where the run has a budget that leaves time for it: machines do other things as well. Random state, the teacher and a network of one's own are afterwards what they were; nothing is written.
     """
     what = f"measuring a step of {named('train_batch_size')} {config.train_batch_size:,}"
     less = f"lower {named('train_batch_size')}, or give {named('gradient_checkpointing')} or {named('lora_rank')} 64"
@@ -148,9 +149,14 @@ def _timed(trainer: Trainer, conditions: ExampleConditions) -> Speed:
         trainer.progress.step = min(round(share * config.max_train_steps) + 1, config.max_train_steps - 1)
         trainer.update()
 
-    steps = {str(share): lambda share=share: step(share) for share in begins}
-    others = {"call": lambda: call(eps, cond), "drawing": lambda: draw(eps, cond)}
-    found = compare({**steps, **others}, device=device, repeats=ROUNDS)
+    parts: dict[str, Callable[[], object]] = {str(share): partial(step, share) for share in begins}
+    parts |= {"call": partial(call, eps, cond), "drawing": partial(draw, eps, cond)}
+    found = compare(parts, device=device, repeats=LEAST_ROUNDS)
+    if config.budget is not None:
+        more = OF_THE_BUDGET * seconds_of_budget(config.budget) / sum(found.values())
+        (rounds,) = broadcast_object_list([min(int(more), MOST_ROUNDS)])  # in a step all processes wait for each other
+        if rounds > LEAST_ROUNDS:
+            found = compare(parts, device=device, repeats=rounds, warmup=0)
     return Speed(
         {share: found[str(share)] for share in begins},
         found["call"] / num,

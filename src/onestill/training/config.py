@@ -199,7 +199,7 @@ def usual_warmup(steps: int) -> int:
 def make_config(
     values: Mapping[str, Any], config_file: str | Path | None = None, *, recorded: bool = False
 ) -> DistillConfig:
-    """Return the configuration made of a YAML file or a shipped recipe and of `values`, which win; raises as `make`."""
+    """Return the configuration made of a YAML file, a shipped one too, and of `values`, which win; raises as `make`."""
     return make(DistillConfig, values, config_file, recorded=recorded)
 
 

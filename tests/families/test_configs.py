@@ -1,4 +1,4 @@
-"""The recipes: each parses as settings, its command as a command, and fits the class of teacher that it names."""
+"""The shipped configurations: each parses as settings, its command as a command, and fits the class of teacher that it names."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from onestill.teachers.pixel import PIPELINES
 from onestill.training.config import DistillConfig
 
 ROOT = Path(__file__).parents[2]
-RECIPES_FOLDER = ROOT / "src" / "onestill" / "recipes"
-RECIPES = sorted(RECIPES_FOLDER.glob("*.yaml"))
-# A tiny pipeline of each recipe's class, and what makes the recipe small enough for it.
+FOLDER_OF_CONFIGS = ROOT / "src" / "onestill" / "configs"
+CONFIGS = sorted(FOLDER_OF_CONFIGS.glob("*.yaml"))
+# A tiny pipeline of each config's class, and what makes the config small enough for it.
 TINY = {
     "cifar10": ("", []),
     "dit-xl": ("dit", []),
@@ -40,7 +40,7 @@ TINY = {
     "sd3": ("sd3", []),
     "sdxl": ("sdxl-zeros", []),
 }
-each = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
 def header(path: Path) -> str:
@@ -68,19 +68,19 @@ def export_of_stage_1(folder: Path) -> Path:
     return folder
 
 
-def test_there_are_recipes_and_a_table_of_them() -> None:
-    names = {path.stem for path in RECIPES}
+def test_there_are_configs_and_a_table_of_them() -> None:
+    names = {path.stem for path in CONFIGS}
     assert names == {*TINY, "digits", "glyphs"}
-    table = (ROOT / "docs" / "guide" / "recipes.md").read_text(encoding="utf-8")
-    for path in RECIPES:
+    table = (ROOT / "docs" / "guide" / "configs.md").read_text(encoding="utf-8")
+    for path in CONFIGS:
         teacher = read_yaml(path)["teacher"]
         assert f"| `{path.stem}` | {'embedded' if teacher in EMBEDDED else f'`{teacher}`'} " in table
 
 
-def test_a_recipe_is_found_by_its_name_and_a_file_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_is_found_by_its_name_and_a_file_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("sd15").mkdir()  # the folder of a run may have the recipe's name
-    assert find_config("sd15") == RECIPES_FOLDER / "sd15.yaml"
+    Path("sd15").mkdir()  # the folder of a run may have the config's name
+    assert find_config("sd15") == FOLDER_OF_CONFIGS / "sd15.yaml"
     Path("sdxl").write_text("seed: 1\n")
     assert find_config("sdxl") == Path("sdxl") and find_config("no/such") == Path("no/such")
     with pytest.raises(SettingError, match="config='sd51'.*did you mean sd15"):
@@ -88,7 +88,7 @@ def test_a_recipe_is_found_by_its_name_and_a_file_by_its_path(tmp_path: Path, mo
 
 
 @each
-def test_a_recipe_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None:
+def test_a_config_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None:
     config = make(DistillConfig, {"output_dir": "run"}, path)
     assert config.teacher in EMBEDDED or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.teacher)
     # Folders and files are the user's, and so is where it runs.
@@ -98,7 +98,7 @@ def test_a_recipe_is_settings_for_a_teacher_that_anybody_has(path: Path) -> None
 
 
 @each
-def test_a_recipe_says_what_has_been_run(path: Path) -> None:
+def test_a_config_says_what_has_been_run(path: Path) -> None:
     text = " ".join(header(path).split())
     assert "Hardware: " in text
     if path.stem not in EMBEDDED:
@@ -122,7 +122,7 @@ def test_its_commands_are_commands(path: Path) -> None:
 
 
 @each
-def test_a_recipe_says_what_its_prompts_take_on_disk(path: Path) -> None:
+def test_a_config_says_what_its_prompts_take_on_disk(path: Path) -> None:
     config = make(DistillConfig, {"output_dir": "run"}, path)
     family = FAMILY_OF_PIPELINE.get(pipeline_of(path))
     if path.stem in EMBEDDED or family is None or family.prompt != "prompt":
@@ -142,18 +142,18 @@ def test_a_recipe_says_what_its_prompts_take_on_disk(path: Path) -> None:
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_what_is_embedded_is_set_as_for_the_numbers(name: str) -> None:
     source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
-    recipe = read_yaml(RECIPES_FOLDER / f"{name}.yaml")
+    config = read_yaml(FOLDER_OF_CONFIGS / f"{name}.yaml")
     found = re.search(r"SETTINGS: dict\[str, Any\] = (\{.*?\n\})", source, re.DOTALL)
     assert found and {"teacher": name, **eval(found.group(1))} == {
-        **recipe,
-        "learning_rate": float(recipe["learning_rate"]),
+        **config,
+        "learning_rate": float(config["learning_rate"]),
     }
 
 
 @pytest.mark.parametrize("name", ["digits", "glyphs"])
 def test_what_is_embedded_would_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (words,) = commands(RECIPES_FOLDER / f"{name}.yaml")
+    (words,) = commands(FOLDER_OF_CONFIGS / f"{name}.yaml")
     outcome = call_cli(*words, "--output_dir", tmp_path / "run", "--prompt_cache_dir", tmp_path / "cache", "--dry_run")
     if name == "digits":  # which takes no prompts
         assert outcome.code == 2 and "--prompt_cache_dir" in outcome.words
@@ -163,13 +163,13 @@ def test_what_is_embedded_would_run(name: str, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_recipe_fits_the_class_it_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_fits_the_class_it_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its very settings, on a tiny pipeline of that class: guidance, LoRA, checkpointing, prompts, start level.
 
     Less the rank of a LoRA, which no layer of so small a network has.
     """
     monkeypatch.chdir(ROOT)
-    path, (kind, small) = RECIPES_FOLDER / f"{name}.yaml", TINY[name]
+    path, (kind, small) = FOLDER_OF_CONFIGS / f"{name}.yaml", TINY[name]
     words = commands(path)[0]
     teacher = teacher_folder("epsilon")
     if kind:
