@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,7 +39,6 @@ from toys import PointNetwork, as_network_teacher, exact_map, mixture
 
 import onestill
 from onestill.core.tensors import Cond, noise
-from onestill.diffusion.trajectory import uniform_times
 from onestill.evaluation import metrics
 from onestill.evaluation.choice import teacher_features
 from onestill.evaluation.classifier import ConvFeatures
@@ -49,13 +48,12 @@ from onestill.evaluation.references import embedded_reference
 from onestill.evaluation.samples import Draw
 from onestill.runs.build import Run, build_run, configure
 from onestill.runs.distill import make_trainer
-from onestill.sampling.generate import teacher_generator
-from onestill.sampling.samplers.network import NetworkSampler, TeacherSampler
+from onestill.sampling.generate import student_generator, teacher_generator
+from onestill.sampling.samplers.network import NetworkSampler, StudentSampler, TeacherSampler
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED
-from onestill.training.config import DistillConfig
 from onestill.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "teachers"))
@@ -68,7 +66,7 @@ BASE: dict[str, Any] = {
     "train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler": "cosine", "boundary_weight": 0.0,
     "bootstrap_weight": "none", "anchor_fraction": 0.75, POOL: 0.25, "num_anchor_steps": 8,
 }  # fmt: skip
-# One change from BASE or a few, the most informative first. A recipe with a setting that this version lacks is left out.
+# One change from BASE or a few, the most informative first.
 RECIPES: dict[str, dict[str, Any]] = {
     "anchors .75": {},
     "flow map .25": {"anchor_fraction": 0.5, "flow_map_fraction": 0.25},
@@ -79,50 +77,42 @@ RECIPES: dict[str, dict[str, Any]] = {
     "corrector .25": {"anchor_fraction": 0.5, "corrector_fraction": 0.25},
     "flow map .5": {"anchor_fraction": 0.25, "flow_map_fraction": 0.5},
     "anchors .5": {"anchor_fraction": 0.5},
-    "weight velocity": {"bootstrap_weight": "velocity"},
+    "anchors .875": {"anchor_fraction": 0.875},
     "learning rate 2e-3": {"learning_rate": 2e-3},
-    "learning rate 5e-4": {"learning_rate": 5e-4},
-    "flow map .75, no anchors": {"anchor_fraction": 0.0, "flow_map_fraction": 0.75},
-    "robust 1/2": {"robust_exponent": 0.5},
     "batch 32": {"train_batch_size": 32},
-    "pool .4": {POOL: 0.4},
+    "flow map .75, no anchors": {"anchor_fraction": 0.0, "flow_map_fraction": 0.75},
+    "flow map .25 of anchors": {
+        "anchor_fraction": 0.5, "flow_map_fraction": 0.25, "flow_map_states": "anchors",
+    },
+    "corrector .25 with filter": {
+        "anchor_fraction": 0.5, "corrector_fraction": 0.25, "corrector_filter": True,
+    },
+    "anchors by DPM-Solver++(2M)": {"anchor_solver": "dpmsolver++", "num_anchor_steps": 16},
     "anchors of 16 steps": {"num_anchor_steps": 16},
+    "anchors of 5 steps": {"num_anchor_steps": 5},
+    "pool .4": {POOL: 0.4},
+    "weight velocity": {"bootstrap_weight": "velocity"},
+    "learning rate 5e-4": {"learning_rate": 5e-4},
+    "robust 1/2": {"robust_exponent": 0.5},
     "boundary loss": {"boundary_weight": 1.0},
-    "average of width .05": {"ema_width": 0.05},
-    "average of width .15": {"ema_width": 0.15},
     "no anchors": {"anchor_fraction": 0.0},
     "no anchors, weight velocity": {"anchor_fraction": 0.0, "bootstrap_weight": "velocity"},
+    "paper": {
+        "recipe": "boot", "anchor_fraction": 0.0, "boundary_weight": 1.0, "bootstrap_weight": "inverse_rho",
+    },
 }  # fmt: skip
 QUIET: dict[str, Any] = {
     "checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 10**6, "num_validation_images": 1,
     "num_teacher_steps": 1, "device": "cpu",
 }  # fmt: skip
-SHARES = {"glyphs": 1.0, "digits": 1.0, "ddpm16": 1.0, "flow": 1.0, "mixture": 0.25}
+SHARES = {"glyphs": 2.0, "digits": 1.0, "ddpm16": 1.0, "flow": 1.0, "mixture": 0.25}
 """The teachers, the slowest first, and their shares of --minutes."""
 TEACHER_STEPS, STUDENT_STEPS = (50, 8), (1, 4)
 NUM_SAMPLES, NUM_PROMPTED, NUM_POINTS = 1797, 960, 5_000
-TRIAL_STEPS, TRIAL_BATCHES = 30, 3
+WIDTHS = (0.05, 0.14, 0.2)
+"""Widths of other averages of the same run, which are scored in one step too."""
+TRIAL_STEPS, TRIAL_BATCHES = 20, 3
 MIXTURE_WEIGHTS = "mixture.safetensors"
-
-
-class FewSteps(NetworkSampler):
-    """A student's K steps on a uniform grid: y by the network at each level r, then the state by eq. (5) with a = r."""
-
-    clamps = True
-
-    def __init__(self, student: Student, num_steps: int) -> None:
-        super().__init__(student.teacher, None)
-        self.student, self.num_steps, self.name = student, num_steps, f"the student, {num_steps} steps"
-
-    @torch.no_grad()
-    def denoised(self, eps: Tensor, cond: Cond) -> Tensor:
-        student, trajectory = self.student, self.student.spec.trajectory
-        x, y = trajectory.start(eps), eps
-        for r, s in pairwise(uniform_times(student.spec.t_max, self.num_steps)):
-            y = student(x, r, s, cond)
-            at = [torch.full((len(x),), time, dtype=torch.float64) for time in (s, r)]
-            x = trajectory.state(y, x, *at)
-        return y
 
 
 Score = dict[str, float]
@@ -139,7 +129,7 @@ class Pictures:
 
     def student(self, student: Student, num_steps: int) -> Score:
         """Return the numbers of a student's K steps."""
-        return self._score(FewSteps(student, num_steps))
+        return self._score(StudentSampler(student, num_inference_steps=num_steps))
 
     def teacher(self, teacher: Teacher, num_steps: int) -> Score:
         """Return the numbers of a teacher's DDIM steps."""
@@ -168,7 +158,7 @@ class Points:
 
     def student(self, student: Student, num_steps: int) -> Score:
         """Return the numbers of a student's K steps."""
-        return self._score(FewSteps(student, num_steps).denoised(self.eps, {}))
+        return self._score(student_generator(student, num_steps=num_steps)(self.eps, {}))
 
     def teacher(self, teacher: Teacher, num_steps: int) -> Score:
         """Return the numbers of a teacher's DDIM steps."""
@@ -317,8 +307,12 @@ def trained(bench: Bench, recipe: str, seed: int, seconds: float) -> dict[str, A
         took, started = time.process_time() - started, time.process_time()
         scores = bench.scores()
         steps = STUDENT_STEPS if settings.get("flow_map_fraction") else STUDENT_STEPS[:1]
-        with trainer.trained[0].averaged():
+        with trainer.averaged():
             rows = {str(num): scores.student(run.student, num) for num in steps}
+        own, folder = trainer.trained[0], run.config.output_dir
+        for width in WIDTHS:
+            with own.averaged(own.tracks.at(width, folder, trainer.progress.step)):
+                rows[f"width {width:g}"] = scores.student(run.student, 1)
     tenth = losses[-max(1, len(losses) // 10) :]
     shown = {name: value for name, value in settings.items() if name not in QUIET and name != "seed"}
     spent = {"train": took, "evaluate": time.process_time() - started}
@@ -450,32 +444,39 @@ def table(args: argparse.Namespace) -> str:
     )
     first = f"| teacher, DDIM-8 | {geometric(few):.3f} | | {' | '.join(f'{value:.2f}' for value in few)} | |\n"
     body = "".join(f"| {name} | {shown} |\n" for (_, shown), name in rows)
-    return f"{head}{first}{body}\nOne step / four steps, each x DDIM-50 (recall less that of DDIM-50).\n"
+    about = (
+        "One step / four steps, each x DDIM-50 (recall less that of DDIM-50); other averages of the weights, one step:"
+    )
+    keys = [f"width {width:g}" for width in WIDTHS]
+    others = f"| recipe | {' | '.join(keys)} |\n" + "|---" * (len(keys) + 1) + "|\n"
+    for _, name in rows:
+        means = [geometric([ratio(found[name].get(each, []), each, key) for each in names]) for key in keys]
+        others += f"| {name} | {' | '.join(f'{value:.3f}' for value in means)} |\n".replace("nan", "-")
+    return f"{head}{first}{body}\n{about}\n\n{others}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    known = {*DistillConfig.model_fields, POOL}
-    weights = DistillConfig.model_fields["bootstrap_weight"].annotation.__args__  # type: ignore[union-attr]
-    recipes = [
-        name for name, own in RECIPES.items() if own.keys() <= known and own.get("bootstrap_weight", "none") in weights
-    ]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers_dir", type=Path, default=Path(), help="folder of ddpm16 and flow")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="core-minutes of a run, pool included")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--recipes", nargs="+", default=recipes, choices=recipes, metavar="NAME")
+    parser.add_argument(
+        "--recipes", nargs="*", default=list(RECIPES), metavar="NAME", help="see --list; none: teachers only"
+    )
     parser.add_argument("--teachers", nargs="+", default=list(SHARES), choices=list(SHARES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
     parser.add_argument("--list", action="store_true", help="print the recipes, and run nothing")
     parser.add_argument("--job", nargs=3, metavar=("TEACHER", "RECIPE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if unknown := set(args.recipes) - set(RECIPES):
+        parser.error(f"no such recipe: {', '.join(sorted(unknown))}")
     if args.job:
         teacher, recipe, seed = args.job
         print(json.dumps(Job(teacher, recipe, int(seed)).carry_out(args)))
     elif args.list:
-        print("\n".join(f"{name}: {RECIPES[name]}" for name in recipes))
+        print("\n".join(f"{name}: {RECIPES[name]}" for name in RECIPES))
     elif args.table:
         print(table(args))
     else:

@@ -1,12 +1,12 @@
 """Train a network of one's own by flow matching, and open it through onestill's Python interface.
 
-A small transformer on patches of 2x2 pixels that knows nothing of diffusers: times between 0 (clean) and 1 (noise)
+A residual perceptron on pixels that knows nothing of diffusers: times between 0 (clean) and 1 (noise)
 enter through its own embedding, and it predicts the velocity eps - x_0 on x_t = (1 - t) x_0 + t eps. The data are the
 1,797 real digits of scikit-learn (8x8 pixels), without their labels.
 
     python examples/teachers/flow.py --output_dir runs/flow-teacher
 
-Seed 0: 3,000 steps of 64 pictures on one CPU core. The weights are `model.safetensors`, and
+Seed 0: 16,000 steps of 128 pictures on one CPU core. The weights are `model.safetensors`, and
 `samples.png` shows 50 pictures, 50 Euler steps each. `open_teacher` is all that distilling it needs:
 
     onestill.distill(open_teacher("runs/flow-teacher"), "runs/flow", max_train_steps=2000)
@@ -40,49 +40,37 @@ WEIGHTS = "model.safetensors"
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each scaled, shifted and gated by the time."""
+    """A perceptron, scaled, shifted and gated by the time."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 3 * width), nn.GELU(approximate="tanh"), nn.Linear(3 * width, width))
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = nn.Linear(time_width, 3 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, tokens: Tensor, emb: Tensor) -> Tensor:
-        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.modulation(emb)[:, None].chunk(6, dim=-1)
-        heads = self.qkv(_normed(tokens) * (1 + scale_1) + shift_1).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        tokens = tokens + gate_1 * self.out(mixed)
-        return tokens + gate_2 * self.mlp(_normed(tokens) * (1 + scale_2) + shift_2)
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        scale, shift, gate = self.modulation(emb).chunk(3, dim=1)
+        return h + gate * self.mlp(functional.layer_norm(h, h.shape[1:]) * (1 + scale) + shift)
 
 
 class FlowNetwork(nn.Module):
     """Velocities of pictures [B, 1, 8, 8] at times [B] in [0, 1]."""
 
-    def __init__(self, width: int = 64, num_blocks: int = 4, num_heads: int = 4) -> None:
+    def __init__(self, width: int = 192, time_width: int = 64, num_blocks: int = 4) -> None:
         super().__init__()
-        self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-1, 1.5, 32, 2))
-        self.embed_time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.embed_patch = nn.Linear(4, width)
-        self.position = nn.Parameter(0.02 * torch.randn(16, width))
-        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_blocks))
-        self.last = nn.Linear(width, 4)
+        self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-1, 1.5, time_width // 2, 2))
+        self.embed_time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
+        self.first = nn.Linear(math.prod(SHAPE), width)
+        self.blocks = nn.ModuleList(Block(width, time_width) for _ in range(num_blocks))
+        self.last = nn.Linear(width, math.prod(SHAPE))
 
     def forward(self, x: Tensor, net_time: Tensor) -> Tensor:
         angles = net_time[:, None] * self.frequencies
-        emb = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1))
-        tokens = self.embed_patch(functional.pixel_unshuffle(x, 2).flatten(2).mT) + self.position
+        emb, h = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1)), self.first(x.flatten(1))
         for block in self.blocks:
-            tokens = block(tokens, emb)
-        return functional.pixel_shuffle(self.last(_normed(tokens)).mT.unflatten(2, (4, 4)), 2)
-
-
-def _normed(tokens: Tensor) -> Tensor:
-    return functional.layer_norm(tokens, tokens.shape[-1:])
+            h = block(h, emb)
+        return self.last(functional.layer_norm(h, h.shape[1:])).view_as(x)
 
 
 def open_teacher(folder: str | Path) -> ModuleTeacher:
@@ -94,7 +82,7 @@ def open_teacher(folder: str | Path) -> ModuleTeacher:
 
 def as_teacher(network: nn.Module) -> ModuleTeacher:
     """Return the teacher around a network."""
-    return onestill.module_teacher(network, onestill.FlowMatching(), "velocity", SHAPE)
+    return onestill.module_teacher(network, onestill.FlowMatching(net_scale=1.0), "velocity", SHAPE)
 
 
 def train(network: nn.Module, args: argparse.Namespace) -> None:
@@ -127,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train and save the teacher, and draw with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=3000)
-    parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--max_train_steps", type=int, default=16_000)
+    parser.add_argument("--train_batch_size", type=int, default=128)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--num_sample_images", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
