@@ -158,6 +158,17 @@ def test_every_teacher_has_some_features(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
+def test_text_is_drawn_with_and_seen_as_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out, "MOST_SAMPLES", 24)
+    own = {"train_batch_size": 16, "num_teacher_steps": 2, "num_prompts": 8, "prompt_cache_dir": tmp_path / "cache"}
+    own |= {"guidance_scale_min": 1.0, "guidance_scale_max": 3.0}
+    _, judge = judged(tmp_path / "run", teacher="glyphs", **own)
+    found = judge(100.0)
+    assert found is not None and found.num_samples == 24 and found.features.startswith("ConvFeatures")
+    assert all(map(math.isfinite, (*found.teacher.values(), found.student[1])))
+
+
+@pytest.mark.usefixtures("hurried")
 def test_what_cannot_be_measured_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, judge = judged(tmp_path / "run")
     monkeypatch.setattr(judge, "_exact", lambda: lambda eps, _: eps / 0)
@@ -182,9 +193,7 @@ def test_a_run_says_it_everywhere_and_is_the_same_run(tmp_path: Path, monkeypatc
     assert [line["step"] for line in lines if "held_out" in line] == [2, 4]
     last = lines[-1]["held_out"]
     assert last["num_samples"] == 64 and list(last["teacher"]) == ["1", "4", "8", "10"]
-    assert f"Fréchet distance {last['student']['1']:.3g} in 1 (teacher" in titles[-1] and titles[-1].startswith(
-        "step 4: "
-    )
+    assert f"held out {last['student']['1']:.3g} in 1; teacher" in titles[-1] and titles[-1].startswith("step 4: ")
     assert "- Quality: 1 step is " in (tmp_path / "a/pipeline/README.md").read_text(encoding="utf-8")
     monkeypatch.setattr(held_out, "SHORTEST_RUN", 1e9)
     result = onestill.distill(

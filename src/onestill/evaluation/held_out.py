@@ -30,7 +30,7 @@ from onestill.training.recipes import in_time
 
 SHARE = 0.05
 """The largest share of a run that this takes."""
-LEAST_SAMPLES, MOST_SAMPLES = 128, 512
+LEAST_SAMPLES, MOST_SAMPLES = 128, 2048
 SHORTEST_RUN = 10.0
 """Seconds: nothing is measured of a run that is shorter."""
 SEED, REFERENCE_SEED = 20_000_000, 30_000_000

@@ -88,7 +88,7 @@ class Verdict:
     def in_short(self) -> str:
         """The numbers, for a title."""
         student, teacher = (", ".join(f"{d:.3g} in {n}" for n, d in of.items()) for of in (self.student, self.teacher))
-        return f"Fréchet distance {student} (teacher {teacher})"
+        return f"{student}; teacher {teacher}"
 
     def __str__(self) -> str:
         said = [f"{_steps(k)} {'are' if k > 1 else 'is'} {self._as_good_as(k)}" for k in self.student]
@@ -96,7 +96,7 @@ class Verdict:
         worse = few in self.teacher and not least >= few
         why = ", and was still falling" if self.is_falling else ""
         not_yet = f"; one step is not better than its {few} yet{why}" if worse else ""
-        return f"{', '.join(said)}{not_yet} ({self.in_short}; {self.num_samples} held-out samples, {self.features})"
+        return f"{', '.join(said)}{not_yet} (Fréchet distance {self.in_short}; {self.num_samples:,} held-out samples, {self.features})"
 
     def _as_good_as(self, num: int) -> str:
         steps, first = self.steps(num), next(iter(self.teacher))

@@ -109,7 +109,7 @@ class Watch:
         if not pictures.can_be_shown(next(iter(rows.values())).shape[1:]):
             return None, distance
         path = config.output_dir / "samples" / f"step-{step:06d}.png"
-        title = f"step {step}: {distance:.3g} from the teacher's{f'; {self.verdict.in_short}' if self.verdict else ''}"
+        title = f"step {step}: {distance:.3g} from the teacher's{f'; held out {self.verdict.in_short}' if self.verdict else ''}"
         pictures.save_rows(rows, path, title=title, columns=self.conditions.captions)
         for tracker in self.accelerator.trackers if config.report_to else ():
             if hasattr(tracker, "log_images"):
