@@ -34,6 +34,7 @@ from torch import Tensor
 from vp_pipelines import if_parts, if_scheduler, if_unet
 
 import onestill
+from onestill.core.errors import SettingError
 from onestill.core.tensors import noise
 from onestill.data.cascade import FIRST_STAGE_SEED, CascadeConditions, FirstStage, open_first_stage, second_noise
 from onestill.data.conditions import VALIDATION_SEED
@@ -41,6 +42,7 @@ from onestill.export.export import export_student
 from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.runs.export import export
+from onestill.runs.folder import RunFolder
 from onestill.runs.load import load_student
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders
@@ -392,6 +394,20 @@ def test_the_export_is_checked_on_real_pictures_and_says_how_to_call_it(tmp_path
         not hasattr(prepared.teacher.unguided.pipeline, "load_lora_weights")
     )
     assert export_student(prepared.student, tmp_path / "out") <= 1e-4
+
+
+def test_a_second_stage_in_several_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "is_map", True)
+    for run, name in ((first_run(), "first"), (second_run(), "second")):
+        assert export(run, tmp_path / name, num_inference_steps=2) <= 1e-4
+    ours = images_of(tmp_path, second_run(), "--num_inference_steps", 2)
+    theirs = images_of(tmp_path, tmp_path / "second", "--base_student", first_run())
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    assert (images_of(tmp_path, second_run()) - ours).abs().max() > 1e-3
+    found = load_student(tmp_path / "second", base_student=first_run()).sampler
+    assert (found.num_steps, found.evaluations) == (2, 3)
+    with pytest.raises(SettingError, match="base_student=.*was exported for 2 steps, and a first stage draws in one"):
+        load_student(tmp_path / "second", base_student=tmp_path / "first")
 
 
 def test_inspect_says_what_is_enlarged() -> None:

@@ -182,10 +182,17 @@ def open_first_stage(path: str | Path) -> FirstStage:
     """Return the one-step student in a run's folder or an exported pipeline; SettingError if it takes no prompts."""
     path, folder = Path(path).expanduser(), find_first_stage(path)
     try:
-        takes_labels = read_index(folder, str(folder))["_class_name"] in UNET2D_PIPELINES
-        teacher = None if takes_labels else load_teacher(folder, local_files_only=True, arguments=read_call(folder))
+        takes_labels, steps = read_index(folder, str(folder))["_class_name"] in UNET2D_PIPELINES, num_steps_of(folder)
+        teacher = (
+            None
+            if takes_labels or steps > 1
+            else load_teacher(folder, local_files_only=True, arguments=read_call(folder))
+        )
     except ValueError as error:
         raise SettingError("base_student", path, str(error).removeprefix(f"{folder}: ")) from error
+    if steps > 1:
+        why = f"was exported for {steps} steps, and a first stage draws in one"
+        raise SettingError("base_student", path, why, "export its run for one")
     if teacher is None or not teacher.spec.text:
         why = "takes no text, and the teacher takes prompts: both must draw the same"
         raise SettingError("base_student", path, why)
@@ -195,9 +202,6 @@ def open_first_stage(path: str | Path) -> FirstStage:
         why = f"is a {teacher.kind} of many steps, no one-step student"
         todo = f"distil it first (onestill distill, with it as {named('teacher')}) and give that run"
         raise SettingError("base_student", path, why, todo)
-    if (steps := num_steps_of(folder)) > 1:
-        why = f"was exported for {steps} steps, and a first stage draws in one"
-        raise SettingError("base_student", path, why, "export its run for one")
     return FirstStage(teacher, folder.resolve())
 
 

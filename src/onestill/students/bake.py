@@ -102,7 +102,7 @@ def tell(teacher: Teacher, network: nn.Module, wanted: Mapping[str, Tensor], net
     """
     flat = [name for name, (h, _) in embedded(teacher, network, net_times).items() if not _lie_apart(h)]
     ahead = {name: network.get_submodule(name.rpartition(".")[0]) for name in flat}
-    firsts = {f"{name.rpartition('.')[0]}.linear_1": m for name, m in ahead.items() if isinstance(m, TimestepEmbedding)}
+    firsts = [f"{name.rpartition('.')[0]}.linear_1" for name, module in ahead.items() if _has_units(module)]
     for name, (features, _) in (embedded(teacher, network, net_times, firsts) if firsts else {}).items():
         _sharpen(network.get_submodule(name), features)
     for name, (h, output) in embedded(teacher, network, net_times).items():
@@ -126,6 +126,14 @@ def tells_apart(teacher: Teacher, network: nn.Module, net_times: Sequence[float]
 def _lie_apart(h: Tensor, share: float = APART) -> bool:
     values = torch.linalg.svdvals(h)
     return len(values) == len(h) and bool(values[-1] > share * values[0])
+
+
+def _has_units(embedding: nn.Module) -> bool:
+    """Return whether the first layer of a time embedding feeds SiLU units and has a bias."""
+    if not isinstance(embedding, TimestepEmbedding):
+        return False
+    first: Any = embedding.linear_1
+    return isinstance(embedding.act, nn.SiLU) and first.bias is not None
 
 
 def _sharpen(layer: Any, features: Tensor) -> None:
