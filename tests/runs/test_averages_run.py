@@ -16,7 +16,7 @@ from onestill.runs.folder import RunFolder
 from onestill.runs.load import restore_student, run_teacher
 from onestill.training.averages import FOLDER, weights_of
 from onestill.training.checkpoint import read_checkpoint
-from tests.runs_helpers import (
+from runs_helpers import (
     FAST,
     Interruption,
     assert_refused,

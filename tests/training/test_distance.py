@@ -18,7 +18,7 @@ from onestill.runs.distill import what_helps
 from onestill.sampling.generate import student_generator, teacher_generator
 from onestill.teachers.module import module_teacher
 from onestill.training.config import make_config
-from onestill.training.distance import Distance
+from onestill.training.distance import Distance, nearest
 from onestill.training.trainer import Trainer
 
 
@@ -101,3 +101,17 @@ def test_anchors_are_advised_where_there_are_few(tmp_path: Path) -> None:
     for many in ({"anchor_fraction": 0.75}, {"train_batch_size": 2}):
         assert "max_train_steps" in what_helps(make_config({**base, "max_train_steps": 30, **many}))
         assert "60" in what_helps(make_config({**base, "max_train_steps": 30, **many}))
+
+
+def test_the_first_stays_unless_another_is_nearer_beyond_doubt() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = 1 + torch.rand(64, generator=generator)
+    noise = torch.randn(64, generator=generator)
+    noise -= noise.mean()
+    noise /= noise.std()
+    # The standard error of the difference is 0.1 / 8.
+    far, near = first - 0.1 * noise - 0.03, first - 0.1 * noise - 0.02
+    assert nearest({0.1: first, 0.2: near}) == 0.1 and nearest({0.1: first, 0.2: far}) == 0.2
+    assert nearest({0.1: first, 0.2: near, 0.3: far, 0.4: first - 0.5}) == 0.4
+    assert nearest({0.1: first, 0.2: first + 1}) == 0.1 and nearest({0.1: first}) == 0.1
+    assert nearest({0.1: first, 0.2: torch.full((64,), torch.nan)}) == 0.1

@@ -92,7 +92,7 @@ class RunResult:
         """Return the last words about a finished run, a line each: how far it came, and what would take it further."""
         if self.export_error is None:
             return ()  # of a run that has not ended, or ended before; or another process has exported, and says so
-        of_others = [f"{width:g} ({found:.3g})" for width, found in self.ema_distances.items()]
+        of_others = [f"{width:g} ({found:.4g})" for width, found in self.ema_distances.items()]
         chosen = f"average: width {self.ema_width:g}, of {', '.join(of_others)} from the teacher on held-out noise"
         average = (chosen,) if of_others else ()
         if self.distance is None:

@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FEW_STEPS: Final = (1, 2, 4, 8, 16)
 """Steps of the teacher's own sampler that the yardstick is made of."""
@@ -103,6 +106,21 @@ class Verdict:
         if math.isnan(steps):
             return f"no better than the teacher's {_steps(first)}"
         return f"as good as the teacher's {_steps(round(steps))}"
+
+
+def nearest(errors: Mapping[float, Tensor]) -> float:
+    """Return which of several students is nearest to a teacher: the first, unless another is so beyond doubt.
+
+    `errors` has the mean squared difference of each of the same N images, [N], by student. Another is nearer beyond doubt
+    where the mean of what it has less, image by image, is above two standard errors; of those the one of the least mean.
+    """
+    first, *_ = errors
+    better = [first]
+    for name, found in errors.items():
+        less = errors[first].double() - found.double()
+        if less.mean() > 2 * less.std() / len(less) ** 0.5:
+            better.append(name)
+    return min(better, key=lambda name: float(errors[name].double().mean()))
 
 
 def _steps(num: int) -> str:

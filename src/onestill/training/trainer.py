@@ -32,10 +32,10 @@ from onestill.students.student import Student
 from onestill.training.averages import forget_after, snapshot_steps, write_snapshot
 from onestill.training.checkpoint import Checkpoint, Tensors, rotate, write_checkpoint
 from onestill.training.config import DistillConfig, pool_settings
-from onestill.training.distance import Distance
+from onestill.training.distance import Distance, nearest
 from onestill.training.loss import joined_inputs, regression, robust_factors, squared_residuals, targets
 from onestill.training.trained import Trained
-from onestill.training.watch import StepLog, Watch, rms
+from onestill.training.watch import StepLog, Watch
 
 
 @dataclass
@@ -274,9 +274,10 @@ class Trainer:
     def _choose_width(self) -> None:
         """Export from now on the average, of those of several widths, that is nearest to the teacher on held-out noise.
 
-        On other noise than pictures are made of: what is said of those is no result of the choice.
+        On other noise than pictures are made of: what is said of those is no result of the choice. Always as many
+        images, so that a run that was interrupted chooses what the one that was not does.
         """
-        config, own, distances = self.config, self.trained[0], self.ema_distances
+        config, own, errors, distances = self.config, self.trained[0], dict[float, Tensor](), dict[float, float]()
         if self.accelerator.is_main_process:
             teacher = teacher_generator(self.teacher, num_steps=config.num_teacher_steps, device=self.device)
             student = student_generator(self.student, t=config.t_min, device=self.device)
@@ -289,9 +290,10 @@ class Trainer:
                         warnings.warn(f"{error}: it is not compared", FoundWarning, stacklevel=3)
                         continue
                     with own.averaged(weights):
-                        distances[width] = rms(self.watch.held_out(student), images)
-        (found,) = broadcast_object_list([distances])
-        self._export(min(found, key=lambda width: (not math.isfinite(found[width]), found[width])), found)
+                        errors[width] = (self.watch.held_out(student) - images).square().flatten(1).mean(1)
+            distances = {width: float(each.mean().sqrt()) for width, each in errors.items()}
+        width, distances = broadcast_object_list([nearest(errors) if errors else None, distances])
+        self._export(width, distances)
 
     def _export(self, width: float, distances: dict[float, float]) -> None:
         """Export the average of the width that was chosen at the end."""

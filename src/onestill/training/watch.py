@@ -97,7 +97,7 @@ class Watch:
         if self.teacher_images is None:
             self.teacher_images = self._drawn(teacher)
         images = self._drawn(student)
-        self.last_rms = distance = rms(images, self.teacher_images)
+        self.last_rms = distance = _rms(images, self.teacher_images)
         if self.judge is not None and self._forwards:
             forwards = config.max_train_steps * config.gradient_accumulation_steps
             self.verdict = self.judge((time.monotonic() - self._began) / self._forwards * forwards)
@@ -143,7 +143,7 @@ class Watch:
         for num in FEW_STEPS:
             if num >= config.num_teacher_steps or time.monotonic() > end:
                 break
-            few[num] = rms(self._drawn(teacher_of(num)), many)
+            few[num] = _rms(self._drawn(teacher_of(num)), many)
             if not few[num] > self.last_rms:
                 break
         return Distance(self.last_rms, few, config.num_teacher_steps, len(many))
@@ -189,8 +189,7 @@ class Watch:
             partial.write_bytes(b"".join(kept))
 
 
-def rms(images: Tensor, others: Tensor) -> float:
-    """Return the root of the mean squared difference."""
+def _rms(images: Tensor, others: Tensor) -> float:
     return float((images - others).square().mean().sqrt())
 
 
