@@ -6,16 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import onestill
-from onestill.core.errors import SettingError
-from onestill.core.files import read_hashed
-from onestill.runs.export import export
-from onestill.runs.folder import RunFolder
-from onestill.runs.load import restore_student, run_teacher
-from onestill.training.averages import FOLDER, weights_of
-from onestill.training.checkpoint import read_checkpoint
 from runs_helpers import (
     FAST,
     Interruption,
@@ -28,6 +18,16 @@ from runs_helpers import (
     snapshot,
     teacher_folder,
 )
+from torch import Tensor
+
+import onestill
+from onestill.core.errors import SettingError
+from onestill.core.files import read_hashed
+from onestill.runs.export import export
+from onestill.runs.folder import RunFolder
+from onestill.runs.load import restore_student, run_teacher
+from onestill.training.averages import FOLDER, weights_of
+from onestill.training.checkpoint import read_checkpoint
 
 SEVERAL = (0.1, 0.05, 0.2)
 
