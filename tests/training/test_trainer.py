@@ -642,7 +642,7 @@ def test_two_processes_train_one_student(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    settings = {**FAST, "max_train_steps": 3, "logging_steps": 1}
+    settings = {**FAST, "max_train_steps": 3, "logging_steps": 1, "ema_width": "0.09,0.1"}
     arguments = ["distill", "--teacher", str(teacher_folder()), "--output_dir", str(run), *as_flags(settings)]
     done = subprocess.run(
         [
@@ -657,8 +657,10 @@ def test_two_processes_train_one_student(tmp_path: Path) -> None:
     assert done.stdout.count("distance: ") == done.stdout.count("what helps most") == 1, (
         "the first process alone says it"
     )
+    assert done.stdout.count("average: width 0.") == 1
     (folder,) = list_checkpoints(run)
     checkpoint = read_checkpoint(folder)
+    assert [width for width, _ in checkpoint.values["ema_distances"]] == [0.09, 0.1]
     assert checkpoint.values["num_processes"] == 2
     # Each process draws its own noise.
     states = checkpoint.tensors["random"]
