@@ -44,6 +44,7 @@ from onestill.runs.distill import make_trainer
 from onestill.runs.export import export
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import load_student
+from onestill.runs.plan import measure
 from onestill.teachers.load import load_teacher
 from onestill.teachers.pipelines import text_encoders as encoders
 from onestill.teachers.pipelines.families.deepfloyd import low_res_rows
@@ -118,6 +119,18 @@ def some_rows(trainer: Any, num: int, *, seed: int) -> dict[str, Tensor]:
     conditions = trainer.conditions
     rows: dict[str, Tensor] = conditions.rows(conditions.choose(num, torch.Generator().manual_seed(seed)))
     return rows
+
+
+def test_a_budget_counts_the_pictures_of_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"teacher": str(folder_of(SR)), "output_dir": tmp_path / "run", **settings(tmp_path / "cache")}
+    drawn: list[int] = []
+    pictures = FirstStage.pictures
+    monkeypatch.setattr(
+        FirstStage, "pictures", lambda self, eps, cond: drawn.append(len(eps)) or pictures(self, eps, cond)
+    )
+    speed = measure(make_config(values), teacher_of(SR))
+    batch = values["train_batch_size"]
+    assert speed.step > 0 and speed.encoding > 0 and drawn.count(batch) >= 4 and not (tmp_path / "run").exists()
 
 
 def test_rows_hold_the_picture_of_the_same_prompt(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def test_what_a_run_returns(tmp_path: Path) -> None:
     assert steps == [1, 2, 3, 4]
     run = tmp_path / "run"
     expected = RunResult(run, 4, run / "pipeline", run / "checkpoint-4", result.export_error, num_trained=4)
-    assert replace(result, distance=None, advice="") == expected
+    said = {"distance": None, "ema_width": 0.0, "unjudged": "", "advice": ""}
+    assert result.ema_width > 0 and replace(result, **said) == expected
     assert result.export_error is not None and result.export_error < 1e-5
     assert is_run(run)
 
