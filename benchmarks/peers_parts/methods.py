@@ -100,13 +100,13 @@ class Job:
         share = (self.counter.spent - self.pool_cost) / (self.budget - self.pool_cost)
         passed = sum(share >= mark for mark in MARKS)
         if passed > self.marks_passed:
-            with self.counter.pause(), trained.averaged():
+            with self.counter.counting(False), trained.averaged():
                 self.curve.append({"evaluations": self.counter.spent, **self.problem.judge(generate, self.seed)})
         self.marks_passed = passed
 
     def finish(self, samplers: Samplers, counts: tuple[int, ...] = STEP_COUNTS) -> None:
         """Measure every sampler at the end."""
-        with self.counter.pause():
+        with self.counter.counting(False):
             self.steps = {num: self.problem.judge(samplers[num], self.seed) for num in counts if num in samplers}
         self.curve.append({"evaluations": self.counter.spent, **self.steps[1]})
 
@@ -317,20 +317,31 @@ def consistency_generator(teacher: Teacher, network: nn.Module, num_steps: int) 
 
 def distillation(job: Job, settings: Mapping[str, Any]) -> None:
     """Train by onestill with some settings, its steps and its anchors as many as the budget pays for."""
-    with tempfile.TemporaryDirectory() as folder:
+    # What a run looks at beside its training, such as pictures, is not counted.
+    with tempfile.TemporaryDirectory() as folder, job.counter.counting(False):
         config = planned(job, settings, Path(folder) / "run")
-        with job.counter.pause():  # checks of the teacher
-            trainer = make_trainer(build_run(config, job.teacher))
+        trainer = make_trainer(build_run(config, job.teacher))
         config.output_dir.mkdir()
-        for _ in trainer.prepare():
-            pass
-        trained = trainer.trained[0]
+        trainer.update = counted(trainer.update, job.counter)  # type: ignore[method-assign]
+        with job.counter.counting():
+            for _ in trainer.prepare():
+                pass
         for log in trainer.steps():
             if log.step < config.max_train_steps:
-                job.watch(trained, student_generator(trainer.student))
+                job.watch(trainer.trained[0], student_generator(trainer.student))
         job.num_train_steps = config.max_train_steps
-        with trained.averaged():
+        with trainer.averaged():
             job.finish(student_samplers(trainer.student, config))
+
+
+def counted(update: Callable[[], Any], counter: Counter) -> Callable[[], Any]:
+    """Return a function whose network evaluations are counted."""
+
+    def counts() -> Any:
+        with counter.counting():
+            return update()
+
+    return counts
 
 
 def student_samplers(student: Student, config: DistillConfig) -> Samplers:

@@ -56,13 +56,13 @@ class Counter:
         del self._teacher.call
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Measuring is no training."""
-        self._counts = False
+    def counting(self, counts: bool = True) -> Iterator[None]:
+        """Count, or not, for a while: measuring is no training."""
+        before, self._counts = self._counts, counts
         try:
             yield
         finally:
-            self._counts = True
+            self._counts = before
 
 
 @dataclass

@@ -151,7 +151,7 @@ def test_the_count_is_of_rows_and_of_backward_passes(peers: ModuleType) -> None:
     with torch.no_grad():
         teacher.denoised(torch.zeros(5, 2), 0.5, {})
     assert counter.spent == 20
-    with counter.pause(), torch.no_grad():
+    with counter.counting(False), torch.no_grad():
         solve(teacher.spec.trajectory, teacher.denoiser({}), torch.zeros(5, 2), uniform_times(1.0, 4), ddim_step)
     assert counter.spent == 20
     counter.close()
