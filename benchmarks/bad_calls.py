@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import onestill
-from onestill.core.settings import Settings
+from onestill.core.settings import Settings, about
 from onestill.export.config import ExportConfig
 from onestill.runs.export import export
 from onestill.sampling.config import DrawSettings, SamplerSettings
@@ -358,6 +358,8 @@ def table(every: int = 1) -> list[Call]:
         if model is not None:
             for key in model.model_fields:
                 wrong[key] = [*wrong.get(key, []), *beyond(key, model)]
+                if about(model.model_fields[key], "commas"):  # a number alone is a list of one
+                    wrong[key] = [value for value in wrong[key] if type(value) not in (int, float)]
         for key, values in MEANT.get(name, {}).items():
             wrong[key] = [*wrong.get(key, []), *values]
         for key, values in wrong.items():
