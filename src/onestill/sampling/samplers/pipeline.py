@@ -219,12 +219,9 @@ class PipelineSampler(Sampler):
         target_time: float | None = None,
         num_inference_steps: int | None = None,
     ) -> Sampler:
-        steps = None if num_inference_steps == self.num_steps else num_inference_steps
-        given: dict[str, Any] = {"guidance_scale": guidance_scale, "target_time": target_time}
-        given["num_inference_steps"] = steps
-        if self.trained is None or all(value is None for value in given.values()):
-            return super().at(**given)
-        return self.trained().at(**given)
+        own = guidance_scale is target_time is None and num_inference_steps in (None, self.num_steps)
+        at = super().at if own or self.trained is None else self.trained().at
+        return at(guidance_scale=guidance_scale, target_time=target_time, num_inference_steps=num_inference_steps)
 
 
 @contextmanager
