@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from toys import distilled_error, mixture
+from toys import BOOTSTRAP, distilled_error, mixture
 
 BASE: dict[str, Any] = {
     "solver": "ddim", "delta": 1 / 25, "time_sampling": "s_first", "bootstrap_weight": "inverse_rho",
@@ -23,7 +23,8 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 BASE_TOY: dict[str, Any] = {"max_train_steps": 800, "train_batch_size": 256}
 BASE_DIGITS: dict[str, Any] = {
-    "train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler": "cosine", "boundary_weight": 1.0,
+    "train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler": "cosine", **BOOTSTRAP,
+    "anchor_path_fraction": 0.0, "anchor_solver": "midpoint",
 }  # fmt: skip
 # One change from BASE each; Heun and the midpoint call the teacher twice, so equal calls along a trajectory are a
 # double step, and equal calls in training are half the steps. The last rows are combinations on the way to the defaults.

@@ -45,7 +45,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 LONGEST = 10.0
 RUN: dict[str, Any] = {
-    **FAST, "anchor_fraction": 0.5, "num_anchors": 10, "num_anchor_steps": 2, "checkpointing_steps": 1,
+    **FAST, "anchor_fraction": 0.5, "num_anchors": 10, "num_anchor_steps": 3, "anchor_path_fraction": 0.5, "checkpointing_steps": 1,
     "checkpoints_total_limit": 2, "logging_steps": 1, "show_progress": False,
 }  # fmt: skip
 

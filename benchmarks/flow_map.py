@@ -37,7 +37,8 @@ PROCESS, NUM_TEST, STEPS = CosineVP(), 4000, (1, 2, 4, 8)
 BASE: dict[str, Any] = {
     "max_train_steps": 600, "train_batch_size": 256, "learning_rate": 2e-3, "lr_scheduler": "cosine",
     "lr_warmup_steps": 50, "checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 10**6,
-    "num_teacher_steps": 1, "device": "cpu", "bootstrap_weight": "inverse_rho_sigma",
+    "num_teacher_steps": 1, "device": "cpu", "bootstrap_weight": "inverse_rho_sigma", "boundary_weight": 1.0,
+    "anchor_fraction": 0.0, "corrector_fraction": 0.0,
 }  # fmt: skip
 HALF: dict[str, Any] = {"flow_map_fraction": 0.5}
 VARIANTS: dict[str, dict[str, Any]] = {

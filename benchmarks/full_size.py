@@ -150,7 +150,7 @@ def measure(teacher: Path, run: Path, settings: dict[str, Any], device: torch.de
             "teacher": str(teacher), "output_dir": str(run), "device": str(device), "mixed_precision": "bf16",
             "prompt_file": str(EMBEDDED["glyphs"].prompts), "num_prompts": 64, "train_batch_size": 8,
             "max_train_steps": 14, "learning_rate": 1e-5, "num_validation_images": 1, "num_teacher_steps": 4,
-            "prompt_cache_dir": str(run.parent / "cache"), "guidance_scale": 7.5, "allow_tf32": True, **settings,
+            "prompt_cache_dir": str(run.parent / "cache"), "guidance_scale": 7.5, "allow_tf32": True, "anchor_fraction": 0.0, "corrector_fraction": 0.0, **settings,
         }
     )  # fmt: skip
     prepared = build_run(config)

@@ -49,11 +49,15 @@ Report = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 50
 COMMON: dict[str, Any] = {
-    "max_train_steps": STEPS, "train_batch_size": 16, "learning_rate": 1e-3, "lr_warmup_steps": 5, "seed": 3,
+    # What was the default of every commit up to 7a32d07.
+    "anchor_fraction": 0.0, "boundary_weight": 1.0, "bootstrap_weight": "velocity",
+    "lr_scheduler": "constant_with_warmup", "max_train_steps": STEPS, "train_batch_size": 16, "learning_rate": 1e-3, "lr_warmup_steps": 5, "seed": 3,
     "device": "cpu", "logging_steps": 1, "checkpointing_steps": 20, "checkpoints_total_limit": 1,
     "validation_steps": 30, "num_validation_images": 4, "num_teacher_steps": 3,
 }  # fmt: skip
 ANCHORS: dict[str, Any] = {"anchor_fraction": 0.25, "num_anchors": 64, "num_anchor_steps": 4}
+# Passed to a tree that has such a setting: in one that has not it is off.
+NEW: dict[str, Any] = {"corrector_fraction": 0.0, "anchor_path_fraction": 0.0, "anchor_solver": "midpoint"}
 GLYPHS: dict[str, Any] = {"teacher": "glyphs", "guidance_scale": 3.0, "train_batch_size": 8}
 # "own" is trained in Python, "digits stopped" is stopped by a signal and resumed; the rest is the command line's.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -161,6 +165,10 @@ def run_setting(name: str, source: Path, folder: Path) -> Columns:
     settings = {"teacher": "digits", **COMMON, **SETTINGS[name]}
     if "ema_width" in settings and not any("ema_width" in path.read_text() for path in source.rglob("config.py")):
         settings["ema_decay"] = settings.pop("ema_width")  # 0 is none under both names
+    text = "".join(path.read_text(encoding="utf-8") for path in (source / "onestill" / "objectives").glob("*.py"))
+    settings = {**{setting: value for setting, value in NEW.items() if f" {setting}: " in text}, **settings}
+    if "solver" in SETTINGS[name] and "anchor_solver" in settings:
+        settings["anchor_solver"] = SETTINGS[name]["solver"]
     if settings["teacher"] == "own":
         own = json.dumps({key: value for key, value in settings.items() if key != "teacher"})
         call([sys.executable, str(Path(__file__).resolve()), "own", str(run), own], source, folder)

@@ -92,6 +92,7 @@ def measure(
     """Train some steps, export, and return sizes in MB; rank 0 is a full student, `share` that of the corrector's rows."""
     place = resolve_device(device)
     settings: dict[str, Any] = {"output_dir": f"{folder}/run", "device": device, "train_batch_size": batch}
+    settings |= {"anchor_fraction": 0.0, "boundary_weight": 1.0}
     settings |= {"max_train_steps": steps, **({"lora_rank": rank} if rank else {})}
     settings |= {"corrector_fraction": share, "corrector_begin": 0.0, "corrector_warmup": 0.0}
     before = 0 if place.type == "cuda" else psutil.Process().memory_info().rss

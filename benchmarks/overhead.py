@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor, nn
 
 from onestill.core.tensors import noise
-from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.evaluation.speed import compare
 from onestill.export.export import export_student
+from onestill.objectives.registry import rows_of
 from onestill.runs.build import build_run
 from onestill.runs.folder import PIPELINE_FOLDER
 from onestill.runs.load import load_student
@@ -24,37 +26,71 @@ from onestill.teachers.load import load_teacher
 from onestill.training.config import make_config
 from onestill.training.trainer import Trainer
 
+ALONE: dict[str, Any] = {"anchor_fraction": 0.0, "corrector_fraction": 0.0}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "bootstrap": ALONE,
+    "anchors": {"corrector_fraction": 0.0},
+    "flow map, half, of anchors": {"corrector_fraction": 0.0, "flow_map_fraction": 0.5},
+    "flow map, half, of the student": {**ALONE, "flow_map_fraction": 0.5},
+    "corrector, half": {"corrector_fraction": 0.5},
+}
 
-def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6) -> Trainer:
+
+def trainer_on_digits(folder: str, *, batch: int = 64, steps: int = 10**6, **settings: Any) -> Trainer:
     """Return a trainer on the embedded digits that logs, validates and saves never within a benchmark."""
-    rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 100}
-    settings = {"teacher": "digits", "output_dir": f"{folder}/run", "device": "cpu", "max_train_steps": steps}
-    prepared = build_run(make_config({**settings, "train_batch_size": batch, **rare}))
-    return Trainer(prepared.config, prepared.student, prepared.conditions, prepared.fingerprints)
+    rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 100, "num_anchors": 200}
+    given = {"teacher": "digits", "output_dir": f"{folder}/run", "device": "cpu", "max_train_steps": steps, **rare}
+    prepared = build_run(make_config({**given, "train_batch_size": batch, **settings}))
+    trainer = Trainer(prepared.config, prepared.student, prepared.conditions, prepared.fingerprints)
+    prepared.config.output_dir.mkdir(parents=True, exist_ok=True)
+    for _ in trainer.prepare():
+        pass
+    trainer.progress.step = steps // 2  # where every objective has begun
+    return trainer
 
 
-def training_step(batch: int = 64, repeats: int = 30) -> None:
-    """Print a training step beside the sum of its bare passes."""
+def training_step(name: str, batch: int = 64, repeats: int = 30) -> None:
+    """Print a training step beside the sum of its bare passes: each objective's own, and the student's for all rows."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_on_digits(folder, batch=batch)
-        network, teacher = trainer.student.network, load_teacher("digits").network
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-12, fused=True)
-        x = torch.randn(batch, 1, 8, 8)
-        t, labels = torch.full((batch,), 500.0), torch.randint(0, 10, (batch,))
+        trainer = trainer_on_digits(folder, batch=batch, **OBJECTIVES[name])
+        config, teacher = trainer.config, load_teacher("digits").network
+        networks = [
+            trainer.student.network,
+            *(load_teacher("digits").network.requires_grad_() for _ in trainer.trained[1:]),
+        ]
+        optimizers = [torch.optim.AdamW(network.parameters(), lr=1e-12, fused=True) for network in networks]
+        costs = [(rows, kind.cost(config, batch)) for kind, rows in rows_of(config, batch).items()]
+        x, labels = torch.randn(batch, 1, 8, 8), torch.randint(0, 10, (batch,))
+        t = torch.full((batch,), 500.0)
+
+        def forward(network: nn.Module, calls: float) -> Tensor:
+            num = round(calls)
+            return network(x[:num], t[:num], class_labels=labels[:num]).sample
+
+        def forwards(network: nn.Module, rows: int, calls: float) -> None:
+            for part in [rows] * int(calls) + [rows * (calls % 1)]:
+                if round(part):
+                    forward(network, part)
 
         def bare() -> None:
             with torch.no_grad():
-                network(x, t, class_labels=labels)
-                for _ in range(CALLS_PER_STEP[trainer.config.solver]):
-                    teacher(x, t, class_labels=labels)
-            network(x, t, class_labels=labels).sample.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+                for rows, cost in costs:
+                    forwards(networks[0], rows, cost.student)
+                    forwards(teacher, rows, cost.teacher)
+            forward(networks[0], batch).square().mean().backward()
+            for rows, cost in costs:
+                if cost.learned:
+                    forward(networks[1], rows * cost.learned).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
         seconds = compare({"onestill": trainer.update, "bare": bare}, repeats=repeats, warmup=3)
-        ratio = seconds["onestill"] / seconds["bare"]
+        took, least = (1e3 * seconds[one] for one in ("onestill", "bare"))
         print(
-            f"| training step, batch {batch} | {seconds['onestill'] * 1e3:.1f} ms | {seconds['bare'] * 1e3:.1f} ms | {ratio:.3f} |"
+            f"| training step, {name}, batch {batch} | {took:.1f} ms | {least:.1f} ms | {took / least:.3f} |",
+            flush=True,
         )
 
 
@@ -108,7 +144,8 @@ def main() -> None:
         memory()
         return
     print(f"| what ({args.threads} threads) | onestill | bare | ratio |\n|---|---|---|---|")
-    training_step()
+    for name in OBJECTIVES:
+        training_step(name)
     sampling()
 
 

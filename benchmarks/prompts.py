@@ -50,7 +50,12 @@ def measure(folder: Path, prompts: Path, steps: int) -> None:
 
     settings = {"teacher": str(folder / "teacher"), "output_dir": str(folder / "run"), "device": "cpu"}
     rare = {"checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 10**6}
-    own = {"prompt_file": str(prompts), "prompt_cache_dir": str(folder / "cache")}
+    own = {
+        "anchor_fraction": 0.0,
+        "corrector_fraction": 0.0,
+        "prompt_file": str(prompts),
+        "prompt_cache_dir": str(folder / "cache"),
+    }
     config = make_config({**settings, **rare, **own, "max_train_steps": steps, "train_batch_size": BATCH})
     prepared = build_run(config)
     trainer = make_trainer(prepared)

@@ -46,6 +46,7 @@ from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, e
 from onestill.evaluation.prompt_accuracy import read_prompts
 from onestill.evaluation.references import embedded_reference
 from onestill.evaluation.samples import Draw
+from onestill.objectives.registry import is_map
 from onestill.runs.build import Run, build_run, configure
 from onestill.runs.distill import make_trainer
 from onestill.sampling.generate import student_generator, teacher_generator
@@ -62,44 +63,40 @@ import flow
 
 POOL = "pool"
 """The one key of a recipe that is no setting: the share of the time that anchors are made in, instead of their number."""
-BASE: dict[str, Any] = {
-    "train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler": "cosine", "boundary_weight": 0.0,
-    "bootstrap_weight": "none", "anchor_fraction": 0.75, POOL: 0.25, "num_anchor_steps": 8,
+BASE: dict[str, Any] = {POOL: 0.25}
+OLD: dict[str, Any] = {
+    POOL: 0.25, "anchor_fraction": 0.75, "anchor_path_fraction": 0.0, "anchor_solver": "midpoint", "num_anchor_steps": 8,
+    "corrector_fraction": 0.0,
 }  # fmt: skip
-# One change from BASE or a few, the most informative first.
+MAP: dict[str, Any] = {
+    "corrector_fraction": 0.25, "corrector_path_fraction": 0.0, "corrector_weight": 1.0, "flow_map_fraction": 0.25,
+}  # fmt: skip
+DPM: dict[str, Any] = {"anchor_solver": "dpmsolver++", "num_anchor_steps": 16}
+# The first is the defaults; the next are one change of them each. Those after are what was looked at before there were rows on
+# the way: three quarters of a batch anchors of eight midpoint steps, and one change each or a few.
 RECIPES: dict[str, dict[str, Any]] = {
-    "anchors .75": {},
-    "flow map .25": {"anchor_fraction": 0.5, "flow_map_fraction": 0.25},
-    "flow map .25, corrector .125": {
-        "anchor_fraction": 0.5, "flow_map_fraction": 0.25, "corrector_fraction": 0.125,
-    },
-    "weight 1/(rho sigma)": {"bootstrap_weight": "inverse_rho_sigma"},
-    "corrector .25": {"anchor_fraction": 0.5, "corrector_fraction": 0.25},
-    "flow map .5": {"anchor_fraction": 0.25, "flow_map_fraction": 0.5},
-    "anchors .5": {"anchor_fraction": 0.5},
-    "anchors .875": {"anchor_fraction": 0.875},
-    "learning rate 2e-3": {"learning_rate": 2e-3},
+    "defaults": {},
+    "no corrector": {"corrector_fraction": 0.0},
+    "corrector from noise only": {"corrector_path_fraction": 0.0},
+    "corrector from noise only, weight 1": {"corrector_path_fraction": 0.0, "corrector_weight": 1.0},
     "batch 32": {"train_batch_size": 32},
-    "flow map .75, no anchors": {"anchor_fraction": 0.0, "flow_map_fraction": 0.75},
-    "flow map .25 of anchors": {
-        "anchor_fraction": 0.5, "flow_map_fraction": 0.25, "flow_map_states": "anchors",
+    "whole trajectories and a quarter bootstrap": OLD,
+    "the same, no bootstrap": {**OLD, "anchor_fraction": 0.98},
+    "the same, DPM-Solver++(2M)": {**OLD, **DPM},
+    "the same, DPM-Solver++(2M), half of the anchors on the way": {**OLD, **DPM, "anchor_path_fraction": 0.5},
+    "the same, weight 1/(rho sigma)": {**OLD, "bootstrap_weight": "inverse_rho_sigma"},
+    "the same, robust 1/2": {**OLD, "robust_exponent": 0.5},
+    "the same, learning rate 2e-3": {**OLD, "learning_rate": 2e-3},
+    "the same, corrector": {
+        **OLD, "anchor_fraction": 2 / 3, "corrector_fraction": 0.25, "corrector_path_fraction": 0.0, "corrector_weight": 1.0,
     },
-    "corrector .25 with filter": {
-        "anchor_fraction": 0.5, "corrector_fraction": 0.25, "corrector_filter": True,
+    "flow map from the student's pictures, corrector": {
+        **OLD, **MAP, "anchor_fraction": 0.97, "flow_map_states": "student",
     },
-    "anchors by DPM-Solver++(2M)": {"anchor_solver": "dpmsolver++", "num_anchor_steps": 16},
-    "anchors of 16 steps": {"num_anchor_steps": 16},
-    "anchors of 5 steps": {"num_anchor_steps": 5},
-    "pool .4": {POOL: 0.4},
-    "weight velocity": {"bootstrap_weight": "velocity"},
-    "learning rate 5e-4": {"learning_rate": 5e-4},
-    "robust 1/2": {"robust_exponent": 0.5},
-    "boundary loss": {"boundary_weight": 1.0},
-    "no anchors": {"anchor_fraction": 0.0},
-    "no anchors, weight velocity": {"anchor_fraction": 0.0, "bootstrap_weight": "velocity"},
-    "paper": {
-        "recipe": "boot", "anchor_fraction": 0.0, "boundary_weight": 1.0, "bootstrap_weight": "inverse_rho",
+    "flow map from anchors, DPM-Solver++(2M), corrector": {
+        **OLD, **DPM, **MAP, "anchor_fraction": 0.97, "flow_map_states": "anchors",
     },
+    "paper": {"recipe": "boot"},
 }  # fmt: skip
 QUIET: dict[str, Any] = {
     "checkpointing_steps": 10**6, "validation_steps": 10**6, "logging_steps": 10**6, "num_validation_images": 1,
@@ -279,10 +276,10 @@ def pool_made(trainer: Trainer) -> tuple[int, float]:
 
 def chosen_length(bench: Bench, folder: Path, settings: dict[str, Any], seconds: float) -> dict[str, int]:
     """Return the steps and the anchors that fit into so many core-seconds, found by a short run of the same kind."""
-    share, batch = settings.pop(POOL), settings["train_batch_size"]
-    share = share if settings["anchor_fraction"] > 0 else 0.0
+    share, batch = settings.pop(POOL), settings.get("train_batch_size", 64)
     trial = {**settings, "max_train_steps": TRIAL_STEPS, "num_anchors": TRIAL_BATCHES * batch}
-    _, trainer = set_up(bench, folder, trial)
+    run, trainer = set_up(bench, folder, trial)
+    share = share if run.config.anchor_fraction > 0 else 0.0
     num, pool_seconds = pool_made(trainer)
     steps = trainer.steps()
     next(steps)
@@ -306,7 +303,7 @@ def trained(bench: Bench, recipe: str, seed: int, seconds: float) -> dict[str, A
         losses = [log.loss for log in trainer.steps()]
         took, started = time.process_time() - started, time.process_time()
         scores = bench.scores()
-        steps = STUDENT_STEPS if settings.get("flow_map_fraction") else STUDENT_STEPS[:1]
+        steps = STUDENT_STEPS if is_map(run.config) else STUDENT_STEPS[:1]
         with trainer.averaged():
             rows = {str(num): scores.student(run.student, num) for num in steps}
         own, folder = trainer.trained[0], run.config.output_dir

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at ten random moments and resumed, against the run that was not.
+"""A run killed with SIGKILL at ten random moments and resumed, against the run that was not: anchors, corrector, flow map.
 
 python benchmarks/resume.py --kills 10 --seed 0
 """
@@ -23,6 +23,7 @@ COMMAND = [
     sys.executable, "-m", "onestill", "distill", "--teacher", "digits", "--device", "cpu", "--seed", "3",
     "--max_train_steps", str(STEPS), "--train_batch_size", "8", "--checkpointing_steps", "3", "--logging_steps", "10",
     "--validation_steps", "1000", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20", "--num_teacher_steps", "2",
+    "--num_anchors", "200", "--flow_map_fraction", "0.25", "--corrector_begin", "0.05",
     "--resume_from_checkpoint", "latest",
 ]  # fmt: skip
 

@@ -57,6 +57,12 @@ def mixture() -> MixtureTeacher:
     return MixtureTeacher(means, 0.3, CosineVP())
 
 
+BOOTSTRAP: dict[str, Any] = {
+    "anchor_fraction": 0.0, "corrector_fraction": 0.0, "bootstrap_weight": "velocity", "boundary_weight": 1.0,
+}  # fmt: skip
+"""What these benchmarks were made of: the bootstrap with second-order steps, and no pool or critic."""
+
+
 def as_network_teacher(exact: Teacher) -> Teacher:
     """Return the exact teacher as any callable is given to onestill."""
     return module_teacher(
@@ -85,7 +91,7 @@ def distilled_error(exact: Teacher, *, num_test: int = 4000, **settings: Any) ->
         checkpointing_steps=10**6, validation_steps=10**6, logging_steps=10**6, device="cpu", num_teacher_steps=1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        config = make_config({"teacher": "exact", "output_dir": f"{folder}/run", **defaults, **settings})
+        config = make_config({"teacher": "exact", "output_dir": f"{folder}/run", **BOOTSTRAP, **defaults, **settings})
         prepared = build_run(config, as_network_teacher(exact), PointNetwork(*exact.spec.sample_shape))
         trained = carry_out(prepared, show_progress=False)
         assert trained.pipeline is not None

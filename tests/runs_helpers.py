@@ -38,7 +38,19 @@ from onestill.students.student import Student
 from onestill.training.checkpoint import read_checkpoint
 
 NUM_CLASSES, NULL_CLASS = 3, 3
+ALONE: dict[str, Any] = {
+    "anchor_fraction": 0.0,
+    "anchor_path_fraction": 0.0,
+    "corrector_fraction": 0.0,
+    "corrector_weight": 1.0,
+    "boundary_weight": 1.0,
+    "bootstrap_weight": "velocity",
+    "learning_rate": 1e-4,
+    "lr_scheduler": "constant_with_warmup",
+}
+"""The bootstrap and the boundary alone: no pool, no second network."""
 FAST: dict[str, Any] = {
+    **ALONE,
     "device": "cpu",
     "train_batch_size": 4,
     "max_train_steps": 4,

@@ -40,7 +40,7 @@ assert result.step == 2
 held = read_latest(Path("run"))[1].tensors
 assert {"correction.psi", "correction.psi-optimizer"} <= set(held), sorted(held)
 # Its network goes on with the rest, to the bit.
-settings = {"correction_fraction": 0.25, "train_batch_size": 8, "lr_warmup_steps": 1, "device": "cpu"}
+settings = {"lr_scheduler": "constant", "corrector_fraction": 0.0, "num_anchors": 4, "correction_fraction": 0.25, "train_batch_size": 8, "lr_warmup_steps": 1, "device": "cpu"}
 onestill.distill(teacher, "long", max_train_steps=4, **settings)
 onestill.distill(teacher, "short", max_train_steps=2, **settings)
 onestill.distill(teacher, "short", max_train_steps=4, resume_from_checkpoint="latest", **settings)

@@ -36,7 +36,7 @@ from onestill.diffusion.trajectory import (
     solve,
     uniform_times,
 )
-from onestill.objectives.registry import OBJECTIVES, rows_of
+from onestill.objectives.registry import OBJECTIVES, is_map, rows_of
 from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.sampling.generate import Generate, student_generator
@@ -346,7 +346,7 @@ def counted(update: Callable[[], Any], counter: Counter) -> Callable[[], Any]:
 
 def student_samplers(student: Student, config: DistillConfig) -> Samplers:
     """Return the samplers of a student: of one step, and of more where it is a map between any two levels."""
-    counts = STEP_COUNTS if config.flow_map_fraction > 0 else (1,)
+    counts = STEP_COUNTS if is_map(config) else (1,)
     return {num: student_generator(student, num_steps=num) for num in counts}
 
 
@@ -404,13 +404,11 @@ def of_onestill(title: str, settings: dict[str, Any]) -> Method:
 
 BOOT: dict[str, Any] = {"recipe": "boot"}
 FREEFLOW: dict[str, Any] = {
-    "solver": "ddim", "bootstrap_weight": "inverse_rho_sigma", "robust_exponent": 1.0, "boundary_weight": 0.0,
-    "corrector_fraction": 0.25, "corrector_begin": 0.0, "corrector_normalizer": "inverse_sigma",
+    "solver": "ddim", "bootstrap_weight": "inverse_rho_sigma", "boundary_weight": 0.0, "anchor_fraction": 0.0,
+    "corrector_fraction": 0.25, "corrector_begin": 0.0, "corrector_normalizer": "inverse_sigma", "corrector_weight": 1.0,
 }  # fmt: skip
-OWN: dict[str, Any] = {
-    "bootstrap_weight": "none", "boundary_weight": 0.0, "anchor_fraction": 0.5, "anchor_share": 0.25,
-    "num_anchor_steps": 8, "flow_map_fraction": 0.25,
-}  # fmt: skip
+OWN: dict[str, Any] = {"anchor_share": 0.2}
+"""The defaults; how much of a budget goes to anchors is a budget's to say."""
 METHODS: dict[str, Method] = {
     "kd": Method("KD on pairs", False, knowledge_distillation),
     "pd_data": Method("progressive, on data", True, lambda job: progressive_distillation(job, data=True)),

@@ -306,7 +306,7 @@ def test_inspect_json(kind: str, conditioning: str) -> None:
     assert found["num_parameters"] == sum(p.numel() for p in network.parameters())
     assert found["estimated_memory_gb"] > 0 and found["estimated_seconds_per_step"] > 0
     assert found["folder"] == str(teacher_folder(kind)) and found["max_train_steps"] == 10_000
-    assert found["num_anchors"] == 0 < found["estimated_seconds_per_anchor"]
+    assert found["num_anchors"] == 30_000 and found["estimated_seconds_per_anchor"] > 0
 
 
 def test_inspect_is_readable_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,14 +328,14 @@ def test_inspect_says_at_which_levels_guidance_acts() -> None:
 def test_inspect_says_what_the_whole_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three passes of eight images.
     monkeypatch.setattr("onestill.runs.inspect.seconds_of", lambda call, device: 3 * 0.008)
-    settings = ("--train_batch_size", 16, "--max_train_steps", 3000, "--boundary_weight", 0, "--device", "cpu")
-    outcome = call_cli("inspect", "--teacher", teacher_folder(), *settings)
+    settings = ("--train_batch_size", 16, "--max_train_steps", 3000, "--corrector_fraction", 0, "--device", "cpu")
+    outcome = call_cli("inspect", "--teacher", teacher_folder(), *settings, "--anchor_fraction", 0)
     # A pass with gradients, one without, and two of the teacher's, of 16 images: 64 ms.
     assert "0.064 s per step on cpu, batch 16; 3,000 steps take 3 minutes" in " ".join(outcome.out.split())
     anchors = ("--anchor_fraction", 0.5, "--num_anchors", 100_000, "--num_anchor_steps", 100)
     outcome = call_cli("inspect", "--teacher", teacher_folder(), *settings, *anchors)
     said = " ".join(outcome.out.split())
-    assert "0.04 s per step" in said and "3,000 steps take 2 minutes, 100,000 anchors 5.6 hours more" in said
+    assert "0.04 s per step" in said and "3,000 steps take 2 minutes, 100,000 anchors 2.8 hours more" in said
 
 
 def test_inspect_counts_the_batch_and_the_solver() -> None:
@@ -449,7 +449,7 @@ def test_export(tmp_path: Path) -> None:
 # demo
 
 
-SMALL = {"train_batch_size": 8, "num_teacher_steps": 2, "num_validation_images": 2, "num_anchor_steps": 1}
+SMALL = {"train_batch_size": 8, "num_teacher_steps": 2, "num_validation_images": 2, "num_anchor_steps": 3}
 
 
 def make_small(monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs_helpers import FAST, call_cli, same_state, teacher_folder
+from runs_helpers import ALONE, FAST, call_cli, same_state, teacher_folder
 from torch import nn
 
 import onestill
@@ -60,7 +60,7 @@ def test_what_is_falling_still_is_said_and_needs_time() -> None:
     falling, still = (Verdict(TEACHER, {1: 4.0, 4: 0.4}, 256, "eyes", before=before) for before in (5.0, 4.1))
     assert "yet, and was still falling" in str(falling) and "falling" not in str(still)
     assert "4 steps are as good as the teacher's 50 steps" in str(still)
-    config = make_config({"teacher": "x", "output_dir": "run"})
+    config = make_config({"teacher": "x", "output_dir": "run", **ALONE, "boundary_weight": 0.0})
     assert "max_train_steps" in what_helps(config, is_falling=True) and "anchor" in what_helps(config)
 
 

@@ -377,7 +377,6 @@ def test_card_says_what_it_must(cases: dict[str, Any], tmp_path: Path) -> None:
     assert {"diffusers", "distillation", "one-step", "data-free"} <= set(front["tags"])
     assert "base_model" not in front, "there is no hub id to point to"
     for said in (
-        "arXiv 2306.05544",
         "No training data was used",
         "and class labels",
         "w = 2.5",

@@ -13,7 +13,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from pipelines import build
-from runs_helpers import as_flags, call_cli, copied, snapshot
+from runs_helpers import ALONE, as_flags, call_cli, copied, snapshot
 from safetensors.torch import load_file, save_file
 
 import onestill
@@ -26,6 +26,7 @@ from onestill.training.config import make_config
 FAST: dict[str, Any] = {
     "device": "cpu",
     "train_batch_size": 4,
+    **ALONE,
     "max_train_steps": 2,
     "ema_width": 0,
     "checkpointing_steps": 2,

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from pipelines import build
 from runs_helpers import (
+    ALONE,
     Interruption,
     as_flags,
     assert_refused,
@@ -70,6 +71,7 @@ def settings(cache: Path, **own: Any) -> dict[str, Any]:
     base = {
         "device": "cpu",
         "train_batch_size": 4,
+        **ALONE,
         "max_train_steps": 4,
         "lr_warmup_steps": 1,
         "learning_rate": 3e-3,
@@ -122,7 +124,7 @@ def some_rows(trainer: Any, num: int, *, seed: int) -> dict[str, Tensor]:
 
 
 def test_a_budget_counts_the_pictures_of_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"teacher": str(folder_of(SR)), "output_dir": tmp_path / "run", **settings(tmp_path / "cache")}
+    values = {"teacher": str(folder_of(SR)), "output_dir": tmp_path / "run", **ALONE, **settings(tmp_path / "cache")}
     drawn: list[int] = []
     pictures = FirstStage.pictures
     monkeypatch.setattr(
@@ -166,7 +168,8 @@ def test_rows_hold_the_picture_of_the_same_prompt(tmp_path: Path) -> None:
 
 
 def test_both_guided_halves_see_the_same_picture(tmp_path: Path) -> None:
-    prepared = prepared_chain(tmp_path, guidance_scale=3.0, anchor_fraction=0.25, num_anchors=4, num_anchor_steps=1)
+    few = {"anchor_fraction": 0.25, "anchor_solver": "midpoint", "num_anchors": 4, "num_anchor_steps": 1}
+    prepared = prepared_chain(tmp_path, guidance_scale=3.0, **{**ALONE, **few})
     trainer = make_trainer(prepared)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     prepared.teacher.unguided.network.register_forward_pre_hook(

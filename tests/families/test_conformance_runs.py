@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import ARGUMENTS, BUILDERS
-from runs_helpers import call_cli, copied, same_state
+from runs_helpers import ALONE, call_cli, copied, same_state
 from test_conformance import folder_of, perturbed, teacher_of
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from onestill.training.config import make_config
 FAST: dict[str, Any] = {
     "device": "cpu",
     "train_batch_size": 2,
+    **ALONE,
     "max_train_steps": 3,
     "checkpointing_steps": 2,
     "lr_warmup_steps": 0,

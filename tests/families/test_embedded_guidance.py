@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from pipelines import ARGUMENTS
-from runs_helpers import as_flags, call_cli, copied
+from runs_helpers import ALONE, as_flags, call_cli, copied
 from test_conformance import PARITY, conditions_of, folder_of, noise_of, teacher_of
 from torch import Tensor
 
@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     **ARGUMENTS["flux"],
     "device": "cpu",
     "train_batch_size": 2,
+    **ALONE,
     "max_train_steps": 2,
     "checkpointing_steps": 1,
     "num_validation_images": 1,

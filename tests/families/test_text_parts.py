@@ -11,6 +11,7 @@ import pytest
 import torch
 from components import word_tokenizer
 from pipelines import ARGUMENTS, build
+from runs_helpers import ALONE
 from safetensors.torch import load_file, save_file
 from test_conformance import conditions_of, folder_of, noise_of, perturbed, teacher_of
 from torch import nn
@@ -37,6 +38,7 @@ def settings(folder: Path, **own: Any) -> dict[str, Any]:
     base = {
         "device": "cpu",
         "train_batch_size": 2,
+        **ALONE,
         "max_train_steps": 1,
         "lr_warmup_steps": 0,
         "num_teacher_steps": 2,

@@ -17,6 +17,7 @@ import pytest
 import torch
 from pipelines import build
 from runs_helpers import (
+    ALONE,
     Interruption,
     as_flags,
     assert_refused,
@@ -62,6 +63,7 @@ def settings(cache: Path, **own: Any) -> dict[str, Any]:
     base = {
         "device": "cpu",
         "train_batch_size": 4,
+        **ALONE,
         "max_train_steps": 4,
         "lr_warmup_steps": 1,
         "learning_rate": 3e-3,
@@ -319,7 +321,7 @@ def test_a_second_run_encodes_nothing_and_lets_the_encoders_go(tmp_path: Path, m
 
 def test_a_text_run_becomes_longer_where_its_prompts_stay(tmp_path: Path) -> None:
     for own, goes_on in (({}, False), ({"num_prompts": 5}, True)):
-        given: dict[str, Any] = {**settings(tmp_path / "cache", **own), "show_progress": False}
+        given: dict[str, Any] = {**ALONE, **settings(tmp_path / "cache", **own), "show_progress": False}
         run = tmp_path / f"run-{goes_on}"
         onestill.distill(place() / "t", run, **given)
         longer = {**given, "max_train_steps": 6, "resume_from_checkpoint": "latest"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs_helpers import FAST, NULL_CLASS, Interruption, copied, interrupt_at, same_state, teacher_folder
+from runs_helpers import ALONE, FAST, NULL_CLASS, Interruption, copied, interrupt_at, same_state, teacher_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,8 +19,8 @@ from onestill.core.files import read_hashed, save_hashed
 from onestill.core.writing import WriteError
 from onestill.data.conditions import LabelConditions
 from onestill.diffusion import trajectory
-from onestill.diffusion.process import CosineVP
-from onestill.objectives.anchors import Anchors, Pool, read_pool, write_pool
+from onestill.diffusion.process import CosineVP, FlowMatching, Process
+from onestill.objectives.anchors import Anchors, Pool, inner_times, read_pool, write_pool
 from onestill.objectives.base import Context
 from onestill.objectives.boot import Boot
 from onestill.objectives.registry import rows_of
@@ -36,12 +36,25 @@ from onestill.training.config import make_config, pool_settings
 from onestill.training.loss import squared_residuals
 from onestill.training.trainer import Fingerprints, Trainer
 
-POOL: dict[str, Any] = {"anchor_fraction": 0.5, "num_anchors": 10, "num_anchor_steps": 3}
+POOL: dict[str, Any] = {
+    "anchor_fraction": 0.5,
+    "anchor_path_fraction": 0.5,
+    "num_anchors": 10,
+    "num_anchor_steps": 3,
+    "anchor_solver": "midpoint",
+}
 
 
 def anchors_of(teacher: Teacher, conditions: LabelConditions, folder: Path = Path(), **settings: Any) -> Anchors:
     """Return the objective, with nothing of a run that it does not need."""
-    given = {"teacher": "x", "output_dir": folder, "anchor_fraction": 0.5, **settings}
+    given = {
+        "teacher": "x",
+        "output_dir": folder,
+        **ALONE,
+        "anchor_fraction": 0.5,
+        "anchor_solver": "midpoint",
+        **settings,
+    }
     return Anchors(
         Context(
             config=make_config(given),
@@ -110,6 +123,90 @@ def test_anchors_of_a_closed_form_reach_the_exact_map(tmp_path: Path) -> None:
     assert (anchors.signal - exact).abs().max() < 4e-3
 
 
+@pytest.mark.parametrize("solver", ["dpmsolver++", "ddim", "heun", "midpoint"])
+@pytest.mark.parametrize("process", [CosineVP(), FlowMatching()], ids=["vp", "flow"])
+def test_rows_on_the_way_are_pieces_of_the_exact_path(tmp_path: Path, process: Process, solver: str) -> None:
+    mean, spread = torch.tensor([0.5, -0.3]), 0.6
+    teacher = GaussianTeacher(mean, spread, process)
+    given = {"num_anchors": 200, "num_anchor_steps": 64, "anchor_path_fraction": 1.0, "anchor_solver": solver}
+    objective = anchors_of(teacher, LabelConditions(), tmp_path, bootstrap_weight="none", **given)
+    pool = pool_of(objective)
+    stops = pool.path["stops"]
+    assert bool((stops[:, 0] > stops[:, 1]).all()) and stops.min() > 0 and stops.max() < 1
+    batch, trajectory = objective.batch(400), teacher.spec.trajectory
+    assert batch.r is not None and bool((batch.s < batch.r).all())
+
+    def moments(t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = process.alpha_sigma(t)
+        return alpha[:, None] * mean, ((alpha * spread) ** 2 + sigma**2).sqrt()[:, None]
+
+    # The ODE of a Gaussian keeps how many deviations a point is from the mean.
+    (mean_r, std_r), (mean_s, std_s) = moments(batch.r), moments(batch.s)
+    expected = mean_s + std_s / std_r * (batch.x - mean_r)
+    found = trajectory.state(batch.target, batch.x, batch.s, batch.r)
+    assert (found - expected).abs().max() < (0.05 if solver == "ddim" else 0.02)
+    # Every kind of row is there, in about equal parts, and those that begin lower weigh as much more.
+    start, end = batch.r == 1, batch.s == 0
+    shares = [float(rows.double().mean()) for rows in (start, end, ~start & ~end)]
+    assert shares == pytest.approx([0.4, 0.4, 0.2], abs=0.08) and not bool((start & end).any())
+    sigma = process.alpha_sigma(batch.r)[1].clamp(0.05, 1.0)
+    torch.testing.assert_close(batch.weights.double(), sigma**-2, rtol=1e-5, atol=0.0)
+    assert batch.is_profiled is not None and torch.equal(batch.is_profiled, start)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "midpoint"])
+def test_what_is_kept_is_where_the_solver_was(tmp_path: Path, solver: str) -> None:
+    given = {"num_anchors": 12, "num_anchor_steps": 4, "anchor_path_fraction": 0.5, "anchor_solver": solver}
+    pool = pool_of(anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **given))
+    teacher = guided_teacher()
+    ode = teacher.spec.trajectory
+    for row in range(12):
+        cond = {name: value[row : row + 1] for name, value in pool.chosen.items()}
+        x_a = ode.start(pool.eps[row : row + 1])
+        for stop, state in zip(pool.path["stops"][row].tolist(), pool.path["states"][row], strict=True):
+            times = [t for t in trajectory.uniform_times(1.0, 4) if t >= stop]
+            with torch.no_grad():
+                y = trajectory.SOLVERS[solver](ode, teacher.denoiser(cond), x_a, times)  # type: ignore[index]  # a name
+            here = torch.tensor([stop], dtype=torch.float64)
+            torch.testing.assert_close(state[None], ode.state(y, x_a, here), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_begin_and_end_between_the_ends_of_a_run(tmp_path: Path) -> None:
+    teacher = load_teacher(teacher_folder("plain"), t_max=0.8)
+    given = {"num_anchors": 40, "num_anchor_steps": 8, "anchor_path_fraction": 1.0, "t_min": 0.2}
+    objective = anchors_of(teacher, LabelConditions(), tmp_path, **given)
+    pool_of(objective)
+    batch = objective.batch(200)
+    assert batch.r is not None and bool((batch.r > batch.s).all())
+    assert (float(batch.r.max()), float(batch.s.min())) == pytest.approx((0.8, 0.2))
+    assert bool(torch.as_tensor(batch.target).isfinite().all())
+
+
+def test_one_row_is_on_the_way_where_any_is_asked_for_and_stops_are_the_networks_times(tmp_path: Path) -> None:
+    given = {"num_anchors": 8, "num_anchor_steps": 4, "anchor_path_fraction": 0.01}
+    objective = anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **given)
+    pool_of(objective)
+    batch = objective.batch(1)
+    assert batch.r is not None and bool((batch.r - batch.s < 1).all())
+    spec = load_teacher(teacher_folder("plain")).spec
+    fine = trajectory.uniform_times(1.0, 2000)
+    assert min(inner_times(fine, spec)) >= spec.process.t_min > fine[-2]
+
+
+def test_a_share_of_the_rows_is_on_the_way_and_the_rest_are_whole(tmp_path: Path) -> None:
+    given = {"num_anchors": 10, "num_anchor_steps": 4, "anchor_path_fraction": 0.25}
+    objective = anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **given)
+    pool = pool_of(objective)
+    batch = objective.batch(40)
+    whole = slice(10, None)
+    assert batch.r is not None and bool((batch.r[whole] == 1).all()) and bool((batch.s[whole] == 0).all())
+    for x, target in zip(batch.x[whole], batch.target[whole], strict=True):  # type: ignore[index]  # a tensor
+        row = int((pool.eps == x).flatten(1).all(1).nonzero())
+        assert torch.equal(target, pool.signal[row])
+    again = anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **given)
+    assert torch.equal(pool_of(again).path["states"], pool.path["states"]), "which the file has"
+
+
 def test_draws_are_rows_of_the_pool_and_belong_together(pool: Pool) -> None:
     anchors = pool
     drawn = anchors.draw(50, torch.Generator().manual_seed(1))
@@ -149,7 +246,14 @@ def test_what_is_no_file_is_not_waited_for_and_nothing_half_is_left(tmp_path: Pa
 
 def test_at_the_exact_student_an_anchor_costs_nothing(tmp_path: Path) -> None:
     # With the student's own prediction in the place of the teacher's signal, its rows have no residual at all.
-    values = {"teacher": str(teacher_folder()), "output_dir": tmp_path / "run", **FAST, **POOL, "boundary_weight": 0}
+    values = {
+        "teacher": str(teacher_folder()),
+        "output_dir": tmp_path / "run",
+        **FAST,
+        **POOL,
+        "anchor_path_fraction": 0.0,
+        "boundary_weight": 0,
+    }
     prepared = build_run(make_config(values))
     trainer = Trainer(prepared.config, prepared.student, prepared.conditions, Fingerprints("x"))
     (tmp_path / "run").mkdir()
@@ -261,6 +365,7 @@ DAMAGED_POOLS = [
     lambda path: changed(path, signal=torch.full((10, 1, 8, 8), torch.nan)),
     lambda path: changed(path, eps=torch.zeros(0)),
     lambda path: changed(path, eps=torch.zeros(3, 2)),
+    lambda path: changed(path, stops=torch.zeros(0)),
     lambda path: changed(path, generator=torch.zeros(5, dtype=torch.uint8)),
     lambda path: path.write_bytes(b""),
     lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -334,7 +439,8 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
     errors = []
     for fraction in (0.0, 0.5):
         run = tmp_path / f"run-{fraction}"
-        onestill.distill(teacher_folder(), run, anchor_fraction=fraction, num_anchors=100, **settings)
+        own = {"anchor_fraction": fraction, "num_anchors": 100}
+        onestill.distill(teacher_folder(), run, **{**settings, **own})
         student = restore_student(RunFolder(run), teacher)
         with torch.no_grad():
             errors.append(float((student(eps, None, 0.0, {}) - target.clamp(-10, 10)).square().mean()))
@@ -345,10 +451,10 @@ def test_anchors_pull_the_student_to_the_teachers_images(tmp_path: Path) -> None
     ("settings", "words"),
     [
         (
-            {"anchor_fraction": 0.9, "train_batch_size": 4},
-            "boundary_fraction=0.125 and anchor_fraction=0.9: no bootstrap rows are left",
+            {"anchor_fraction": 0.5, "boundary_weight": 1, "boundary_fraction": 0.9, "train_batch_size": 4},
+            "anchor_fraction=0.5 and corrector_fraction=0.25: 2 rows too many are asked for in a batch of 4",
         ),
-        ({"anchor_fraction": 1.0}, "anchor_fraction=1: must be below 1"),
+        ({"anchor_fraction": 1.1}, "anchor_fraction=1.1: must be at most 1"),
         ({"num_anchors": 0}, "num_anchors=0: must be at least 1"),
         ({"num_anchor_steps": 0}, "num_anchor_steps=0: must be at least 1"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_state, teacher_folder
+from runs_helpers import ALONE, FAST, NULL_CLASS, Interruption, interrupt_at, same_state, teacher_folder
 from torch import Tensor, nn
 
 import onestill
@@ -32,7 +32,14 @@ ON: dict[str, Any] = {**FAST, "train_batch_size": 8, "corrector_fraction": 0.25,
 
 def corrector_of(student: Student, progress: float = 1.0, conditions: Any = None, **settings: Any) -> Corrector:
     """Return the objective, with nothing of a run that it does not need."""
-    given = {"teacher": "x", "output_dir": Path(), "corrector_fraction": 0.5, "train_batch_size": 8, **settings}
+    given = {
+        "teacher": "x",
+        "output_dir": Path(),
+        **ALONE,
+        "corrector_fraction": 0.5,
+        "train_batch_size": 8,
+        **settings,
+    }
     return Corrector(
         Context(
             config=make_config(given),
@@ -246,7 +253,7 @@ class Recorded(Wrapped):
         ({"corrector_guidance_interval_max": 0.5}, "w = 1 is none"),
         ({"corrector_guidance_interval_min": 0.6, "corrector_guidance_interval_max": 0.5}, "must be below"),
         ({"corrector_level_min": 0.6, "corrector_level_max": 0.5}, "corrector_level_min=0.6: must be below"),
-        ({"corrector_fraction": 0.9}, "no bootstrap rows are left"),
+        ({"corrector_fraction": 0.9}, "1 rows too many are asked for in a batch of 8; raise train_batch_size"),
         ({"guidance_scale": 2.0, "null_class": 3, "corrector_guidance_interval_min": 0.99}, "none of the levels"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -263,7 +270,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 def test_what_it_costs_is_said_before(tmp_path: Path) -> None:
     settings = {**FAST, "train_batch_size": 8}
     without, with_it = (
-        onestill.inspect_teacher(teacher_folder("plain"), **settings, corrector_fraction=share) for share in (0.0, 0.25)
+        onestill.inspect_teacher(teacher_folder("plain"), **{**settings, "corrector_fraction": share})
+        for share in (0.0, 0.25)
     )
     weights = 4 * without.num_parameters
     more = with_it.checkpoint_bytes - without.checkpoint_bytes
@@ -271,8 +279,28 @@ def test_what_it_costs_is_said_before(tmp_path: Path) -> None:
     assert 1e9 * (with_it.estimated_memory_gb - without.estimated_memory_gb) > 4 * weights  # gradients, activations
 
 
+def test_half_of_its_rows_begin_on_the_students_way_where_it_is_trained_from_there() -> None:
+    teacher = load_teacher(teacher_folder("class"))
+    student = Student(teacher)
+    plain, mapped = (corrector_of(student, flow_map_fraction=share) for share in (0.0, 0.25))
+    assert plain.batch(8).r is None and Corrector.cost(plain.settings, 8).student == 1
+    batch = mapped.batch(8)
+    assert batch.r is not None and bool((batch.r[4:] == 1).all()) and bool((batch.r[:4] < 1).all())
+    assert bool((batch.s == 0).all()) and Corrector.cost(mapped.settings, 8).student == 1.5
+    late = corrector_of(student, flow_map_fraction=0.25, t_min=0.6).batch(8)
+    assert late.r is not None and bool((late.r >= late.s).all()), "never from below the end"
+    # From the noise that the same generator draws first.
+    eps = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(batch.x[4:], eps[4:])
+    some = {name: value[:4] for name, value in batch.cond.items()}
+    with torch.no_grad():
+        y = student(eps[:4], None, batch.r[:4], some)
+    torch.testing.assert_close(batch.x[:4], teacher.spec.trajectory.state(y, eps[:4], batch.r[:4]))
+
+
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("plain", {}),
+    "everything": ("class", {"anchor_fraction": 0.5, "anchor_path_fraction": 0.5, "flow_map_fraction": 0.25}),
     "drawn guidance": ("class", {"null_class": NULL_CLASS, "guidance_scale_min": 1.0, "guidance_scale_max": 3.0}),
     "LoRA": ("plain", {"lora_rank": 2}),
     "every option": (

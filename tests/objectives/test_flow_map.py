@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs_helpers import FAST, NULL_CLASS, Interruption, interrupt_at, same_state, teacher_folder
+from runs_helpers import ALONE, FAST, NULL_CLASS, Interruption, interrupt_at, same_state, teacher_folder
 from torch import Tensor
 
 import onestill
@@ -280,8 +280,8 @@ def test_a_resumed_run_is_uninterrupted_bit_by_bit(tmp_path: Path, kind: str, ow
     ("settings", "words"),
     [
         ({"flow_map_diagonal": 0.8, "flow_map_to_end": 0.3}, "are more than all of the rows"),
-        ({"flow_map_fraction": 0.5, "flow_map_states": "anchors"}, "needs some: anchor_fraction is 0"),
-        ({"flow_map_fraction": 0.9, "train_batch_size": 4}, "no bootstrap rows are left"),
+        ({**ALONE, "flow_map_fraction": 0.5, "flow_map_states": "anchors"}, "needs some: anchor_fraction is 0"),
+        ({"flow_map_fraction": 0.9, "train_batch_size": 4}, "2 rows too many are asked for"),
         ({"flow_map_fraction": 0.5, "flow_map_delta": 0.95, "t_min": 0.1}, "flow_map_delta=0.95: must be below t_max"),
         ({"robust_exponent": 3}, "robust_exponent=3: must be at most 2"),
         ({"robust_constant": 0}, "robust_constant=0: must be above 0"),

@@ -9,9 +9,11 @@ import torch
 from runs_helpers import same_state
 
 from onestill.core.settings import read_yaml
+from onestill.objectives.anchors import usual_anchors
 from onestill.runs import demo
 from onestill.runs.demo import DEMOS, Plan, plan
 from onestill.runs.plan import Speed
+from onestill.training.config import make_config
 
 IDLE = {"glyphs": Speed({0.0: 0.28}, 0.0043), "digits": Speed({0.0: 0.136}, 0.00034)}
 """By the whole demo's time on two idle cores (docs/results.md), and by how a step compares with a call."""
@@ -19,7 +21,9 @@ IDLE = {"glyphs": Speed({0.0: 0.28}, 0.0043), "digits": Speed({0.0: 0.136}, 0.00
 
 def planned(teacher: str, times: float = 1, steps: int | None = None) -> Plan:
     chosen, speed = DEMOS[teacher], IDLE[teacher]
-    settings = {"num_anchor_steps": 12, "solver": "midpoint", **chosen.distillation}
+    config = make_config({"teacher": teacher, "output_dir": "demo", **chosen.distillation})
+    taken = {name: getattr(config, name) for name in ("num_anchors", "num_anchor_steps", "anchor_solver")}
+    settings = {**chosen.distillation, **taken}
     return plan(chosen, settings, Speed({0.0: times * speed.step}, times * speed.call), steps)
 
 
@@ -30,20 +34,24 @@ def test_how_much_is_done_follows_the_machine(teacher: str) -> None:
     for times in (0.1, 1, 1.2):  # as it always was
         found = planned(teacher, times)
         assert (found.settings["max_train_steps"], found.evaluation) == (steps, full.evaluation)
-        assert found.settings["num_anchors"] == full.distillation["num_anchors"] and "steps" not in found.words
-    assert 300 < planned(teacher).seconds < 400 and "about 6 minutes" in planned(teacher).words
+        assert (
+            found.settings["num_anchors"] == usual_anchors(48 * steps if teacher == "digits" else 24 * steps)
+            and "steps" not in found.words
+        )
+    minutes = round(planned(teacher).seconds / 60)
+    assert 4 <= minutes <= 7 and f"about {minutes} minutes" in planned(teacher).words
     slow = planned(teacher, 2)
     assert steps / 3 < slow.settings["max_train_steps"] < steps and slow.seconds == pytest.approx(480)
     assert images / 3 < slow.evaluation["num_samples"] < images and "may differ between machines" in slow.words
     assert f"about 8 minutes on this machine, as it is now: {slow.settings['max_train_steps']:,} steps" in slow.words
     slowest = planned(teacher, 10)
-    assert slowest.settings["max_train_steps"] == round(steps / 3) and slowest.seconds > 900
+    assert slowest.settings["max_train_steps"] == round(steps / 3) and slowest.seconds > 850
     assert f"about {round(slowest.seconds / 60)} minutes" in slowest.words and "worth looking at" in slowest.words
 
 
 def test_steps_given_by_hand_are_taken_as_they_are() -> None:
     by_hand = planned("glyphs", 10, steps=840)
-    assert by_hand.settings["max_train_steps"] == 840 and by_hand.settings["num_anchors"] == 2000
+    assert by_hand.settings["max_train_steps"] == 840 and by_hand.settings["num_anchors"] == 840 * 24 // 16
     assert by_hand.evaluation == DEMOS["glyphs"].evaluation
     assert by_hand.seconds > 2 * planned("glyphs", 10).seconds and "steps" not in by_hand.words
 
@@ -51,7 +59,7 @@ def test_steps_given_by_hand_are_taken_as_they_are() -> None:
 def test_the_run_records_what_was_chosen_and_measuring_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"train_batch_size": 8, "num_validation_images": 1, "num_teacher_steps": 2, "num_anchor_steps": 1}
+    small = {"train_batch_size": 8, "num_validation_images": 1, "num_teacher_steps": 2, "num_anchor_steps": 3}
     few = {"max_train_steps": 6, "num_anchors": 24}
     usual = DEMOS["digits"]
     monkeypatch.setitem(DEMOS, "digits", replace(usual, distillation={**usual.distillation, **small, **few}))

@@ -11,7 +11,9 @@ from runs_helpers import FAST, assert_refused, call_cli, same_state, snapshot, t
 
 import onestill
 from onestill.core.settings import read_yaml
+from onestill.objectives.anchors import Anchors
 from onestill.objectives.boot import Boot
+from onestill.objectives.registry import rows_of
 from onestill.runs import plan as room
 from onestill.runs.folder import RunFolder
 from onestill.runs.plan import LEAST_STEPS, Speed, fit, measure
@@ -29,7 +31,7 @@ def planned(budget: str, speed: Speed = SPEED, in_file: int | None = None, **set
 
 
 @pytest.mark.parametrize("budget", ["60s", "30m", "8h", "2d"])
-@pytest.mark.parametrize("settings", [{}, {"anchor_fraction": 0.75}, {"anchor_fraction": 0.1}, {"num_anchors": 400}])
+@pytest.mark.parametrize("settings", [{}, {"anchor_fraction": 0.1}, {"anchor_fraction": 0}, {"num_anchors": 400}])
 def test_the_parts_of_a_plan_fill_the_budget_and_no_more(budget: str, settings: dict[str, Any]) -> None:
     found = planned(budget, **settings)
     config, steps = found.config, found.config.max_train_steps
@@ -39,9 +41,11 @@ def test_the_parts_of_a_plan_fill_the_budget_and_no_more(budget: str, settings: 
     seconds = config.checkpointing_steps * SPEED.step
     assert config.checkpointing_steps == steps or (60 <= seconds <= 1800 and seconds <= seconds_of_budget(budget) / 9)
     assert f"{steps:,} steps of 100 ms" in found.words and f"plan for {budget}" in found.words
-    if "anchor_fraction" in settings:
-        rows = round(config.anchor_fraction * 64) * steps
-        item = 12 * 2 * SPEED.call  # midpoint steps
+    if "num_anchors" in settings:
+        assert found.parts["anchors"] == pytest.approx(400 * 16 * SPEED.call)
+    elif config.anchor_fraction:
+        rows = rows_of(config, 64)[Anchors] * steps
+        item = 16 * SPEED.call  # DPM-Solver++ steps
         assert config.num_anchors <= rows and found.parts["anchors"] == pytest.approx(config.num_anchors * item)
         share = found.parts["anchors"] / (found.parts["anchors"] + found.parts["steps"])
         assert share == pytest.approx(0.2, abs=0.01) or (share < 0.2 and config.num_anchors > 0.99 * rows)
@@ -82,7 +86,7 @@ def test_a_step_that_becomes_slower_counts_as_long_as_it_does() -> None:
 
 
 def test_a_budget_that_is_too_short_says_which_is_enough() -> None:
-    for settings in ({}, {"anchor_fraction": 0.75}, {"anchor_fraction": 0.75, "num_anchors": 10_000}):
+    for settings in ({}, {"anchor_fraction": 0}, {"num_anchors": 10_000}):
         with pytest.raises(onestill.SettingError) as refused:
             planned("11s", **settings)
         text = str(refused.value)
@@ -122,7 +126,7 @@ def test_measuring_changes_nothing_and_sees_objectives_that_begin_later(
 
 
 def test_text_teachers_are_measured_without_their_prompts(tmp_path: Path) -> None:
-    settings = {"teacher": "glyphs", "train_batch_size": 2, "guidance_scale": 3.0, "device": "cpu"}
+    settings = {"teacher": "glyphs", "train_batch_size": 3, "guidance_scale": 3.0, "device": "cpu"}
     config = make_config({**settings, "output_dir": tmp_path, "prompt_cache_dir": tmp_path / "cache"})
     teacher = load_teacher("glyphs")
     speed = measure(config, teacher)
@@ -192,7 +196,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_plan(
 def test_too_short_a_budget_is_one_line_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "measure", lambda *_: Speed({0.0: 60.0}, call=1.0))
     for command in ("distill", "inspect"):
-        outcome = call_cli(command, teacher_folder(), "--output_dir", tmp_path / "run", "--budget", "10m")
+        outcome = call_cli(
+            command, teacher_folder(), "--output_dir", tmp_path / "run", "--budget", "10m", "--anchor_fraction", 0
+        )
         assert_refused(outcome, "--budget 10m: is too short: a step takes 60 seconds on this machine")
         assert "give at least 115m" in outcome.words and list(tmp_path.iterdir()) == []
 
@@ -239,6 +245,7 @@ def test_flags_of_length_win_over_a_files(tmp_path: Path) -> None:
 
 
 def test_a_boot_run_records_what_it_is(tmp_path: Path) -> None:
-    onestill.distill(teacher_folder(), tmp_path / "run", recipe="boot", show_progress=False, **FAST)
+    own = {name: value for name, value in FAST.items() if name not in RECIPES["boot"]}
+    onestill.distill(teacher_folder(), tmp_path / "run", recipe="boot", show_progress=False, **own)
     written = read_yaml(tmp_path / "run" / "config.yaml")
     assert written["recipe"] == "boot" and {name: written[name] for name in RECIPES["boot"]} == dict(RECIPES["boot"])

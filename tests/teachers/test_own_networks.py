@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs_helpers import call_cli
+from runs_helpers import ALONE, call_cli
 from torch import Tensor, nn
 
 import onestill
@@ -23,7 +23,7 @@ from onestill.teachers.probe import Look, doubts, look, measured
 from onestill.training.trainer import unused_parameters
 
 FAST: dict[str, Any] = {
-    "device": "cpu", "train_batch_size": 4, "max_train_steps": 1, "lr_warmup_steps": 0, "num_validation_images": 1,
+    **ALONE, "device": "cpu", "train_batch_size": 4, "max_train_steps": 1, "lr_warmup_steps": 0, "num_validation_images": 1,
     "num_teacher_steps": 1, "show_progress": False,
 }  # fmt: skip
 

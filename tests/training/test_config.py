@@ -11,10 +11,13 @@ import typer
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from runs_helpers import ALONE
 
 from onestill import cli
 from onestill.core.settings import about, read_yaml, write_yaml
 from onestill.diffusion.trajectory import STEPS
+from onestill.objectives.boot import num_boundary_rows
+from onestill.objectives.registry import objectives_of, rows_of
 from onestill.runs.resume import changed_settings
 from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.training.config import DistillConfig, make_config
@@ -264,12 +267,13 @@ OUT_OF_RANGE = {
     "num_time_bins": [0, 101],
     "guidance_interval_min": [-0.1, 1.0],
     "guidance_interval_max": [0.0, 1.1],
-    "anchor_fraction": [-0.1, 1.0],
+    "anchor_fraction": [-0.1, 1.1],
+    "anchor_path_fraction": [-0.1, 1.1],
     "num_anchors": [0],
     "num_anchor_steps": [0, 1001],
     "robust_exponent": [-0.1, 3],
     "robust_constant": [0, -1],
-    "flow_map_fraction": [-0.1, 1.0],
+    "flow_map_fraction": [-0.1, 1.1],
     "flow_map_diagonal": [-0.1, 1.1],
     "flow_map_to_end": [-0.1, 1.1],
     "flow_map_delta": [0, 1],
@@ -277,6 +281,7 @@ OUT_OF_RANGE = {
     "flow_map_identity": ["semigroup"],
     "flow_map_weight": [0, -1],
     "corrector_fraction": [-0.1, 1.0],
+    "corrector_path_fraction": [-0.1, 1.1],
     "corrector_weight": [0, -1],
     "corrector_begin": [-0.1, 1.0],
     "corrector_warmup": [-0.1, 1.0],
@@ -340,8 +345,8 @@ def test_there_are_numbers_to_try() -> None:
 CONTRADICTIONS = {
     "t_min=0.5: must be below t_max, 0.5": {"t_min": 0.5, "t_max": 0.5},
     "t_min=0.7: must be below t_max, 0.5": {"t_min": 0.7, "t_max": 0.5},
-    "delta=0.6: must be below t_max minus t_min": {"delta": 0.6, "t_max": 0.5},
-    "delta=0.5: must be below": {"delta": 0.5, "t_min": 0.5},
+    "delta=0.6: must be below t_max minus t_min": {"anchor_fraction": 0.5, "delta": 0.6, "t_max": 0.5},
+    "delta=0.5: must be below": {"anchor_fraction": 0.5, "delta": 0.5, "t_min": 0.5},
     "guidance_scale_min and guidance_scale_max: are given together": {"guidance_scale_min": 2},
     "given together or not": {"guidance_scale_max": 2},
     "guidance_interval_min=0.8: must be below guidance_interval_max, 0.2": {
@@ -352,10 +357,21 @@ CONTRADICTIONS = {
     "guidance_scale=2: fixes w": {"guidance_scale": 2, "guidance_scale_min": 1, "guidance_scale_max": 3},
     "height and width: are given together": {"height": 64},
     "and width: are given together or not at all": {"width": 64},
-    "boundary_fraction=0.9: no bootstrap rows are left in a batch of 4": {
+    "boundary_fraction=0.9: no rows are left for them all in a batch of 4": {
+        **ALONE,
         "boundary_fraction": 0.9,
         "train_batch_size": 4,
     },
+    "anchor_fraction=1 and corrector_fraction=0.25: no rows are left for them all in a batch of 2": {
+        "train_batch_size": 2,
+        "corrector_fraction": 0.25,
+    },
+    "corrector_fraction=0.75 and flow_map_fraction=0.5: 16 rows too many are asked for in a batch of 64": {
+        "anchor_fraction": 0,
+        "corrector_fraction": 0.75,
+        "flow_map_fraction": 0.5,
+    },
+    "num_anchor_steps=2: leaves no 2 stops on the way of a trajectory": {"num_anchor_steps": 2},
     "lr_warmup_steps=100: must be below max_train_steps, 100": {"max_train_steps": 100, "lr_warmup_steps": 100},
     "lora_alpha=8: says how to train a LoRA; give lora_rank too": {"lora_alpha": 8},
     r"lora_target_modules=\('to_q', 'to_k'\): says how to train a LoRA; give lora_rank": {
@@ -430,7 +446,75 @@ def test_arguments_of_a_call_are_those_that_are_given() -> None:
 
 
 def test_numbers_of_boundary_rows() -> None:
-    rows = lambda **settings: make_config({**GIVEN, **settings}).num_boundary_rows(settings.get("train_batch_size", 64))  # noqa: E731
-    assert rows(train_batch_size=64) == 8
-    assert rows(train_batch_size=2) == 1
-    assert rows(boundary_weight=0) == 0
+    def rows(size: int, weight: float = 1.0) -> int:
+        return num_boundary_rows(make_config({**GIVEN, "boundary_weight": weight}), size)
+
+    assert (rows(64), rows(2), rows(64, 0)) == (8, 1, 0)
+
+
+def test_a_batch_is_divided_and_what_is_left_is_anchors() -> None:
+    def rows(share_done: float = 1.0, **given: Any) -> dict[str, int]:
+        config = make_config({**GIVEN, **given})
+        found = rows_of(config, config.train_batch_size, share_done)
+        assert sum(found.values()) == config.train_batch_size and found.keys() <= {*objectives_of(config, 64)}
+        return {kind.name: num for kind, num in found.items()}
+
+    assert rows() == {"anchors": 48, "corrector": 16} and rows(0.0) == {"anchors": 64}
+    assert rows(boundary_weight=1.0) == {"boot": 8, "anchors": 40, "corrector": 16}
+    assert rows(anchor_fraction=0.75, corrector_fraction=0) == {"boot": 16, "anchors": 48}
+    assert rows(flow_map_fraction=0.25) == {"anchors": 32, "corrector": 16, "flow_map": 16}
+    assert rows(train_batch_size=3, corrector_fraction=0.25) == {"anchors": 1, "corrector": 2}
+    assert rows(train_batch_size=3) == {"anchors": 3} and rows(train_batch_size=4) == {"anchors": 2, "corrector": 2}
+    assert rows(recipe="boot") == {"boot": 64}
+    # A bootstrap that the corrector takes all rows of is there until it begins.
+    late = {"anchor_fraction": 0, "corrector_fraction": 0.5, "flow_map_fraction": 0.5}
+    assert rows(**late) == {"corrector": 32, "flow_map": 32} and rows(0.1, **late) == {"boot": 32, "flow_map": 32}
+
+
+def test_anchors_are_as_many_as_a_run_has_rows_for() -> None:
+    def num(**given: Any) -> int:
+        return make_config({**GIVEN, **given}).num_anchors
+
+    assert num() == 30_000 and num(max_train_steps=1000) == 3000 and num(train_batch_size=32) == 15_000
+    assert num(max_train_steps=100, gradient_accumulation_steps=4) == 1200
+    assert num(max_train_steps=4) == 12 and num(num_anchors=5) == 5
+
+
+def test_a_files_number_of_anchors_follows_what_it_came_from(tmp_path: Path) -> None:
+    def written(**given: Any) -> Path:
+        write_yaml(make_config({**GIVEN, **given}), path := tmp_path / "config.yaml")
+        return path
+
+    short = written(max_train_steps=100)
+    assert make_config({}, short).num_anchors == 300 == make_config({"seed": 1}, short).num_anchors
+    assert make_config({"max_train_steps": 2000}, short).num_anchors == 6000
+    assert make_config({"max_train_steps": 2000, "num_anchors": 7}, short).num_anchors == 7
+    own = written(max_train_steps=100, num_anchors=9)
+    assert make_config({"max_train_steps": 2000}, own).num_anchors == 9, "which was named"
+    assert make_config({"anchor_fraction": 1.0}, written(anchor_fraction=0, max_train_steps=100)).num_anchors > 100
+
+
+def test_a_recipe_decides_before_the_number_of_anchors_does() -> None:
+    default = DistillConfig.model_fields["num_anchors"].default
+    assert make_config({**GIVEN, "recipe": "boot"}).num_anchors == default, "there are none to count"
+    assert make_config({**GIVEN, "recipe": "boot", "anchor_fraction": 0.75}).num_anchors == 30_000
+    assert make_config({**GIVEN, "max_train_steps": "1000", "train_batch_size": "32"}).num_anchors == 1500
+
+
+def test_a_recipe_wins_over_all_that_a_file_says_of_the_method(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("teacher: x\noutput_dir: run\nanchor_solver: ddim\ncorrector_weight: 2.0\nlora_rank: 4\n")
+    found = make_config({"recipe": "default"}, path)
+    assert (found.anchor_solver, found.corrector_weight, found.lora_rank) == ("dpmsolver++", 0.3, 4)
+
+
+def test_what_nothing_reads_does_not_stand_in_the_way() -> None:
+    assert make_config({**GIVEN, "t_min": 0.97}).t_min == 0.97, "a delta of the bootstrap, which has no rows"
+    with pytest.raises(ValueError, match=r"delta=0.04: must be below"):
+        make_config({**GIVEN, "t_min": 0.97, "anchor_fraction": 0.5})
+
+
+def test_one_scaler_serves_one_network() -> None:
+    with pytest.raises(ValueError, match="mixed_precision='fp16': its one scaler .* or corrector_fraction 0"):
+        make_config({**GIVEN, "mixed_precision": "fp16"})
+    assert make_config({**GIVEN, "mixed_precision": "fp16", "corrector_fraction": 0}).mixed_precision == "fp16"

@@ -129,7 +129,7 @@ def _left_by(run: Run) -> str:
 def go_on(run: Path) -> str:
     """Return the command that goes on with a run, whose folder holds all its settings."""
     from onestill.runs.folder import CONFIG_FILE
-    from onestill.runs.resume import num_processes
+    from onestill.training.config import num_processes
 
     num = num_processes()
     # Each process has its own random state, so it takes as many.

@@ -22,6 +22,7 @@ from onestill.data.conditions import Conditions
 from onestill.evaluation.choice import choose_features
 from onestill.evaluation.features import FeatureExtractor, extract, sees_latents
 from onestill.evaluation.metrics import frechet_distance
+from onestill.objectives.registry import is_map
 from onestill.sampling.generate import Generate, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.training.config import DistillConfig
@@ -79,7 +80,7 @@ class HeldOut:
 
     def __init__(self, student: Student, conditions: Conditions, config: DistillConfig, device: torch.device) -> None:
         self.teacher, self.conditions, self.config, self.device = student.teacher, conditions, config, device
-        numbers = (1, 4) if config.flow_map_fraction > 0 and not config.t_min else (1,)
+        numbers = (1, 4) if is_map(config) and not config.t_min else (1,)
         self.students = {k: student_generator(student, t=config.t_min, num_steps=k, device=device) for k in numbers}
         self.why, self._num, self._last = "", 0, math.nan
         self._rows: dict[int, float] = {}

@@ -1,8 +1,9 @@
-"""Anchors: the ends of a few teacher trajectories, kept as exact regression targets beside the bootstrap, eq. (20).
+"""Anchors: trajectories of the teacher, kept as exact regression targets, eqs. (20) and (35).
 
 A bootstrap target is only as good as the student's own signal at the time before it. An anchor is the teacher's
-signal at t_min itself, from noise to end in some steps of the same solver: a row of eq. (10) whose one step is all the
-trajectory, so rho = 1. A pool of them is made once, from noise and conditions alone, and drawn from throughout.
+signal at t_min itself, from noise to end in some steps of a solver: a row of eq. (10) whose one step is all the
+trajectory, so rho = 1. Two states on the way are kept as well: rows between any two points of a path make a student of
+several steps. A pool of them is made once, from noise and conditions alone, and drawn from throughout.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
-from onestill.core.errors import FoundWarning, RunError, named
+from pydantic import model_validator
+
+from onestill.core.errors import FoundWarning, RunError, SettingError, named
 from onestill.core.reading import loading
 from onestill.core.settings import MOST_STEPS, Settings, setting
 from onestill.core.writing import writing
 from onestill.diffusion.names import SolverName
 from onestill.objectives.base import Batch, Context, Cost, Objective
-from onestill.objectives.boot import BOOTSTRAP, OBJECTIVE, BootSettings, row_weights
+from onestill.objectives.boot import BOOTSTRAP, OBJECTIVE, BootSettings, bounded_sigma, num_boundary_rows, row_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,28 +33,64 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from onestill.core.tensors import Cond
+    from onestill.diffusion.trajectory import Denoiser
+    from onestill.teachers.base import Teacher
+    from onestill.teachers.teacher_spec import TeacherSpec
 
 POOL_SEED = 2**31
 WRITE_SECONDS = 300.0
+STOPS = 2
+"""How many states on the way of a trajectory are kept of each."""
+WAYS = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
+"""From where to where rows on the way go: 0 is the start, 1 and 2 are the stops, 3 is the end."""
+USES = 16
+"""How often each anchor is drawn where their number is not given: a pool then takes about a fifth of a run."""
 
 
 class AnchorSettings(Settings):
     """How many anchors, and how they are made."""
 
     anchor_fraction: float = setting(
-        0.0,
+        1.0,
         OBJECTIVE,
-        "Share of the batch that is regressed on whole teacher trajectories; 0 is BOOT alone.",
+        "Share of the rows that the corrector, the flow map and the boundary leave that is regressed on whole teacher "
+        "trajectories, in place of the bootstrap; 0 is none.",
         ge=0,
-        lt=1,
+        le=1,
     )
     num_anchors: int = setting(
-        10_000, OBJECTIVE, "Teacher trajectories made for that before the first step.", ge=1, le=MOST_STEPS
+        20_000,
+        OBJECTIVE,
+        f"Teacher trajectories made for that before the first step; if not given, each is drawn about {USES} times.",
+        ge=1,
+        le=MOST_STEPS,
     )
-    num_anchor_steps: int = setting(12, OBJECTIVE, "Solver steps of each.", ge=1, le=1000)
-    anchor_solver: SolverName | None = setting(
-        None, OBJECTIVE, f"Solver of those trajectories; {named('solver')} if not given."
+    num_anchor_steps: int = setting(16, OBJECTIVE, "Solver steps of each.", ge=1, le=1000)
+    anchor_path_fraction: float = setting(
+        0.5,
+        OBJECTIVE,
+        "Share of those rows that begin or end on the way of a trajectory, for students of several steps.",
+        ge=0,
+        le=1,
     )
+    anchor_solver: SolverName = setting("dpmsolver++", OBJECTIVE, "Solver of those trajectories.")
+
+    @model_validator(mode="after")
+    def _has_room_for_stops(self) -> Self:
+        if self.anchor_fraction > 0 and self.anchor_path_fraction > 0 and self.num_anchor_steps <= STOPS:
+            why = f"leaves no {STOPS} stops on the way of a trajectory, where rows of {named('anchor_path_fraction')} begin"
+            raise SettingError(
+                "num_anchor_steps",
+                self.num_anchor_steps,
+                why,
+                f"give at least {STOPS + 1}, or {named('anchor_path_fraction')} 0",
+            )
+        return self
+
+
+def usual_anchors(num_drawn: float) -> int:
+    """Return how many anchors a run makes that draws so many rows of them and names no number."""
+    return min(max(1, round(num_drawn / USES)), MOST_STEPS)
 
 
 class _Both(AnchorSettings, BootSettings):
@@ -62,6 +101,7 @@ class Anchors(Objective[_Both]):
     """Rows from x_a to t_min whose target is the teacher's own signal there, eq. (20); in the mean of the bootstrap."""
 
     name = "anchors"
+    turn = 1
     unit = "anchor"
     Settings = AnchorSettings
 
@@ -70,15 +110,40 @@ class Anchors(Objective[_Both]):
         self.pool: Pool | None = None
 
     @classmethod
-    def num_rows(cls, settings: Any, batch_size: int) -> int:
-        return max(1, round(settings.anchor_fraction * batch_size)) if settings.anchor_fraction > 0 else 0
+    def num_rows(cls, settings: Any, batch_size: int, left: int) -> int:
+        if settings.anchor_fraction == 0:
+            return 0
+        most = left - num_boundary_rows(settings, batch_size)
+        return max(0, min(max(1, round(settings.anchor_fraction * left)), most))
+
+    @classmethod
+    def is_map(cls, settings: Any) -> bool:
+        return bool(settings.anchor_fraction > 0 and settings.anchor_path_fraction > 0)
+
+    @classmethod
+    def in_words(cls, settings: Any) -> str:
+        made = f"{settings.num_anchors:,} trajectories of {settings.num_anchor_steps} {settings.anchor_solver} steps"
+        return f"{made}, {settings.anchor_path_fraction:.0%} of their rows on the way"
+
+    @classmethod
+    def check(cls, settings: Any, teacher: Teacher) -> None:
+        from onestill.diffusion.trajectory import uniform_times
+
+        spec, num = teacher.spec, settings.num_anchor_steps
+        if (
+            settings.anchor_path_fraction
+            and len(inner_times(uniform_times(spec.t_max, num, settings.t_min), spec)) < STOPS
+        ):
+            why = f"leaves no {STOPS} stops on the way that are times of this teacher, whose cleanest is {spec.process.t_min:.3g}"
+            raise SettingError("num_anchor_steps", num, why, f"give others, or {named('anchor_path_fraction')} 0")
 
     @classmethod
     def cost(cls, settings: Any, batch_size: int) -> Cost:
         from onestill.diffusion.trajectory import CALLS_PER_STEP
 
-        calls = settings.num_anchor_steps * CALLS_PER_STEP[settings.anchor_solver or settings.solver]
-        return Cost(pool=settings.num_anchors, teacher_per_item=calls, samples_per_item=2)
+        calls = settings.num_anchor_steps * CALLS_PER_STEP[settings.anchor_solver]
+        kept = 2 + STOPS * (settings.anchor_path_fraction > 0)
+        return Cost(pool=settings.num_anchors, teacher_per_item=calls, samples_per_item=kept)
 
     def prepare(self) -> Generator[int, None, None]:
         """Make the pool, going on with what an earlier part of this run made; yield how many came each time.
@@ -151,16 +216,19 @@ class Anchors(Objective[_Both]):
 
         context, settings, spec = self.context, self.settings, self.context.teacher.spec
         times = uniform_times(spec.t_max, settings.num_anchor_steps, settings.t_min)
-        solve = SOLVERS[settings.anchor_solver or settings.solver]
+        solve = SOLVERS[settings.anchor_solver]
         for start in range(first, num, context.batch_size):
             rows = min(context.batch_size, num - start)
             eps = torch.randn(rows, *spec.sample_shape, generator=generator)
             chosen = context.conditions.choose(rows, generator)
+            inner = inner_times(times, spec)
+            stops = draw_stops(rows, inner, generator) if settings.anchor_path_fraction > 0 else None
             with torch.no_grad(), context.autocast():
                 denoised = context.teacher.denoiser(to_device(context.conditions.rows(chosen), context.device))
                 x_a = spec.trajectory.start(eps.to(context.device))
-                signal = solve(spec.trajectory, denoised, x_a, times)
-            yield Pool(eps, signal.cpu(), chosen)
+                seen = None if stops is None else Passing(denoised, stops)
+                signal = solve(spec.trajectory, seen or denoised, x_a, times)
+            yield Pool(eps, signal.cpu(), chosen, {} if seen is None else seen.path())
 
     def batch(self, num: int) -> Batch:
         import torch
@@ -172,25 +240,90 @@ class Anchors(Objective[_Both]):
         drawn, trajectory = self.pool.draw(num, context.generator), context.teacher.spec.trajectory
         t = torch.full((num,), trajectory.t_max, dtype=torch.float64)
         s = torch.full((num,), settings.t_min, dtype=torch.float64)
-        weights = row_weights(settings.bootstrap_weight, trajectory, t, s).float()
         cond = to_device(context.conditions.rows(drawn.chosen), context.device)
-        x_a = trajectory.start(drawn.eps.to(context.device))
-        return Batch(x_a, s, cond, drawn.signal.to(context.device), weights, torch.full((num,), BOOTSTRAP))
+        x, target = trajectory.start(drawn.eps.to(context.device)), drawn.signal.to(context.device)
+        mean, on_the_way = torch.full((num,), BOOTSTRAP), path_rows(settings, num)
+        if not on_the_way:
+            weights = row_weights(settings.bootstrap_weight, trajectory, t, s).float()
+            return Batch(x, s, cond, target, weights, mean, is_profiled=torch.ones(num, dtype=torch.bool))
+        way = torch.tensor(WAYS)[torch.randint(len(WAYS), (on_the_way,), generator=context.generator)]
+        begin, end, row = way[:, 0], way[:, 1], torch.arange(on_the_way)
+        times = torch.cat([t[:, None], drawn.path["stops"], s[:, None]], 1)[:on_the_way]
+        states = drawn.path["states"][:on_the_way].to(target)
+        ends = trajectory.state(target, x, s)[:on_the_way]
+        points = torch.stack([x[:on_the_way], *states.unbind(1), ends], 1)
+        r, to = times[row, begin], times[row, end]
+        x_r, x_s = points[row, begin], points[row, end]
+        x, target = (
+            torch.cat([x_r, x[on_the_way:]]),
+            torch.cat([trajectory.signal(x_s, x_r, to, r), target[on_the_way:]]),
+        )
+        s, r = torch.cat([to, s[on_the_way:]]), torch.cat([r, t[on_the_way:]])
+        # An error of y from level r on is one of f there: as many times larger in the velocity.
+        noisy = torch.where(r < trajectory.t_max, bounded_sigma(trajectory, r), 1.0)
+        weights = row_weights(settings.bootstrap_weight, trajectory, t, s) * noisy**-2
+        return Batch(x, s, cond, target, weights.float(), mean, r=r, is_profiled=r == trajectory.t_max)
+
+
+class Passing:
+    """A denoiser that keeps the states in which it is asked at some times, [B, S] float64: a solver's own times."""
+
+    def __init__(self, denoised: Denoiser, stops: Tensor) -> None:
+        self.denoised, self.stops = denoised, stops
+        self.states: list[Tensor | None] = [None] * stops.shape[1]
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the prediction for states x_t [B, ...] at times t [B]."""
+        import torch
+
+        from onestill.core.tensors import broadcast
+
+        for i, kept in enumerate(self.states):
+            here = broadcast(self.stops[:, i] == t, x_t).bool()
+            self.states[i] = torch.where(here, x_t, torch.zeros_like(x_t) if kept is None else kept)
+        return self.denoised(x_t, t)
+
+    def path(self) -> dict[str, Tensor]:
+        """Return the times, [B, S], and the states, [B, S, ...], on the CPU."""
+        import torch
+
+        return {"stops": self.stops, "states": torch.stack([kept for kept in self.states if kept is not None], 1).cpu()}
+
+
+def path_rows(settings: Any, num: int) -> int:
+    """Return how many of a batch's rows of anchors begin or end on the way."""
+    share = settings.anchor_path_fraction
+    return max(1, round(share * num)) if share > 0 else 0
+
+
+def inner_times(times: Sequence[float], spec: TeacherSpec) -> list[float]:
+    """Return those of a trajectory's falling times that a row may begin at: neither of the ends, none below the network's."""
+    return [t for t in times[1:-1] if t >= spec.process.t_min]
+
+
+def draw_stops(num: int, inner: Sequence[float], generator: torch.Generator) -> Tensor:
+    """Return `STOPS` different times for each of `num` trajectories, falling, [num, STOPS] float64."""
+    import torch
+
+    order = torch.rand(num, len(inner), generator=generator).argsort(1)[:, :STOPS].sort(1).values
+    return torch.tensor(inner, dtype=torch.float64)[order]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Teacher trajectories' two ends.
+    """Teacher trajectories: their two ends, and stops on the way if any are kept.
 
     Attributes:
         eps: Noise, [N, *sample_shape].
         signal: The teacher's signal at t_min from that noise, [N, *sample_shape].
         chosen: Which conditions, N rows each: choices, since what the networks are given may be far larger.
+        path: If anything on the way is kept, "stops", falling times [N, S] float64, and "states" there, [N, S, ...].
     """
 
     eps: Tensor
     signal: Tensor
     chosen: Cond
+    path: Mapping[str, Tensor] = field(default_factory=dict)
 
     def hash(self, identity: Mapping[str, object]) -> str:
         """Return a hash of what it was made with, a dash, and a hash of all of it."""
@@ -203,19 +336,22 @@ class Pool:
         """Return whether these are at most so many anchors, all parts alike, of samples of this shape."""
         parts, num = self.tensors(), len(self.eps)
         alike = all(len(value) == num for value in parts.values())
-        return num <= most and alike and self.eps.shape == self.signal.shape == (num, *shape)
+        on_the_way = {name: tuple(value.shape) for name, value in self.path.items()}
+        expected = {"stops": (num, STOPS), "states": (num, STOPS, *shape)} if self.path else {}
+        return num <= most and alike and self.eps.shape == self.signal.shape == (num, *shape) and on_the_way == expected
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it, by the names in its file."""
         chosen = {f"chosen.{name}": value.contiguous() for name, value in self.chosen.items()}
-        return {"eps": self.eps, "signal": self.signal, **chosen}
+        return {"eps": self.eps, "signal": self.signal, **self.path, **chosen}
 
     def draw(self, num: int, generator: torch.Generator) -> Pool:
         """Return `num` anchors of the pool, with replacement."""
         import torch
 
         rows = torch.randint(len(self.eps), (num,), generator=generator)
-        return Pool(self.eps[rows], self.signal[rows], {name: value[rows] for name, value in self.chosen.items()})
+        chosen, path = ({name: value[rows] for name, value in part.items()} for part in (self.chosen, self.path))
+        return Pool(self.eps[rows], self.signal[rows], chosen, path)
 
 
 def joined(batches: list[Pool]) -> Pool:
@@ -223,7 +359,11 @@ def joined(batches: list[Pool]) -> Pool:
     import torch
 
     eps, signal = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("eps", "signal"))
-    return Pool(eps, signal, {name: torch.cat([b.chosen[name] for b in batches]) for name in batches[0].chosen})
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    chosen = {name: torch.cat([batch.chosen[name] for batch in batches]) for name in first.chosen}
+    return Pool(eps, signal, chosen, {name: torch.cat([batch.path[name] for batch in batches]) for name in first.path})
 
 
 def write_pool(pool: Pool, generator: torch.Generator, path: Path, identity: Mapping[str, object]) -> None:
@@ -255,4 +395,5 @@ def read_pool(path: Path, identity: Mapping[str, object], generator: torch.Gener
     with loading(str(path)):
         generator.set_state(tensors["generator"])
         chosen = {name.removeprefix("chosen."): value for name, value in tensors.items() if name.startswith("chosen.")}
-        return Pool(tensors["eps"], tensors["signal"], chosen)
+        on_the_way: Cond = {name: tensors[name] for name in ("stops", "states") if name in tensors}
+        return Pool(tensors["eps"], tensors["signal"], chosen, on_the_way)

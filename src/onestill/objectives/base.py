@@ -143,6 +143,7 @@ class Objective(ABC, Generic[S]):
         unit: What its pool is counted in, for progress bars.
         networks: Networks that are trained with it, by name. Each gets an optimiser, clipping and an average as the
             student's, and is in every checkpoint. After the objective is made, these are the ones to call.
+        turn: When it is asked for its rows: after all of a lower one.
         pool_hash: Of its pool, which every checkpoint holds; "" before there is a whole one. Of a run that goes on,
             `prepare` is told the one that its pool had.
     """
@@ -150,6 +151,7 @@ class Objective(ABC, Generic[S]):
     name: ClassVar[str]
     Settings: ClassVar[type[Settings]]
     unit: ClassVar[str] = "item"
+    turn: ClassVar[int] = 0
     networks: dict[str, nn.Module]
     pool_hash: str = ""
 
@@ -163,13 +165,28 @@ class Objective(ABC, Generic[S]):
 
     @classmethod
     @abstractmethod
-    def num_rows(cls, settings: Any, batch_size: int) -> int | None:
-        """Return how many rows of a batch it takes: 0 leaves it out, None is all that the others leave."""
+    def num_rows(cls, settings: Any, batch_size: int, left: int) -> int:
+        """Return how many rows of a batch it takes, 0 to leave it out; `left` are those that others have not taken."""
 
     @classmethod
     def begins(cls, settings: Any) -> float:
         """Return the share of the training, in [0, 1), after which it takes its rows; the others have them before."""
         return 0.0
+
+    @classmethod
+    def in_words(cls, settings: Any) -> str:
+        """Return what a model card says of it; "" for nothing."""
+        return ""
+
+    @classmethod
+    def follows_length(cls, settings: Any) -> bool:
+        """Return whether what it does depends on how long the training is."""
+        return cls.begins(settings) > 0
+
+    @classmethod
+    def is_map(cls, settings: Any) -> bool:
+        """Return whether its rows start at any level, so that the student draws in several steps too."""
+        return False
 
     @classmethod
     def cost(cls, settings: Any, batch_size: int) -> Cost:

@@ -32,7 +32,7 @@ class BootSettings(Settings):
     delta: float = setting(1 / 25, OBJECTIVE, "Step size in t.", gt=0, lt=1)
     t_min: float = setting(0.0, OBJECTIVE, "Cleanest target time; 0 is the finished image.", ge=0, lt=1)
     solver: StepName = setting("midpoint", OBJECTIVE, "Step that makes the bootstrap target.")
-    bootstrap_weight: Weight = setting("velocity", OBJECTIVE, "Weight of the residuals.")
+    bootstrap_weight: Weight = setting("none", OBJECTIVE, "Weight of the residuals.")
     robust_exponent: float = setting(
         0.0, OBJECTIVE, "k of a factor (residual + c)^-k on each row's weight; 0 is none, 1 the most usual.", ge=0, le=2
     )
@@ -40,27 +40,33 @@ class BootSettings(Settings):
         1e-3, OBJECTIVE, "c of that factor, in squared units of the teacher's samples.", gt=0, le=1e6
     )
     boundary_weight: float = setting(
-        1.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0, le=1e6
+        0.0, OBJECTIVE, "beta, the weight of the boundary loss; 0 leaves it out.", ge=0, le=1e6
     )
     boundary_fraction: float = setting(0.125, OBJECTIVE, "Share of the batch for the boundary loss.", gt=0, lt=1)
     ema_target_decay: float = setting(
         0.0, OBJECTIVE, "Decay of an EMA student used in the target; 0 is the student itself.", ge=0, lt=1
     )
 
-    def num_boundary_rows(self, batch_size: int) -> int:
-        """Return how many rows of a batch go to the boundary loss."""
-        return max(1, round(self.boundary_fraction * batch_size)) if self.boundary_weight > 0 else 0
+
+def num_boundary_rows(settings: Any, batch_size: int) -> int:
+    """Return how many rows of a batch go to the boundary loss."""
+    return max(1, round(settings.boundary_fraction * batch_size)) if settings.boundary_weight > 0 else 0
 
 
 class Boot(Objective[BootSettings]):
     """L_BS + beta L_BC, eqs. (10) and (11), in one batch: the boundary rows come first."""
 
     name = "boot"
+    turn = 2
     Settings = BootSettings
 
     @classmethod
-    def num_rows(cls, settings: Any, batch_size: int) -> int | None:
-        return None
+    def num_rows(cls, settings: Any, batch_size: int, left: int) -> int:
+        return left
+
+    @classmethod
+    def in_words(cls, settings: Any) -> str:
+        return f"BOOT (arXiv 2306.05544): {settings.time_sampling} times, delta {settings.delta:g}, {settings.solver} targets"
 
     @classmethod
     def cost(cls, settings: Any, batch_size: int) -> Cost:
@@ -81,7 +87,7 @@ class Boot(Objective[BootSettings]):
         chosen = context.conditions.choose(num, generator)
         cond = to_device(context.conditions.rows(chosen), context.device)
         t, s = draw_times(u, settings.time_sampling, settings.delta, settings.t_min, spec.t_max, context.progress())
-        is_boundary = torch.arange(num) < settings.num_boundary_rows(context.batch_size)
+        is_boundary = torch.arange(num) < num_boundary_rows(settings, context.batch_size)
         t[is_boundary] = s[is_boundary] = spec.t_max
 
         x_a = spec.trajectory.start(eps.to(context.device))

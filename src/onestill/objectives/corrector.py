@@ -13,8 +13,10 @@ from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, Settings, setting
+from onestill.objectives.anchors import AnchorSettings
 from onestill.objectives.base import Batch, Context, Cost, Objective
 from onestill.objectives.boot import OBJECTIVE, BootSettings, row_weights
+from onestill.objectives.flow_map import FlowMapSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,13 +36,20 @@ class CorrectorSettings(Settings):
     """How many rows the corrector takes, since when, how strong it is, and how its critic is trained."""
 
     corrector_fraction: float = setting(
-        0.0,
+        0.25,
         OBJECTIVE,
         "Share of the batch that a second network, a critic of the student's pictures, corrects; 0 leaves both out.",
         ge=0,
         lt=1,
     )
-    corrector_weight: float = setting(1.0, OBJECTIVE, "Weight of that correction.", gt=0, le=1e6)
+    corrector_path_fraction: float = setting(
+        0.5,
+        OBJECTIVE,
+        "Share of those rows that begin on the student's own way, where it is trained for several steps.",
+        ge=0,
+        le=1,
+    )
+    corrector_weight: float = setting(0.3, OBJECTIVE, "Weight of that correction.", gt=0, le=1e6)
     corrector_begin: float = setting(0.2, OBJECTIVE, "Share of the run before it begins.", ge=0, lt=1)
     corrector_warmup: float = setting(
         0.02, OBJECTIVE, "Share of the run after that in which only the critic learns.", ge=0, lt=1
@@ -50,7 +59,7 @@ class CorrectorSettings(Settings):
         False, OBJECTIVE, "Take out of the correction what cannot be told from the critic's own error."
     )
     corrector_level_min: float = setting(
-        0.02, OBJECTIVE, "Least noise that pictures are compared at, in t / t_max.", gt=0, lt=1
+        0.02, OBJECTIVE, "Least noise that pictures are compared at, and that rows begin at, in t / t_max.", gt=0, lt=1
     )
     corrector_level_max: float = setting(0.98, OBJECTIVE, "Most noise that they are compared at.", gt=0, le=1)
     corrector_min_spread: float = setting(
@@ -93,12 +102,14 @@ class CorrectorSettings(Settings):
         return self
 
 
-class _Both(CorrectorSettings, BootSettings):
-    """What the corrector reads: its rows are weighted as those of the bootstrap."""
+class _Read(CorrectorSettings, FlowMapSettings, AnchorSettings, BootSettings):
+    """What the corrector reads: its rows are weighted as those of the bootstrap, and begin where others do."""
 
 
-class Corrector(Objective[_Both]):
-    """Rows from x_a to t_min whose target is y - (beta / 2) D, eq. (26), in a mean of their own.
+class Corrector(Objective[_Read]):
+    """Rows to t_min whose target is y - (beta / 2) D, eq. (26), in a mean of their own.
+
+    They begin at noise x_a or, where the student draws in several steps, at its own state on the way.
 
     Every two rows share a condition: the student's spread is how far their pictures are apart.
     """
@@ -118,7 +129,7 @@ class Corrector(Objective[_Both]):
         self._spread: Tensor | float = 0.0
 
     @classmethod
-    def num_rows(cls, settings: Any, batch_size: int) -> int:
+    def num_rows(cls, settings: Any, batch_size: int, left: int) -> int:
         return 2 * max(1, round(settings.corrector_fraction * batch_size / 2)) if settings.corrector_fraction > 0 else 0
 
     @classmethod
@@ -126,8 +137,16 @@ class Corrector(Objective[_Both]):
         return float(settings.corrector_begin)
 
     @classmethod
+    def follows_length(cls, settings: Any) -> bool:
+        return bool(settings.corrector_begin + settings.corrector_warmup > 0)
+
+    @classmethod
+    def in_words(cls, settings: Any) -> str:
+        return f"a corrector on {settings.corrector_fraction:.0%} of the rows, weight {settings.corrector_weight:g}"
+
+    @classmethod
     def cost(cls, settings: Any, batch_size: int) -> Cost:
-        return Cost(student=1, teacher=1, learned=settings.corrector_rows, networks=1)
+        return Cost(student=1 + path_share(settings), teacher=1, learned=settings.corrector_rows, networks=1)
 
     @classmethod
     def learning_rate(cls, settings: Any, network: str) -> float | None:
@@ -170,7 +189,7 @@ class Corrector(Objective[_Both]):
     def batch(self, num: int) -> Batch:
         import torch
 
-        from onestill.core.tensors import to_device
+        from onestill.core.tensors import float32_or_more, to_device
 
         context, settings = self.context, self.settings
         trajectory, generator = context.teacher.spec.trajectory, context.generator
@@ -181,11 +200,27 @@ class Corrector(Objective[_Both]):
         t = torch.full((num,), trajectory.t_max, dtype=torch.float64)
         s = torch.full((num,), settings.t_min, dtype=torch.float64)
         weights = row_weights(settings.bootstrap_weight, trajectory, t, s).float()
+        x, r = trajectory.start(eps.to(context.device)), None
+        if on_the_way := 2 * self._drawn_pairs(path_share(settings) * num / 2):
+            first, last = levels(settings, context.teacher.spec)
+            first, last, r = max(first, settings.t_min), max(last, settings.t_min), t.clone()
+            r[:on_the_way] = first + (last - first) * torch.rand(on_the_way, generator=generator, dtype=torch.float64)
+            some = {name: value[:on_the_way] for name, value in cond.items()}
+            with torch.no_grad(), context.autocast():
+                y_r = float32_or_more(context.student(x[:on_the_way], None, r[:on_the_way], some))
+            x = torch.cat([trajectory.state(y_r, x[:on_the_way], r[:on_the_way]).to(x), x[on_the_way:]])
 
         def target(y: Tensor) -> Tensor:
             return self.target(y, cond)
 
-        return Batch(trajectory.start(eps.to(context.device)), s, cond, target, weights, torch.full((num,), CORRECTOR))
+        return Batch(x, s, cond, target, weights, torch.full((num,), CORRECTOR), r=r)
+
+    def _drawn_pairs(self, wanted: float) -> int:
+        """Return a whole number of pairs whose mean is `wanted`: the two of a pair begin alike."""
+        import torch
+
+        more = wanted % 1 > 0 and float(torch.rand(1, generator=self.context.generator)) < wanted % 1
+        return int(wanted) + more
 
     def target(self, y: Tensor, cond: Cond) -> Tensor:
         """Return y - (beta / 2) D for predictions y [B, ...], y itself as long as only the critic learns."""
@@ -243,6 +278,12 @@ class Corrector(Objective[_Both]):
         least = settings.corrector_min_spread
         # All of it down to the least share, none of it as far below.
         return ((self._spread * num / (total + 1e-30) - least) / (1 - least) + 1).clamp(0, 1)
+
+
+def path_share(settings: Any) -> float:
+    """Return the share of the rows that begin on the student's way: none where it is not trained from there."""
+    on_the_way = settings.anchor_fraction > 0 and settings.anchor_path_fraction > 0
+    return float(settings.corrector_path_fraction if on_the_way or settings.flow_map_fraction > 0 else 0)
 
 
 def levels(settings: Any, spec: TeacherSpec) -> tuple[float, float]:

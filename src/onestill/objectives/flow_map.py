@@ -41,7 +41,7 @@ class FlowMapSettings(Settings):
         OBJECTIVE,
         "Share of the batch that starts at any level, for students of several steps; 0 is none.",
         ge=0,
-        lt=1,
+        le=1,
     )
     flow_map_diagonal: float = setting(
         0.5, OBJECTIVE, "Share of those that end where they start: regression on the teacher.", ge=0, le=1
@@ -50,10 +50,11 @@ class FlowMapSettings(Settings):
         0.25, OBJECTIVE, "Share of those that end at t_min; what is left ends in between.", ge=0, le=1
     )
     flow_map_delta: float = setting(1 / 25, OBJECTIVE, "Size in t of the teacher's step in their targets.", gt=0, lt=1)
-    flow_map_states: States = setting(
-        "student",
+    flow_map_states: States | None = setting(
+        None,
         OBJECTIVE,
-        "What they start from: the student's picture with noise, the student's own path, or anchors with noise.",
+        "What they start from: the student's picture with noise, the student's own path, or anchors with noise; anchors "
+        "if there are any, else the student's picture if not given.",
     )
     flow_map_identity: Identity = setting(
         "mixed",
@@ -81,8 +82,16 @@ class FlowMap(Objective[_Read]):
     Settings = FlowMapSettings
 
     @classmethod
-    def num_rows(cls, settings: Any, batch_size: int) -> int:
+    def num_rows(cls, settings: Any, batch_size: int, left: int) -> int:
         return max(1, round(settings.flow_map_fraction * batch_size)) if settings.flow_map_fraction > 0 else 0
+
+    @classmethod
+    def is_map(cls, settings: Any) -> bool:
+        return bool(settings.flow_map_fraction > 0)
+
+    @classmethod
+    def in_words(cls, settings: Any) -> str:
+        return f"a flow map on {settings.flow_map_fraction:.0%} of the rows, delta {settings.flow_map_delta:g}"
 
     @classmethod
     def cost(cls, settings: Any, batch_size: int) -> Cost:
@@ -90,7 +99,7 @@ class FlowMap(Objective[_Read]):
 
         moving = 1 - settings.flow_map_diagonal
         teacher = settings.flow_map_diagonal + moving * CALLS_PER_STEP[settings.solver]
-        return Cost(student=moving + (settings.flow_map_states != "anchors"), teacher=teacher)
+        return Cost(student=moving + (states_of(settings) != "anchors"), teacher=teacher)
 
     def batch(self, num: int) -> Batch:
         import torch
@@ -130,7 +139,7 @@ class FlowMap(Objective[_Read]):
 
         from onestill.core.tensors import broadcast, to_device
 
-        context, states, spec = self.context, self.settings.flow_map_states, self.context.teacher.spec
+        context, states, spec = self.context, states_of(self.settings), self.context.teacher.spec
         if states == "anchors":
             drawn = context.pools["anchors"].draw(num, context.generator)
             cond = to_device(context.conditions.rows(drawn.chosen), context.device)
@@ -221,6 +230,12 @@ def step_share(trajectory: Trajectory, t: Tensor, m: Tensor, r: Tensor) -> Tenso
     alpha, sigma = trajectory.process.alpha_sigma(t)
     step, whole = (a - alpha * s / sigma for a, s in map(trajectory.process.alpha_sigma, (m, r)))
     return torch.where(m > r, step / whole, torch.ones_like(step))
+
+
+def states_of(settings: Any) -> States:
+    """Return what flow-map rows start from: what is named, else anchors where there are any."""
+    named_ones: States | None = settings.flow_map_states
+    return named_ones or ("anchors" if settings.anchor_fraction > 0 else "student")
 
 
 def check_flow_map(config: Any) -> None:

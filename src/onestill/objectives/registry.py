@@ -31,12 +31,26 @@ else:
     ObjectiveSettings = create_model("ObjectiveSettings", __base__=_OWN, __doc__="The settings of every objective.")
 
 
-def rows_of(settings: Any, batch_size: int, progress: float = 1.0) -> dict[type[Objective[Any]], int]:
-    """Return the rows of a batch for each objective that takes some; what the others leave may be too few, or none.
+def is_map(settings: Any) -> bool:
+    """Return whether a run trains its student from any level to any other, so that it draws in several steps."""
+    return any(kind.is_map(settings) for kind in OBJECTIVES)
 
-    `progress` is the share of the training that is done: an objective that begins later takes none yet.
+
+def objectives_of(settings: Any, batch_size: int) -> list[type[Objective[Any]]]:
+    """Return the objectives that take rows at any time: what others take from late on may be all that one had."""
+    taken = {kind for begun in OBJECTIVES for kind in rows_of(settings, batch_size, begun.begins(settings))}
+    return [kind for kind in OBJECTIVES if kind in taken]
+
+
+def rows_of(settings: Any, batch_size: int, progress: float = 1.0) -> dict[type[Objective[Any]], int]:
+    """Return the rows of a batch for each objective that takes some; below 0 where more are asked for than there are.
+
+    `progress` is the share of the training that is done: an objective that begins later takes none yet. Those that take
+    of what others leave are asked after them.
     """
-    begun = [objective for objective in OBJECTIVES if objective.begins(settings) <= progress]
-    wanted = {objective: objective.num_rows(settings, batch_size) for objective in begun}
-    left = batch_size - sum(num for num in wanted.values() if num is not None)
-    return {objective: left if num is None else num for objective, num in wanted.items() if num != 0}
+    begun = [kind for kind in OBJECTIVES if kind.begins(settings) <= progress]
+    left, rows = batch_size, dict[type[Objective[Any]], int]()
+    for kind in sorted(begun, key=lambda kind: kind.turn):
+        rows[kind] = kind.num_rows(settings, batch_size, left)
+        left -= rows[kind]
+    return {kind: rows[kind] for kind in begun if rows[kind]}

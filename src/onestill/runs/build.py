@@ -20,9 +20,11 @@ from onestill.data.conditions import Conditions, LabelConditions, check_labels
 from onestill.data.prompt_cache import default_cache_dir
 from onestill.data.prompt_pool import PromptPool, make_prompt_pool, refuse_prompts
 from onestill.data.prompts import PromptFile
-from onestill.objectives.registry import rows_of
+from onestill.objectives.boot import Boot
+from onestill.objectives.flow_map import FlowMap
+from onestill.objectives.registry import objectives_of, rows_of
 from onestill.runs.folder import check_output_dir
-from onestill.runs.resume import find_resume, made_longer, num_processes
+from onestill.runs.resume import find_resume, made_longer
 from onestill.students.lora import Lora
 from onestill.students.mark import refuse_student
 from onestill.students.student import Student
@@ -35,7 +37,7 @@ from onestill.teachers.settings import CALL_ARGUMENTS
 from onestill.teachers.teacher_spec import Threshold
 from onestill.training.averages import check_widths
 from onestill.training.checkpoint import Checkpoint
-from onestill.training.config import DistillConfig, make_config
+from onestill.training.config import LEAST_CORRECTED, DistillConfig, make_config, num_processes, usual_learning_rate
 from onestill.training.trainer import Fingerprints
 
 PYTHON_OBJECT = "python object"
@@ -88,6 +90,7 @@ def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn
         student = make_student(teacher, config, network)
     if config.gradient_checkpointing and not hasattr(student.network, "enable_gradient_checkpointing"):
         raise SettingError("gradient_checkpointing", True, f"{type(student.network).__name__} has no support for it")
+    config = with_usual_rate(config, student)
     hashes = (prompts.fingerprint, prompts.drawn_fingerprint) if prompts else ("", "")
     fingerprints = Fingerprints(teacher.fingerprint(), *hashes)
     resume, messages = find_resume(config, fingerprints)
@@ -97,6 +100,14 @@ def build_run(config: DistillConfig, teacher: Teacher | None = None, network: nn
         config = made_longer(config, begun)
         if prompts is not None:
             _check_longer(prompts, config, begun["max_train_steps"])
+    if config.train_batch_size < LEAST_CORRECTED and config.recipe == "default" and config.corrector_fraction == 0:
+        size = f"{named('train_batch_size')} {config.train_batch_size}"
+        messages += (f"{size} leaves no rows for a corrector, so there is none; {LEAST_CORRECTED} would",)
+    if unread := unread_settings(config):
+        given = ", ".join(f"{named(name)} {getattr(config, name)}" for name in unread)
+        messages += (
+            f"{given}: of the bootstrap, which has no rows in this run; {named('anchor_fraction')} below 1 gives it some",
+        )
     if config.lora_rank is not None and not teacher.takes_lora_files:
         why = "the teacher's pipeline takes no LoRA files, so the merged student alone is exported"
         messages += (f"{named('lora_rank')}: {why}",)
@@ -235,6 +246,30 @@ def make_student(teacher: Teacher, config: DistillConfig, network: nn.Module | N
     rank = config.lora_rank
     lora = None if rank is None else Lora(rank, config.lora_alpha, config.lora_target_modules)
     return Student(teacher, guidance_range=config.guidance_range, network=network, lora=lora)
+
+
+def unread_settings(config: DistillConfig) -> list[str]:
+    """Return the settings that are not as usual and that nothing reads, since their rows are none of this run's."""
+    kinds, fields = objectives_of(config, config.train_batch_size), DistillConfig.model_fields
+    read_by: dict[str, set[Any]] = {
+        "time_sampling": {Boot},
+        "delta": {Boot},
+        "solver": {Boot, FlowMap},
+        "ema_target_decay": {Boot, FlowMap},
+    }
+    return [
+        name
+        for name, readers in read_by.items()
+        if readers.isdisjoint(kinds) and getattr(config, name) != fields[name].default
+    ]
+
+
+def with_usual_rate(config: DistillConfig, student: Student) -> DistillConfig:
+    """Return the configuration with the learning rate that is usual for such a student, where none is named."""
+    if config.learning_rate is not None:
+        return config
+    num = sum(weights.numel() for weights in student.parameters() if weights.requires_grad)
+    return config.model_copy(update={"learning_rate": usual_learning_rate(num)})
 
 
 def with_embedded_prompts(config: DistillConfig) -> DistillConfig:

@@ -56,28 +56,25 @@ LEAST_SHARE = 1 / 3
 """The least share of both: a student of fewer steps would not be worth looking at."""
 AROUND_SECONDS = 25.0
 """How long all but network calls takes: loading, checking, exporting, features, pictures."""
-COMMON = {"learning_rate": 1e-3, "lr_scheduler": "cosine", "checkpointing_steps": 400, "validation_steps": 400}
+COMMON = {"checkpointing_steps": 400, "validation_steps": 400}
+FEW_STEPS = (1, 4)
+"""The student's steps in the table and the picture."""
 DEMOS = {
     "glyphs": Demo(
         distillation={
             "guidance_scale": 3.0,
-            "max_train_steps": 420,
+            "max_train_steps": 360,
             "train_batch_size": 32,
-            "boundary_weight": 0.0,
-            "bootstrap_weight": "none",
-            "anchor_fraction": 0.875,
-            "num_anchors": 1_000,
-            "num_anchor_steps": 5,
             "num_validation_images": 8,
             **COMMON,
         },
-        evaluation={"num_samples": 480, "batch_size": 16, "steps": (50, 8, 4, 1)},
+        evaluation={"num_samples": 480, "batch_size": 16, "steps": (50, 8, 4, 1), "student_steps": FEW_STEPS},
         shown={"prompts": PROMPTS, "num_images": len(PROMPTS), "seed": 0},
         columns=PROMPTS,
     ),
     "digits": Demo(
-        distillation={"max_train_steps": 1600, "anchor_fraction": 0.75, "num_anchors": 6_400, **COMMON},
-        evaluation={"num_samples": 1800, "batch_size": 64, "steps": (50, 10, 4, 1)},
+        distillation={"max_train_steps": 1200, **COMMON},
+        evaluation={"num_samples": 1800, "batch_size": 64, "steps": (50, 8, 4, 1), "student_steps": FEW_STEPS},
         # A multiple of ten, so that the columns are the classes in order.
         shown={"num_images": 10, "seed": 70},
     ),
@@ -108,14 +105,14 @@ class Plan:
 def plan(demo: Demo, settings: Mapping[str, Any], speed: Speed, max_train_steps: int | None = None) -> Plan:
     """Return what to do of a demo so that it takes `MOST_SECONDS` at most, but never less than `LEAST_SHARE` of it.
 
-    The seconds are those of the steps, of the anchors, of the run's watching itself, and of the comparison, whose network calls are all but one the
+    The seconds are those of the steps, of the anchors, of the run's watching itself, and of the comparison, whose network calls are nearly all the
     teacher's. A number of steps that was asked for is taken as it is, with as many anchors for each as in the full demo.
     """
     evaluation, full = demo.evaluation, settings["max_train_steps"]
-    calls = settings["num_anchor_steps"] * CALLS_PER_STEP[settings.get("anchor_solver") or settings["solver"]]
+    calls = settings["num_anchor_steps"] * CALLS_PER_STEP[settings["anchor_solver"]]
     steps = full if max_train_steps is None else max_train_steps
     training = (1 + SHARE) * steps * (speed.step + settings["num_anchors"] / full * calls * speed.call)
-    of_image = (sum(evaluation["steps"]) + 1) * speed.call
+    of_image = (sum(evaluation["steps"]) + sum(FEW_STEPS)) * speed.call
     drawing = evaluation["num_samples"] * of_image
     timing = (SPEED_ROUNDS + 1) * (evaluation["batch_size"] + 1) * of_image
     around = AROUND_SECONDS + timing + demo.shown["num_images"] * of_image
@@ -155,7 +152,8 @@ def run_demo(
     _make_room(output_dir, overwrite)
     check_output_dir(output_dir, resuming=False)
     say("how fast is this machine? That takes a few seconds")
-    settings |= {"num_anchor_steps": config.num_anchor_steps, "solver": config.solver}
+    full = make_config({"teacher": teacher, "output_dir": output_dir, **settings})
+    settings |= {name: getattr(full, name) for name in ("num_anchors", "num_anchor_steps", "anchor_solver")}
     speed = measure(config, configured_teacher(config))
     planned = plan(demo, settings, speed, max_train_steps)
     say(f"the demo {planned.words}")
@@ -173,14 +171,17 @@ def run_demo(
 
 
 def draw(run: Path, teacher: str, device: str = "cpu") -> Path:
-    """Write the picture: the teacher at several steps above the student at one, same noise in each column."""
+    """Write the picture: the teacher at several steps above the student at a few, same noise in each column."""
     demo = DEMOS[teacher]
     given = {"guidance_scale": demo.distillation.get("guidance_scale"), "device": device, **demo.shown}
     rows = {
         f"teacher, {n} step{'s' if n > 1 else ''}": sample(teacher=teacher, num_inference_steps=n, **given)
         for n in demo.evaluation["steps"]
     }
-    rows["student, 1 step"] = sample(run, device=device, **demo.shown)
+    for n in reversed(FEW_STEPS):
+        rows[f"student, {n} step{'s' if n > 1 else ''}"] = sample(
+            run, num_inference_steps=n, device=device, **demo.shown
+        )
     title = f"{teacher}: same noise in each column, {'same prompt' if demo.columns else 'same class order'}"
     return pictures.save_rows(rows, run / "demo.png", title=title, size=72, columns=demo.columns)
 

@@ -28,6 +28,7 @@ from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
 from onestill.evaluation.held_out import HeldOut
 from onestill.export.export import ExportError, export_student
+from onestill.objectives.registry import objectives_of
 from onestill.runs.build import Run, chosen_threshold, configure
 from onestill.runs.folder import (
     CONFIG_FILE,
@@ -40,6 +41,7 @@ from onestill.runs.folder import (
 from onestill.runs.memory import going_on
 from onestill.runs.plan import planned_run
 from onestill.runs.rehearsal import rehearse
+from onestill.runs.resume import can_be_longer
 from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
@@ -48,7 +50,7 @@ from onestill.training.distance import Distance, Verdict
 from onestill.training.trainer import Trainer
 from onestill.training.watch import StepLog
 
-MANY_ANCHORS = 0.75
+MANY_ANCHORS = 1.0
 """The share of anchors that is advised where there are few."""
 LEAST_SECONDS, OF_THE_RUN = 3.0, 0.01
 """How long the teacher's few steps may take at the end: so many seconds, or this share of the run."""
@@ -289,9 +291,10 @@ def what_helps(config: DistillConfig, *, is_falling: bool = False) -> str:
     """
     more = {**config.model_dump(), "anchor_fraction": MANY_ANCHORS}
     with suppress(ValueError):  # a batch may be too small for them
-        if not is_falling and config.anchor_fraction < MANY_ANCHORS - 0.25 and DistillConfig.model_validate(more):
+        if not is_falling and config.anchor_fraction < MANY_ANCHORS / 2 and DistillConfig.model_validate(more):
             return f"{named('anchor_fraction')} {MANY_ANCHORS:g}, in a new run"
-    return f"{named('max_train_steps')} {min(2 * config.max_train_steps, MOST_STEPS)}"
+    longer = f"{named('max_train_steps')} {min(2 * config.max_train_steps, MOST_STEPS)}"
+    return longer if can_be_longer(config) else f"{longer}, in a new run"
 
 
 def card_facts(run: Run, num_steps: int, seconds: float, ema_width: float) -> card.Facts:
@@ -303,8 +306,9 @@ def card_facts(run: Run, num_steps: int, seconds: float, ema_width: float) -> ca
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     now = f"{num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}"
     training = f"{config.max_train_steps:,} steps of {images:,} images, {now}, seed {config.seed}"
-    targets = f"{config.time_sampling} times, delta {config.delta:g}, {config.solver} targets"
-    settings = f"{targets}, learning rate {config.learning_rate:g}, {in_words(ema_width)}"
+    kinds = objectives_of(config, config.train_batch_size)
+    parts = [said for kind in kinds if (said := kind.in_words(config))]
+    settings = f"{'; '.join(parts)}; learning rate {config.learning_rate:g}, {in_words(ema_width)}"
     return replace(distilled_facts(config, run.teacher), training=training, settings=settings)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from onestill.core.errors import FoundWarning, SettingError, named
 from onestill.core.files import RUN_FILE, check_writable
 from onestill.core.reading import OwnFile, read_object
+from onestill.objectives.registry import is_map
 from onestill.students.model_card import Distilled
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest
 from onestill.training.config import DistillConfig, make_config
@@ -78,7 +79,7 @@ class RunFolder:
     @property
     def is_map(self) -> bool:
         """Whether its student is trained between any two times, and so takes several steps."""
-        return self.config.flow_map_fraction > 0
+        return is_map(self.config)
 
     @functools.cached_property
     def facts(self) -> RunFacts | None:

@@ -240,6 +240,7 @@ def less_memory(config: DistillConfig, student: Student) -> str:
     can_checkpoint = hasattr(student.network, "enable_gradient_checkpointing")
     others = {
         "gradient_checkpointing": can_checkpoint and not config.gradient_checkpointing,
+        f"{named('corrector_fraction')} 0": config.corrector_fraction > 0,
         f"{named('lora_rank')} 64": config.lora_rank is None,
         f"{named('num_ema_snapshots')} 0": len(config.ema_tracks) > 1,
         f"{named('mixed_precision')} bf16": config.mixed_precision == "no",

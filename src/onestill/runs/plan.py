@@ -24,7 +24,7 @@ from onestill.data.cascade import FirstStage
 from onestill.data.conditions import draw_guidance, middle_guidance
 from onestill.data.prompts import PromptFile
 from onestill.evaluation.speed import compare
-from onestill.objectives.anchors import Anchors
+from onestill.objectives.anchors import STOPS, Anchors
 from onestill.objectives.registry import rows_of
 from onestill.runs.build import (
     Run,
@@ -33,13 +33,13 @@ from onestill.runs.build import (
     make_student,
     open_teacher,
     with_embedded_prompts,
+    with_usual_rate,
 )
 from onestill.runs.folder import CONFIG_FILE, RunFolder, check_output_dir
-from onestill.runs.resume import num_processes
 from onestill.sampling.generate import student_generator, teacher_generator
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.calls import EXAMPLE_PROMPTS
-from onestill.training.config import DistillConfig, usual_warmup
+from onestill.training.config import DistillConfig, num_processes, usual_warmup
 from onestill.training.recipes import PLANNED, as_budget, in_time, seconds_of_budget
 from onestill.training.trainer import Fingerprints, Trainer
 
@@ -120,12 +120,14 @@ def measure(config: DistillConfig, teacher: Teacher, network: nn.Module | None =
     what = f"measuring a step of {named('train_batch_size')} {config.train_batch_size:,}"
     less = f"lower {named('train_batch_size')}, or give {named('gradient_checkpointing')} or {named('lora_rank')} 64"
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), enough_memory(what, less):
-        small = {"output_dir": Path(folder), "num_anchors": 1, "num_anchor_steps": 1, "report_to": None}
+        steps = min(config.num_anchor_steps, STOPS + 1)
+        small = {"output_dir": Path(folder), "num_anchors": 1, "num_anchor_steps": steps, "report_to": None}
         resolved, guided, first_stage, _ = open_teacher(
             config.model_copy(update=small), teacher, needs_first_stage=False
         )
         student = make_student(guided, resolved, copy.deepcopy(network))
         conditions = ExampleConditions(guided, first_stage, resolved.guidance_range)
+        resolved = with_usual_rate(resolved, student)
         trainer = Trainer(resolved, student, conditions, Fingerprints(""))
         guided.to(trainer.device)
         if first_stage is not None:

@@ -13,13 +13,13 @@ from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, in_short, named
 from onestill.core.memory import enough_memory, is_out_of_memory
 from onestill.export.export import ExportError, export_student
+from onestill.objectives.registry import is_map
 from onestill.runs.build import Run
 from onestill.runs.folder import PIPELINE_FOLDER, REHEARSAL
 from onestill.runs.inspect import less_memory
-from onestill.runs.resume import num_processes
 from onestill.runs.space import check_space, space_of
 from onestill.students.student import Student
-from onestill.training.config import DistillConfig
+from onestill.training.config import DistillConfig, num_processes
 from onestill.training.trainer import unused_parameters
 
 TRIED_STEPS = 4
@@ -55,7 +55,7 @@ def _try(run: Run) -> list[str]:
     if run.teacher.folder is None:
         _try_gradient(run)
     _try_export(run)
-    if run.config.flow_map_fraction == 0:
+    if not is_map(run.config):
         return []
     try:
         _try_export(run, num_steps=TRIED_STEPS)

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from onestill.core.errors import SettingError, named
 from onestill.data.prompt_pool import split_fingerprint
+from onestill.objectives.registry import rows_of
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest, step_of
-from onestill.training.config import DistillConfig, deciding_settings, usual_warmup
+from onestill.training.config import DistillConfig, deciding_settings, num_processes, usual_num_anchors, usual_warmup
 from onestill.training.trainer import Fingerprints
 
 
 def made_longer(config: DistillConfig, old: Mapping[str, Any]) -> DistillConfig:
-    """Return the configuration of a run that goes on, with the warm-up it began with where the default is another.
+    """Return the configuration of a run that goes on, with what its first length decided where the default is another.
 
-    A run of less than 1,000 steps has a shorter one, which does not grow with it.
+    The warm-up of a short run and the number of its anchors do not grow with it.
     """
-    short, begun = config.lr_warmup_steps, old.get("lr_warmup_steps")
-    lengths = (old.get("max_train_steps"), config.max_train_steps)
-    usual = {usual_warmup(steps) for steps in lengths if isinstance(steps, int)}
-    if not _can_be_longer(config) or short == begun or not {short, begun} <= usual:
-        return config
-    return config.model_copy(update={"lr_warmup_steps": begun})
+    lengths = [steps for steps in (old.get("max_train_steps"), config.max_train_steps) if isinstance(steps, int)]
+    values, begun = config.model_dump(), {}
+    usual: dict[str, set[Any]] = {
+        "lr_warmup_steps": {usual_warmup(steps) for steps in lengths},
+        "num_anchors": {usual_num_anchors({**values, "max_train_steps": steps}) for steps in lengths},
+    }
+    for name, either in usual.items():
+        if values[name] != old.get(name) and {values[name], old.get(name)} <= either:
+            begun[name] = old[name]
+    return config.model_copy(update=begun) if begun and can_be_longer(config) else config
 
 
 def changed_settings(old: Mapping[str, Any], new: DistillConfig) -> list[str]:
     """Return "name: old -> new" for each setting that must not differ on resume and does.
 
-    A run may become longer where no step knows how many there will be: with a constant rate and no progressive times.
+    A run may become longer where no step knows how many there will be: with a constant rate, no progressive times, and
+    no objective that begins after a share of the run.
     """
     values = deciding_settings(new)
-    if _can_be_longer(new) and old.get("max_train_steps", 0) < new.max_train_steps:
+    if can_be_longer(new) and old.get("max_train_steps", 0) < new.max_train_steps:
         del values["max_train_steps"]
     # A run of a version without some setting had its default.
     defaults = {k: f.default for k, f in DistillConfig.model_fields.items()}
@@ -41,8 +46,10 @@ def changed_settings(old: Mapping[str, Any], new: DistillConfig) -> list[str]:
     return [f"{name}: {old[name]!r} -> {values[name]!r}" for name in sorted(values) if old[name] != values[name]]
 
 
-def _can_be_longer(config: DistillConfig) -> bool:
-    return config.lr_scheduler.startswith("constant") and config.time_sampling != "progressive"
+def can_be_longer(config: DistillConfig) -> bool:
+    """Return whether no step of a run knows how many there will be."""
+    follows = any(kind.follows_length(config) for kind in rows_of(config, config.train_batch_size))
+    return not follows and config.lr_scheduler.startswith("constant") and config.time_sampling != "progressive"
 
 
 def find_resume(
@@ -85,9 +92,13 @@ def _check_same_run(config: DistillConfig, fingerprints: Fingerprints, folder: P
         return SettingError("resume_from_checkpoint", given, f"{folder} was trained {why}", todo)
 
     values = checkpoint.values
+    if values["num_processes"] != (num := num_processes()):
+        why = f"by {values['num_processes']} processes, not {num}"
+        raise other(why, "each has its own random state, so start as many")
     old, begun = values["config"], Fingerprints(**values["fingerprints"])
     if changes := changed_settings(old, made_longer(config, old)):
-        longer = f"only a run with a constant {named('lr_scheduler')} and no progressive times can be made longer"
+        without = f"a constant {named('lr_scheduler')}, without progressive times and a corrector"
+        longer = f"only a run with {without} can be made longer"
         todo = f"give those, or a new {named('output_dir')}; {longer}"
         raise other(f"with other settings: {'; '.join(changes)}", todo)
     if begun.teacher != fingerprints.teacher:
@@ -99,11 +110,3 @@ def _check_same_run(config: DistillConfig, fingerprints: Fingerprints, folder: P
     if old_prompts != prompts:
         given = f"{named('prompt_file')} {config.prompt_file} gives"
         raise other(f"on other prompts, or on those of another text encoder, than {given}")
-    if values["num_processes"] != (num := num_processes()):
-        why = f"by {values['num_processes']} processes, not {num}"
-        raise other(why, "each has its own random state, so start as many")
-
-
-def num_processes() -> int:
-    """Return how many processes train this run, as torchrun and accelerate say it."""
-    return int(os.environ.get("WORLD_SIZE", 1))

@@ -68,7 +68,11 @@ def check_space(space: Space, folder: Path) -> tuple[str, ...]:
     todo = f"free some, or name a folder on another disk; {named('lora_rank')} makes both small"
     if free < least:
         averages = f", averages ({in_words(space.snapshots)})" if space.snapshots else ""
-        parts = f"a checkpoint ({in_words(space.checkpoint)}){averages} and the export ({in_words(space.export)})"
+        pools = f", the pool of anchors ({in_words(space.pools)})" if space.pools else ""
+        parts = (
+            f"a checkpoint ({in_words(space.checkpoint)}){averages}{pools} and the export ({in_words(space.export)})"
+        )
+        todo += f", fewer {named('num_anchors')} a smaller pool" if pools else ""
         todo += f", {named('num_ema_snapshots')} 0 keeps no averages" if averages else ""
         why = f"{parts} do not fit: {in_words(least)} are needed in all, {in_words(free)} are free"
         raise SettingError("output_dir", folder, why, todo)

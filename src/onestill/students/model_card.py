@@ -246,8 +246,8 @@ def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str, steps: 
     more = "".join(f"- {name}: {said}.\n" for name, said in parts if said)
     return f"""# {_in_words(facts.num_steps).capitalize()}-step student of {name}
 
-Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}) by BOOT
-(Gu et al., arXiv 2306.05544). **No training data was used**: only noise{given}.
+Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}).
+**No training data was used**: only noise{given}.
 
 ```python
 {code}

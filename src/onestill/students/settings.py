@@ -43,7 +43,8 @@ def check_steps(num_steps: int, target_time: float = 0.0, *, is_map: bool) -> No
         why = f"a student has 1 to {FEW_STEPS} steps"
         raise SettingError("num_inference_steps", num_steps, why, f"give {named('teacher')} for more")
     if num_steps > 1 and not is_map:
-        todo = f"distil with {named('flow_map_fraction')} above 0 for one of 1 to {FEW_STEPS}"
+        ways = f"{named('anchor_path_fraction')} or {named('flow_map_fraction')}"
+        todo = f"distil with {ways} above 0 for one of 1 to {FEW_STEPS}"
         raise SettingError("num_inference_steps", num_steps, "this student was trained for one step", todo)
     if num_steps > 1 and target_time:
         why = "is of a single step; several end at the finished image"

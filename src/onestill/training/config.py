@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,14 +15,20 @@ from pydantic import Field, model_validator
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_ROWS, MOST_STEPS, MOST_WIDTH, Settings, about, make, setting
 from onestill.data.settings import PromptSettings
-from onestill.objectives.flow_map import check_flow_map
-from onestill.objectives.registry import ObjectiveSettings, rows_of
+from onestill.objectives.anchors import Anchors, usual_anchors
+from onestill.objectives.boot import Boot, num_boundary_rows
+from onestill.objectives.corrector import Corrector
+from onestill.objectives.flow_map import FlowMap, check_flow_map
+from onestill.objectives.registry import ObjectiveSettings, objectives_of, rows_of
 from onestill.students.settings import LoraSettings
 from onestill.teachers.settings import TeacherSettings
-from onestill.training.recipes import RUN, RecipeSettings
+from onestill.training.recipes import RECIPES, RUN, RecipeSettings
 
 OPTIMISATION, WATCHING = "Optimisation", "Watching"
 USUAL_WARMUP = 100
+LEAST_CORRECTED = 4
+"""The smallest batch that has a corrector if nothing is said: it takes rows by two, and leaves as many."""
+MOST_RATE, FULL_RATE_WEIGHTS = 1e-3, 4_000_000
 LEAST_WIDTH = 0.01
 """The smallest relative width of an average of weights."""
 TWICE_OR_HALF = 0.07
@@ -32,9 +42,11 @@ class OptimisationSettings(Settings):
     train_batch_size: int = setting(64, OPTIMISATION, "Images in one forward pass, per process.", ge=2, le=MOST_ROWS)
     gradient_accumulation_steps: int = setting(1, OPTIMISATION, "Forward passes per optimiser step.", ge=1, le=10_000)
     gradient_checkpointing: bool = setting(False, OPTIMISATION, "Recompute activations to save memory.")
-    learning_rate: float = setting(1e-4, OPTIMISATION, "Peak learning rate.", gt=0, le=10)
+    learning_rate: float | None = setting(
+        None, OPTIMISATION, "Peak learning rate; by the number of trained weights if not given.", gt=0, le=10
+    )
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = setting(
-        "constant_with_warmup", OPTIMISATION, "Learning-rate schedule."
+        "cosine", OPTIMISATION, "Learning-rate schedule."
     )
     lr_warmup_steps: int = setting(
         USUAL_WARMUP, OPTIMISATION, "Warm-up steps; if not given at most a tenth of the run.", ge=0, le=MOST_STEPS
@@ -162,6 +174,30 @@ class DistillConfig(
 ):
     """Everything that decides a distillation run. Frozen; unknown names are refused."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_the_corrector_out_of_small_batches(cls, data: Any) -> Any:
+        size = data.get("train_batch_size") if isinstance(data, dict) else None
+        is_small = isinstance(size, int) and size < LEAST_CORRECTED
+        return {**data, "corrector_fraction": 0.0} if is_small and "corrector_fraction" not in data else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_the_number_of_anchors(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "num_anchors" in data or data.get("budget") is not None:
+            return data
+        num = usual_num_anchors(data)
+        return data if num is None else {**data, "num_anchors": num}
+
+    @classmethod
+    def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
+        """What a file's other settings came to gives way where those do."""
+        left_out = super().overruled(values, read)
+        kept = {name: value for name, value in read.items() if name not in left_out | {"num_anchors"}}
+        usual = usual_num_anchors(read)
+        follows = usual == read.get("num_anchors") and usual_num_anchors({**kept, **values}) != usual
+        return left_out | ({"num_anchors"} if follows else set())
+
     @model_validator(mode="after")
     def _times_fit(self) -> Self:
         t_max = 1.0 if self.t_max is None else self.t_max
@@ -176,19 +212,68 @@ class DistillConfig(
 
     def steps_in_t(self) -> list[str]:
         """Return the settings that are steps of the teacher in t and are used."""
-        return ["delta", *(["flow_map_delta"] if self.flow_map_fraction > 0 else [])]
+        used = {"delta": Boot, "flow_map_delta": FlowMap}
+        return [name for name, kind in used.items() if kind in objectives_of(self, self.train_batch_size)]
 
     @model_validator(mode="after")
-    def _leaves_bootstrap_rows(self) -> Self:
-        size = self.train_batch_size
-        if next(iter(rows_of(self, size).values())) > self.num_boundary_rows(size):
+    def _has_one_scaler(self) -> Self:
+        if self.mixed_precision == "fp16" and Corrector in rows_of(self, self.train_batch_size):
+            why = "its one scaler serves one network, and the corrector trains another"
+            todo = f"use bf16 or no, or {named('corrector_fraction')} 0"
+            raise SettingError("mixed_precision", "fp16", why, todo)
+        return self
+
+    @model_validator(mode="after")
+    def _divides_the_batch(self) -> Self:
+        size, rows = self.train_batch_size, rows_of(self, self.train_batch_size)
+        left = rows.get(Boot, 0) - num_boundary_rows(self, size)
+        regressed = left > 0 or (left == 0 and {Anchors, FlowMap} & rows.keys())
+        if regressed and (self.anchor_fraction == 0 or Anchors in rows):
             return self
         weights = {"boundary_fraction": self.boundary_weight}
         fractions = ("anchor_fraction", "corrector_fraction", "flow_map_fraction")
         weights |= {name: getattr(self, name) for name in fractions}
         names = [name for name, weight in weights.items() if weight > 0]
         given = [getattr(self, name) for name in names]
-        raise SettingError(names, given, f"no bootstrap rows are left in a batch of {size}")
+        why = "no rows are left for them all" if left >= 0 else f"{-left:,} rows too many are asked for"
+        raise SettingError(
+            names, given, f"{why} in a batch of {size}", f"raise {named('train_batch_size')}, or lower one of them"
+        )
+
+
+def usual_num_anchors(given: Mapping[str, Any]) -> int | None:
+    """Return how many anchors a run makes that is given those settings and no number; None if it makes none, or cannot be."""
+    recipe = given.get("recipe")
+    values = {name: field.default for name, field in DistillConfig.model_fields.items()}
+    values |= RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
+    values |= {name: _as_number(value) for name, value in given.items()}
+    settings, size = SimpleNamespace(**values), values["train_batch_size"]
+    try:
+        rows = settings.gradient_accumulation_steps * rows_of(settings, size).get(Anchors, 0) * num_processes()
+        return usual_anchors(settings.max_train_steps * rows) if rows > 0 else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _as_number(value: Any) -> Any:
+    """Return the number that a text is, as the model reads it; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    with suppress(ValueError):
+        return int(value)
+    with suppress(ValueError):
+        return float(value)
+    return value
+
+
+def num_processes() -> int:
+    """Return how many processes train this run, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def usual_learning_rate(num_weights: int) -> float:
+    """Return the peak learning rate for so many trained weights: 1e-3 up to four million, then falling as 1/sqrt."""
+    return MOST_RATE * min(1.0, math.sqrt(FULL_RATE_WEIGHTS / max(num_weights, 1)))
 
 
 def usual_warmup(steps: int) -> int:

@@ -10,7 +10,8 @@ from typing import Any, Final, Literal, Self
 from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import Settings, setting
+from onestill.core.settings import Settings, about, setting
+from onestill.objectives.boot import OBJECTIVE
 
 RUN = "Run"
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -23,6 +24,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "ema_target_decay": 0.0,
         "robust_exponent": 0.0,
         "anchor_fraction": 0.0,
+        "anchor_path_fraction": 0.0,
         "flow_map_fraction": 0.0,
         "corrector_fraction": 0.0,
     },
@@ -71,7 +73,8 @@ class RecipeSettings(Settings):
     @classmethod
     def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
         """A file's method gives way to a recipe that is asked for beside it, its length to a budget or a length."""
-        of_method = set().union(*RECIPES.values()) if values.get("recipe") is not None else set()
+        of_method = {name for name, field in cls.model_fields.items() if about(field, "panel") == OBJECTIVE}
+        of_method = of_method if values.get("recipe") is not None else set()
         of_length = set(OF_LENGTH) if values.get("budget") is not None else set()
         budget = {"budget"} if values.get("max_train_steps") is not None else set()
         return super().overruled(values, read) | of_method | of_length | budget

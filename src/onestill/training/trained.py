@@ -61,9 +61,11 @@ class Trained:
         follower_decay: float = 0.0,
     ) -> None:
         self.name, self.accelerator, self.max_grad_norm = name, accelerator, config.max_grad_norm
+        rate = config.learning_rate if learning_rate is None else learning_rate
+        assert rate is not None, "a run's is known when its student is"
         optimizer = torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad],
-            lr=config.learning_rate if learning_rate is None else learning_rate,
+            lr=rate,
             betas=(config.adam_beta1 if adam_beta1 is None else adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,

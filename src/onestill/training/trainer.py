@@ -26,7 +26,7 @@ from onestill.core.errors import FoundWarning, RunError, SettingError, named
 from onestill.core.tensors import to_device
 from onestill.data.conditions import Conditions
 from onestill.objectives.base import Context, Objective
-from onestill.objectives.registry import rows_of
+from onestill.objectives.registry import objectives_of, rows_of
 from onestill.sampling.generate import Generate, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.training.averages import forget_after, snapshot_steps, write_snapshot
@@ -131,7 +131,7 @@ class Trainer:
                 "num_processes": accelerator.num_processes,
             },
         )
-        return [kind(context) for kind in rows_of(config, config.train_batch_size)]
+        return [kind(context) for kind in objectives_of(config, config.train_batch_size)]
 
     def _train_networks(self) -> None:
         """Let the objectives' networks be trained from now on."""
