@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from pipelines import build
-from runs_helpers import call_cli
+from runs_helpers import ALONE, as_flags, call_cli
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -133,6 +133,7 @@ def test_a_run_of_a_file_is_resumed_exported_and_drawn(place: Path, monkeypatch:
         "c",
     ]
     run = [
+        *as_flags(ALONE),
         "--output_dir",
         "run",
         "--train_batch_size",
