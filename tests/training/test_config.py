@@ -478,6 +478,9 @@ def test_anchors_are_as_many_as_a_run_has_rows_for() -> None:
     assert num() == 30_000 and num(max_train_steps=1000) == 3000 and num(train_batch_size=32) == 15_000
     assert num(max_train_steps=100, gradient_accumulation_steps=4) == 1200
     assert num(max_train_steps=4) == 12 and num(num_anchors=5) == 5
+    # A small batch has no corrector, and all of its rows are anchors.
+    assert num(max_train_steps=400, train_batch_size=2) == 50 == num(max_train_steps=400, train_batch_size="2")
+    assert num(max_train_steps=400, train_batch_size=3) == 75
 
 
 def test_a_files_number_of_anchors_follows_what_it_came_from(tmp_path: Path) -> None:

@@ -98,7 +98,10 @@ class _Both(AnchorSettings, BootSettings):
 
 
 class Anchors(Objective[_Both]):
-    """Rows from x_a to t_min whose target is the teacher's own signal there, eq. (20); in the mean of the bootstrap."""
+    """Rows whose target is the teacher's own signal, from x_a to t_min, eq. (20), or between two points on its way, eq. (35).
+
+    They enter the mean of the bootstrap; those on the way come first.
+    """
 
     name = "anchors"
     turn = 1
@@ -216,18 +219,17 @@ class Anchors(Objective[_Both]):
 
         context, settings, spec = self.context, self.settings, self.context.teacher.spec
         times = uniform_times(spec.t_max, settings.num_anchor_steps, settings.t_min)
-        solve = SOLVERS[settings.anchor_solver]
+        inner, solve = inner_times(times, spec), SOLVERS[settings.anchor_solver]
         for start in range(first, num, context.batch_size):
             rows = min(context.batch_size, num - start)
             eps = torch.randn(rows, *spec.sample_shape, generator=generator)
             chosen = context.conditions.choose(rows, generator)
-            inner = inner_times(times, spec)
             stops = draw_stops(rows, inner, generator) if settings.anchor_path_fraction > 0 else None
             with torch.no_grad(), context.autocast():
                 denoised = context.teacher.denoiser(to_device(context.conditions.rows(chosen), context.device))
                 x_a = spec.trajectory.start(eps.to(context.device))
                 seen = None if stops is None else Passing(denoised, stops)
-                signal = solve(spec.trajectory, seen or denoised, x_a, times)
+                signal = solve(spec.trajectory, denoised if seen is None else seen, x_a, times)
             yield Pool(eps, signal.cpu(), chosen, {} if seen is None else seen.path())
 
     def batch(self, num: int) -> Batch:
@@ -242,27 +244,24 @@ class Anchors(Objective[_Both]):
         s = torch.full((num,), settings.t_min, dtype=torch.float64)
         cond = to_device(context.conditions.rows(drawn.chosen), context.device)
         x, target = trajectory.start(drawn.eps.to(context.device)), drawn.signal.to(context.device)
-        mean, on_the_way = torch.full((num,), BOOTSTRAP), path_rows(settings, num)
-        if not on_the_way:
-            weights = row_weights(settings.bootstrap_weight, trajectory, t, s).float()
-            return Batch(x, s, cond, target, weights, mean, is_profiled=torch.ones(num, dtype=torch.bool))
-        way = torch.tensor(WAYS)[torch.randint(len(WAYS), (on_the_way,), generator=context.generator)]
-        begin, end, row = way[:, 0], way[:, 1], torch.arange(on_the_way)
-        times = torch.cat([t[:, None], drawn.path["stops"], s[:, None]], 1)[:on_the_way]
-        states = drawn.path["states"][:on_the_way].to(target)
-        ends = trajectory.state(target, x, s)[:on_the_way]
-        points = torch.stack([x[:on_the_way], *states.unbind(1), ends], 1)
-        r, to = times[row, begin], times[row, end]
-        x_r, x_s = points[row, begin], points[row, end]
-        x, target = (
-            torch.cat([x_r, x[on_the_way:]]),
-            torch.cat([trajectory.signal(x_s, x_r, to, r), target[on_the_way:]]),
+        on_the_way = path_rows(settings, num)
+        if on_the_way:
+            some = slice(on_the_way)
+            way = torch.tensor(WAYS)[torch.randint(len(WAYS), (on_the_way,), generator=context.generator)]
+            begin, end, row = way[:, 0], way[:, 1], torch.arange(on_the_way)
+            times = torch.cat([t[:, None], drawn.path["stops"], s[:, None]], 1)[some]
+            stops, ends = drawn.path["states"][some].to(target), trajectory.state(target, x, s)[some]
+            points = torch.stack([x[some], *stops.unbind(1), ends], 1)
+            x[some], x_s = points[row, begin], points[row, end]
+            t[some], s[some] = times[row, begin], times[row, end]
+            target[some] = trajectory.signal(x_s, x[some], s[some], t[some])
+        # An error of y from level t on is one of f there: as many times larger in the velocity.
+        noisy = torch.where(t < trajectory.t_max, bounded_sigma(trajectory, t), 1.0)
+        weights = (
+            row_weights(settings.bootstrap_weight, trajectory, torch.full_like(t, trajectory.t_max), s) * noisy**-2
         )
-        s, r = torch.cat([to, s[on_the_way:]]), torch.cat([r, t[on_the_way:]])
-        # An error of y from level r on is one of f there: as many times larger in the velocity.
-        noisy = torch.where(r < trajectory.t_max, bounded_sigma(trajectory, r), 1.0)
-        weights = row_weights(settings.bootstrap_weight, trajectory, t, s) * noisy**-2
-        return Batch(x, s, cond, target, weights.float(), mean, r=r, is_profiled=r == trajectory.t_max)
+        mean, from_noise = torch.full((num,), BOOTSTRAP), t == trajectory.t_max
+        return Batch(x, s, cond, target, weights.float(), mean, r=t if on_the_way else None, is_profiled=from_noise)
 
 
 class Passing:
@@ -358,10 +357,10 @@ def joined(batches: list[Pool]) -> Pool:
     """Return batches of anchors as one pool."""
     import torch
 
-    eps, signal = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("eps", "signal"))
     first = batches[0]
     if len(batches) == 1:
         return first
+    eps, signal = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("eps", "signal"))
     chosen = {name: torch.cat([batch.chosen[name] for batch in batches]) for name in first.chosen}
     return Pool(eps, signal, chosen, {name: torch.cat([batch.path[name] for batch in batches]) for name in first.path})
 

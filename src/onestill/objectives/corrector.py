@@ -13,10 +13,10 @@ from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, Settings, setting
-from onestill.objectives.anchors import AnchorSettings
+from onestill.objectives.anchors import Anchors, AnchorSettings
 from onestill.objectives.base import Batch, Context, Cost, Objective
 from onestill.objectives.boot import OBJECTIVE, BootSettings, row_weights
-from onestill.objectives.flow_map import FlowMapSettings
+from onestill.objectives.flow_map import FlowMap, FlowMapSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -282,8 +282,8 @@ class Corrector(Objective[_Read]):
 
 def path_share(settings: Any) -> float:
     """Return the share of the rows that begin on the student's way: none where it is not trained from there."""
-    on_the_way = settings.anchor_fraction > 0 and settings.anchor_path_fraction > 0
-    return float(settings.corrector_path_fraction if on_the_way or settings.flow_map_fraction > 0 else 0)
+    is_map = any(kind.is_map(settings) for kind in (Anchors, FlowMap))
+    return float(settings.corrector_path_fraction if is_map else 0)
 
 
 def levels(settings: Any, spec: TeacherSpec) -> tuple[float, float]:

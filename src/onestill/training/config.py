@@ -22,7 +22,7 @@ from onestill.objectives.flow_map import FlowMap, check_flow_map
 from onestill.objectives.registry import ObjectiveSettings, objectives_of, rows_of
 from onestill.students.settings import LoraSettings
 from onestill.teachers.settings import TeacherSettings
-from onestill.training.recipes import RECIPES, RUN, RecipeSettings
+from onestill.training.recipes import RUN, RecipeSettings, with_recipe
 
 OPTIMISATION, WATCHING = "Optimisation", "Watching"
 USUAL_WARMUP = 100
@@ -176,15 +176,11 @@ class DistillConfig(
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_the_corrector_out_of_small_batches(cls, data: Any) -> Any:
-        size = data.get("train_batch_size") if isinstance(data, dict) else None
-        is_small = isinstance(size, int) and size < LEAST_CORRECTED
-        return {**data, "corrector_fraction": 0.0} if is_small and "corrector_fraction" not in data else data
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_the_number_of_anchors(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "num_anchors" in data or data.get("budget") is not None:
+    def _fill_what_follows_from_others(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = _begun(data)
+        if "num_anchors" in data or data.get("budget") is not None:
             return data
         num = usual_num_anchors(data)
         return data if num is None else {**data, "num_anchors": num}
@@ -243,16 +239,21 @@ class DistillConfig(
 
 def usual_num_anchors(given: Mapping[str, Any]) -> int | None:
     """Return how many anchors a run makes that is given those settings and no number; None if it makes none, or cannot be."""
-    recipe = given.get("recipe")
     values = {name: field.default for name, field in DistillConfig.model_fields.items()}
-    values |= RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
-    values |= {name: _as_number(value) for name, value in given.items()}
+    values |= {name: _as_number(value) for name, value in _begun(given).items()}
     settings, size = SimpleNamespace(**values), values["train_batch_size"]
     try:
         rows = settings.gradient_accumulation_steps * rows_of(settings, size).get(Anchors, 0) * num_processes()
         return usual_anchors(settings.max_train_steps * rows) if rows > 0 else None
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _begun(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those of their recipe, and without a corrector where a batch is too small and none is named."""
+    size = _as_number(given.get("train_batch_size"))
+    is_small = isinstance(size, (int, float)) and size < LEAST_CORRECTED
+    return {**({"corrector_fraction": 0.0} if is_small else {}), **with_recipe(given)}
 
 
 def _as_number(value: Any) -> Any:

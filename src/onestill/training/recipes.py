@@ -53,8 +53,7 @@ class RecipeSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _start_from_the_recipe(cls, data: Any) -> Any:
-        recipe = data.get("recipe") if isinstance(data, dict) else None
-        return {**RECIPES.get(recipe, {}), **data} if isinstance(recipe, str) else data
+        return with_recipe(data) if isinstance(data, dict) else data
 
     @model_validator(mode="before")
     @classmethod
@@ -78,6 +77,12 @@ class RecipeSettings(Settings):
         of_length = set(OF_LENGTH) if values.get("budget") is not None else set()
         budget = {"budget"} if values.get("max_train_steps") is not None else set()
         return super().overruled(values, read) | of_method | of_length | budget
+
+
+def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those of the recipe that they name, which give way to them."""
+    recipe = given.get("recipe")
+    return {**(RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}), **given}
 
 
 def seconds_of_budget(text: str) -> float:
