@@ -118,7 +118,7 @@ def measure(config: DistillConfig, teacher: Teacher, network: nn.Module | None =
     There are more of them where the run has a budget that leaves time for it: machines do other things as well. Random state, the teacher and a network of one's own are afterwards what they were; nothing is written.
     """
     what = f"measuring a step of {named('train_batch_size')} {config.train_batch_size:,}"
-    less = f"lower {named('train_batch_size')}, or give {named('gradient_checkpointing')} or {named('lora_rank')} 64"
+    less = f"lower {named('train_batch_size')}, or give {named('gradient_checkpointing')}, {named('corrector_fraction')} 0 or {named('lora_rank')} 64"
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), enough_memory(what, less):
         steps = min(config.num_anchor_steps, STOPS + 1)
         small = {"output_dir": Path(folder), "num_anchors": 1, "num_anchor_steps": steps, "report_to": None}
