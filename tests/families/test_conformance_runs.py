@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import ARGUMENTS, BUILDERS
-from runs_helpers import ALONE, call_cli, copied, same_state
+from runs_helpers import call_cli, copied, same_state
 from test_conformance import folder_of, perturbed, teacher_of
 from torch import Tensor, nn
 
@@ -31,7 +31,6 @@ from onestill.training.config import make_config
 FAST: dict[str, Any] = {
     "device": "cpu",
     "train_batch_size": 2,
-    **ALONE,
     "max_train_steps": 3,
     "checkpointing_steps": 2,
     "lr_warmup_steps": 0,
@@ -150,8 +149,9 @@ def test_a_run_is_resumed_to_the_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["dit", "flux", "if-super-resolution", "sd-v"])
-def test_a_run_with_a_corrector_is_resumed_to_the_bit(name: str, tmp_path: Path) -> None:
-    own = {"train_batch_size": 4, "corrector_fraction": 0.5, "corrector_begin": 0.0, "corrector_warmup": 0.0}
+def test_a_run_with_every_objective_is_resumed_to_the_bit(name: str, tmp_path: Path) -> None:
+    own = {"train_batch_size": 8, "anchor_fraction": 0.5, "flow_map_fraction": 0.25, "boundary_weight": 1.0}
+    own |= {"corrector_fraction": 0.25, "corrector_begin": 0.0, "corrector_warmup": 0.0}
     check_run(functools.partial(prepared_run, name, **own), tmp_path)
 
 
