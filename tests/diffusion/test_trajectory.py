@@ -25,6 +25,7 @@ from onestill.diffusion.trajectory import (
     dpm_solve,
     heun_step,
     midpoint_step,
+    refined_times,
     solve,
     times_called,
     uniform_times,
@@ -407,6 +408,20 @@ def test_uniform_times_are_diffusers_trailing_spacing() -> None:
         ours = [round(t * 1000) - 1 for t in uniform_times(1.0, num)]
         assert ours == [*scheduler.timesteps.tolist(), -1]
     assert uniform_times(0.8, 2, t_end=0.2) == pytest.approx([0.8, 0.5, 0.2])
+
+
+def test_refined_times_cut_the_last_step() -> None:
+    process = FlowMatching()
+    assert refined_times(process, 1.0, 5) == pytest.approx([1, 0.75, 0.5, 0.25, 0.0625, 0])
+    assert refined_times(process, 0.8, 4, 0.2) == pytest.approx([0.8, 0.6, 0.4, 0.25, 0.2])
+    for num in (1, 2):
+        assert refined_times(process, 1.0, num) == uniform_times(1.0, num)
+
+
+def test_refined_times_ask_no_network_below_its_smallest_time() -> None:
+    process = PROCESSES["vp, linear"]
+    assert refined_times(process, 1.0, 250)[-2] >= process.t_min == 1e-3
+    assert refined_times(process, 1.0, 252) == uniform_times(1.0, 252)
 
 
 def test_rows_may_have_their_own_times() -> None:

@@ -19,6 +19,7 @@ from onestill.core.files import read_hashed, save_hashed
 from onestill.core.writing import WriteError
 from onestill.data.conditions import LabelConditions
 from onestill.diffusion import trajectory
+from onestill.diffusion.names import SolverName
 from onestill.diffusion.process import CosineVP, FlowMatching, Process
 from onestill.objectives.anchors import Anchors, Pool, inner_times, read_pool, write_pool
 from onestill.objectives.base import Context
@@ -91,11 +92,19 @@ def pool(tmp_path: Path) -> Pool:
     return pool_of(anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **settings))
 
 
+def ends_of(pool: Pool, teacher: Teacher, solver: SolverName, *, down_to: float = 0.0) -> Tensor:
+    """Return the signal at a stop of four steps, or at the end of all, from the noise of a pool."""
+    spec = teacher.spec
+    times = [t for t in trajectory.refined_times(spec.process, spec.t_max, 4) if t >= down_to]
+    with torch.no_grad():
+        x_a = spec.trajectory.start(pool.eps)
+        return trajectory.SOLVERS[solver](spec.trajectory, teacher.denoiser(pool.chosen), x_a, times)
+
+
 def test_an_anchor_is_the_end_of_the_teachers_own_sampling(pool: Pool) -> None:
     anchors = pool
     assert anchors.eps.shape == anchors.signal.shape == (10, 1, 8, 8)
-    teacher = guided_teacher()
-    expected = teacher_generator(teacher, num_steps=4, solver="midpoint")(anchors.eps, anchors.chosen)
+    expected = ends_of(anchors, guided_teacher(), "midpoint")
     # The same sums in batches of another size.
     torch.testing.assert_close(anchors.signal, expected, atol=1e-5, rtol=1e-5)
 
@@ -104,12 +113,8 @@ def test_anchors_are_made_by_the_solver_that_is_named(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"num_anchors": 4, "num_anchor_steps": 4, "anchor_solver": "dpmsolver++"}
     objective = anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **settings)
     anchors = pool_of(objective)
-    ends = {
-        solver: teacher_generator(guided_teacher(), num_steps=4, solver=solver)(anchors.eps, anchors.chosen)
-        for solver in ("dpmsolver++", "midpoint")
-    }
-    torch.testing.assert_close(anchors.signal, ends["dpmsolver++"], atol=1e-5, rtol=1e-5)
-    assert (anchors.signal - ends["midpoint"]).abs().max() > 1e-3
+    torch.testing.assert_close(anchors.signal, ends_of(anchors, guided_teacher(), "dpmsolver++"), atol=1e-5, rtol=1e-5)
+    assert (anchors.signal - ends_of(anchors, guided_teacher(), "midpoint")).abs().max() > 1e-3
     config = objective.settings
     assert Anchors.cost(config, 4).teacher_per_item == 4 and Boot.cost(config, 4).teacher == 2
 
@@ -155,20 +160,18 @@ def test_rows_on_the_way_are_pieces_of_the_exact_path(tmp_path: Path, process: P
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun", "midpoint"])
-def test_what_is_kept_is_where_the_solver_was(tmp_path: Path, solver: str) -> None:
+def test_what_is_kept_is_where_the_solver_was(tmp_path: Path, solver: SolverName) -> None:
     given = {"num_anchors": 12, "num_anchor_steps": 4, "anchor_path_fraction": 0.5, "anchor_solver": solver}
-    pool = pool_of(anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **given))
-    teacher = guided_teacher()
-    ode = teacher.spec.trajectory
+    pool, teacher = (
+        pool_of(anchors_of(guided_teacher(), LabelConditions((0, 1, 2)), tmp_path, **given)),
+        guided_teacher(),
+    )
     for row in range(12):
-        cond = {name: value[row : row + 1] for name, value in pool.chosen.items()}
-        x_a = ode.start(pool.eps[row : row + 1])
+        one = Pool(pool.eps[[row]], pool.signal[[row]], {name: value[[row]] for name, value in pool.chosen.items()})
         for stop, state in zip(pool.path["stops"][row].tolist(), pool.path["states"][row], strict=True):
-            times = [t for t in trajectory.uniform_times(1.0, 4) if t >= stop]
-            with torch.no_grad():
-                y = trajectory.SOLVERS[solver](ode, teacher.denoiser(cond), x_a, times)  # type: ignore[index]  # a name
-            here = torch.tensor([stop], dtype=torch.float64)
-            torch.testing.assert_close(state[None], ode.state(y, x_a, here), atol=1e-4, rtol=1e-4)
+            y, here = ends_of(one, teacher, solver, down_to=stop), torch.tensor([stop], dtype=torch.float64)
+            there = teacher.spec.trajectory.state(y, teacher.spec.trajectory.start(one.eps), here)
+            torch.testing.assert_close(state[None], there, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_begin_and_end_between_the_ends_of_a_run(tmp_path: Path) -> None:

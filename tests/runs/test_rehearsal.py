@@ -20,6 +20,7 @@ from onestill.export.pixel import PixelFormat
 from onestill.runs import rehearsal, space
 from onestill.runs.build import Run, build_run, configure
 from onestill.students.injection import TimeEmbeddingInjection
+from onestill.students.student import Student
 from onestill.teachers.module import module_teacher
 from onestill.training.config import make_config
 
@@ -122,6 +123,21 @@ def test_what_a_killed_one_left_is_in_nobodys_way(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
     (tmp_path / "run" / ".config.yaml.partial-1.yaml").touch()
     prepared(tmp_path / "run")
+
+
+def test_two_runs_of_one_name_that_begin_together_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (prepared(tmp_path / name / "run") for name in "ab")
+    export, found = rehearsal.export_student, []
+
+    def meanwhile(student: Student, folder: Path, **settings: Any) -> None:
+        monkeypatch.setattr(rehearsal, "export_student", export)
+        export(student, folder, **settings)
+        rehearsal.rehearse(second)
+        found.append((folder / "model_index.json").exists())
+
+    monkeypatch.setattr(rehearsal, "export_student", meanwhile)
+    rehearsal.rehearse(first)
+    assert found == [True] and list(tmp_path.iterdir()) == []
 
 
 def test_all_processes_refuse_what_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,13 +130,11 @@ class Anchors(Objective[_Both]):
 
     @classmethod
     def check(cls, settings: Any, teacher: Teacher) -> None:
-        from onestill.diffusion.trajectory import uniform_times
+        from onestill.diffusion.trajectory import refined_times
 
         spec, num = teacher.spec, settings.num_anchor_steps
-        if (
-            settings.anchor_path_fraction
-            and len(inner_times(uniform_times(spec.t_max, num, settings.t_min), spec)) < STOPS
-        ):
+        times = refined_times(spec.process, spec.t_max, num, settings.t_min)
+        if settings.anchor_path_fraction and len(inner_times(times, spec)) < STOPS:
             why = f"leaves no {STOPS} stops on the way that are times of this teacher, whose cleanest is {spec.process.t_min:.3g}"
             raise SettingError("num_anchor_steps", num, why, f"give others, or {named('anchor_path_fraction')} 0")
 
@@ -215,10 +213,10 @@ class Anchors(Objective[_Both]):
         import torch
 
         from onestill.core.tensors import to_device
-        from onestill.diffusion.trajectory import SOLVERS, uniform_times
+        from onestill.diffusion.trajectory import SOLVERS, refined_times
 
         context, settings, spec = self.context, self.settings, self.context.teacher.spec
-        times = uniform_times(spec.t_max, settings.num_anchor_steps, settings.t_min)
+        times = refined_times(spec.process, spec.t_max, settings.num_anchor_steps, settings.t_min)
         inner, solve = inner_times(times, spec), SOLVERS[settings.anchor_solver]
         for start in range(first, num, context.batch_size):
             rows = min(context.batch_size, num - start)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -114,12 +116,12 @@ def _moved(student: Student) -> Iterator[None]:
 
 
 def _place(output_dir: Path) -> Path:
-    """Return a folder on the disk of a run: in its own, or where that will be."""
+    """Return a folder on the disk of a run that no other run has: in its own, or where that will be."""
     here = output_dir.absolute()
     if here.is_dir():
         return here / REHEARSAL
     parent = next(p for p in here.parents if p.is_dir())
-    return parent / f"{REHEARSAL}-{here.name[:100]}"
+    return parent / f"{REHEARSAL}-{sha256(os.fsencode(here)).hexdigest()[:16]}"
 
 
 def _on_one_process(check: Callable[[], None], config: DistillConfig) -> None:

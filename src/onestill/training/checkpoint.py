@@ -21,7 +21,7 @@ from onestill.core.reading import OwnFile, as_model, loading, read_mapping
 from onestill.core.writing import writing
 
 STATE_FILE = "state.json"
-FORMAT = 5
+FORMAT = 6
 """Of the names of groups and values; what another version wrote is refused, not misread."""
 Tensors = dict[str, Tensor]
 
