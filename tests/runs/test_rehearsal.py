@@ -5,15 +5,18 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from runs_helpers import FAST, as_flags, assert_refused, call_cli, go_on_with, same_state, teacher_folder
 from torch import Tensor, nn
 
 import onestill
+from onestill.core.errors import SettingError
 from onestill.diffusion.process import CosineVP
 from onestill.export.export import ExportError
 from onestill.export.pixel import PixelFormat
@@ -174,6 +177,17 @@ def test_the_estimate_is_what_is_written(tmp_path: Path) -> None:
     assert found.pools == 8 * 2 * 64 * 4 and found.num_checkpoints == 3
     said = call_cli("inspect", "--teacher", teacher_folder(), *as_flags({**FAST, **own})).out
     assert "disk" in said and "3 checkpoints at once, " in said and "export " in said and "anchors " in said
+
+
+def test_a_pool_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepared(tmp_path / "run", anchor_fraction=0.5, num_anchors=1000)
+    needed = space.space_of(run.student, run.config)
+    assert needed.pools == 1000 * 2 * 64 * 4
+    for total, fits in ((needed.pools, True), (needed.pools - 1, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: namedtuple("memory", "total")(total))
+        with nullcontext() if fits else pytest.raises(SettingError, match=r"num_anchors: takes 0\.51 MB of memory"):
+            rehearsal.rehearse(run)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_without_room_is_refused_and_a_small_one_is_said(

@@ -90,7 +90,7 @@ def _disk(found: Inspection) -> str:
     from onestill.data.prompt_cache import in_words
 
     kept = f"{found.num_checkpoints} checkpoint{'s' if found.num_checkpoints > 1 else ''} at once"
-    pools = f", anchors {in_words(found.pool_bytes)}" if found.pool_bytes else ""
+    pools = f", anchors {in_words(found.pool_bytes)}, in memory too" if found.pool_bytes else ""
     averages = f", averages {in_words(found.snapshot_bytes)}" if found.snapshot_bytes else ""
     return f"{kept}, {in_words(found.checkpoint_bytes)} each, export {in_words(found.export_bytes)}{averages}{pools}"
 

@@ -19,7 +19,7 @@ from onestill.objectives.registry import is_map
 from onestill.runs.build import Run
 from onestill.runs.folder import PIPELINE_FOLDER, REHEARSAL
 from onestill.runs.inspect import less_memory
-from onestill.runs.space import check_space, space_of
+from onestill.runs.space import check_memory, check_space, space_of
 from onestill.students.student import Student
 from onestill.training.config import DistillConfig, num_processes
 from onestill.training.trainer import unused_parameters
@@ -45,7 +45,9 @@ def rehearse(run: Run) -> tuple[str, ...]:
     """
     if run.resume is not None:
         return ()
-    messages = check_space(space_of(run.student, run.config), run.config.output_dir)
+    space = space_of(run.student, run.config)
+    check_memory(space)
+    messages = check_space(space, run.config.output_dir)
     said: list[str] = []
     with enough_memory(f"exporting a student of {run.config.teacher}", less_memory(run.config, run.student)):
         _on_one_process(lambda: said.extend(_try(run)), run.config)

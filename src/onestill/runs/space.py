@@ -9,6 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from onestill.core.errors import SettingError, named
 from onestill.data.prompt_cache import in_words
 from onestill.objectives.registry import OBJECTIVES, rows_of
@@ -81,6 +83,14 @@ def check_space(space: Space, folder: Path) -> tuple[str, ...]:
         limit = f"lower {named('checkpoints_total_limit')} or {named('num_ema_snapshots')}, or free some"
         return (f"{folder}: {needs} and {in_words(free)} are free: the run will stop when the disk is full; {limit}",)
     return ()
+
+
+def check_memory(space: Space) -> None:
+    """Raise SettingError if the pools, which are held in memory whole, are larger than that of this machine."""
+    total = psutil.virtual_memory().total
+    if space.pools > total:
+        why = f"takes {in_words(space.pools)} of memory as a pool, and this machine has {in_words(total)}"
+        raise SettingError("num_anchors", why=why, todo="lower it")
 
 
 def _try_folder(place: Path, folder: Path) -> None:
