@@ -27,7 +27,8 @@ from onestill.core.tensors import Cond, noise
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, extract
-from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions, print_report
+from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
+from onestill.evaluation.tables import print_report
 from onestill.runs.distill import distill
 from onestill.runs.load import load_student
 from onestill.sampling import pictures

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 
 import onestill
-from onestill.evaluation.report import Row, print_report
+from onestill.evaluation.report import Row
+from onestill.evaluation.tables import print_report
 from onestill.runs.distill import distill
 
 SETTINGS: dict[str, Any] = {"max_train_steps": 11_000, "checkpointing_steps": 500, "validation_steps": 1000}

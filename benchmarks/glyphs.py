@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import onestill
-from onestill.evaluation.report import print_report
+from onestill.evaluation.tables import print_report
 from onestill.runs.demo import draw
 from onestill.runs.distill import distill
 

@@ -58,8 +58,9 @@ FAST: dict[str, Any] = {
     "validation_steps": 1000,
     "num_validation_images": 2,
     "num_teacher_steps": 2,
+    "report": False,
 }
-"""Settings of a run of a second."""
+"""Settings of a run of a second; without its page, whose plots take another one."""
 
 
 @functools.cache
@@ -234,7 +235,13 @@ def read_report(folder: Path) -> Report:
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
     """Return settings as command-line flags."""
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [
+        part
+        for name, value in settings.items()
+        for part in (
+            [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        )
+    ]
 
 
 def same_state(one: Path, two: Path) -> bool:

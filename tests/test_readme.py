@@ -61,6 +61,7 @@ def test_there_are_commands() -> None:
         "sample",
         "inspect",
         "evaluate",
+        "compare",
         "export",
         "demo",
     }

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from onestill.evaluation.config import EvaluateConfig
     from onestill.export.export import export_student
     from onestill.export.module import load_module
+    from onestill.pages.config import CompareConfig
+    from onestill.runs.compare import compare
     from onestill.runs.distill import RunResult, distill
     from onestill.runs.evaluate import evaluate
     from onestill.runs.inspect import inspect_teacher
@@ -38,6 +40,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "evaluate": "runs.evaluate",
     "sample": "runs.sample",
+    "CompareConfig": "pages.config",
+    "compare": "runs.compare",
     "DistillConfig": "training.config",
     "EvaluateConfig": "evaluation.config",
     "SampleConfig": "sampling.config",
@@ -65,6 +69,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "CompareConfig",
+    "compare",
     "VE",
     "CosineVP",
     "DiscreteVP",

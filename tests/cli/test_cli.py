@@ -46,7 +46,7 @@ FEW = ["--num_samples", 12, "--steps", "2,1", "--num_reference_steps", 2, "--dev
 def test_help_and_version() -> None:
     outcome = call_cli("--help")
     assert outcome.code == 0
-    for command in ("distill", "inspect", "sample", "evaluate", "export", "demo"):
+    for command in ("distill", "inspect", "sample", "evaluate", "compare", "export", "demo"):
         assert command in outcome.out
         assert call_cli(command, "-h").code == 0
     assert call_cli("--version").out.strip() == f"onestill {onestill.__version__}"

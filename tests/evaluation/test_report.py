@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from runs_helpers import read_report
 
-from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions, print_report
+from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
+from onestill.evaluation.tables import print_report
 
 
 def make_report(*, student_name: str = "student") -> Report:

@@ -30,6 +30,7 @@ from onestill.training.config import make_config
 
 FAST: dict[str, Any] = {
     "device": "cpu",
+    "report": False,
     "train_batch_size": 2,
     "max_train_steps": 3,
     "checkpointing_steps": 2,

@@ -383,3 +383,11 @@ def test_it_leads_a_student_to_the_teachers_law_without_a_trajectory() -> None:
             value.backward()
             optimizer.step()
     assert distance() < 0.65 * before
+
+
+@pytest.mark.parametrize(("begin", "warmup"), [(0.99, 0.5), (0.5, 0.5)])
+def test_a_corrector_that_would_never_correct_is_refused(begin: float, warmup: float) -> None:
+    own = {"teacher": "x", "output_dir": "y", "corrector_begin": begin, "corrector_warmup": warmup}
+    with pytest.raises(ValueError, match="corrector_begin=.* together are all of the run"):
+        make_config(own)
+    assert make_config({**own, "corrector_fraction": 0.0})

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from onestill import __version__
-from onestill.cli import demo, distill, evaluate, export, inspect, sample
+from onestill.cli import compare, demo, distill, evaluate, export, inspect, sample
 from onestill.cli.fields import ALIASES
 from onestill.cli.guesses import meant
 from onestill.cli.help import Command
@@ -47,7 +47,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # In the order of the help.
-for command in (distill.distill, inspect.inspect, sample.sample, evaluate.evaluate, export.export, demo.demo):
+for command in (
+    distill.distill,
+    inspect.inspect,
+    sample.sample,
+    evaluate.evaluate,
+    compare.compare,
+    export.export,
+    demo.demo,
+):
     app.command(cls=Command)(command)
 
 

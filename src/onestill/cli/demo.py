@@ -29,8 +29,9 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Distil an embedded teacher in a few minutes on a CPU, and show what was gained and lost."""
-    from onestill.evaluation.report import print_report
+    from onestill.evaluation.tables import print_report
     from onestill.runs import demo as room
+    from onestill.runs.run_page import PAGE_FILE
 
     quiet()
     try:
@@ -47,6 +48,7 @@ def demo(
         raise KeyboardInterrupt(_way_on(output_dir)) from None
     print_report(report, out)
     say(f"picture:  {picture}")
+    say(f"page:     {output_dir / PAGE_FILE}  (opens in a browser)")
     say(f"pipeline: {output_dir / 'pipeline'}  (loads with plain diffusers)")
 
 

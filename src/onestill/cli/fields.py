@@ -37,13 +37,13 @@ def from_config(
         def wrapped(**given: Any) -> None:
             word = given.pop(WORD, None)
             settings = {name: given.pop(name) for name in model.model_fields}
-            if word is not None:
+            if word:
                 settings[positional] = _one_of(positional, word, settings[positional])
             command({name: value for name, value in settings.items() if value is not None and value != []}, **given)
 
         parameters = [_parameter(name, info, name == unneeded) for name, info in model.model_fields.items()]
         if positional:
-            parameters.append(_word(positional))
+            parameters.append(_word(positional, get_origin(model.model_fields[positional].annotation) is tuple))
         # typer reads a function's signature from here; mypy does not know that functions may have one of their own.
         wrapped.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]  # inspect reads it
         wrapped.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
@@ -56,15 +56,19 @@ def from_config(
 WORD = "word"
 
 
-def _word(setting: str) -> inspect.Parameter:
-    """Return the parameter of the word that stands for a setting without its flag."""
-    argument = typer.Argument(metavar=f"[{setting.upper()}]", help=f"The same as --{setting}.", show_default=False)
-    annotation = Annotated[Optional[str], argument]  # noqa: UP045 - made at run time
+def _word(setting: str, is_list: bool) -> inspect.Parameter:
+    """Return the parameter of the word, or of the words, that stand for a setting without its flag."""
+    metavar = f"[{setting.upper()}]{'...' if is_list else ''}"
+    argument = typer.Argument(metavar=metavar, help=f"The same as --{setting}.", show_default=False)
+    kind: Any = list[str] if is_list else str
+    annotation = Annotated[Optional[kind], argument]  # noqa: UP045 - made at run time
     return inspect.Parameter(WORD, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _one_of(setting: str, word: str, flag: Any) -> Any:
-    """Return the value of a setting that is given as a word, and perhaps by its flag too."""
+def _one_of(setting: str, word: str | list[str], flag: Any) -> Any:
+    """Return the value of a setting that is given as a word, or as words, and perhaps by its flag too."""
+    if isinstance(word, list):
+        return [*word, *(flag or ())]
     if flag is not None and str(flag) != word:
         raise SettingError(
             setting, str(flag), f"{plain(word)!r} is given without a flag, which means the same", "give one"

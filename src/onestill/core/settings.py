@@ -116,12 +116,11 @@ class Settings(BaseModel):
     @classmethod
     def _can_be_said(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
-        if isinstance(value, (str, Path)) and names_path(cls.model_fields[info.field_name]):
-            if fault := text_fault(str(value)) or name_fault(value):
-                raise SettingError(info.field_name, value, fault)
-            return value
+        is_path = names_path(cls.model_fields[info.field_name])
         for text in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(text, str) and (fault := text_fault(text)):
+            if not isinstance(text, (str, Path) if is_path else str):
+                continue
+            if fault := text_fault(str(text)) or (name_fault(text) if is_path else ""):
                 raise SettingError(info.field_name, text, fault)
         return value
 
@@ -199,8 +198,9 @@ def _refuse_places(made: Settings, given: Mapping[str, Any], origins: Mapping[st
     """Raise SettingError if what lies at one of the paths that were given can be neither read nor replaced."""
     for name, field in type(made).model_fields.items():
         value = getattr(made, name)
-        if name in given and value is not None and names_path(field) and (fault := place_fault(value)):
-            raise SettingError(name, value, fault, where=origins.get(name, ""))
+        for each in value if isinstance(value, tuple) else (value,):
+            if name in given and each is not None and names_path(field) and (fault := place_fault(each)):
+                raise SettingError(name, each, fault, where=origins.get(name, ""))
 
 
 def find_config(config_file: str | Path) -> Path:

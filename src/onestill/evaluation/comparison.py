@@ -18,7 +18,8 @@ from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, extract
 from onestill.evaluation.prompt_accuracy import PromptTargets, read_prompts
 from onestill.evaluation.references import Reference
-from onestill.evaluation.report import EvaluationProtocol, Report, Row, package_versions
+from onestill.evaluation.report import Report, package_versions
+from onestill.evaluation.rows import EvaluationProtocol, Row
 from onestill.evaluation.samples import Draw, Subjects, looks_at_latents
 from onestill.sampling.samplers.base import Sampler
 

@@ -93,7 +93,11 @@ class CorrectorSettings(Settings):
         return None if low is high is None else (low or 0.0, 1.0 if high is None else high)
 
     @model_validator(mode="after")
-    def _levels_fit(self) -> Self:
+    def _has_its_time_and_its_levels(self) -> Self:
+        if self.corrector_fraction > 0 and self.corrector_begin + self.corrector_warmup >= 1:
+            given = self.corrector_begin, self.corrector_warmup
+            why = "together are all of the run, so nothing is ever corrected"
+            raise SettingError(("corrector_begin", "corrector_warmup"), given, why, "lower one of them")
         levels = self.corrector_level_min, self.corrector_level_max
         for name, ends in {"level": levels, "guidance_interval": self.corrector_guidance_interval}.items():
             if ends is not None and ends[0] >= ends[1]:

@@ -27,6 +27,7 @@ from onestill.core.settings import MOST_STEPS, write_yaml
 from onestill.core.writing import write_text
 from onestill.data.prompts import PromptFile
 from onestill.evaluation.held_out import HeldOut
+from onestill.evaluation.report import package_versions
 from onestill.export.export import ExportError, export_student
 from onestill.objectives.registry import objectives_of
 from onestill.runs.build import Run, chosen_threshold, configure
@@ -42,6 +43,7 @@ from onestill.runs.memory import going_on
 from onestill.runs.plan import planned_run
 from onestill.runs.rehearsal import rehearse
 from onestill.runs.resume import can_be_longer
+from onestill.runs.run_page import write_run_page
 from onestill.students import model_card as card
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
@@ -172,6 +174,8 @@ def _carried_out(run: Run, show_progress: bool, on_step: Callable[[StepLog], Non
         with _bar(trainer, shows, desc="distilling", total=steps, initial=first, unit="step") as bar:
             for log in trainer.steps():
                 checkpoint = log.checkpoint or checkpoint
+                if log.validation_rms is not None:
+                    _show(trainer)
                 bar.update()
                 if log.step % 10 == 0 or log.picture:
                     judged = {} if (now := trainer.watch.verdict) is None else {"held_out": f"{now.student[1]:.3g}"}
@@ -191,6 +195,13 @@ def _carried_out(run: Run, show_progress: bool, on_step: Callable[[StepLog], Non
     return _finish(trainer, run, checkpoint, step - first, seconds)
 
 
+def _show(trainer: Trainer) -> None:
+    """Rewrite the run's page, with student and teacher as they were last drawn."""
+    if trainer.config.report and trainer.accelerator.is_main_process:
+        shown = trainer.watch.shown
+        write_run_page(trainer.config.output_dir, shown, trainer.conditions.captions, students=list(shown)[1:])
+
+
 def _begin(run: Run, trainer: Trainer) -> Path | None:
     """Write what a run is, and go on from its checkpoint if it has one, whose folder is returned."""
     config = run.config
@@ -201,7 +212,12 @@ def _begin(run: Run, trainer: Trainer) -> Path | None:
         write_yaml(kept, here / CONFIG_FILE)
         base = None if run.first_stage is None else run.first_stage.fingerprint
         facts = RunFacts(
-            fingerprint=run.fingerprints.teacher, teacher=config.teacher, base_student=base, budget=run.budget
+            fingerprint=run.fingerprints.teacher,
+            teacher=config.teacher,
+            base_student=base,
+            budget=run.budget,
+            hardware=hardware(trainer.device),
+            versions=package_versions(),
         )
         write_text(config.output_dir / TEACHER_FILE, facts.model_dump_json(exclude_none=True) + "\n")
     if config.report_to:
@@ -265,6 +281,7 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
                 error = export_student(run.student, folder, t=config.t_min, facts=facts, overwrite=True)
             except ExportError as failed:
                 raise ExportError(f"{failed.text}; the trained student is kept in {checkpoint}") from failed
+        _show(trainer)
     trainer.accelerator.wait_for_everyone()
     judge = trainer.watch.judge
     return RunResult(
@@ -301,15 +318,20 @@ def card_facts(run: Run, num_steps: int, seconds: float, ema_width: float) -> ca
     """Return what the model card says of a run whose average of a relative width is exported."""
     config = run.config
     images = config.train_batch_size * config.gradient_accumulation_steps
-    device, threads = next(run.student.parameters()).device, torch.get_num_threads()
-    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    now = f"{num_steps:,} of them in {seconds / 60:.1f} minutes on {hardware}"
+    place = hardware(next(run.student.parameters()).device)
+    now = f"{num_steps:,} of them in {seconds / 60:.1f} minutes on {place}"
     training = f"{config.max_train_steps:,} steps of {images:,} images, {now}, seed {config.seed}"
     kinds = objectives_of(config, config.train_batch_size)
     parts = [said for kind in kinds if (said := kind.in_words(config))]
     settings = f"{'; '.join(parts)}; learning rate {config.learning_rate:g}, {in_words(ema_width)}"
     return replace(distilled_facts(config, run.teacher), training=training, settings=settings)
+
+
+def hardware(device: torch.device) -> str:
+    """Return what a device is, in words."""
+    threads = torch.get_num_threads()
+    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def in_words(ema_width: float) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pydantic import Field
+
 from onestill.core.errors import FoundWarning, SettingError, named
 from onestill.core.files import RUN_FILE, check_writable
 from onestill.core.reading import OwnFile, read_object
@@ -28,13 +30,16 @@ REHEARSAL = ".onestill-rehearsal"
 class RunFacts(OwnFile):
     """What a run was distilled from: the teacher's name, its fingerprint, that of the first stage, if there is one.
 
-    And the budget that its length was planned for: its configuration has what came of it.
+    And the budget that its length was planned for: its configuration has what came of it. What it was last trained on, and
+    with, is said for people.
     """
 
     fingerprint: str
     teacher: str
     base_student: str | None = None
     budget: str | None = None
+    hardware: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 def is_run(folder: Path) -> bool:

@@ -148,6 +148,7 @@ class WatchSettings(Settings):
     )
     num_teacher_steps: int = _shown(50, "DDIM steps of the teacher in such a picture.", ge=1, le=1000)
     num_time_bins: int = _shown(10, "Bins of target time in which the residual is logged.", ge=1, le=100)
+    report: bool = _shown(True, "Keep report.html of the run up to date: its numbers, curves and pictures.")
     report_to: Annotated[str | None, Field(min_length=1)] = _shown(
         None, "Tracker of accelerate, such as tensorboard; JSON and PNG are always written."
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from onestill.teachers.teacher_spec import TeacherSpec
     from onestill.training.config import DistillConfig
 
+METRICS_FILE = "logs/metrics.jsonl"
 NUM_HELD_OUT = 64
 """Images that averages of several widths are compared on."""
 
@@ -67,8 +68,9 @@ class Watch:
         self, config: DistillConfig, accelerator: Accelerator, spec: TeacherSpec, conditions: Conditions
     ) -> None:
         self.config, self.accelerator, self.spec, self.conditions = config, accelerator, spec, conditions
-        self.path = config.output_dir / "logs" / "metrics.jsonl"
+        self.path = config.output_dir / METRICS_FILE
         self.teacher_images: Tensor | None = None
+        self.shown: dict[str, Tensor] = {}
         self.last_rms: float | None = None
         self.judge: Callable[[float], Verdict | None] | None = None
         self.verdict: Verdict | None = None
@@ -106,6 +108,7 @@ class Watch:
         drawn = {f"teacher, {config.num_teacher_steps} steps": self.teacher_images, "student, 1 step": images}
         # One by one: a decoder needs far more memory than the network.
         rows = {words: torch.cat([decode(row[None]).cpu() for row in made]) for words, made in drawn.items()}
+        self.shown = rows
         if not pictures.can_be_shown(next(iter(rows.values())).shape[1:]):
             return None, distance
         path = config.output_dir / "samples" / f"step-{step:06d}.png"

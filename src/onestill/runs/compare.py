@@ -1,0 +1,191 @@
+"""`compare`: runs side by side, from what each has written; nothing is trained, drawn or measured again."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onestill.core.arguments import checked
+from onestill.core.errors import SettingError, named
+from onestill.core.files import check_writable
+from onestill.core.reading import read_object
+from onestill.core.settings import make
+from onestill.core.writing import written_into
+from onestill.evaluation.merged import merged
+from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
+from onestill.evaluation.tables import number
+from onestill.pages.config import CompareConfig
+from onestill.pages.page import Page, PageTable
+from onestill.pages.plots import OTHERS, Curve, Plot, plot_files
+from onestill.runs.folder import RunFolder
+from onestill.runs.run_page import (
+    PAGE_FILE,
+    differing,
+    made_by,
+    metrics_of,
+    report_plots,
+    report_tables,
+    shown_value,
+    training_plots,
+    verdict_of,
+)
+
+MOST_SHEET_BYTES = 2_500_000
+"""Of the runs' own pictures in a page, as files."""
+
+
+@dataclass(frozen=True)
+class RunsCompared:
+    """Runs side by side.
+
+    Attributes:
+        report: Their evaluations as one, None if not all runs were evaluated.
+        page: The page.
+        summary: A table of what all runs have.
+    """
+
+    report: Report | None
+    page: Page
+    summary: PageTable
+
+
+@checked(CompareConfig)
+def compare(runs: Sequence[str | Path], *, config_file: str | Path | None = None, **settings: Any) -> RunsCompared:
+    """Compare runs by what they have written; write a page with tables and plots if `output` is given.
+
+    Args:
+        runs: Folders of runs, two or more.
+        config_file: A YAML file of settings; those given here win.
+        **settings: Fields of `CompareConfig`; an unknown name is refused.
+
+    Raises:
+        ValueError: If a folder is no run, or evaluations cannot be compared; nothing has been written then.
+    """
+    config = make(CompareConfig, {**settings, "runs": [str(run) for run in runs]}, config_file)
+    found = _named([_opened(path) for path in config.runs])
+    reports = {name: report for name, run in found.items() if (report := _report_of(run)) is not None}
+    report = merged(reports) if len(reports) == len(found) else None
+    page = _page(found, report, [name for name in found if name not in reports])
+    _check_output(config, page)
+    if config.output is not None:
+        with written_into(config.output) as partial:
+            if report is not None:
+                report.write(partial)
+            for plot in page.plots:
+                plot.save(partial)
+            page.write(partial / PAGE_FILE)
+    return RunsCompared(report, page, page.tables[0])
+
+
+def _opened(path: Path) -> RunFolder:
+    run = RunFolder.of(path)
+    if run is None:
+        raise SettingError(
+            "runs", path, "is no run", f"name folders that onestill distill has written as {named('output_dir')}"
+        )
+    return run
+
+
+def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
+    """Return runs by short names that differ: as many last parts of their paths as it takes."""
+    paths = [run.path.resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise SettingError("runs", twice, "is given twice")
+    for num in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-num:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, runs, strict=True))
+
+
+def _check_output(config: CompareConfig, page: Page) -> None:
+    """Raise SettingError if a page cannot be written with its plots, or would overwrite something."""
+    path = config.output
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise SettingError("output", path, "is a file", "give a folder")
+    check_writable(path, "output")
+    names = (PAGE_FILE, JSON_NAME, MARKDOWN_NAME, *plot_files(*(plot.name for plot in page.plots)))
+    there = [name for name in names if (path / name).exists()]
+    if there and not config.overwrite:
+        raise SettingError("output", path, f"holds {there[0]}", f"name another folder, or give {named('overwrite')}")
+
+
+def _report_of(run: RunFolder) -> Report | None:
+    path = run.path / "evaluation" / JSON_NAME
+    return read_object(path, Report) if path.is_file() else None
+
+
+def _summary(runs: Mapping[str, RunFolder]) -> PageTable:
+    """Return what every run knows of itself, a row each."""
+    columns = ("run", "teacher", "steps", "RMS to the teacher", "1 step held out", "as good as the teacher's")
+    rows = []
+    for name, run in runs.items():
+        lines = metrics_of(run.path)
+        rms = next((line["validation_rms"] for line in reversed(lines) if "validation_rms" in line), None)
+        verdict = next((v for line in reversed(lines) if (v := verdict_of(line)) is not None), None)
+        held_out, steps = (None, None) if verdict is None else (verdict.student[1], verdict.steps())
+        rms = rms if isinstance(rms, float) else None
+        done = f"{lines[-1]['step'] if lines else 0:,}"
+        as_good = "–" if steps is None or steps != steps else f"{steps:.3g} steps"
+        rows.append((name, Path(run.config.teacher).name, done, number(rms), number(held_out), as_good))
+    notes = ["held out: Fréchet distance to the teacher's own samples, as each run measured it"]
+    return PageTable("Runs", columns, rows, notes=notes)
+
+
+def _page(runs: Mapping[str, RunFolder], report: Report | None, unmeasured: Sequence[str]) -> Page:
+    has_some = 0 < len(unmeasured) < len(runs)
+    lead = f"Not evaluated yet: {', '.join(unmeasured)}. onestill evaluate makes the table of all." if has_some else ""
+    return Page(
+        title=" · ".join(runs),
+        lead=[lead] if lead else [],
+        warnings=() if report is None else report.warnings,
+        tables=[_summary(runs), *([] if report is None else report_tables(report)), *_settings(runs)],
+        plots=[*([] if report is None else report_plots(report)), *_training(runs)],
+        sheets=_sheets(runs),
+        made=made_by(),
+    )
+
+
+def _settings(runs: Mapping[str, RunFolder]) -> list[PageTable]:
+    """Return the settings in which the runs differ."""
+    configs = {name: run.config for name, run in runs.items()}
+    names = dict.fromkeys(setting for config in configs.values() for setting in ("teacher", *differing(config)))
+    dumps = {name: config.model_dump(mode="json") for name, config in configs.items()}
+    rows = [(setting, *(shown_value(dump[setting]) for dump in dumps.values())) for setting in names]
+    kept = [row for row in rows if len(set(row[1:])) > 1]
+    return [PageTable("Settings that differ", ("setting", *runs), kept)] if kept else []
+
+
+def _training(runs: Mapping[str, RunFolder]) -> list[Plot]:
+    """Return the curves of every run's training in common plots: the first curve of each kind."""
+    kinds: dict[str, Plot] = {}
+    curves: dict[str, list[Curve]] = {}
+    for color, (name, run) in zip(OTHERS * 2, runs.items(), strict=False):
+        for plot in training_plots(metrics_of(run.path)):
+            first = plot.curves[-1] if plot.name == "residuals" else plot.curves[0]
+            kinds.setdefault(plot.name, plot)
+            curves.setdefault(plot.name, []).append(replace(first, name=name, color=color))
+    return [replace(plot, curves=curves[name], levels={}, caption="") for name, plot in kinds.items()]
+
+
+def _sheets(runs: Mapping[str, RunFolder]) -> list[tuple[str, str]]:
+    """Return the newest picture of each run, as long as a page has room."""
+    found, size = [], 0
+    for name, run in runs.items():
+        files = [
+            path
+            for path in (
+                run.path / "evaluation" / "samples.png",
+                *sorted((run.path / "samples").glob("step-*.png"), reverse=True),
+            )
+            if path.is_file()
+        ]
+        if files and (size := size + files[0].stat().st_size) <= MOST_SHEET_BYTES:
+            found.append((name, f"data:image/png;base64,{base64.b64encode(files[0].read_bytes()).decode()}"))
+    return found

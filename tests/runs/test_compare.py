@@ -1,0 +1,109 @@
+"""`compare`: runs side by side, from what they have written, and only where numbers may be compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from browser import opened
+from runs_helpers import call_cli, copied, finished_run, snapshot
+
+import onestill
+from onestill.evaluation.merged import DECIDING, merged
+from onestill.evaluation.report import Report
+from onestill.runs.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of one teacher, both evaluated alike, and one that was not evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = [
+        copied(finished_run(kind), folder / name) for name, kind in {"a": "class", "b": "drawn", "c": "plain"}.items()
+    ]
+    for run in found[:2]:
+        evaluate(
+            run, guidance_scale=2.0, num_samples=12, steps=(2, 1), speed=False, output=run / "evaluation", device="cpu"
+        )
+    return found
+
+
+def test_students_stand_beside_the_teacher_that_they_share(runs: list[Path], tmp_path: Path) -> None:
+    before = [snapshot(run) for run in runs]
+    found = onestill.compare(runs[:2], output=tmp_path / "out")
+    assert found.report is not None
+    assert [row.name for row in found.report.rows] == ["DDIM-2", "DDIM-1", "a: student", "b: student"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "report.json", "quality-steps.svg"}
+    assert [snapshot(run) for run in runs] == before
+    with opened(tmp_path / "out" / "report.html") as page:
+        text = page.inner_text("body")
+        assert page.heard == [] and "a: student" in text and "guidance_scale_min" in text
+        assert page.locator("img.sheet").count() == 2
+
+
+def test_a_run_that_was_not_evaluated_is_named(runs: list[Path], tmp_path: Path) -> None:
+    found = onestill.compare(runs, output=tmp_path)
+    assert found.report is None and "Not evaluated yet: c" in found.page.lead[0] and len(found.summary.rows) == 3
+    said = call_cli("compare", *map(str, runs), "--output", str(tmp_path / "x"), "--format", "csv")
+    assert said.code == 2 and "--format csv: needs the table of all runs" in said.err
+
+
+def test_runs_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
+    one, other = (copied(runs[0], tmp_path / name / "run") for name in "xy")
+    assert [row[0] for row in onestill.compare([one, other]).summary.rows] == ["x/run", "y/run"]
+
+
+@pytest.mark.parametrize("field", DECIDING)
+def test_numbers_of_different_kinds_are_not_put_together(field: str, runs: list[Path]) -> None:
+    report = Report.model_validate_json((runs[0] / "evaluation" / "report.json").read_text())
+    value = getattr(report.protocol, field)
+    changed = report.protocol.model_copy(update={field: value + 1 if isinstance(value, int) else f"{value}x"})
+    with pytest.raises(ValueError, match=f"a and b were evaluated in different ways: {field} is "):
+        merged({"a": report, "b": report.model_copy(update={"protocol": changed})})
+
+
+def test_speeds_of_other_machines_are_left_out(runs: list[Path]) -> None:
+    report = Report.model_validate_json((runs[0] / "evaluation" / "report.json").read_text())
+    timed = report.model_copy(
+        update={
+            "rows": tuple(row.model_copy(update={"images_per_second": 2.0, "speedup": 3.0}) for row in report.rows),
+            "protocol": report.protocol.model_copy(update={"large_batch_size": 64, "speedup_over": "DDIM-2"}),
+        }
+    )
+    assert all(row.speedup == 3.0 for row in merged({"a": timed, "b": timed}).rows)
+    elsewhere = timed.model_copy(update={"protocol": timed.protocol.model_copy(update={"device": "another"})})
+    assert all(row.speedup is row.images_per_second is None for row in merged({"a": timed, "b": elsewhere}).rows)
+
+
+def test_the_command_prints_tables_and_writes_where_it_is_told(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [str(run) for run in runs[:2]]
+    said = call_cli("compare", *words, "--format", "csv")
+    assert said.code == 0 and len(list(csv.DictReader(io.StringIO(said.out)))) == 4 and not list(tmp_path.iterdir())
+    said = call_cli("compare", "--runs", words[0], "--runs", words[1])
+    assert said.code == 0 and "page: comparison/report.html" in said.out and "a: student" in said.out
+    again = call_cli("compare", *words)
+    assert again.code == 2 and "--output comparison: holds report.html" in again.err
+    assert call_cli("compare", *words, "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["A"], "are 1, and from 2 to 12"),
+        (["A", "A"], "is given twice"),
+        (["A", "nowhere"], "nowhere: is no run"),
+        (["A", ""], "is empty"),
+        (["A", "B", "--output", "FILE"], "is a file"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(words: list[str], why: str, runs: list[Path], tmp_path: Path) -> None:
+    (file := tmp_path / "file").touch()
+    places = {"A": str(runs[0]), "B": str(runs[1]), "FILE": str(file)}
+    said = call_cli("compare", *(places.get(word, word) for word in words))
+    assert said.code == 2 and why in said.err and "Traceback" not in said.err
+    assert list(tmp_path.iterdir()) == [file]
