@@ -35,6 +35,7 @@ from onestill.cli.output import quiet
 from onestill.core.settings import read_yaml
 from onestill.data.prompt_cache import BATCH_SIZE, PromptCache
 from onestill.objectives.anchors import Anchors
+from onestill.pages.plots import plot_files
 from onestill.runs import demo
 from onestill.runs.distill import RunResult
 from onestill.teachers.load import EMBEDDED
@@ -423,7 +424,13 @@ def test_evaluate_writes_prints_and_fills_the_card(tmp_path: Path) -> None:
     for words in ("DDIM-2", "student", "NFE", "FD", "seeds 0..11", "mid_block", "images per row"):
         assert words in outcome.out
     names = {path.name for path in (run / "evaluation").iterdir()}
-    assert names == {"report.json", "report.md", "samples.png"}
+    assert names == {
+        "report.html",
+        "report.json",
+        "report.md",
+        "samples.png",
+        *plot_files("quality-steps", "quality-time"),
+    }
     table = (run / "evaluation" / "report.md").read_text(encoding="utf-8")
     assert table in (run / "pipeline" / "README.md").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs_helpers import ALONE, FAST, call_cli, same_state, teacher_folder
+from runs_helpers import ALONE, FAST, as_flags, call_cli, same_state, teacher_folder
 from torch import nn
 
 import onestill
@@ -181,7 +181,7 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("hurried")
 def test_a_run_says_it_everywhere_and_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = [f"--{name}={value}" for name, value in {**OWN, "validation_steps": 2}.items()]
+    flags = as_flags({**OWN, "validation_steps": 2})
     titles: list[str] = []
     save = held_out_pictures()
     monkeypatch.setattr(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs_helpers import FAST, assert_refused, call_cli, same_state, snapshot, teacher_folder
+from runs_helpers import FAST, as_flags, assert_refused, call_cli, same_state, snapshot, teacher_folder
 
 import onestill
+from onestill.core.errors import FoundWarning
 from onestill.core.settings import read_yaml
 from onestill.objectives.anchors import Anchors
 from onestill.objectives.boot import Boot
 from onestill.objectives.registry import rows_of
 from onestill.runs import plan as room
+from onestill.runs.build import configured_teacher
 from onestill.runs.folder import RunFolder
 from onestill.runs.plan import LEAST_STEPS, Speed, fit, measure
 from onestill.teachers.load import load_teacher
@@ -90,8 +93,10 @@ def test_a_budget_that_is_too_short_says_which_is_enough() -> None:
         with pytest.raises(onestill.SettingError) as refused:
             planned("11s", **settings)
         text = str(refused.value)
-        assert "budget='11s': is too short: a step takes 0.1 seconds" in text and f"{LEAST_STEPS} steps" in text
-        enough = planned(text.rpartition(" ")[2], **settings).config.max_train_steps
+        assert "budget='11s': is too short: a step takes 100 ms" in text and f"{LEAST_STEPS} steps" in text
+        said = re.search(r"give at least (\S+?)(,|$)", text)
+        assert said is not None and ("or lower num_anchors" in text) is ("num_anchors" in settings)
+        enough = planned(said[1], **settings).config.max_train_steps
         assert LEAST_STEPS <= enough < 1.6 * LEAST_STEPS
 
 
@@ -143,7 +148,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, speed: Speed | None) -> None:
 
 
 def test_a_run_with_a_budget_records_its_plan_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, settings = tmp_path / "run", [f"--{n}={v}" for n, v in {**SMALL, "anchor_fraction": 0.5}.items()]
+    run, settings = tmp_path / "run", as_flags({**SMALL, "anchor_fraction": 0.5})
     command = ("distill", teacher_folder(), "--output_dir", run, *settings)
     # So fast that all fits, and so that a few steps are left of three seconds.
     measured(monkeypatch, Speed({0.0: 0.5}, call=0.001))
@@ -239,9 +244,37 @@ def test_flags_of_length_win_over_a_files(tmp_path: Path) -> None:
     path.write_text("teacher: x\noutput_dir: run\nbudget: 30m\nnum_prompts: 9\n")
     assert (made := make_config({"max_train_steps": 7}, path)).budget is None and made.max_train_steps == 7
     path.write_text("teacher: x\noutput_dir: run\nmax_train_steps: 7\nnum_anchors: 9\nnum_prompts: 9\n")
-    made = make_config({"budget": "30m"}, path)
+    with pytest.warns(FoundWarning, match="budget plans max_train_steps, num_anchors anew; give them beside it"):
+        made = make_config({"budget": "30m"}, path)
     assert made.budget == "30m" and not {"max_train_steps", "num_anchors"} & made.model_fields_set
     assert made.num_prompts == 9, "which bounds the cache on the disk"
+
+
+def test_a_budget_in_the_file_keeps_what_stands_beside_it(tmp_path: Path) -> None:
+    (path := tmp_path / "c.yaml").write_text("teacher: x\noutput_dir: run\nbudget: 30m\nnum_anchors: 9\n")
+    assert make_config({}, path).num_anchors == 9
+
+
+@pytest.mark.parametrize("given", ["budget: 2", "budget: 2.5", "budget: 1h30m"])
+def test_a_budget_that_is_no_time_says_how_to_write_one(given: str, tmp_path: Path) -> None:
+    (path := tmp_path / "c.yaml").write_text(f"teacher: x\noutput_dir: run\n{given}\n")
+    with pytest.raises(ValueError, match="is no time; give a number with s, m, h or d, such as 30m"):
+        make_config({}, path)
+
+
+def test_a_pool_given_by_hand_is_named_where_it_is_what_takes_long() -> None:
+    config = make_config({"teacher": "x", "output_dir": "y", "budget": "2m", "num_anchors": 100_000})
+    with pytest.raises(ValueError, match="for 100,000 anchors; give at least .*, or lower num_anchors"):
+        fit(config, Speed({0.0: 0.1}, call=0.001))
+
+
+def test_many_passes_of_a_step_are_measured_as_one(tmp_path: Path) -> None:
+    own = {"teacher": str(teacher_folder()), "output_dir": tmp_path / "run", "train_batch_size": 4, "device": "cpu"}
+    one, many = (
+        measure(config := make_config({**own, "gradient_accumulation_steps": num}), configured_teacher(config))
+        for num in (1, 500)
+    )
+    assert 100 < many.step / one.step < 2500, "a few of 500 passes, timed, would take minutes"
 
 
 def test_a_boot_run_records_what_it_is(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs_helpers import ALONE, FAST, call_cli, copied, finished_run, teacher_folder
+from runs_helpers import ALONE, FAST, as_flags, call_cli, copied, finished_run, teacher_folder
 from torch import nn
 
 import onestill
+from onestill.core.errors import named
 from onestill.core.tensors import noise
 from onestill.data.conditions import VALIDATION_SEED
 from onestill.diffusion.process import CosineVP
@@ -77,7 +78,7 @@ def test_the_numbers_are_those_of_the_samplers_and_no_random_state_is_touched(tm
 
 def test_a_run_ends_by_saying_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {**FAST, "max_train_steps": 1, "lr_warmup_steps": 0, "num_teacher_steps": 3}
-    flags = [part for name, value in {**settings, "anchor_fraction": 0.5}.items() for part in (f"--{name}", value)]
+    flags = as_flags({**settings, "anchor_fraction": 0.5})
     outcome = call_cli("distill", teacher_folder(), "--output_dir", tmp_path / "a", *flags)
     assert outcome.code == 0 and "distance: " in outcome.out and "the teacher's 3 steps" in outcome.out, outcome
     assert "teacher's own" in outcome.out and "what helps most from here: --max_train_steps 2\n" in outcome.out
@@ -98,6 +99,8 @@ def test_what_was_finished_is_not_measured(tmp_path: Path) -> None:
 def test_anchors_are_advised_where_there_are_few(tmp_path: Path) -> None:
     base = {"teacher": "x", "output_dir": tmp_path}
     assert "anchor_fraction" in what_helps(make_config({**base, **ALONE, "boundary_weight": 0.0}))
+    assert what_helps(make_config({**base, "recipe": "boot"})) == f"{named('recipe')} default, in a new run"
+    assert what_helps(make_config(base), budget="90m") == f"{named('budget')} 180m, in a new run"
     assert "60, in a new run" in what_helps(make_config({**base, "max_train_steps": 30}))
     for many in ({**ALONE, "anchor_fraction": 0.5}, {**ALONE, "anchor_fraction": 0.75}):
         assert "max_train_steps" in what_helps(make_config({**base, "max_train_steps": 30, **many}))

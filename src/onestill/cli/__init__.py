@@ -91,8 +91,8 @@ def _show(
     line: str | None = None,
 ) -> None:
     """Show a warning: of ours in one line, of others as Python does."""
-    if issubclass(category, FoundWarning):
-        note(("warning:", "yellow"), f" {as_flags(str(message))}")
+    if isinstance(message, FoundWarning):
+        note(("warning:", "yellow"), f" {as_flags(message.text)}")
     else:
         _USUAL(message, category, filename, lineno, file, line)
 

@@ -18,4 +18,10 @@ def export(settings: dict[str, Any]) -> None:
 
     quiet()
     error = write_student(config)
-    say((str(config.output), "bold"), f": self-check against the student {error:.1e}")
+    num = config.num_inference_steps
+    call = (
+        ""
+        if num == 1
+        else f"; call it with num_inference_steps={num}, as its card shows: another number draws something else"
+    )
+    say((str(config.output), "bold"), f": self-check against the student {error:.1e}{call}")

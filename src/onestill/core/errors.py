@@ -108,7 +108,14 @@ class SettingErrors(ValueError):
 
 
 class FoundWarning(UserWarning):
-    """Something that was found, is worth a line, and is gone on after; the command line shows it as one."""
+    """Something that was found, is worth a line, and is gone on after; the command line shows it as one.
+
+    `text` may mention settings by `named`.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        super().__init__(as_arguments(text))
 
 
 class RunError(RuntimeError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
@@ -17,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors, as_arguments, mentions
+from onestill.core.errors import NOT_GIVEN, FoundWarning, SettingError, SettingErrors, as_arguments, mentions
 from onestill.core.paths import name_fault, place_fault
 from onestill.core.reading import MOST_YAML_BYTES, parse_yaml, read_text
 from onestill.core.writing import write_text
@@ -125,6 +126,11 @@ class Settings(BaseModel):
         return value
 
     @classmethod
+    def said_of(cls, values: Mapping[str, Any], read: Mapping[str, Any], left_out: set[str]) -> str:
+        """Return what to say of a file's settings that give way, which the user may not expect; rooms override this."""
+        return ""
+
+    @classmethod
     def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
         """Return the names that a file sets and that `values`, which win over it, exclude; rooms extend this."""
         return set()
@@ -175,6 +181,8 @@ def make(
     for names, where in ((read, str(config_file)), (values, "the configuration")):
         refuse_unknown(names, cls.model_fields, where)
     left_out = cls.overruled(values, read)
+    if said := cls.said_of(values, read, left_out):
+        warnings.warn(f"{config_file}: {said}", FoundWarning, stacklevel=2)
     merged = {**{name: value for name, value in read.items() if name not in left_out}, **values}
     origins = {name: str(config_file) for name in read if name not in values}
     try:

@@ -110,7 +110,8 @@ class HeldOut:
             wanted = self._samples_in(SHARE * run_seconds, steps)
             if wanted < LEAST_SAMPLES:
                 needed = SHARE * run_seconds * LEAST_SAMPLES / max(wanted, 1)
-                return f"{LEAST_SAMPLES} samples would take {in_time(needed)} of {in_time(run_seconds)}"
+                most = f"more than {SHARE:.0%} of its {in_time(run_seconds)} of steps"
+                return f"{LEAST_SAMPLES} samples would take {in_time(needed)} of this run, {most}"
             self._num = min(wanted, MOST_SAMPLES)
             self._eyes = _Eyes(extractor, self.teacher.decode, self._num // 2)
             self._reference = self._features(self._exact(), REFERENCE_SEED)

@@ -49,6 +49,7 @@ from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
 from onestill.training.config import DistillConfig
 from onestill.training.distance import Distance, Verdict
+from onestill.training.recipes import LONGEST, as_budget, seconds_of_budget
 from onestill.training.trainer import Trainer
 from onestill.training.watch import StepLog
 
@@ -296,20 +297,24 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
         ema_distances=trainer.ema_distances,
         verdict=verdict,
         unjudged=judge.why if isinstance(judge, HeldOut) else "",
-        advice=what_helps(config, is_falling=verdict is not None and verdict.is_falling),
+        advice=what_helps(config, is_falling=verdict is not None and verdict.is_falling, budget=run.budget),
     )
 
 
-def what_helps(config: DistillConfig, *, is_falling: bool = False) -> str:
+def what_helps(config: DistillConfig, *, is_falling: bool = False, budget: str | None = None) -> str:
     """Return the setting that would bring a student nearer to its teacher, with a value; mentions it by `named`.
 
     Anchors where there are few, since errors of the bootstrap add up along the trajectory; else more steps, and so
     where the distance is falling still.
     """
+    if config.recipe == "boot" and not config.anchor_fraction and not is_falling:
+        return f"{named('recipe')} default, in a new run"
     more = {**config.model_dump(), "anchor_fraction": MANY_ANCHORS}
     with suppress(ValueError):  # a batch may be too small for them
         if not is_falling and config.anchor_fraction < MANY_ANCHORS / 2 and DistillConfig.model_validate(more):
             return f"{named('anchor_fraction')} {MANY_ANCHORS:g}, in a new run"
+    if budget is not None:
+        return f"{named('budget')} {as_budget(min(2 * seconds_of_budget(budget), LONGEST))}, in a new run"
     longer = f"{named('max_train_steps')} {min(2 * config.max_train_steps, MOST_STEPS)}"
     return longer if can_be_longer(config) else f"{longer}, in a new run"
 

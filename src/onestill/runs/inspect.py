@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from onestill.core.tensors import num_parameters, row_bytes, to_device
 from onestill.data.cascade import FirstStage
 from onestill.data.conditions import check_labels, middle_guidance
 from onestill.data.prompts import PromptFile
+from onestill.objectives.anchors import Anchors
 from onestill.objectives.registry import OBJECTIVES, rows_of
 from onestill.runs.build import configure, doubts_about, make_student, num_draws, open_teacher
 from onestill.runs.plan import make_plan
@@ -98,10 +99,10 @@ def inspect_teacher(
 
 def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspection:
     """Return what is known of the teacher of a run, given where it is an object, and what the run would cost."""
-    plan = ""
+    plan, speed = "", None
     if config.budget is not None:
         found, teacher = make_plan(config, teacher)
-        config, plan = found.config, found.words
+        config, plan, speed = found.config, found.words, found.speed
     config, teacher, first_stage, prompt_file = open_teacher(config, teacher, needs_first_stage=False)
     check_labels(config.class_labels, teacher.spec)
     device = resolve_device(config.device)
@@ -110,6 +111,9 @@ def inspect_run(config: DistillConfig, teacher: Teacher | None = None) -> Inspec
     student = make_student(teacher, config).to(device)
     with enough_memory("a step of a few images", less_memory(config, student)):
         cost = estimate(student, config, device, first_stage)
+    if speed is not None:  # which was measured on whole steps
+        per_anchor = Anchors.cost(config, config.train_batch_size).teacher_per_item * speed.call
+        cost = replace(cost, step_seconds=speed.step, item_seconds=per_anchor)
     if cost.memory > MOST_MEMORY:
         why = f"a step takes {cost.memory / 1e12:,.0f} TB, which no machine has"
         raise SettingError("train_batch_size", config.train_batch_size, why, "lower it")

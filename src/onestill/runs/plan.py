@@ -36,6 +36,7 @@ from onestill.runs.build import (
     with_usual_rate,
 )
 from onestill.runs.folder import CONFIG_FILE, RunFolder, check_output_dir
+from onestill.runs.resume import can_be_longer
 from onestill.sampling.generate import student_generator, teacher_generator
 from onestill.teachers.base import Teacher
 from onestill.teachers.pipelines.calls import EXAMPLE_PROMPTS
@@ -122,6 +123,8 @@ def measure(config: DistillConfig, teacher: Teacher, network: nn.Module | None =
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), enough_memory(what, less):
         steps = min(config.num_anchor_steps, STOPS + 1)
         small = {"output_dir": Path(folder), "num_anchors": 1, "num_anchor_steps": steps, "report_to": None}
+        # One pass of a step is timed: with many of them a step may take minutes.
+        small |= {"gradient_accumulation_steps": 1}
         resolved, guided, first_stage, _ = open_teacher(
             config.model_copy(update=small), teacher, needs_first_stage=False
         )
@@ -133,7 +136,8 @@ def measure(config: DistillConfig, teacher: Teacher, network: nn.Module | None =
         if first_stage is not None:
             first_stage.teacher.to(trainer.device)
         try:
-            return _timed(trainer, conditions)
+            found, passes = _timed(trainer, conditions), config.gradient_accumulation_steps
+            return replace(found, steps={share: passes * seconds for share, seconds in found.steps.items()})
         finally:
             guided.to("cpu")
 
@@ -195,9 +199,9 @@ class Plan:
     def words(self) -> str:
         """What to say of it."""
         config, speed, steps = self.config, self.speed, self.config.max_train_steps
-        found = [f"{steps:,} steps of {1000 * speed.step:.3g} ms"]
+        found = [f"{steps:,} steps of {in_time(speed.step)}"]
         if len(speed.steps) > 1:
-            found += [f"{1000 * ms:.3g} ms from step {round(share * steps):,} on" for share, ms in speed.steps.items()]
+            found += [f"{in_time(each)} from step {round(share * steps):,} on" for share, each in speed.steps.items()]
         if config.lr_scheduler != "constant":
             found.append(f"the first {config.lr_warmup_steps:,} of them warm-up")
         if "anchors" in self.parts:
@@ -247,8 +251,14 @@ def fit(config: DistillConfig, speed: Speed, in_file: int | None = None) -> Plan
         while _sizes(config, speed, enough, in_file)[0]["max_train_steps"] < LEAST_STEPS:
             enough *= 1.02
         step = f"a step takes {in_time(speed.step)} on this machine, as it is now"
-        why = f"is too short: {step}, and the least run of use, {LEAST_STEPS} steps, {in_time(enough)} in all"
-        raise SettingError("budget", config.budget, why, f"give at least {as_budget(enough)}")
+        pool, todo = "", f"give at least {as_budget(enough)}"
+        if "num_anchors" in config.model_fields_set and "anchors" in (
+            parts := _sizes(config, speed, enough, in_file)[1]
+        ):
+            pool = f" with {in_time(parts['anchors'])} for {config.num_anchors:,} anchors"
+            todo += f", or lower {named('num_anchors')}"
+        why = f"is too short: {step}, and the least run of use, {LEAST_STEPS} steps, {in_time(enough)} in all{pool}"
+        raise SettingError("budget", config.budget, why, todo)
     given = {name: getattr(config, name) for name in config.model_fields_set}
     return Plan(DistillConfig(**{**chosen, **given, "budget": None}), config.budget, parts, speed)
 
@@ -313,7 +323,8 @@ def _begun(config: DistillConfig) -> tuple[DistillConfig, str | None]:
         return config, begun
     if begun is None or seconds_of_budget(begun) != seconds_of_budget(config.budget):
         was, steps = f"was begun {'without one' if begun is None else f'with {begun}'}", folder.config.max_train_steps
-        todo = f"leave it out to go on; where it can be made longer, {named('max_train_steps')} above {steps:,} does"
+        todo = "leave it out to go on"
+        todo += f"; {named('max_train_steps')} above {steps:,} makes it longer" if can_be_longer(folder.config) else ""
         raise SettingError("budget", config.budget, f"the run in {config.output_dir} {was}", todo)
     given = {name: getattr(config, name) for name in config.model_fields_set}
     plan = {name: getattr(folder.config, name) for name in PLANNED}

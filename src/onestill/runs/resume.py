@@ -97,7 +97,7 @@ def _check_same_run(config: DistillConfig, fingerprints: Fingerprints, folder: P
         raise other(why, "each has its own random state, so start as many")
     old, begun = values["config"], Fingerprints(**values["fingerprints"])
     if changes := changed_settings(old, made_longer(config, old)):
-        without = f"a constant {named('lr_scheduler')}, without progressive times and a corrector"
+        without = f"a constant {named('lr_scheduler')}, and with neither progressive times nor a corrector,"
         longer = f"only a run with {without} can be made longer"
         todo = f"give those, or a new {named('output_dir')}; {longer}"
         raise other(f"with other settings: {'; '.join(changes)}", todo)

@@ -59,6 +59,8 @@ class RecipeSettings(Settings):
     @classmethod
     def _one_length(cls, data: Any) -> Any:
         given = [data.get(name) for name in ("budget", "max_train_steps")] if isinstance(data, dict) else [None]
+        if isinstance(given[0], (int, float)):
+            raise _no_time(given[0])
         if None not in given:
             raise SettingError(["budget", "max_train_steps"], given, "both say how long the run is", "give one of them")
         return data
@@ -78,6 +80,21 @@ class RecipeSettings(Settings):
         budget = {"budget"} if values.get("max_train_steps") is not None else set()
         return super().overruled(values, read) | of_method | of_length | budget
 
+    @classmethod
+    def said_of(cls, values: Mapping[str, Any], read: Mapping[str, Any], left_out: set[str]) -> str:
+        """A budget beside a file plans anew what the file says of the length."""
+        planned = (
+            []
+            if values.get("budget") is None
+            else [named(name) for name in OF_LENGTH if name in left_out & read.keys()]
+        )
+        them = "them" if len(planned) > 1 else "it"
+        return (
+            f"{named('budget')} plans {', '.join(planned)} anew; give {them} beside it to keep {them}"
+            if planned
+            else ""
+        )
+
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with those of the recipe that they name, which give way to them."""
@@ -90,10 +107,14 @@ def seconds_of_budget(text: str) -> float:
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([smhd])", text.strip())
     seconds = float(found[1]) * SECONDS_OF[found[2]] if found else 0.0
     if seconds <= 0:
-        raise SettingError("budget", text, "is no time", "give a number with s, m, h or d, such as 30m")
+        raise _no_time(text)
     if seconds > LONGEST:
         raise SettingError("budget", text, "must be at most 365d")
     return seconds
+
+
+def _no_time(given: Any) -> SettingError:
+    return SettingError("budget", given, "is no time", "give a number with s, m, h or d, such as 30m")
 
 
 def as_budget(seconds: float) -> str:
@@ -107,4 +128,6 @@ def in_time(seconds: float) -> str:
     for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}" if unit > 60 else f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.2g} seconds"
+    if seconds >= 1:
+        return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.2g} seconds"
+    return f"{1000 * seconds:.3g} ms"
