@@ -132,6 +132,10 @@ class Pictures:
         """Return the numbers of a teacher's DDIM steps."""
         return self._score(TeacherSampler(teacher, num_steps=num_steps))
 
+    def distance(self, images: Tensor) -> float:
+        """Return the Fréchet distance of pictures."""
+        return metrics.frechet_distance(self.real, extract(self.extractor, images))
+
     def _score(self, sampler: NetworkSampler) -> Score:
         images = Draw(sampler, range(self.num), self.cond, 64).seen_by(self.extractor)
         fake = extract(self.extractor, images)
@@ -161,11 +165,14 @@ class Points:
         """Return the numbers of a teacher's DDIM steps."""
         return self._score(teacher_generator(teacher, num_steps=num_steps)(self.eps, {}))
 
+    def distance(self, points: Tensor) -> float:
+        """Return 1000 x the energy distance of points."""
+        return 1000 * energy_distance(self.real, points)
+
     def _score(self, points: Tensor) -> Score:
         precision, recall = metrics.precision_recall(self.real, points)
         rms = (points - self.ends).square().mean().sqrt().item()
-        distance = 1000 * energy_distance(self.real, points)
-        return {"distance": distance, "precision": precision, "recall": recall, "rms": rms}
+        return {"distance": self.distance(points), "precision": precision, "recall": recall, "rms": rms}
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
