@@ -414,7 +414,7 @@ def test_refined_times_cut_the_last_step() -> None:
     process = FlowMatching()
     assert refined_times(process, 1.0, 5) == pytest.approx([1, 0.75, 0.5, 0.25, 0.0625, 0])
     assert refined_times(process, 0.8, 4, 0.2) == pytest.approx([0.8, 0.6, 0.4, 0.25, 0.2])
-    for num in (1, 2):
+    for num in (1, 2, 3):
         assert refined_times(process, 1.0, num) == uniform_times(1.0, num)
 
 

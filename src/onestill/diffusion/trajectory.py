@@ -141,10 +141,10 @@ def refined_times(process: Process, t_max: float, num_steps: int, t_end: float =
     """Return `uniform_times` of one step less, the last step cut at a quarter: num_steps + 1 falling times.
 
     Every solver ends with f itself, the mean of all that x_t may come from. From a whole step of noise that is a picture of too
-    little variance; from a quarter of one, hardly. With one step or two, or where the cut is below the network's smallest time,
+    little variance; from a quarter of one, hardly. With three steps or fewer, or where the cut is below the network's smallest time,
     the grid is uniform.
     """
-    if num_steps < 3:
+    if num_steps < 4:
         return uniform_times(t_max, num_steps, t_end)
     times = uniform_times(t_max, num_steps - 1, t_end)
     cut = t_end + (times[-2] - t_end) / 4
