@@ -165,7 +165,7 @@ def _number(value: float) -> str:
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
         return f"{value:.0e}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
 
 
 def _text(name: str) -> str:

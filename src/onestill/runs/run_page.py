@@ -66,9 +66,9 @@ def run_page(run: RunFolder, gallery: Gallery | None, report: Report | None = No
     """Return the page of a run as it is now."""
     config, lines = run.config, metrics_of(run.path)
     facts = [("teacher", config.teacher), ("steps", _steps(config, lines)), ("time", _time(lines))]
-    w = config.guidance_scale if config.guidance_range is None else " to ".join(f"{w:g}" for w in config.guidance_range)
+    w = " to ".join(f"{w:g}" for w in config.guidance_range or (config.guidance_scale,))
     facts += [("batch", f"{config.train_batch_size * config.gradient_accumulation_steps:,} images")]
-    facts += [("guidance", f"w = {w}")] if w != 1 else []
+    facts += [("guidance", f"w = {w}")] if w != "1" else []
     facts += [("trained", "all weights" if config.lora_rank is None else f"LoRA, rank {config.lora_rank}")]
     facts += [("seed", f"{config.seed}"), *_machine(run)]
     table, plots = ([], []) if report is None else (report_tables(report), report_plots(report))
