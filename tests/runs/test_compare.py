@@ -11,7 +11,7 @@ from browser import opened
 from runs_helpers import call_cli, copied, finished_run, snapshot
 
 import onestill
-from onestill.evaluation.merged import DECIDING, merged
+from onestill.evaluation.merged import DECIDING, OF_THE_TEACHER, merged
 from onestill.evaluation.report import Report
 from onestill.runs.evaluate import evaluate
 
@@ -47,7 +47,7 @@ def test_a_run_that_was_not_evaluated_is_named(runs: list[Path], tmp_path: Path)
     found = onestill.compare(runs, output=tmp_path)
     assert found.report is None and "Not evaluated yet: c" in found.page.lead[0] and len(found.summary.rows) == 3
     said = call_cli("compare", *map(str, runs), "--output", str(tmp_path / "x"), "--format", "csv")
-    assert said.code == 2 and "--format csv: needs the table of all runs" in said.err
+    assert said.code == 2 and "--format csv: needs a table of all runs; not all runs were evaluated" in said.err
 
 
 def test_runs_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
@@ -55,13 +55,44 @@ def test_runs_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path) -> No
     assert [row[0] for row in onestill.compare([one, other]).summary.rows] == ["x/run", "y/run"]
 
 
-@pytest.mark.parametrize("field", DECIDING)
+@pytest.mark.parametrize("field", [*DECIDING, *OF_THE_TEACHER])
 def test_numbers_of_different_kinds_are_not_put_together(field: str, runs: list[Path]) -> None:
     report = Report.model_validate_json((runs[0] / "evaluation" / "report.json").read_text())
     value = getattr(report.protocol, field)
-    changed = report.protocol.model_copy(update={field: value + 1 if isinstance(value, int) else f"{value}x"})
+    other = (*value, "x") if isinstance(value, tuple) else value + 1 if isinstance(value, int) else f"{value}x"
+    changed = report.protocol.model_copy(update={field: other})
     with pytest.raises(ValueError, match=f"a and b were evaluated in different ways: {field} is "):
         merged({"a": report, "b": report.model_copy(update={"protocol": changed})})
+
+
+def test_a_row_that_is_not_the_same_is_not_shared(runs: list[Path]) -> None:
+    report = Report.model_validate_json((runs[0] / "evaluation" / "report.json").read_text())
+    first, *rest = report.rows
+    other = report.model_copy(update={"rows": (first.model_copy(update={"frechet_distance": 99.0}), *rest)})
+    found = {row.name: row.frechet_distance for row in merged({"a": report, "b": other}).rows}
+    assert found["DDIM-2"] == first.frechet_distance and found["b: DDIM-2"] == 99.0 and "b: DDIM-1" not in found
+
+
+def test_students_of_two_runs_are_two_curves(runs: list[Path]) -> None:
+    found = onestill.compare(runs[:2])
+    (plot,) = (plot for plot in found.page.plots if plot.name == "quality-steps")
+    assert [curve.name for curve in plot.curves] == ["DDIM", "a: student", "b: student"]
+    assert len({curve.color for curve in plot.curves}) == 3
+
+
+def test_runs_that_were_evaluated_otherwise_have_a_page_without_a_common_table(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    other = copied(runs[0], tmp_path / "other")
+    path = other / "evaluation" / "report.json"
+    report = Report.model_validate_json(path.read_text())
+    protocol = report.protocol.model_copy(update={"num_images": 99})
+    path.write_text(report.model_copy(update={"protocol": protocol}).model_dump_json())
+    found = onestill.compare([runs[0], other], output=tmp_path / "out")
+    assert found.report is None and "num_images is 12 and 99" in found.page.warnings[0]
+    assert (tmp_path / "out" / "report.html").is_file() and not (tmp_path / "out" / "report.json").exists()
+    said = call_cli("compare", str(runs[0]), str(other), "--format", "csv")
+    assert said.code == 2 and "num_images is 12 and 99" in said.err
 
 
 def test_speeds_of_other_machines_are_left_out(runs: list[Path]) -> None:

@@ -30,9 +30,8 @@ def compare(settings: dict[str, Any], config: ConfigFile = None, form: AsFormat 
     output = made.output or (OUTPUT if form is None else None)
     found = room.compare(made.runs, output=output, overwrite=made.overwrite)
     if form is not None and found.report is None:
-        raise SettingError(
-            "format", form, "needs the table of all runs, and not all were evaluated", "evaluate them first"
-        )
+        why = next(iter(found.page.warnings), "not all runs were evaluated")
+        raise SettingError("format", form, f"needs a table of all runs; {why}", "evaluate them in the same way")
     if form is not None and found.report is not None:
         print(in_format(found.report, form), end="")
         return
@@ -42,6 +41,6 @@ def compare(settings: dict[str, Any], config: ConfigFile = None, form: AsFormat 
     out.print(table, markup=False)
     if found.report is not None:
         print_report(found.report, out)
-    for line in found.page.lead:
+    for line in (*found.page.lead, *(f"warning: {line}" for line in found.page.warnings if found.report is None)):
         note(line)
     say(f"page: {(output or OUTPUT) / PAGE_FILE}")

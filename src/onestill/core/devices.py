@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from time import perf_counter
 
@@ -28,6 +29,13 @@ def resolve_device(name: str) -> torch.device:
         why = f"is not available on this machine (CUDA devices: {torch.cuda.device_count()})"
         raise SettingError("device", name, why, "use auto or cpu")
     return device
+
+
+def hardware(device: torch.device) -> str:
+    """Return what a device is, in words."""
+    threads = torch.get_num_threads()
+    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from onestill.core.devices import hardware
 from onestill.core.tensors import noise
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.clip import ClipScore
@@ -141,7 +142,7 @@ class Comparison:
     def _protocol(
         self, entries: Sequence[Entry], real: Tensor, paired: bool, notes: tuple[str, ...]
     ) -> EvaluationProtocol:
-        config, reference, threads = self.config, self.reference, torch.get_num_threads()
+        config, reference = self.config, self.reference
         return EvaluationProtocol(
             teacher=self.teacher,
             student=next((_short_name(entry.sampler.name) for entry in entries if entry.is_student), None),
@@ -152,7 +153,7 @@ class Comparison:
             num_reference_images=len(reference.images),
             seeds=f"{config.seed}..{config.seed + config.num_samples - 1}",
             guidance_scale=config.guidance_scale,
-            device=f"cpu, {threads} thread{'s' if threads != 1 else ''}" if config.device == "cpu" else config.device,
+            device=hardware(torch.device(config.device)),
             clip_model=None if self.clip is None else self.clip.name,
             large_batch_size=config.batch_size if config.speed else None,
             kernel_subset_size=None if paired else min(LARGEST_SUBSET, len(real), config.num_samples),

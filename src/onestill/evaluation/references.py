@@ -17,6 +17,8 @@ from onestill.sampling.samplers.base import Sampler
 from onestill.teachers.load import EMBEDDED
 
 REFERENCE_SEED = 10_000_000
+TEACHERS_OWN = "the teacher's own"
+"""How the name of a reference begins that the teacher has made itself."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def teacher_reference(
     first = REFERENCE_SEED if config.seed + num <= REFERENCE_SEED else config.seed + num
     rows = subjects.rows(sampler, num, seed=first)
     draw = Draw(sampler, range(first, first + num), rows, config.batch_size, show_progress)
-    name = f"the teacher's own {sampler.num_steps}-step samples, seeds {first}.."
+    name = f"{TEACHERS_OWN} {sampler.num_steps}-step samples, seeds {first}.."
     return Reference(draw.seen_by(extractor), name, subjects.prompts)
 
 

@@ -208,7 +208,9 @@ def _markdown_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     for row in rows:
         mark = "**" if row.is_student else ""
         lines.append([f"{mark}{column.cell(row)}{mark}" for column in columns])
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |" for cells in lines
+    )
 
 
 def _latex_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:

@@ -58,19 +58,23 @@ def gallery_of(
     drawn = {name: to_pil(images[:num].cpu()) for name, images in rows.items()}
     longest = max(max(picture.size) for made in drawn.values() for picture in made)
     captions = [captions[i % len(captions)] if captions else "" for i in range(num)]
+    is_small = longest <= SMALL
     for side in (min(longest, SIDES[0]), *(side for side in SIDES[1:] if side < longest)):
-        encoded = {name: [_encoded(picture, side) for picture in made] for name, made in drawn.items()}
-        if sum(len(text) for made in encoded.values() for text in made) <= MOST_BYTES:
+        # One column tells what all take.
+        weight = max(sum(len(_encoded(made[i], side, is_small)) for made in drawn.values()) for i in {0, num // 2})
+        if 1.1 * weight * num <= MOST_BYTES:
             break
-    return Gallery(encoded, captions, first, students, longest <= SMALL)
+    num = max(1, min(num, int(MOST_BYTES / (1.1 * weight))))
+    encoded = {name: [_encoded(picture, side, is_small) for picture in made[:num]] for name, made in drawn.items()}
+    return Gallery(encoded, captions[:num], first, students, is_small)
 
 
-def _encoded(picture: Image.Image, side: int) -> str:
+def _encoded(picture: Image.Image, side: int, is_small: bool) -> str:
     """Return a picture as a `data:` address, no longer than `side`: PNG where it is small, else WebP."""
     if max(picture.size) > side:
         picture = picture.copy()
         picture.thumbnail((side, side))
-    data, form = io.BytesIO(), "png" if max(picture.size) <= SMALL else "webp"
+    data, form = io.BytesIO(), "png" if is_small else "webp"
     with writing("a picture in memory"):
         picture.save(data, form, **({"optimize": True} if form == "png" else {"quality": 88}))
     return f"data:image/{form};base64,{base64.b64encode(data.getvalue()).decode()}"

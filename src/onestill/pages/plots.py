@@ -76,7 +76,9 @@ class Plot:
         # The size is the page's; what the picture shows is said to those who cannot see it.
         element = re.sub(r'<svg ([^>]*?)(?:width|height)="[^"]*" ?', r"<svg \1", element, count=1)
         element = re.sub(r'<svg ([^>]*?)(?:width|height)="[^"]*" ?', r"<svg \1", element, count=1)
-        return re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+        element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+        # Several are in one page, where an id is there once.
+        return re.sub(r'(\bid="|xlink:href="#|href="#|url\(#)', rf"\g<1>{self.name}-", element)
 
     def save(self, folder: Path) -> None:
         """Write it as `NAME.svg` and `NAME.png` on white, for papers and slides."""
@@ -89,6 +91,7 @@ class Plot:
 
         # Text stays text; ids depend on the plot alone, so that the same plot is the same file.
         style: Any = {
+            **matplotlib.rcParamsDefault,
             "svg.fonttype": "none",
             "svg.hashsalt": self.name,
             "font.family": "sans-serif",
@@ -164,7 +167,7 @@ def _number(value: float) -> str:
     """Return a number as it stands beside an axis."""
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
-        return f"{value:.0e}"
+        return f"{value:.3g}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
 
 

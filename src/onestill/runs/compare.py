@@ -25,13 +25,11 @@ from onestill.runs.run_page import (
     PAGE_FILE,
     differing,
     made_by,
-    metrics_of,
-    report_plots,
     report_tables,
     shown_value,
-    training_plots,
-    verdict_of,
 )
+from onestill.runs.run_plots import report_plots, training_plots
+from onestill.training.metrics import metrics_of
 
 MOST_SHEET_BYTES = 2_500_000
 """Of the runs' own pictures in a page, as files."""
@@ -67,8 +65,13 @@ def compare(runs: Sequence[str | Path], *, config_file: str | Path | None = None
     config = make(CompareConfig, {**settings, "runs": [str(run) for run in runs]}, config_file)
     found = _named([_opened(path) for path in config.runs])
     reports = {name: report for name, run in found.items() if (report := _report_of(run)) is not None}
-    report = merged(reports) if len(reports) == len(found) else None
-    page = _page(found, report, [name for name in found if name not in reports])
+    report, why_not = None, ""
+    if len(reports) == len(found):
+        try:
+            report = merged(reports)
+        except SettingError as error:
+            why_not = f"no common table: {error.why}"
+    page = _page(found, report, [name for name in found if name not in reports], why_not)
     _check_output(config, page)
     if config.output is not None:
         with written_into(config.output) as partial:
@@ -77,6 +80,9 @@ def compare(runs: Sequence[str | Path], *, config_file: str | Path | None = None
             for plot in page.plots:
                 plot.save(partial)
             page.write(partial / PAGE_FILE)
+            there = {path.name for path in partial.iterdir()}
+        for name in {JSON_NAME, MARKDOWN_NAME, *plot_files("quality-steps", "quality-time")} - there:
+            (config.output / name).unlink(missing_ok=True)
     return RunsCompared(report, page, page.tables[0])
 
 
@@ -127,24 +133,23 @@ def _summary(runs: Mapping[str, RunFolder]) -> PageTable:
     rows = []
     for name, run in runs.items():
         lines = metrics_of(run.path)
-        rms = next((line["validation_rms"] for line in reversed(lines) if "validation_rms" in line), None)
-        verdict = next((v for line in reversed(lines) if (v := verdict_of(line)) is not None), None)
+        rms = next((rms for line in reversed(lines) if (rms := line.numbers.get("validation_rms")) is not None), None)
+        verdict = next((line.verdict for line in reversed(lines) if line.verdict is not None), None)
         held_out, steps = (None, None) if verdict is None else (verdict.student[1], verdict.steps())
-        rms = rms if isinstance(rms, float) else None
-        done = f"{lines[-1]['step'] if lines else 0:,}"
+        done = f"{lines[-1].step if lines else 0:,}"
         as_good = "–" if steps is None or steps != steps else f"{steps:.3g} steps"
         rows.append((name, Path(run.config.teacher).name, done, number(rms), number(held_out), as_good))
     notes = ["held out: Fréchet distance to the teacher's own samples, as each run measured it"]
     return PageTable("Runs", columns, rows, notes=notes)
 
 
-def _page(runs: Mapping[str, RunFolder], report: Report | None, unmeasured: Sequence[str]) -> Page:
+def _page(runs: Mapping[str, RunFolder], report: Report | None, unmeasured: Sequence[str], why_not: str) -> Page:
     has_some = 0 < len(unmeasured) < len(runs)
     lead = f"Not evaluated yet: {', '.join(unmeasured)}. onestill evaluate makes the table of all." if has_some else ""
     return Page(
         title=" · ".join(runs),
         lead=[lead] if lead else [],
-        warnings=() if report is None else report.warnings,
+        warnings=[*([why_not] if why_not else []), *(report.warnings if report is not None else ())],
         tables=[_summary(runs), *([] if report is None else report_tables(report)), *_settings(runs)],
         plots=[*([] if report is None else report_plots(report)), *_training(runs)],
         sheets=_sheets(runs),
@@ -163,15 +168,20 @@ def _settings(runs: Mapping[str, RunFolder]) -> list[PageTable]:
 
 
 def _training(runs: Mapping[str, RunFolder]) -> list[Plot]:
-    """Return the curves of every run's training in common plots: the first curve of each kind."""
+    """Return the curves of every run's training in common plots: the first of each kind, where they say the same thing."""
     kinds: dict[str, Plot] = {}
     curves: dict[str, list[Curve]] = {}
-    for color, (name, run) in zip(OTHERS * 2, runs.items(), strict=False):
+    for i, (name, run) in enumerate(runs.items()):
         for plot in training_plots(metrics_of(run.path)):
-            first = plot.curves[-1] if plot.name == "residuals" else plot.curves[0]
-            kinds.setdefault(plot.name, plot)
-            curves.setdefault(plot.name, []).append(replace(first, name=name, color=color))
-    return [replace(plot, curves=curves[name], levels={}, caption="") for name, plot in kinds.items()]
+            curve = plot.curves[-1] if plot.name == "residuals" else plot.curves[0]
+            first = kinds.setdefault(plot.name, plot)
+            if (first.title, first.caption) == (
+                plot.title,
+                plot.caption,
+            ):  # held-out distances of other features are others
+                same = replace(curve, name=name, color=OTHERS[i % len(OTHERS)], dashed=i >= len(OTHERS))
+                curves.setdefault(plot.name, []).append(same)
+    return [replace(plot, curves=curves[name], levels={}) for name, plot in kinds.items()]
 
 
 def _sheets(runs: Mapping[str, RunFolder]) -> list[tuple[str, str]]:

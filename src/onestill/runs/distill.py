@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import signal
 import sys
 import threading
@@ -16,15 +15,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from onestill.core.arguments import checked
+from onestill.core.devices import hardware
 from onestill.core.errors import as_arguments, named
 from onestill.core.reading import loading
 from onestill.core.settings import MOST_STEPS, write_yaml
 from onestill.core.writing import write_text
+from onestill.data.conditions import VALIDATION_SEED
 from onestill.data.prompts import PromptFile
 from onestill.evaluation.held_out import HeldOut
 from onestill.evaluation.report import package_versions
@@ -200,7 +200,8 @@ def _show(trainer: Trainer) -> None:
     """Rewrite the run's page, with student and teacher as they were last drawn."""
     if trainer.config.report and trainer.accelerator.is_main_process:
         shown = trainer.watch.shown
-        write_run_page(trainer.config.output_dir, shown, trainer.conditions.captions, students=list(shown)[1:])
+        words, students = trainer.conditions.captions, list(shown)[1:]
+        write_run_page(trainer.config.output_dir, shown, words, students=students, first=VALIDATION_SEED)
 
 
 def _begin(run: Run, trainer: Trainer) -> Path | None:
@@ -330,13 +331,6 @@ def card_facts(run: Run, num_steps: int, seconds: float, ema_width: float) -> ca
     parts = [said for kind in kinds if (said := kind.in_words(config))]
     settings = f"{'; '.join(parts)}; learning rate {config.learning_rate:g}, {in_words(ema_width)}"
     return replace(distilled_facts(config, run.teacher), training=training, settings=settings)
-
-
-def hardware(device: torch.device) -> str:
-    """Return what a device is, in words."""
-    threads = torch.get_num_threads()
-    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def in_words(ema_width: float) -> str:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from onestill.core.arguments import checked
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
 from onestill.core.files import check_writable
 from onestill.core.settings import make
-from onestill.core.writing import WriteError, written_into
+from onestill.core.writing import WriteError
 from onestill.data.prompts import read_prompts
 from onestill.diffusion.names import SolverName
 from onestill.evaluation.choice import choose_features
@@ -25,16 +24,13 @@ from onestill.evaluation.comparison import Comparison, Entry
 from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.features import FeatureExtractor, sees_latents
 from onestill.evaluation.references import Reference, embedded_reference, folder_reference, teacher_reference
-from onestill.evaluation.report import JSON_NAME, MARKDOWN_NAME, Report
+from onestill.evaluation.report import Report
 from onestill.evaluation.samples import Subjects, check_features
-from onestill.pages.gallery import NUM_COLUMNS, gallery_of
-from onestill.pages.plots import plot_files
 from onestill.runs.build import guided_as
-from onestill.runs.folder import PIPELINE_FOLDER, RunFolder, is_run
+from onestill.runs.evaluation_files import WRITTEN, captions_of, write_report
+from onestill.runs.folder import PIPELINE_FOLDER, is_run
 from onestill.runs.load import LoadedStudent, at_widths, check_folder, load_student, run_teacher
 from onestill.runs.memory import enough_for_images
-from onestill.runs.run_page import PAGE_FILE, report_page, report_plots, write_run_page
-from onestill.sampling import pictures
 from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import TeacherSampler
 from onestill.students import model_card
@@ -45,9 +41,6 @@ from onestill.teachers.load import EMBEDDED, load_teacher
 from onestill.teachers.settings import STORED
 from onestill.training.config import DistillConfig
 
-PICTURE_NAME = "samples.png"
-WRITTEN = (JSON_NAME, MARKDOWN_NAME, PICTURE_NAME, PAGE_FILE, *plot_files("quality-steps", "quality-time"))
-"""What an evaluation may write into its folder."""
 WORDS: dict[SolverName, str] = {"ddim": "DDIM", "heun": "Heun", "midpoint": "midpoint", "dpmsolver++": "DPM++"}
 """Names of the teacher's rows, before their number of steps."""
 
@@ -117,7 +110,7 @@ def _evaluated(
     report, shown = comparison.run([*rows, *students])
     if config.output is not None:
         try:
-            _write(report, shown, config, _captions(pair, subjects), pair.student.run)
+            write_report(report, shown, config, captions_of(pair.student, subjects), pair.student)
         except WriteError:
             say(report.to_markdown())  # what took hours to measure
             raise
@@ -302,6 +295,8 @@ def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subject
     prompts, origin = _prompts_of(pair.student, config, held_out)
     student.conditions(1, config.class_labels, prompts)
     notes = [f"prompts: {origin}"] if origin else []
+    if config.class_labels:
+        notes.append(f"classes: {', '.join(map(str, config.class_labels))}, in turn")
     if (interval := pair.teacher.guidance_interval) is not None and config.guidance_scale != 1:
         notes.append(f"teacher guided at {interval[0]:g} < t <= {interval[1]:g}, w = 1 elsewhere")
     if student.first_stage is not None:
@@ -348,39 +343,6 @@ def _decoded_shape(pair: _Pair) -> torch.Size:
     """Return the shape of what the teacher makes, decoded, without the batch."""
     spec = pair.teacher.spec
     return pair.teacher.decode(torch.zeros(1, *spec.sample_shape, device=pair.device)).shape[1:]
-
-
-def _captions(pair: _Pair, subjects: Subjects) -> Sequence[str]:
-    """Return what the first images of every row show, in words; empty if nothing is asked for."""
-    labels = subjects.rows(pair.student.sampler, NUM_COLUMNS).get("class_labels")
-    return subjects.prompts if labels is None else [f"class {label}" for label in labels]
-
-
-def _write(
-    report: Report,
-    shown: Mapping[str, Tensor],
-    config: EvaluateConfig,
-    captions: Sequence[str],
-    run: RunFolder | None,
-) -> None:
-    """Write the report, its page and plots, and a picture of the first images of each row: all of it or nothing.
-
-    The page of a run that the folder lies in is rewritten too, with the same pictures.
-    """
-    output, students = config.output, [row.name for row in report.rows if row.is_student]
-    assert output is not None
-    report.check_save(output, overwrite=config.overwrite)
-    with written_into(output) as partial:
-        report.write(partial)
-        for plot in report_plots(report):
-            plot.save(partial)
-        if pictures.can_be_shown(next(iter(shown.values())).shape[1:]):
-            sheet, title = {name: images[:16] for name, images in shown.items()}, "same noise in every column"
-            pictures.save_rows(sheet, partial / PICTURE_NAME, title=title, columns=captions[:16])
-        gallery = gallery_of(shown, captions, students=students, first=config.seed)
-        report_page(report, gallery).write(partial / PAGE_FILE)
-    if run is not None and run.path.resolve() in output.resolve().parents:
-        write_run_page(run.path, shown, captions, students=students, report=report, first=config.seed)
 
 
 def default_report_folder(student: str | Path) -> Path:

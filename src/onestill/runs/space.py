@@ -16,7 +16,7 @@ from onestill.data.prompt_cache import in_words
 from onestill.objectives.registry import OBJECTIVES, rows_of
 from onestill.students.student import Student
 from onestill.training.averages import snapshot_steps
-from onestill.training.config import DistillConfig
+from onestill.training.config import DistillConfig, num_processes
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,11 @@ def check_space(space: Space, folder: Path) -> tuple[str, ...]:
 
 def check_memory(space: Space) -> None:
     """Raise SettingError if the pools, which are held in memory whole, are larger than that of this machine."""
+    # Each process holds its own part, and those of one machine share it.
+    here = space.pools * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // num_processes()
     total = psutil.virtual_memory().total
-    if space.pools > total:
-        why = f"takes {in_words(space.pools)} of memory as a pool, and this machine has {in_words(total)}"
+    if here > total:
+        why = f"takes {in_words(here)} of memory as a pool, and this machine has {in_words(total)}"
         raise SettingError("num_anchors", why=why, todo="lower it")
 
 

@@ -83,11 +83,9 @@ class RecipeSettings(Settings):
     @classmethod
     def said_of(cls, values: Mapping[str, Any], read: Mapping[str, Any], left_out: set[str]) -> str:
         """A budget beside a file plans anew what the file says of the length."""
-        planned = (
-            []
-            if values.get("budget") is None
-            else [named(name) for name in OF_LENGTH if name in left_out & read.keys()]
-        )
+        goes_on = values.get("resume_from_checkpoint") is not None  # with the plan that it has
+        gone = () if values.get("budget") is None or goes_on else (left_out & read.keys()) - values.keys()
+        planned = [named(name) for name in OF_LENGTH if name in gone]
         them = "them" if len(planned) > 1 else "it"
         return (
             f"{named('budget')} plans {', '.join(planned)} anew; give {them} beside it to keep {them}"
@@ -128,6 +126,6 @@ def in_time(seconds: float) -> str:
     for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}" if unit > 60 else f"{seconds / unit:.0f} {name}"
-    if seconds >= 1:
+    if seconds >= 0.9995:
         return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.2g} seconds"
     return f"{1000 * seconds:.3g} ms"

@@ -30,7 +30,7 @@ from onestill.objectives.registry import objectives_of, rows_of
 from onestill.sampling.generate import Generate, student_generator, teacher_generator
 from onestill.students.student import Student
 from onestill.training.averages import forget_after, snapshot_steps, write_snapshot
-from onestill.training.checkpoint import Checkpoint, Tensors, rotate, write_checkpoint
+from onestill.training.checkpoint import FORMAT, Checkpoint, Tensors, rotate, write_checkpoint
 from onestill.training.config import DistillConfig, pool_settings
 from onestill.training.distance import Distance, nearest
 from onestill.training.loss import joined_inputs, regression, robust_factors, squared_residuals, targets
@@ -125,6 +125,7 @@ class Trainer:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             identity={
+                "format": FORMAT,
                 "settings": pool_settings(config),
                 "teacher": self.fingerprints.teacher,
                 "prompts": (self.fingerprints.prompts, self.fingerprints.drawn),
@@ -190,9 +191,9 @@ class Trainer:
                 self.watch.write(log)
             if ends or progress.step % config.checkpointing_steps == 0:
                 log.checkpoint = self.save()
-            if log.picture or log.checkpoint:
-                started = time.perf_counter()
             yield log
+            if log.validation_rms is not None or log.checkpoint:  # and whoever looks may have made a page of it
+                started = time.perf_counter()
 
     def update(self) -> tuple[float, float, float, dict[str, float]]:
         """Do one optimiser step; skipped for what has a gradient that is not finite.

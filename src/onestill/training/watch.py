@@ -108,7 +108,7 @@ class Watch:
         drawn = {f"teacher, {config.num_teacher_steps} steps": self.teacher_images, "student, 1 step": images}
         # One by one: a decoder needs far more memory than the network.
         rows = {words: torch.cat([decode(row[None]).cpu() for row in made]) for words, made in drawn.items()}
-        self.shown = rows
+        self.shown = rows if config.report else {}
         if not pictures.can_be_shown(next(iter(rows.values())).shape[1:]):
             return None, distance
         path = config.output_dir / "samples" / f"step-{step:06d}.png"
