@@ -10,8 +10,7 @@ from onestill.cli.fields import AsJson, ConfigFile, from_config
 from onestill.cli.output import note, out, quiet, say
 from onestill.core.errors import SettingError
 from onestill.core.settings import make
-from onestill.evaluation.config import EvaluateConfig
-from onestill.evaluation.tables import Format
+from onestill.evaluation.config import EvaluateConfig, Format
 
 AsFormat = Annotated[
     Format | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ from onestill.diffusion.names import SolverName
 from onestill.students.settings import FEW_STEPS
 from onestill.teachers.settings import IntervalSettings, StoredSettings
 
+Format = Literal["json", "markdown", "csv", "latex"]
+"""Forms of a table that other programs read."""
 STUDENT, IMAGES, MEASURES, REPORT = "Student and teacher", "Images", "Measures", "Report"
 
 

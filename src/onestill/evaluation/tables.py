@@ -6,8 +6,9 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from onestill.evaluation.config import Format
 from onestill.evaluation.heads import ALL
 from onestill.evaluation.rows import EvaluationProtocol, Row
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-Format = Literal["json", "markdown", "csv", "latex"]
 HEADS_TITLE = "Share of pictures that show what their prompt says, part by part"
 MISSING = "–"
 # Of the signs that tables have, those that LaTeX reads as something else, or has no letter for.
