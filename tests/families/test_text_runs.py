@@ -37,7 +37,8 @@ from onestill.core.files import MARK_FILE
 from onestill.data.prompt_pool import choose
 from onestill.evaluation.comparison import NO_KERNEL
 from onestill.export.export import ExportError, export_student
-from onestill.objectives.anchors import Anchors, Pool
+from onestill.objectives.anchors import Anchors
+from onestill.objectives.pool import Pool
 from onestill.runs.build import build_run
 from onestill.runs.distill import make_trainer
 from onestill.students import model_card as card

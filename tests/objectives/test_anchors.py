@@ -21,9 +21,10 @@ from onestill.data.conditions import LabelConditions
 from onestill.diffusion import trajectory
 from onestill.diffusion.names import SolverName
 from onestill.diffusion.process import CosineVP, FlowMatching, Process
-from onestill.objectives.anchors import Anchors, Pool, inner_times, read_pool, write_pool
+from onestill.objectives.anchors import Anchors, inner_times
 from onestill.objectives.base import Context
 from onestill.objectives.boot import Boot
+from onestill.objectives.pool import Pool, read_pool, write_pool
 from onestill.objectives.registry import rows_of
 from onestill.runs.build import build_run
 from onestill.runs.folder import RunFolder
@@ -116,7 +117,7 @@ def test_anchors_are_made_by_the_solver_that_is_named(tmp_path: Path) -> None:
     torch.testing.assert_close(anchors.signal, ends_of(anchors, guided_teacher(), "dpmsolver++"), atol=1e-5, rtol=1e-5)
     assert (anchors.signal - ends_of(anchors, guided_teacher(), "midpoint")).abs().max() > 1e-3
     config = objective.settings
-    assert Anchors.cost(config, 4).teacher_per_item == 4 and Boot.cost(config, 4).teacher == 2
+    assert Anchors.cost(config, 4).teacher_per_item == 5 and Boot.cost(config, 4).teacher == 2
 
 
 def test_anchors_of_a_closed_form_reach_the_exact_map(tmp_path: Path) -> None:

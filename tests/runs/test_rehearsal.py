@@ -118,6 +118,14 @@ def test_it_leaves_no_trace(own: dict[str, Any], tmp_path: Path, monkeypatch: py
     assert same_state(*(tmp_path / name / "checkpoint-4" for name in ("with", "without")))
 
 
+@pytest.mark.parametrize(("num", "words"), [(16, ""), (12, "in 8 steps"), (3, "in 2, 4, 8 steps"), (4, "in 8 steps")])
+def test_numbers_of_steps_that_anchors_have_no_levels_for_are_said(num: int, words: str, tmp_path: Path) -> None:
+    own = {"anchor_fraction": 0.5, "anchor_path_fraction": 0.5, "num_anchor_steps": num, "num_anchors": 4}
+    said = [line for line in rehearsal.rehearse(prepared(tmp_path / "run", **own)) if "draw badly" in line]
+    assert len(said) == bool(words) and all(words in line for line in said)
+    assert not rehearsal.rehearse(prepared(tmp_path / "run", **own, flow_map_fraction=0.25)) or not words
+
+
 def test_what_a_killed_one_left_is_in_nobodys_way(tmp_path: Path) -> None:
     left = tmp_path / "run" / rehearsal.REHEARSAL / "pipeline"
     left.mkdir(parents=True)

@@ -138,17 +138,15 @@ def uniform_times(t_max: float, num_steps: int, t_end: float = 0.0) -> list[floa
 
 
 def refined_times(process: Process, t_max: float, num_steps: int, t_end: float = 0.0) -> list[float]:
-    """Return `uniform_times` of one step less, the last step cut at a quarter: num_steps + 1 falling times.
+    """Return `uniform_times` with the last step cut at a quarter, eq. (36): num_steps + 2 falling times.
 
     Every solver ends with f itself, the mean of all that x_t may come from. From a whole step of noise that is a picture of too
-    little variance; from a quarter of one, hardly. With three steps or fewer, or where the cut is below the network's smallest time,
-    the grid is uniform.
+    little variance; from a quarter of one, hardly. The others stay where they are, since students are trained there and drawn
+    there. Of one step, or where the cut is below the network's smallest time, the grid is uniform.
     """
-    if num_steps < 4:
-        return uniform_times(t_max, num_steps, t_end)
-    times = uniform_times(t_max, num_steps - 1, t_end)
+    times = uniform_times(t_max, num_steps, t_end)
     cut = t_end + (times[-2] - t_end) / 4
-    return [*times[:-1], cut, t_end] if cut >= process.t_min else uniform_times(t_max, num_steps, t_end)
+    return [*times[:-1], cut, t_end] if num_steps > 1 and cut >= process.t_min else times
 
 
 def solve(trajectory: Trajectory, denoised: Denoiser, x_a: Tensor, times: Sequence[float], step: Step) -> Tensor:

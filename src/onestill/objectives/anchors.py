@@ -8,23 +8,19 @@ several steps. A pool of them is made once, from noise and conditions alone, and
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
 from onestill.core.errors import FoundWarning, RunError, SettingError, named
-from onestill.core.reading import loading
 from onestill.core.settings import MOST_STEPS, Settings, setting
-from onestill.core.writing import writing
 from onestill.diffusion.names import SolverName
 from onestill.objectives.base import Batch, Context, Cost, Objective
 from onestill.objectives.boot import BOOTSTRAP, OBJECTIVE, BootSettings, bounded_sigma, num_boundary_rows, row_weights
+from onestill.objectives.pool import STOPS, Pool, joined, read_pool, write_pool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,15 +28,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from onestill.core.tensors import Cond
     from onestill.diffusion.trajectory import Denoiser
     from onestill.teachers.base import Teacher
     from onestill.teachers.teacher_spec import TeacherSpec
 
 POOL_SEED = 2**31
 WRITE_SECONDS = 300.0
-STOPS = 2
-"""How many states on the way of a trajectory are kept of each."""
 WAYS = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
 """From where to where rows on the way go: 0 is the start, 1 and 2 are the stops, 3 is the end."""
 USES = 16
@@ -65,7 +58,14 @@ class AnchorSettings(Settings):
         ge=1,
         le=MOST_STEPS,
     )
-    num_anchor_steps: int = setting(16, OBJECTIVE, "Solver steps of each.", ge=1, le=1000)
+    num_anchor_steps: int = setting(
+        16,
+        OBJECTIVE,
+        "Solver steps of each, the last of which is cut in two. Students draw well between their times only: a multiple of 8 "
+        "is for 1, 2, 4 and 8 steps.",
+        ge=1,
+        le=1000,
+    )
     anchor_path_fraction: float = setting(
         0.5,
         OBJECTIVE,
@@ -124,6 +124,11 @@ class Anchors(Objective[_Both]):
         return bool(settings.anchor_fraction > 0 and settings.anchor_path_fraction > 0)
 
     @classmethod
+    def is_off_its_times(cls, settings: Any, num_steps: int) -> bool:
+        """Return whether a student of K steps is drawn from a level that rows on the way neither begin nor end at."""
+        return cls.is_map(settings) and settings.num_anchor_steps % num_steps > 0
+
+    @classmethod
     def in_words(cls, settings: Any) -> str:
         made = f"{settings.num_anchors:,} trajectories of {settings.num_anchor_steps} {settings.anchor_solver} steps"
         return f"{made}, {settings.anchor_path_fraction:.0%} of their rows on the way"
@@ -142,7 +147,7 @@ class Anchors(Objective[_Both]):
     def cost(cls, settings: Any, batch_size: int) -> Cost:
         from onestill.diffusion.trajectory import CALLS_PER_STEP
 
-        calls = settings.num_anchor_steps * CALLS_PER_STEP[settings.anchor_solver]
+        calls = (settings.num_anchor_steps + (settings.num_anchor_steps > 1)) * CALLS_PER_STEP[settings.anchor_solver]
         kept = 2 + STOPS * (settings.anchor_path_fraction > 0)
         return Cost(pool=settings.num_anchors, teacher_per_item=calls, samples_per_item=kept)
 
@@ -308,93 +313,3 @@ def draw_stops(num: int, inner: Sequence[float], generator: torch.Generator) -> 
 
     order = torch.rand(num, len(inner), generator=generator).argsort(1)[:, :STOPS].sort(1).values
     return torch.tensor(inner, dtype=torch.float64)[order]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Teacher trajectories: their two ends, and stops on the way if any are kept.
-
-    Attributes:
-        eps: Noise, [N, *sample_shape].
-        signal: The teacher's signal at t_min from that noise, [N, *sample_shape].
-        chosen: Which conditions, N rows each: choices, since what the networks are given may be far larger.
-        path: If anything on the way is kept, "stops", falling times [N, S] float64, and "states" there, [N, S, ...].
-    """
-
-    eps: Tensor
-    signal: Tensor
-    chosen: Cond
-    path: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def hash(self, identity: Mapping[str, object]) -> str:
-        """Return a hash of what it was made with, a dash, and a hash of all of it."""
-        from onestill.core.files import hash_of
-
-        made_with = hash_of({}, {"made_with": json.dumps(identity, sort_keys=True)})
-        return f"{made_with[:16]}-{hash_of(self.tensors(), {})}"
-
-    def fits(self, most: int, shape: tuple[int, ...]) -> bool:
-        """Return whether these are at most so many anchors, all parts alike, of samples of this shape."""
-        parts, num = self.tensors(), len(self.eps)
-        alike = all(len(value) == num for value in parts.values())
-        on_the_way = {name: tuple(value.shape) for name, value in self.path.items()}
-        expected = {"stops": (num, STOPS), "states": (num, STOPS, *shape)} if self.path else {}
-        return num <= most and alike and self.eps.shape == self.signal.shape == (num, *shape) and on_the_way == expected
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all of it, by the names in its file."""
-        chosen = {f"chosen.{name}": value.contiguous() for name, value in self.chosen.items()}
-        return {"eps": self.eps, "signal": self.signal, **self.path, **chosen}
-
-    def draw(self, num: int, generator: torch.Generator) -> Pool:
-        """Return `num` anchors of the pool, with replacement."""
-        import torch
-
-        rows = torch.randint(len(self.eps), (num,), generator=generator)
-        chosen, path = ({name: value[rows] for name, value in part.items()} for part in (self.chosen, self.path))
-        return Pool(self.eps[rows], self.signal[rows], chosen, path)
-
-
-def joined(batches: list[Pool]) -> Pool:
-    """Return batches of anchors as one pool."""
-    import torch
-
-    first = batches[0]
-    if len(batches) == 1:
-        return first
-    eps, signal = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("eps", "signal"))
-    chosen = {name: torch.cat([batch.chosen[name] for batch in batches]) for name in first.chosen}
-    return Pool(eps, signal, chosen, {name: torch.cat([batch.path[name] for batch in batches]) for name in first.path})
-
-
-def write_pool(pool: Pool, generator: torch.Generator, path: Path, identity: Mapping[str, object]) -> None:
-    """Write a pool, whole or its first batches, with the generator as the last batch left it, in one rename."""
-    from onestill.core.files import save_hashed
-
-    partial, said = path.with_suffix(".partial"), {"made_with": json.dumps(identity, sort_keys=True)}
-    try:
-        with writing(path):
-            save_hashed({**pool.tensors(), "generator": generator.get_state()}, partial, said)
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_pool(path: Path, identity: Mapping[str, object], generator: torch.Generator) -> Pool | None:
-    """Return the pool in a file, or None if none of this identity is there; the generator goes on where it ended.
-
-    Raises:
-        ValueError: If the file is not what was written.
-    """
-    from onestill.core.files import read_hashed
-
-    if not path.exists():
-        return None
-    tensors, said = read_hashed(path)
-    if said.get("made_with") != json.dumps(identity, sort_keys=True):
-        return None
-    with loading(str(path)):
-        generator.set_state(tensors["generator"])
-        chosen = {name.removeprefix("chosen."): value for name, value in tensors.items() if name.startswith("chosen.")}
-        on_the_way: Cond = {name: tensors[name] for name in ("stops", "states") if name in tensors}
-        return Pool(tensors["eps"], tensors["signal"], chosen, on_the_way)

@@ -24,7 +24,8 @@ from onestill.data.cascade import FirstStage
 from onestill.data.conditions import draw_guidance, middle_guidance
 from onestill.data.prompts import PromptFile
 from onestill.evaluation.speed import compare
-from onestill.objectives.anchors import STOPS, Anchors
+from onestill.objectives.anchors import Anchors
+from onestill.objectives.pool import STOPS
 from onestill.objectives.registry import rows_of
 from onestill.runs.build import (
     Run,

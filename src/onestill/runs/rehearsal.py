@@ -15,6 +15,8 @@ from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, in_short, named
 from onestill.core.memory import enough_memory, is_out_of_memory
 from onestill.export.export import ExportError, export_student
+from onestill.objectives.anchors import Anchors
+from onestill.objectives.flow_map import FlowMap
 from onestill.objectives.registry import is_map
 from onestill.runs.build import Run
 from onestill.runs.folder import PIPELINE_FOLDER, REHEARSAL
@@ -51,7 +53,7 @@ def rehearse(run: Run) -> tuple[str, ...]:
     said: list[str] = []
     with enough_memory(f"exporting a student of {run.config.teacher}", less_memory(run.config, run.student)):
         _on_one_process(lambda: said.extend(_try(run)), run.config)
-    return (*messages, *said)
+    return (*messages, *_off_its_times(run.config), *said)
 
 
 def _try(run: Run) -> list[str]:
@@ -70,6 +72,16 @@ def _try(run: Run) -> list[str]:
         )
         return [f"warning: the student can be exported for one step only: {why}; {todo}"]
     return []
+
+
+def _off_its_times(config: DistillConfig) -> tuple[str, ...]:
+    """Return what to say of a run whose student will draw badly in some numbers of steps: between its anchors' times."""
+    off = [str(k) for k in (2, 4, 8) if Anchors.is_off_its_times(config, k) and not FlowMap.is_map(config)]
+    if not off:
+        return ()
+    todo = f"{named('num_anchor_steps')} 16 is for all, {named('anchor_path_fraction')} 0 for one step alone"
+    why = f"its {named('num_anchor_steps')} {config.num_anchor_steps} have not the levels of those"
+    return (f"warning: the student will draw badly in {', '.join(off)} steps: {why}; {todo}",)
 
 
 def _try_gradient(run: Run) -> None:
