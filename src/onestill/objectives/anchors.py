@@ -301,7 +301,7 @@ def path_rows(settings: Any, num: int) -> int:
 def inner_times(times: Sequence[float], spec: TeacherSpec) -> list[float]:
     """Return those of a trajectory's falling times that a row may begin at: no end, none below the network's, no cut.
 
-    From the cut of eq. (36) an error is so small in y and so large in f that rows from there would be all of the loss.
+    From the cut of eq. (36) no student is drawn, and the weight of a row from there would be hundreds.
     """
     least = max(spec.process.t_min, times[-1] + 0.9 * (times[0] - times[-1]) / (len(times) - 1))
     return [t for t in times[1:-1] if t >= least]
