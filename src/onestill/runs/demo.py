@@ -109,7 +109,7 @@ def plan(demo: Demo, settings: Mapping[str, Any], speed: Speed, max_train_steps:
     teacher's. A number of steps that was asked for is taken as it is, with as many anchors for each as in the full demo.
     """
     evaluation, full = demo.evaluation, settings["max_train_steps"]
-    calls = settings["num_anchor_steps"] * CALLS_PER_STEP[settings["anchor_solver"]]
+    calls = (settings["num_anchor_steps"] + 1) * CALLS_PER_STEP[settings["anchor_solver"]]
     steps = full if max_train_steps is None else max_train_steps
     training = (1 + SHARE) * steps * (speed.step + settings["num_anchors"] / full * calls * speed.call)
     of_image = (sum(evaluation["steps"]) + sum(FEW_STEPS)) * speed.call
