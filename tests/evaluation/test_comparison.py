@@ -1,5 +1,6 @@
 """One evaluation: sources, references and features put together, on sources whose numbers are known."""
 
+import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,7 +129,9 @@ def test_the_protocol_says_everything() -> None:
     assert (protocol.feature_dim, protocol.num_images, protocol.num_reference_images) == (16, 40, 60)
     assert (protocol.seeds, protocol.guidance_scale, protocol.neighbours) == ("5..44", 3, 3)
     assert protocol.kernel_subset_size == 40 and protocol.reference == "small noise"
-    assert {"torch", "diffusers", "onestill"} <= set(protocol.versions) and protocol.device == "cpu, 1 thread"
+    assert {"torch", "diffusers", "onestill"} <= set(
+        protocol.versions
+    ) and protocol.device == f"{platform.machine()} CPU, 1 thread"
     assert [line.split(":")[0] for line in said] == ["features of 60 reference images", "DDIM", "student"]
 
 
@@ -174,7 +177,7 @@ def test_speeds_are_relative_to_the_first_row() -> None:
         assert row.images_per_second is not None and row.images_per_second_large is not None
     assert second.images_per_second_large / first.images_per_second_large == pytest.approx(second.speedup)  # type: ignore[operator]
     assert report.protocol.large_batch_size == 8 and report.protocol.speedup_over == "slow"
-    assert report.protocol.device == "cpu, 1 thread" and "speed on cpu, 1 thread, float32" in str(report)
+    assert report.protocol.device == f"{platform.machine()} CPU, 1 thread" and "CPU, 1 thread, float32" in str(report)
 
 
 def test_label_accuracy_needs_a_classifier_and_labels() -> None:

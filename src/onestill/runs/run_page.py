@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onestill.core.errors import FoundWarning, as_flags, in_short, named
 from onestill.core.memory import is_out_of_memory
 from onestill.core.settings import about
-from onestill.core.writing import is_full
+from onestill.core.writing import WriteError
 from onestill.evaluation.report import package_versions
 from onestill.evaluation.tables import columns_of, head_columns_of, legend
 from onestill.pages.gallery import Gallery, gallery_of
@@ -48,7 +48,7 @@ def write_run_page(
     """Write the page of a run with pictures of these rows; return its path.
 
     A page that cannot be made is warned of, and None returned: what it would show is kept in other files, and nothing ends
-    for it. A full disk and a full memory do, as ever.
+    for it. What cannot be written and a full memory do, as ever.
     """
     path = folder / PAGE_FILE
     with guarded(path):
@@ -59,11 +59,11 @@ def write_run_page(
 
 @contextmanager
 def guarded(path: Path) -> Iterator[None]:
-    """Warn of what goes wrong with a page or its plots inside, unless disk or memory is full."""
+    """Warn of what goes wrong with a page or its plots inside, unless it cannot be written, or memory is full."""
     try:
         yield
     except Exception as error:
-        if is_full(error) or is_full(error.__cause__ or error) or is_out_of_memory(error):
+        if isinstance(error, WriteError) or is_out_of_memory(error):
             raise
         warnings.warn(f"{path} could not be made: {in_short(error)}; all else goes on", FoundWarning, stacklevel=4)
 
