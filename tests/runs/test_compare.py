@@ -122,6 +122,19 @@ def test_the_command_prints_tables_and_writes_where_it_is_told(
     assert call_cli("compare", *words, "--overwrite").code == 0
 
 
+@pytest.mark.parametrize("name", ["quality-time.png", "report.json", "loss.svg"])
+def test_no_file_of_others_is_lost(name: str, runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    trained = [copied(run, tmp_path.parent / f"{tmp_path.name}-{run.name}") for run in runs[1:]]  # no table, no speeds
+    for run in trained:
+        path = run / "logs" / "metrics.jsonl"
+        line = path.read_text().splitlines()[-1]
+        path.write_text(f"{line}\n{line}\n")
+    with pytest.raises(ValueError, match=f"output=.*: holds {name}"):
+        onestill.compare(trained, output=tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

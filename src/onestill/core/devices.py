@@ -33,9 +33,12 @@ def resolve_device(name: str) -> torch.device:
 
 def hardware(device: torch.device) -> str:
     """Return what a device is, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device.type} on {platform.machine()}"
     threads = torch.get_num_threads()
-    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, named
 from onestill.core.paths import place_fault
 from onestill.core.reading import loading
 
@@ -111,3 +111,12 @@ def check_writable(path: Path, setting: str) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
         raise SettingError(setting, path, f"cannot be written: {parent} is not writable")
+
+
+def check_output(folder: Path, there: str, *, overwrite: bool) -> None:
+    """Raise SettingError if `output`, a folder, cannot be written to, or holds what is `there` and is not to be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingError("output", folder, "is a file", "give a folder")
+    check_writable(folder, "output")
+    if there and not overwrite:
+        raise SettingError("output", folder, f"holds {there}", f"name another folder, or give {named('overwrite')}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from onestill.core.arguments import checked
 from onestill.core.errors import SettingError, named
-from onestill.core.files import check_writable
+from onestill.core.files import check_output
 from onestill.core.reading import read_object
 from onestill.core.settings import make
 from onestill.core.writing import written_into
@@ -31,6 +31,8 @@ from onestill.runs.run_page import (
 from onestill.runs.run_plots import report_plots, training_plots
 from onestill.training.metrics import metrics_of
 
+OF_A_TABLE = {JSON_NAME, MARKDOWN_NAME, *plot_files("quality-steps", "quality-time")}
+"""What is written of a common table, and goes with it where there is none any more."""
 MOST_SHEET_BYTES = 2_500_000
 """Of the runs' own pictures in a page, as files."""
 
@@ -72,8 +74,10 @@ def compare(runs: Sequence[str | Path], *, config_file: str | Path | None = None
         except SettingError as error:
             why_not = f"no common table: {error.why}"
     page = _page(found, report, [name for name in found if name not in reports], why_not)
-    _check_output(config, page)
     if config.output is not None:
+        names = {*OF_A_TABLE, *plot_files(*(plot.name for plot in page.plots))}
+        found_there = next((name for name in (PAGE_FILE, *sorted(names)) if (config.output / name).exists()), "")
+        check_output(config.output, found_there, overwrite=config.overwrite)
         with written_into(config.output) as partial:
             if report is not None:
                 report.write(partial)
@@ -81,7 +85,7 @@ def compare(runs: Sequence[str | Path], *, config_file: str | Path | None = None
                 plot.save(partial)
             page.write(partial / PAGE_FILE)
             there = {path.name for path in partial.iterdir()}
-        for name in {JSON_NAME, MARKDOWN_NAME, *plot_files("quality-steps", "quality-time")} - there:
+        for name in OF_A_TABLE - there:
             (config.output / name).unlink(missing_ok=True)
     return RunsCompared(report, page, page.tables[0])
 
@@ -106,20 +110,6 @@ def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
         if len(set(names)) == len(names):
             break
     return dict(zip(names, runs, strict=True))
-
-
-def _check_output(config: CompareConfig, page: Page) -> None:
-    """Raise SettingError if a page cannot be written with its plots, or would overwrite something."""
-    path = config.output
-    if path is None:
-        return
-    if path.exists() and not path.is_dir():
-        raise SettingError("output", path, "is a file", "give a folder")
-    check_writable(path, "output")
-    names = (PAGE_FILE, JSON_NAME, MARKDOWN_NAME, *plot_files(*(plot.name for plot in page.plots)))
-    there = [name for name in names if (path / name).exists()]
-    if there and not config.overwrite:
-        raise SettingError("output", path, f"holds {there[0]}", f"name another folder, or give {named('overwrite')}")
 
 
 def _report_of(run: RunFolder) -> Report | None:

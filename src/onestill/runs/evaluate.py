@@ -13,7 +13,7 @@ import torch
 from onestill.core.arguments import checked
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
-from onestill.core.files import check_writable
+from onestill.core.files import check_output
 from onestill.core.settings import make
 from onestill.core.writing import WriteError
 from onestill.data.prompts import read_prompts
@@ -73,7 +73,9 @@ def evaluate(
     config = _configured({**settings, "student": student, "teacher": teacher, "features": features}, config_file)
     resolve_device(config.device)
     check_folder(config.student)  # before the output, whose default it names
-    _check_output(config)
+    if config.output is not None:
+        there = "a report" if any((config.output / name).exists() for name in WRITTEN) else ""
+        check_output(config.output, there, overwrite=config.overwrite)
     with enough_for_images(config.batch_size, "comparing"):
         return _evaluated(config, teacher, features, show_progress, say)
 
@@ -124,18 +126,6 @@ def _configured(values: Mapping[str, Any], config_file: str | Path | None) -> Ev
     given = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     objects = {name for name in ("student", "teacher", "features") if not isinstance(given[name], str)}
     return make(EvaluateConfig, {name: v for name, v in given.items() if name not in objects}, config_file)
-
-
-def _check_output(config: EvaluateConfig) -> None:
-    """Raise SettingError if a report cannot be written, or would overwrite something."""
-    path = config.output
-    if path is None:
-        return
-    if path.exists() and not path.is_dir():
-        raise SettingError("output", path, "is a file", "give a folder")
-    check_writable(path, "output")
-    if any((path / name).exists() for name in WRITTEN) and not config.overwrite:
-        raise SettingError("output", path, "holds a report", f"name another folder, or give {named('overwrite')}")
 
 
 @dataclass(frozen=True)
