@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+
 from toys import BOOTSTRAP, distilled_error, mixture
 
 BASE: dict[str, Any] = {

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from toys import PointNetwork, mixture
 
 from onestill.diffusion.prediction import preconditioning
 from onestill.diffusion.process import CosineVP
@@ -32,6 +31,7 @@ from onestill.students.student import Student
 from onestill.teachers.base import Teacher
 from onestill.teachers.module import module_teacher
 from onestill.training.config import make_config
+from toys import PointNetwork, mixture
 
 PROCESS, NUM_TEST, STEPS = CosineVP(), 4000, (1, 2, 4, 8)
 BASE: dict[str, Any] = {

@@ -11,13 +11,13 @@ from itertools import pairwise
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, UNet2DModel
 from torch import Tensor
-from toys import gaussian
 
 from onestill.core.tensors import as_times, broadcast, noise
 from onestill.diffusion.prediction import preconditioning
 from onestill.diffusion.process import VE, CosineVP, DiscreteVP, FlowMatching, Process
 from onestill.diffusion.trajectory import STEPS, Trajectory, ddim_step, solve, uniform_times
 from onestill.teachers.pixel import unet2d_teacher
+from toys import gaussian
 
 
 def processes() -> dict[str, Process]:

@@ -26,6 +26,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from scipy.stats import t as students_t
+
+from onestill.sampling.generate import teacher_generator
 from peers_parts.methods import (
     METHODS,
     SOLVERS,
@@ -34,9 +37,6 @@ from peers_parts.methods import (
     solver_evaluations,
 )
 from peers_parts.problems import PROBLEMS, Counter, Problem
-from scipy.stats import t as students_t
-
-from onestill.sampling.generate import teacher_generator
 
 Record = dict[str, Any]
 TUNING_SEED, TUNING_SHARE, TUNING_FACTOR, MOST_RATES = 1000, 1 / 4, 10**0.5, 6

@@ -35,7 +35,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from toys import PointNetwork, as_network_teacher, exact_map, mixture
 
 import onestill
 from onestill.core.tensors import Cond, noise
@@ -56,6 +55,7 @@ from onestill.teachers.base import Teacher
 from onestill.teachers.guidance import guided
 from onestill.teachers.load import EMBEDDED
 from onestill.training.trainer import Trainer
+from toys import PointNetwork, as_network_teacher, exact_map, mixture
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "teachers"))
 import ddpm16

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from scipy.special import hyp1f1
 from sklearn.datasets import load_digits
 from torch import Tensor
-from toys import PointNetwork, mixture
 
 from onestill.core.files import save_tensors
 from onestill.core.tensors import Cond, broadcast
@@ -28,6 +27,7 @@ from onestill.teachers.base import Teacher
 from onestill.teachers.closed_form import MixtureTeacher
 from onestill.teachers.load import load_teacher
 from onestill.teachers.module import module_teacher
+from toys import PointNetwork, mixture
 
 Numbers = dict[str, float]
 FORWARD, WITH_BACKWARD = 1, 3
