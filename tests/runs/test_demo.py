@@ -19,12 +19,12 @@ IDLE = {"glyphs": Speed({0.0: 0.28}, 0.0043), "digits": Speed({0.0: 0.136}, 0.00
 """By the whole demo's time on two idle cores (docs/results.md), and by how a step compares with a call."""
 
 
-def planned(teacher: str, times: float = 1, steps: int | None = None) -> Plan:
+def planned(teacher: str, times: float = 1, steps: int | None = None, images: int | None = None) -> Plan:
     chosen, speed = DEMOS[teacher], IDLE[teacher]
     config = make_config({"teacher": teacher, "output_dir": "demo", **chosen.distillation})
     taken = {name: getattr(config, name) for name in ("num_anchors", "num_anchor_steps", "anchor_solver")}
     settings = {**chosen.distillation, **taken}
-    return plan(chosen, settings, Speed({0.0: times * speed.step}, times * speed.call), steps)
+    return plan(chosen, settings, Speed({0.0: times * speed.step}, times * speed.call), steps, images)
 
 
 @pytest.mark.parametrize("teacher", list(DEMOS))
@@ -54,6 +54,21 @@ def test_steps_given_by_hand_are_taken_as_they_are() -> None:
     assert by_hand.settings["max_train_steps"] == 840 and by_hand.settings["num_anchors"] == 840 * 24 // 16
     assert by_hand.evaluation == DEMOS["glyphs"].evaluation
     assert by_hand.seconds > 2 * planned("glyphs", 10).seconds and "steps" not in by_hand.words
+
+
+def test_images_given_by_hand_are_taken_as_they_are() -> None:
+    by_hand = planned("glyphs", 2, images=60)
+    assert by_hand.evaluation == {**DEMOS["glyphs"].evaluation, "num_samples": 60}
+    assert by_hand.settings["max_train_steps"] > planned("glyphs", 2).settings["max_train_steps"]
+    both = planned("glyphs", 2, steps=30, images=60)
+    assert (both.settings["max_train_steps"], both.evaluation["num_samples"]) == (30, 60)
+    assert both.seconds < by_hand.seconds and both.seconds < planned("glyphs", 2, steps=30).seconds
+
+
+def test_too_few_images_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_samples.*9"):
+        demo.run_demo(tmp_path / "demo", teacher="digits", num_samples=9)
+    assert not (tmp_path / "demo").exists()
 
 
 def test_the_run_records_what_was_chosen_and_measuring_changes_nothing(

@@ -24,6 +24,10 @@ def demo(
             "--max_train_steps", help="Steps, if not the demo's own, fewer on a slow machine.", parser=PARSERS[int]
         ),
     ] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option("--num_samples", help="Images in the comparison, if not the demo's own.", parser=PARSERS[int]),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the training.", parser=PARSERS[int])] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
@@ -41,6 +45,7 @@ def demo(
             seed=seed,
             device=device,
             max_train_steps=max_train_steps,
+            num_samples=num_samples,
             overwrite=overwrite,
             say=note,
         )

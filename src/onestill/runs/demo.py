@@ -11,9 +11,10 @@ from typing import Any
 
 from onestill.core.devices import resolve_device
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import read_yaml
+from onestill.core.settings import make, read_yaml
 from onestill.diffusion.trajectory import CALLS_PER_STEP
 from onestill.evaluation.comparison import SPEED_ROUNDS
+from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.held_out import SHARE
 from onestill.evaluation.report import Report
 from onestill.runs.build import configured_teacher
@@ -102,13 +103,21 @@ class Plan:
         return f"{text}: {steps:,} steps and {images:,} images, which may differ between machines; {why}"
 
 
-def plan(demo: Demo, settings: Mapping[str, Any], speed: Speed, max_train_steps: int | None = None) -> Plan:
+def plan(
+    demo: Demo,
+    settings: Mapping[str, Any],
+    speed: Speed,
+    max_train_steps: int | None = None,
+    num_samples: int | None = None,
+) -> Plan:
     """Return what to do of a demo so that it takes `MOST_SECONDS` at most, but never less than `LEAST_SHARE` of it.
 
     The seconds are those of the steps, of the anchors, of the run's watching itself, and of the comparison, whose network calls are nearly all the
-    teacher's. A number of steps that was asked for is taken as it is, with as many anchors for each as in the full demo.
+    teacher's. A number of steps or of images that was asked for is taken as it is, with as many anchors for each step
+    as in the full demo.
     """
-    evaluation, full = demo.evaluation, settings["max_train_steps"]
+    images = demo.evaluation["num_samples"] if num_samples is None else num_samples
+    evaluation, full = {**demo.evaluation, "num_samples": images}, settings["max_train_steps"]
     calls = (settings["num_anchor_steps"] + 1) * CALLS_PER_STEP[settings["anchor_solver"]]
     steps = full if max_train_steps is None else max_train_steps
     training = (1 + SHARE) * steps * (speed.step + settings["num_anchors"] / full * calls * speed.call)
@@ -117,13 +126,15 @@ def plan(demo: Demo, settings: Mapping[str, Any], speed: Speed, max_train_steps:
     timing = (SPEED_ROUNDS + 1) * (evaluation["batch_size"] + 1) * of_image
     around = AROUND_SECONDS + timing + demo.shown["num_images"] * of_image
     share = 1.0
+    kept, shared = (0.0, training + drawing) if num_samples is None else (drawing, training)
     if max_train_steps is None:
-        share = min(1.0, max(LEAST_SHARE, (MOST_SECONDS - around) / (training + drawing)))
+        share = min(1.0, max(LEAST_SHARE, (MOST_SECONDS - around - kept) / shared))
         steps = round(share * full)
-        evaluation = {**evaluation, "num_samples": round(share * evaluation["num_samples"])}
+        if num_samples is None:
+            evaluation["num_samples"] = round(share * images)
     anchors = max(1, settings["num_anchors"] * steps // full)
     chosen = {**settings, "max_train_steps": steps, "num_anchors": anchors}
-    return Plan(chosen, evaluation, around + share * (training + drawing), share)
+    return Plan(chosen, evaluation, around + kept + share * shared, share)
 
 
 def run_demo(
@@ -133,18 +144,21 @@ def run_demo(
     seed: int = 0,
     device: str = "cpu",
     max_train_steps: int | None = None,
+    num_samples: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print_message,
 ) -> tuple[Report, Path]:
     """Distil, evaluate and draw; return the report and the picture.
 
     An earlier demo in `output_dir` is removed first with `overwrite`, and refused without, as is anything else there;
-    `max_train_steps` takes the place of the demo's own, which are fewer on a slow machine: how fast it is is measured
-    first. The run's configuration has the number that was chosen; `say` is called with a line before each part.
+    `max_train_steps` and `num_samples` take the place of the demo's own, which are fewer on a slow machine: how fast it
+    is is measured first. The run's configuration has the number that was chosen; `say` is called with a line before each part.
     """
     if teacher not in DEMOS:
         raise SettingError("teacher", teacher, "there is no demo of it", f"choose one of {', '.join(DEMOS)}")
     demo = DEMOS[teacher]
+    if num_samples is not None:
+        make(EvaluateConfig, {"student": output_dir, "num_samples": num_samples})
     settings = {**demo.distillation, "tracker_project_name": PROJECT_NAME, "seed": seed, "device": device}
     asked = {} if max_train_steps is None else {"max_train_steps": max_train_steps}
     config = make_config({"teacher": teacher, "output_dir": output_dir, **settings, **asked})
@@ -155,7 +169,7 @@ def run_demo(
     full = make_config({"teacher": teacher, "output_dir": output_dir, **settings})
     settings |= {name: getattr(full, name) for name in ("num_anchors", "num_anchor_steps", "anchor_solver")}
     speed = measure(config, configured_teacher(config))
-    planned = plan(demo, settings, speed, max_train_steps)
+    planned = plan(demo, settings, speed, max_train_steps, num_samples)
     say(f"the demo {planned.words}")
     steps = planned.settings["max_train_steps"]
     say(f"distilling the embedded {teacher} teacher: {steps:,} steps, no image is read")
