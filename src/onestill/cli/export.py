@@ -12,16 +12,16 @@ from onestill.export.config import ExportConfig
 
 @from_config(ExportConfig, positional="student")
 def export(settings: dict[str, Any]) -> None:
-    """Write the student of a run or of a checkpoint-N folder as a stock diffusers folder."""
+    """Write the student of a run or of a checkpoint-N folder as a stock diffusers folder, or in other formats."""
     config = make(ExportConfig, settings)
     from onestill.runs.export import write_student
 
     quiet()
-    error = write_student(config)
     num = config.num_inference_steps
     call = (
         ""
         if num == 1
         else f"; call it with num_inference_steps={num}, as its card shows: another number draws something else"
     )
-    say((str(config.output), "bold"), f": self-check against the student {error:.1e}{call}")
+    for name, error in write_student(config).items():
+        say((str(config.places[name]), "bold"), f": self-check against the student {error:.1e}{call}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,10 @@ class Format(ABC):
 
     library = "onestill"
     """What loads such a folder, by the name that the hub knows it by."""
+    extra: ClassVar[str] = ""
+    """The extra of this package that brings what writes and checks it."""
+    modules: ClassVar[tuple[str, ...]] = ()
+    """What of that extra is imported."""
 
     def __init__(
         self, student: Student, t: float = 0.0, guidance_scale: float | None = None, num_steps: int = 1
@@ -32,6 +37,11 @@ class Format(ABC):
         self.student, self.t, self.guidance_scale, self.num_steps = student, t, guidance_scale, num_steps
         # The student's own: two devices differ by more than an export may (TF32 convolutions, for one).
         self.device = next(student.parameters()).device
+
+    @classmethod
+    def why_not(cls, student: Student, num_steps: int) -> str | None:
+        """Return why a student cannot be written like this, or None if it can; known before any work."""
+        return None
 
     @abstractmethod
     def write(self, step: OneStep, folder: Path) -> None:

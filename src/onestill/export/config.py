@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Literal, Self
 
+from pydantic import model_validator
+
+from onestill.core.errors import SettingError
 from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, Settings, setting
 from onestill.students.settings import FEW_STEPS
 
 EXPORT = "Export"
+DIFFUSERS = "diffusers"
+FormatName = Literal["diffusers"]
+"""What a student is written as; each but the first, which is the teacher's own choice, is one file of this room."""
 
 
 class ExportConfig(Settings):
@@ -15,6 +23,12 @@ class ExportConfig(Settings):
 
     student: Path = setting(..., EXPORT, "Folder of a run, or one of its checkpoint-N folders.")
     output: Path = setting(..., EXPORT, "Folder to write.")
+    format: tuple[FormatName, ...] = setting(
+        (DIFFUSERS,),
+        EXPORT,
+        "What to write, with commas; of several each has a folder of its name in the output.",
+        commas=True,
+    )
     guidance_scale: float | None = setting(
         None,
         EXPORT,
@@ -37,3 +51,15 @@ class ExportConfig(Settings):
     )
     device: str = setting("auto", EXPORT, "auto, cpu, cuda, cuda:N or mps.")
     overwrite: bool = setting(False, EXPORT, "Replace what was exported there before.")
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """The folder of each format: the output itself of one, folders in it of several."""
+        alone = len(self.format) == 1
+        return {name: self.output if alone else self.output / name for name in self.format}
+
+    @model_validator(mode="after")
+    def _has_different_formats(self) -> Self:
+        if not self.format or max(Counter(self.format).values()) > 1:
+            raise SettingError("format", self.format, "must be different formats")
+        return self

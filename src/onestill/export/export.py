@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import glob
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from onestill.core.reading import reason
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autocast
 from onestill.core.writing import is_refusal, written
 from onestill.export.base import Format
+from onestill.export.config import DIFFUSERS
 from onestill.export.lora_file import lora_words
 from onestill.export.module import ModuleFormat
 from onestill.export.pipeline import PipelineFormat
@@ -69,7 +71,7 @@ def export_student(
         num_inference_steps: K, for students that are trained between any two times: the folder's own call with K steps
             is theirs, eq. (28).
         facts: What the model card says besides; nothing more if None.
-        format: One of `FORMATS`; the teacher's if None.
+        format: One of `FORMATS`; the teacher's if None or "diffusers".
         overwrite: Replace an existing folder, in one rename, after the new one passed its check.
 
     Returns:
@@ -80,14 +82,8 @@ def export_student(
         ExportError: If the self-check fails; nothing is left under the folder's name then.
         WriteError: If the system refuses, as when the disk is full; likewise.
     """
-    own = student.teacher.student_format
-    name = own if format is None else format
-    known = [each for each in FORMATS if each == own or each not in _OF_TEACHERS]
-    if name not in known:
-        raise SettingError("format", name, "is unknown of this teacher", f"known are {', '.join(known)}")
+    name = check_format(student, format, num_inference_steps)
     _check_trained(student, t, guidance_scale)
-    if num_inference_steps > 1 and (why := why_not_in_steps(student, num_inference_steps)) is not None:
-        raise SettingError("num_inference_steps", num_inference_steps, why, "export it for one step, or sample the run")
     check_writable(folder, "output")
     if folder.exists() and not overwrite:
         todo = f"name another folder, or give {named('overwrite')} to replace it"
@@ -103,6 +99,28 @@ def export_student(
         _describe(form, partial, facts or Facts(), error)
         set_usual_mode(partial)
     return error
+
+
+def check_format(student: Student, format: str | None, num_inference_steps: int = 1) -> str:
+    """Return the name in `FORMATS` of a format; raise SettingError if a student cannot be written in it.
+
+    It is known before any work: a package may be missing, the family may have no such files, or no K steps of them.
+    """
+    own = student.teacher.student_format
+    name = own if format in (None, DIFFUSERS) else format
+    known = [each for each in FORMATS if each == own or each not in _OF_TEACHERS]
+    if name not in known:
+        raise SettingError("format", name, "is unknown of this teacher", f"known are {', '.join(known)}")
+    kind = FORMATS[name]
+    if missing := [module for module in kind.modules if importlib.util.find_spec(module) is None]:
+        raise SettingError(
+            "format", name, f"needs {', '.join(missing)}", f"pip install 'onestill[{kind.extra}]' brings them"
+        )
+    if num_inference_steps > 1 and (why := why_not_in_steps(student, num_inference_steps)) is not None:
+        raise SettingError("num_inference_steps", num_inference_steps, why, "export it for one step, or sample the run")
+    if (why := kind.why_not(student, num_inference_steps)) is not None:
+        raise SettingError("format", name, why)
+    return name
 
 
 @contextmanager

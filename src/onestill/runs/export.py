@@ -15,7 +15,7 @@ from onestill.core.memory import enough_memory
 from onestill.core.settings import make
 from onestill.data.cascade import with_first_stage
 from onestill.export.config import ExportConfig
-from onestill.export.export import export_student, is_exported
+from onestill.export.export import check_format, export_student, is_exported
 from onestill.runs.distill import distilled_facts, in_words
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import check_folder, restore_student, run_teacher
@@ -25,7 +25,7 @@ from onestill.students.settings import check_steps
 
 @checked(ExportConfig)
 def export(student: str | Path, output: str | Path, **settings: Any) -> float:
-    """Write the student of a run, or of one of its checkpoint-N folders, as a stock diffusers folder.
+    """Write the student of a run, or of one of its checkpoint-N folders, as a stock diffusers folder, or in other formats.
 
     Args:
         student: A run's folder or a checkpoint-N folder.
@@ -33,29 +33,24 @@ def export(student: str | Path, output: str | Path, **settings: Any) -> float:
         **settings: Fields of `ExportConfig`, the others; an unknown name is refused.
 
     Returns:
-        The largest difference between the reloaded folder's images and the student's.
+        The largest difference between the reloaded folder's images and the student's, of all formats.
 
     Raises:
         ValueError: If there is no such run, the student was not trained for this, or `output` exists.
     """
-    return write_student(make(ExportConfig, {**settings, "student": student, "output": output}))
+    return max(write_student(make(ExportConfig, {**settings, "student": student, "output": output})).values())
 
 
 @enough_memory("the export", f"free some, or give {named('device')} cpu")
-def write_student(config: ExportConfig) -> float:
-    """Write the student that a configuration names; return and raise as `export` does."""
-    path, output, device = config.student, config.output, resolve_device(config.device)
+def write_student(config: ExportConfig) -> dict[str, float]:
+    """Write the student that a configuration names; return the difference of each format, and raise as `export` does."""
+    path, device = config.student, resolve_device(config.device)
     check_folder(path)
     run = RunFolder.of(path)
     if run is None:
         raise SettingError("student", path, "is no run and no checkpoint-N folder of one")
-    if output.exists() and not config.overwrite:
-        todo = f"name another folder, or give {named('overwrite')} to replace it"
-        raise SettingError("output", output, "exists", todo)
-    if output.exists() and not is_exported(output):
-        why = f"is no exported student, so {named('overwrite')} does not replace it"
-        raise SettingError("output", output, why)
-    check_writable(output.absolute().parent, "output")
+    for place in config.places.values():
+        _check_free(place, config.overwrite)
     steps = config.num_inference_steps
     check_steps(steps, config.target_time or 0.0, is_map=run.is_map)
     teacher = run_teacher(run, device)
@@ -64,6 +59,8 @@ def write_student(config: ExportConfig) -> float:
         with contextlib.suppress(ValueError):
             teacher, _ = with_first_stage(teacher, run.config.base_student, run.config.noise_level, device=device)
     student = restore_student(run, teacher, path, config.ema_width).to(device)
+    for name in config.format:
+        check_format(student, name, steps)
     t, scale = config.target_time, config.guidance_scale
     check_trained(student, t or 0.0, scale, run.distilled, run.config.t_min)
     training = f"{run.config.max_train_steps:,} steps planned, exported from {path.name}, seed {run.config.seed}"
@@ -72,4 +69,15 @@ def write_student(config: ExportConfig) -> float:
     facts = replace(distilled_facts(run.config, student.teacher, scale), training=training)
     t = run.config.t_min if t is None else max(t, run.config.t_min)
     how: dict[str, Any] = {"t": t, "guidance_scale": scale, "num_inference_steps": steps, "facts": facts}
-    return export_student(student, output, **how, overwrite=config.overwrite)
+    how["overwrite"] = config.overwrite
+    return {name: export_student(student, place, format=name, **how) for name, place in config.places.items()}
+
+
+def _check_free(place: Path, overwrite: bool) -> None:
+    if place.exists() and not overwrite:
+        todo = f"name another folder, or give {named('overwrite')} to replace it"
+        raise SettingError("output", place, "exists", todo)
+    if place.exists() and not is_exported(place):
+        why = f"is no exported student, so {named('overwrite')} does not replace it"
+        raise SettingError("output", place, why)
+    check_writable(place.absolute().parent, "output")
