@@ -21,7 +21,7 @@ from onestill.runs.demo import draw
 from onestill.runs.distill import distill
 
 SETTINGS: dict[str, Any] = {
-    "guidance_scale": 3.0, "max_train_steps": 2_000, "checkpointing_steps": 200, "validation_steps": 500,
+    "guidance_scale": 3.0, "max_train_steps": 1_300, "checkpointing_steps": 100, "validation_steps": 500,
     "num_validation_images": 8,
 }  # fmt: skip
 """Guidance and a length; the rest are the defaults."""
