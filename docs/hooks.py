@@ -309,7 +309,7 @@ def first_sentence(text: str) -> str:
     paragraphs = (" ".join(each.split()) for each in re.split(r"\n\n+", prose))
     first = next((each.removeprefix("- ") for each in paragraphs if each and not re.match(r"[#!|<>$]", each)), "")
     plainly = re.sub(r"\[([^]]*)\]\([^)]*\)|\*+|`", lambda match: match[1] or "", first)
-    sentence = re.split(r"(?<=[a-z)][.:]) ", plainly)[0].rstrip(".:")
+    sentence = re.split(r"(?<=[a-z)]\.) ", plainly)[0].rstrip(".:")
     return (
         f"{sentence}." if len(sentence) <= LONGEST_SENTENCE else f"{sentence[:LONGEST_SENTENCE].rsplit(' ', 1)[0]} ..."
     )

@@ -164,7 +164,7 @@ def test_llms_txt_names_every_page(config: Any, hooks: ModuleType, pages: dict[s
     ("text", "said"),
     [
         ("# Title\n\n**One** [link](a.md) with `code`. Two.", "One link with code."),
-        ("# Title\n\n```sh\nrun\n```\n\n- Ctrl-C stops: it saves.", "Ctrl-C stops."),
+        ("# Title\n\n```sh\nrun\n```\n\n- Ctrl-C stops: it saves.", "Ctrl-C stops: it saves."),
         (f"# Title\n\n{'word ' * 100}", f"{'word ' * 48}..."),
     ],
 )
