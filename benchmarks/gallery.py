@@ -138,23 +138,29 @@ def main() -> None:
     if not args.student and (left := [name for name in wanted if name in STUDENT]):
         parser.error(f"{', '.join(left)}: drawn by a student; give --student RUN")
     places = {name: args.output_dir / f"{name}.png" for name in wanted}
-    samplers: dict[str, Sampler] = {}
+    if there := [str(place) for place in places.values() if place.exists() and not args.overwrite]:
+        parser.error(f"{', '.join(there)}: there already; name another --output_dir, or give --overwrite")
     try:
-        if there := [str(place) for place in places.values() if place.exists() and not args.overwrite]:
-            parser.error(f"{', '.join(there)}: there already; name another --output_dir, or give --overwrite")
-        if any(name in STUDENT for name in wanted):
-            samplers["student"] = onestill.load_sampler(args.student, device="cpu")
+        draw(places, args.student)
     except onestill.SettingError as error:
         parser.error(error.as_flags())
-    if any(name in GLYPHS for name in wanted):
+
+
+def draw(places: dict[str, Path], run: str | None) -> None:
+    """Draw pictures by their names, those of the digits with the student of a run."""
+    samplers: dict[str, Sampler] = {}
+    if any(name in STUDENT for name in places):
+        samplers["student"] = onestill.load_sampler(run, device="cpu")
+    if any(name in GLYPHS for name in places):
         samplers["glyphs"] = onestill.load_sampler(
             teacher="glyphs", guidance_scale=3.0, num_inference_steps=20, solver="dpmsolver++", device="cpu"
         )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, place in places.items():
-        (STUDENT[name] if name in STUDENT else GLYPHS[name])(
-            samplers["student" if name in STUDENT else "glyphs"], place
-        )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if name in STUDENT:
+            STUDENT[name](samplers["student"], place)
+        else:
+            GLYPHS[name](samplers["glyphs"], place)
         shrink(place)
         print(f"{place}: {place.stat().st_size / 1000:.0f} kB", flush=True)
 
