@@ -50,6 +50,8 @@ ROOMS = {
 }
 """The title that the public names of each room stand under, in this order; the settings of every room under the last."""
 KINDS = {bool: "yes or no", int: "whole number", float: "number", str: "text", Path: "path"}
+DELIMITERS = {"lVert": "‖", "rVert": "‖", "langle": "⟨", "rangle": "⟩"}
+"""What latex2mathml does not know by name behind `\\big`."""
 LONGEST_SENTENCE = 240
 
 # Which pages there are
@@ -101,18 +103,22 @@ def formula(match: re.Match[str]) -> str:
     """Return one formula; one that stands alone may have a number, which becomes its anchor."""
     latex = html.unescape(match[2]).strip()
     if match[1] == "span":
-        return spaced(convert(latex))
+        return mathml(latex, "inline")
     number = re.search(r"\\tag\{(\w+)\}", latex)
-    drawn = spaced(convert(latex.replace(number[0], "") if number else latex, display="block"))
+    drawn = mathml(latex.replace(number[0], "") if number else latex, "block")
     if number is None:
         return f'<div class="formula">{drawn}</div>'
     return f'<div class="formula" id="eq-{number[1]}">{drawn}<span>({number[1]})</span></div>'
 
 
-def spaced(mathml: str) -> str:
-    """Return MathML with room behind the names of functions and around "distributed as", which is no tilde."""
-    apart = re.sub(r"(<mi>(?:cos|exp|log|sin)</mi>)(?!<mo)", r'\1<mspace width="0.17em" />', mathml)
-    return apart.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+def mathml(latex: str, display: str) -> str:
+    """Return a formula as MathML, with room behind the names of functions; PluginError if a command is not known."""
+    plainly = re.sub(r"(?<=\\big|\\Big)\\(\w+)", lambda name: DELIMITERS.get(name[1], name[0]), latex)
+    made = convert(plainly, display=display)
+    if unknown := re.search(r"\\\w+", made):
+        raise PluginError(f"the formula {latex!r} holds {unknown[0]}, which latex2mathml does not know")
+    apart = re.sub(r"(<mi>(?:cos|exp|log|sin)</mi>)(?!<mo)", r'\1<mspace width="0.17em" />', made)
+    return apart.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")  # "distributed as" is no tilde
 
 
 # Settings

@@ -181,6 +181,9 @@ def test_formulas_are_mathml(hooks: ModuleType) -> None:
         "</math><span>(1)</span></div>"
     )
     assert "&#x0223C;" in numbered and "tag" not in numbered
+    assert hooks.mathml(r"\big\lVert x \big\rVert", "inline").count("‖</mo>") == 2
+    with pytest.raises(PluginError, match="holds .nonsense, which latex2mathml does not know"):
+        hooks.mathml(r"x \nonsense", "inline")
 
 
 def test_nothing_is_fetched_from_elsewhere(config: Any) -> None:
