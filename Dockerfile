@@ -4,7 +4,7 @@
 #     docker build -t onestill .                                   # CPU
 #     docker build -t onestill:cuda --build-arg DEVICE=cuda .      # NVIDIA; run it with --gpus all
 #     docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" onestill demo digits --output_dir demo
-ARG PYTHON=3.12
+ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
 # cpu or cuda: which build of torch is installed.
