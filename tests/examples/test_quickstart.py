@@ -17,6 +17,7 @@ from onestill.sampling.config import DrawSettings, SamplerSettings
 from onestill.training.config import DistillConfig
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
+PIP = ["-m", "pip", "install", "--quiet"]
 SETTINGS = {
     "distill": {*DistillConfig.model_fields},
     "evaluate": {*EvaluateConfig.model_fields},
@@ -46,7 +47,7 @@ def test_it_holds_no_outputs(notebook: Any) -> None:
     assert NOTEBOOK.stat().st_size < 20_000
 
 
-def test_it_installs_only_what_is_not_there(cells: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_installs_only_what_is_not_there(cells: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done: list[list[str]] = []
 
     class Failed:
@@ -60,10 +61,20 @@ def test_it_installs_only_what_is_not_there(cells: list[str], monkeypatch: pytes
     exec(cells[0], {})
     assert done == []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setenv("ONESTILL_SOURCE", "no-such-folder")
-    with pytest.raises(RuntimeError, match="pip cannot install 'no-such-folder'; set SOURCE to a clone of onestill"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RuntimeError, match=r"onestill is not installed: set SOURCE to git\+ and the repository's address"
+    ):
         exec(cells[0], {})
-    assert [command[1:] for command in done] == [["-m", "pip", "install", "--quiet", "no-such-folder"]]
+    assert done == [], "nothing of that name is taken from an index"
+    monkeypatch.setenv("ONESTILL_SOURCE", "no-such-folder")
+    with pytest.raises(RuntimeError, match="pip cannot install 'no-such-folder': is it a clone of onestill"):
+        exec(cells[0], {})
+    monkeypatch.delenv("ONESTILL_SOURCE")
+    monkeypatch.chdir(NOTEBOOK.parent)
+    with pytest.raises(RuntimeError, match="pip cannot install '..'"):
+        exec(cells[0], {})
+    assert [command[1:] for command in done] == [[*PIP, "no-such-folder"], [*PIP, ".."]]
 
 
 def test_its_calls_are_those_of_the_package(cells: list[str]) -> None:
