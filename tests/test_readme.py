@@ -16,7 +16,7 @@ from onestill import cli
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
-PAGES = [README, *GUIDE]
+PAGES = [README, ROOT / "docs" / "gallery.md", *GUIDE]
 DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in DOCUMENTS}
 

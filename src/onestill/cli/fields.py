@@ -48,12 +48,15 @@ def from_config(
         wrapped.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]  # inspect reads it
         wrapped.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
         wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        vars(wrapped)[MODEL] = model
         return wrapped
 
     return decorate
 
 
 WORD = "word"
+MODEL = "settings_model"
+"""The attribute of a command's function that holds the model of its settings, for what lists them."""
 
 
 def _word(setting: str, is_list: bool) -> inspect.Parameter:
