@@ -65,7 +65,8 @@ def frechet_parts(real: Gaussian, features: Tensor) -> Tensor:
     """Return what each row of features [N, D] contributes to `frechet`, to the first order, [N].
 
     It is the derivative of the distance by the weight of the row: with x less the mean mu_f and the map
-    T = A (A S_f A)^(-1/2) A, A = S_r^(1/2), that carries one Gaussian to the other, 2 (mu_f - mu_r) . x + x . (1 - T) x.
+    T = A (A S_f A)^(-1/2) A, A = S_r^(1/2), that carries one Gaussian to the other, 2 (mu_f - mu_r) . x +
+    N / (N - 1) x . (1 - T) x.
     """
     rows = features.detach().cpu().double()
     mean = rows.mean(dim=0)
@@ -73,7 +74,8 @@ def frechet_parts(real: Gaussian, features: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(real.root @ (rows.T @ rows / (len(rows) - 1)) @ real.root)
     kept = values > values[-1] * 1e-12
     half = real.root @ vectors[:, kept] * values[kept].pow(-0.25)
-    return 2 * rows @ (mean - real.mean) + rows.square().sum(dim=1) - (rows @ half).square().sum(dim=1)
+    curved = rows.square().sum(dim=1) - (rows @ half).square().sum(dim=1)
+    return 2 * rows @ (mean - real.mean) + curved * len(rows) / (len(rows) - 1)
 
 
 def read_gaussian(path: Path) -> Gaussian:

@@ -49,6 +49,7 @@ class Seen:
         heads: On which of those judged each head of the classifier is right, [M, num_heads].
         scores: The CLIP score of each, [N].
         logits: Of the Inception network, [N, 1008].
+        classes: What each was asked to show, [N].
     """
 
     features: Tensor
@@ -57,6 +58,7 @@ class Seen:
     heads: Tensor | None
     scores: Tensor | None
     logits: Tensor | None
+    classes: Tensor | None
 
 
 def look(draw: Draw, eyes: Eyes) -> Seen:
@@ -83,6 +85,7 @@ def look(draw: Draw, eyes: Eyes) -> Seen:
         heads=whole.get("heads"),
         scores=whole.get("scores"),
         logits=extractor.class_logits(features) if isinstance(extractor, InceptionFeatures) else None,
+        classes=draw.rows.get("class_labels"),
     )
 
 
@@ -126,7 +129,7 @@ class Standard:
         parts = {"frechet_distance": frechet_parts(self.gaussian, seen.features)} if resamples else {}
         if self.features is not None:
             inside, found = metrics.precision_recall_hits(self.features, seen.features, k=NEIGHBOURS)
-            parts |= {"precision": inside, "recall": found}
+            parts["precision"], values["recall"] = inside, float(found.double().mean())
         if self.features is not None and self.has_kernel:
             how = {"subset_size": self.subset_size(len(seen.features)), "num_subsets": KERNEL_SUBSETS}
             distance, spread = metrics.kernel_distance(self.features, seen.features, **how)
@@ -141,5 +144,5 @@ class Standard:
             values["prompt_accuracy"] = accuracies = targets.accuracies(seen.heads)
             parts |= {f"prompt_accuracy.{name}": rows for name, rows in targets.parts(seen.heads).items()}
             named = {f"prompt_accuracy.{name}": value for name, value in accuracies.items()}
-            return {**values, "intervals": intervals({**values, **named}, parts, resamples)}
-        return {**values, "intervals": intervals(values, parts, resamples)}
+            return {**values, "intervals": intervals({**values, **named}, parts, resamples, seen.classes)}
+        return {**values, "intervals": intervals(values, parts, resamples, seen.classes)}

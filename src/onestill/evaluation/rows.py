@@ -102,8 +102,8 @@ class Row(OwnFile):
         images_per_second_large: At `EvaluationProtocol.large_batch_size`.
         speedup: How many times faster than `EvaluationProtocol.speedup_over`, measured in turns with it.
         intervals: The 95% intervals of numbers above by their names, those of `prompt_accuracy` as `prompt_accuracy.all`:
-            how they would change if other images had been drawn, the reference kept; recall is a share of the
-            reference, whose images are the ones drawn again there.
+            how they would change if other images of the same classes had been drawn, the reference kept. Recall has
+            none: which real images the generated ones reach is no mean over these. Nor have speeds.
     """
 
     name: str
