@@ -39,7 +39,8 @@ def test_parts_are_the_derivatives_by_the_weights() -> None:
         around = fake - mean
         return frechet(real, Gaussian(mean, (around * weights[:, None]).T @ around * 60 / 59))
 
-    parts = frechet_parts(real, fake)
+    distance, parts = frechet_parts(real, fake)
+    assert distance == pytest.approx(frechet(real, gaussian_of(fake)), rel=1e-12)
     # More of one row moves the mean of all by its part less the mean of the parts.
     found = [(weighted(row, 1e-5) - weighted(row, -1e-5)) / 2e-5 * 60 for row in range(8)]
     assert found == pytest.approx((parts - parts.mean())[:8].tolist(), rel=1e-4)

@@ -32,7 +32,7 @@ def test_the_interval_of_a_distance_is_what_other_images_make_of_it() -> None:
         return normal(300, 6, seed=seed) * 1.2 + 0.2
 
     found = [frechet(real, gaussian_of(draw(seed))) for seed in range(1, 81)]
-    halves = [half(interval(0.0, frechet_parts(real, draw(seed)), 400)) for seed in range(1, 11)]
+    halves = [half(interval(0.0, frechet_parts(real, draw(seed))[1], 400)) for seed in range(1, 11)]
     assert np.mean(halves) == pytest.approx(1.96 * np.std(found), rel=0.3)
 
 

@@ -55,27 +55,31 @@ def gaussian_of(features: Tensor) -> Gaussian:
 
 def frechet(real: Gaussian, fake: Gaussian) -> float:
     """Return |mu_r - mu_f|^2 + Tr(S_r + S_f - 2 (S_r^(1/2) S_f S_r^(1/2))^(1/2)), at least 0."""
-    values = torch.linalg.eigvalsh(real.root @ fake.covariance @ real.root)
-    traces = real.covariance.trace() + fake.covariance.trace()
-    found = (real.mean - fake.mean).square().sum() + traces - 2 * values.clamp(min=0).sqrt().sum()
-    return max(float(found), 0.0)
+    return _distance(real, fake, torch.linalg.eigvalsh(real.root @ fake.covariance @ real.root))
 
 
-def frechet_parts(real: Gaussian, features: Tensor) -> Tensor:
-    """Return what each row of features [N, D] contributes to `frechet`, to the first order, [N].
+def frechet_parts(real: Gaussian, features: Tensor) -> tuple[float, Tensor]:
+    """Return `frechet` of features [N, D], and what each row contributes to it, to the first order, [N].
 
-    It is the derivative of the distance by the weight of the row: with x less the mean mu_f and the map
+    That is the derivative of the distance by the weight of the row: with x less the mean mu_f and the map
     T = A (A S_f A)^(-1/2) A, A = S_r^(1/2), that carries one Gaussian to the other, 2 (mu_f - mu_r) . x +
     N / (N - 1) x . (1 - T) x.
     """
-    rows = features.detach().cpu().double()
-    mean = rows.mean(dim=0)
-    rows = rows - mean
-    values, vectors = torch.linalg.eigh(real.root @ (rows.T @ rows / (len(rows) - 1)) @ real.root)
+    fake = gaussian_of(features)
+    rows = features.detach().cpu().double() - fake.mean
+    values, vectors = torch.linalg.eigh(real.root @ fake.covariance @ real.root)
     kept = values > values[-1] * 1e-12
     half = real.root @ vectors[:, kept] * values[kept].pow(-0.25)
     curved = rows.square().sum(dim=1) - (rows @ half).square().sum(dim=1)
-    return 2 * rows @ (mean - real.mean) + curved * len(rows) / (len(rows) - 1)
+    parts = 2 * rows @ (fake.mean - real.mean) + curved * len(rows) / (len(rows) - 1)
+    return _distance(real, fake, values), parts
+
+
+def _distance(real: Gaussian, fake: Gaussian, values: Tensor) -> float:
+    """Return the distance by the eigenvalues of S_r^(1/2) S_f S_r^(1/2)."""
+    traces = real.covariance.trace() + fake.covariance.trace()
+    found = (real.mean - fake.mean).square().sum() + traces - 2 * values.clamp(min=0).sqrt().sum()
+    return max(float(found), 0.0)
 
 
 def read_gaussian(path: Path) -> Gaussian:

@@ -124,9 +124,12 @@ class Standard:
 
     def numbers(self, seen: Seen, targets: PromptTargets | None, resamples: int) -> dict[str, Any]:
         """Return the numbers of a row by the names of its fields, with their intervals."""
-        fake = gaussian_of(seen.features)
-        values: dict[str, Any] = {"frechet_distance": frechet(self.gaussian, fake)}
-        parts = {"frechet_distance": frechet_parts(self.gaussian, seen.features)} if resamples else {}
+        values: dict[str, Any] = {}
+        parts: dict[str, Tensor] = {}
+        if resamples:
+            values["frechet_distance"], parts["frechet_distance"] = frechet_parts(self.gaussian, seen.features)
+        else:
+            values["frechet_distance"] = frechet(self.gaussian, gaussian_of(seen.features))
         if self.features is not None:
             inside, found = metrics.precision_recall_hits(self.features, seen.features, k=NEIGHBOURS)
             parts["precision"], values["recall"] = inside, float(found.double().mean())
