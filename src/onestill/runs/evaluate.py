@@ -24,6 +24,7 @@ from onestill.evaluation.comparison import Comparison, Entry
 from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.features import FeatureExtractor, sees_latents
 from onestill.evaluation.gaussians import is_statistics, write_gaussian
+from onestill.evaluation.inception import InceptionFeatures
 from onestill.evaluation.references import (
     Reference,
     check_save_reference,
@@ -104,6 +105,8 @@ def _evaluated(
         where: dict[str, Any] = {"device": pair.device, "weights": config.features_weights}
         extractor = choose_features(config.features, pair.teacher, local_files_only=offline, **where)
     check_features(extractor, pair.student.sampler)
+    if isinstance(extractor, InceptionFeatures):
+        check_pictures(_decoded_shape(pair), "features", "the Inception network")
     source = _reference_source(config, pair, extractor)
     subjects, notes = _subjects(config, pair, source)
     if config.protocol is not None:
