@@ -100,7 +100,10 @@ class EvaluateConfig(IntervalSettings, StoredSettings):
         f"For {named('features')} inception: pt_inception-2015-12-05-6726825d.pth, or a .safetensors of its tensors.",
     )
     save_reference: Path | None = setting(
-        None, MEASURES, f"An .npz to write the mean and covariance of the reference to, for {named('reference')}."
+        None,
+        MEASURES,
+        "An .npz to write the mean and covariance of the reference's features to; another evaluation may be compared "
+        "with it.",
     )
     protocol: Protocol | None = setting(
         None,
