@@ -137,14 +137,15 @@ class Pictures:
         return metrics.frechet_distance(self.real, extract(self.extractor, images))
 
     def _score(self, sampler: NetworkSampler) -> Score:
-        images = Draw(sampler, range(self.num), self.cond, 64).seen_by(self.extractor)
+        draw = Draw(sampler, range(self.num), self.cond, 64)
+        images = torch.cat([seen for _, seen in draw.batches(self.extractor)])
         fake = extract(self.extractor, images)
         precision, recall = metrics.precision_recall(self.real, fake)
         score = {"distance": metrics.frechet_distance(self.real, fake), "precision": precision, "recall": recall}
         if "class_labels" in self.cond and isinstance(self.extractor, ClassifierFeatures):
             score["labels"] = metrics.label_accuracy(self.extractor.logits(images), self.cond["class_labels"])
         if self.targets is not None:
-            score["prompts"] = self.targets.accuracies(images)["all"]
+            score["prompts"] = self.targets.accuracies(self.targets.hits(images))["all"]
         return score
 
 

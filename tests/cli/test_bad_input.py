@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -88,6 +89,10 @@ def bad_teacher(kind: str = "plain") -> Path:
 
 def exported_alone() -> None:
     copied(finished_run() / "pipeline", Path("alone"))
+
+
+def statistics_of_2048() -> None:
+    np.savez("s.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
 
 
 def no_pipeline() -> None:
@@ -558,6 +563,19 @@ OTHERS = [
     Case("evaluate against an empty folder", E + "--student RUN --reference real --output out", "--reference real: holds 0 images", lambda: Path("real").mkdir()),
     Case("evaluate with unknown features", E + "--student RUN --features no/such/thing/here --output out", "--features no/such/thing/here: no such file or folder"),
     Case("evaluate with a pickle", E + "--student RUN --features inception.pt --output out", "--features inception.pt: is a pickle"),
+    Case("evaluate by a network without its weights", E + "--student RUN --features inception --output out", "--features_weights: is needed by --features inception, which is never downloaded; give the path of pt_inception"),
+    Case("evaluate by weights of no network", E + "--student RUN --features_weights w.pth --output out", "--features_weights w.pth: is for --features inception alone, and they are auto"),
+    Case("evaluate by weights that are not there", E + "--student RUN --features inception --features_weights w.pth --output out", "--features_weights w.pth: no such file"),
+    Case("evaluate by other weights", E + "--student RUN --features inception --features_weights w.pth --output out", "--features_weights w.pth: has the SHA-256 2d711642..., which is not that of pt_inception-2015-12-05-6726825d.pth", write("w.pth", "x")),
+    Case("evaluate against no statistics", E + "--student RUN --reference none.npz --output out", "--reference none.npz: no such file; give an .npz with 'mu' [D] and 'sigma' [D, D]"),
+    Case("evaluate against other statistics", E + "--student RUN --reference s.npz --output out", "--reference s.npz: is of features of length 2,048, and those of the teacher's own mid_block", statistics_of_2048),
+    Case("evaluate against statistics to be kept", E + "--student RUN --reference s.npz --save_reference t.npz", "--save_reference t.npz: is for a reference of images"),
+    Case("evaluate and keep a reference that is there", E + "--student RUN --save_reference t.npz --output out", "--save_reference t.npz: is there already; name another, or give --overwrite", write("t.npz", "mine")),
+    Case("evaluate and keep a reference as a text", E + "--student RUN --save_reference t.txt --output out", "--save_reference t.txt: is no name of an .npz file"),
+    Case("evaluate by an unknown protocol", "evaluate --student RUN --protocol fid10k --output out", "fid10k"),
+    Case("evaluate by a protocol of other features", "evaluate --student RUN --protocol fid50k --features digits --output out", "--features digits: --protocol fid50k has inception; leave out one of the two"),
+    Case("evaluate by a protocol of more images", "evaluate --student RUN --protocol fid50k --num_samples 100 --output out", "--num_samples 100: --protocol fid50k has 50000; leave out one of the two"),
+    Case("evaluate with negative resamples", E + "--student RUN --resamples -1 --output out", "--resamples -1: must be at least 0"),
     Case("evaluate with guidance of no classes", E + "--student RUN --guidance_scale 2 --output out", "needs a teacher with a null class"),
     Case("evaluate of labels of no classes", E + "--student RUN --class_labels 1 --output out", "is unconditional"),
     Case("evaluate with another teacher's classes", E + "--student RUN --teacher CLASS --output out", "has 4 classes and --student 0; not the same teacher"),

@@ -201,6 +201,8 @@ def test_what_are_no_pictures_is_refused(score: ClipScore) -> None:
     for shape in ((2, 2048), (3, 5, 16, 16), (4, 8, 8)):
         with pytest.raises(ValueError, match="clip: CLIP sees pictures, .* and this teacher makes"):
             check_pictures(shape)
+    with pytest.raises(ValueError, match=r"^features: the Inception network sees pictures, .* makes \[4, 8, 8\]"):
+        check_pictures((4, 8, 8), "features", "the Inception network")
     with pytest.raises(ValueError, match="5 pictures and 1 prompts"):
         score(pictures(), ["a"])
     with pytest.raises(ValueError, match=r"images must lie in \[-1, 1\]"):

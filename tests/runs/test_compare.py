@@ -55,6 +55,18 @@ def test_runs_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path) -> No
     assert [row[0] for row in onestill.compare([one, other]).summary.rows] == ["x/run", "y/run"]
 
 
+def test_intervals_of_different_resamples_are_left_out(runs: list[Path]) -> None:
+    report = Report.model_validate_json((runs[0] / "evaluation" / "report.json").read_text())
+    alike = merged({"a": report, "b": report})
+    assert alike.protocol.resamples == 1000
+    assert all("frechet_distance" in row.intervals for row in alike.rows)
+    rows = tuple(row.model_copy(update={"intervals": {}}) for row in report.rows)
+    protocol = report.protocol.model_copy(update={"resamples": None})
+    without = merged({"a": report, "b": report.model_copy(update={"rows": rows, "protocol": protocol})})
+    assert [row.name for row in without.rows] == [row.name for row in alike.rows]
+    assert without.protocol.resamples is None and not any(row.intervals for row in without.rows)
+
+
 @pytest.mark.parametrize("field", [*DECIDING, *OF_THE_TEACHER])
 def test_numbers_of_different_kinds_are_not_put_together(field: str, runs: list[Path]) -> None:
     report = Report.model_validate_json((runs[0] / "evaluation" / "report.json").read_text())

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,11 @@ from runs_helpers import (
 from torch import Tensor
 
 import onestill
+from onestill.core.settings import make
+from onestill.evaluation import choice
+from onestill.evaluation.config import EvaluateConfig
+from onestill.evaluation.inception import InceptionFeatures
+from onestill.runs import evaluate as evaluate_module
 from onestill.runs.evaluate import default_report_folder
 from onestill.runs.export import export
 from onestill.runs.folder import RunFolder
@@ -195,6 +201,83 @@ def test_evaluate_against_a_folder_of_images(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "real")
     report = onestill.evaluate(finished_run(), reference=folder, **FEW)
     assert report.protocol.reference == "the images in real/" and report.protocol.num_reference_images == 12
+
+
+def test_a_reference_is_kept_and_taken_as_a_mean_and_a_covariance(tmp_path: Path) -> None:
+    run, kept = finished_run(), tmp_path / "stats.npz"
+    of_images = onestill.evaluate(run, save_reference=kept, **FEW)
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]
+    report = onestill.evaluate(run, reference=kept, **FEW)
+    found, expected = ([row.frechet_distance for row in made.rows] for made in (report, of_images))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert all(row.kernel_distance is row.precision is row.recall is None for row in report.rows)
+    assert all(set(row.intervals) == {"frechet_distance"} for row in report.rows)
+    protocol = report.protocol
+    assert protocol.notes == (
+        "no kernel distance, precision or recall: of the reference, a mean and a covariance alone are known",
+    )
+    assert protocol.reference.startswith("the mean and covariance in stats.npz (sha256 ")
+    assert (protocol.num_reference_images, protocol.neighbours, protocol.kernel_subset_size) == (12, None, None)
+    other = tmp_path / "other.npz"
+    with np.load(kept) as arrays:
+        np.savez(other, mu=arrays["mu"], sigma=arrays["sigma"], features="another network")
+        np.savez(kept, mu=arrays["mu"], sigma=arrays["sigma"])
+    with pytest.raises(
+        ValueError, match="reference=.*is of other features: another network, and not the teacher's own"
+    ):
+        onestill.evaluate(run, reference=other, **FEW)
+    # A file as others write it does not say of how many images it is.
+    usual = onestill.evaluate(run, reference=kept, **FEW)
+    assert usual.protocol.num_reference_images is None and "compared with the mean and covariance" in str(usual)
+    assert usual.rows == report.rows
+
+
+def test_inception_features_bring_the_inception_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Small(InceptionFeatures):
+        def __call__(self, images: Tensor) -> Tensor:
+            return images.flatten(1)
+
+    network = torch.nn.Module()
+    network.fc = torch.nn.Linear(64, 5)
+    extractor = Small(network, "small inception")  # type: ignore[arg-type]
+    monkeypatch.setattr(choice, "load_inception", lambda path, device: extractor if path == tmp_path / "w" else None)
+    settings: dict[str, Any] = {**FEW, "steps": (1,), "features": "inception", "features_weights": tmp_path / "w"}
+    report = onestill.evaluate(finished_run(), **settings)
+    assert (report.protocol.feature_dim, report.protocol.extractor) == (64, "small inception")
+    for row in report.rows:
+        assert row.inception_score is not None and row.inception_score >= 1
+        low, high = row.intervals["inception_score"]
+        assert low <= row.inception_score <= high
+    assert " IS↑ " in str(report) and "IS: Inception Score" in str(report)
+
+
+def test_a_protocol_sets_what_is_in_its_name() -> None:
+    class Mine:
+        name = "mine"
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return images.flatten(1)
+
+    weights: dict[str, Any] = {"protocol": "fid50k", "features_weights": "w.pth", "student": finished_run()}
+    config = make(EvaluateConfig, weights)
+    assert (config.num_samples, config.seed, config.features, config.class_labels) == (50_000, 0, "inception", ())
+    assert make(EvaluateConfig, {**weights, "num_samples": 50_000, "steps": (8,)}).steps == (8,)
+    for name, value in (("num_samples", 10_000), ("seed", 1), ("features", "digits"), ("class_labels", [1])):
+        with pytest.raises(ValueError, match=f"^{name}=.*: protocol fid50k has .*; leave out one of the two"):
+            make(EvaluateConfig, {**weights, name: value})
+    with pytest.raises(ValueError, match="features='Mine': is an object, and protocol fid50k has inception"):
+        onestill.evaluate(**weights, features=Mine())
+
+
+def test_a_protocol_is_said_first_and_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    config = EvaluateConfig(student=finished_run(), **{**FEW, "features": "teacher"}).model_copy(
+        update={"protocol": "fid50k"}
+    )
+    monkeypatch.setattr(evaluate_module, "_configured", lambda *_: config)
+    report = onestill.evaluate(finished_run(), say=said.append)
+    line = "protocol fid50k: 12 images a row, seeds 0..11, all labels in turn, teacher features"
+    assert line in said and line in report.protocol.notes
 
 
 def test_evaluate_is_the_same_twice_and_depends_on_the_seed() -> None:

@@ -20,7 +20,7 @@ from onestill.core.paths import place_fault
 from onestill.core.reading import loading
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Ends the names of files that are pickles, which can run code when they are opened: none is ever opened."""
+"""Ends the names of files that are pickles, which can run code when they are opened: none is, but one of a known SHA-256."""
 RUN_FILE = "teacher.json"
 """Says what the run in its folder was distilled from."""
 MARK_FILE = "onestill.json"

@@ -14,6 +14,7 @@ from onestill.core.files import PICKLE_SUFFIXES
 from onestill.core.tensors import as_times, broadcast, noise, to_device
 from onestill.evaluation.classifier import ConvFeatures
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, MiddleFeatures
+from onestill.evaluation.inception import load_inception
 from onestill.evaluation.pretrained import HUB_ID, TransformersFeatures
 from onestill.teachers.base import Teacher
 from onestill.teachers.load import EMBEDDED
@@ -23,11 +24,16 @@ _GIVE = "a .safetensors file written by ConvFeatures.save, or a transformers vis
 _OTHERS = f"give {named('features')} {_GIVE}, by folder or id"
 
 
-def choose_features(spec: str, teacher: Teacher, *, local_files_only: bool, device: torch.device) -> FeatureExtractor:
-    """Return the extractor that `features` names: teacher, an embedded teacher's name, a file, a folder or an id.
+def choose_features(
+    spec: str, teacher: Teacher, *, local_files_only: bool, device: torch.device, weights: Path | None = None
+) -> FeatureExtractor:
+    """Return the extractor that `features` names: teacher, an embedded teacher's name, inception, a file, a folder or an id.
 
-    "auto" is an embedded teacher's classifier where the teacher is one, else the teacher's own.
+    "auto" is an embedded teacher's classifier where the teacher is one, else the teacher's own; `weights` are the file of
+    "inception".
     """
+    if spec == "inception" and weights is not None:
+        return load_inception(weights, device=device)
     if spec == "auto":
         spec = teacher.spec.source if teacher.spec.source in EMBEDDED else "teacher"
     if spec == "teacher":

@@ -104,11 +104,11 @@ class ClipScore:
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
 
-def check_pictures(shape: Sequence[int]) -> None:
-    """Raise SettingError if what a teacher makes, of this shape without the batch, are no pictures."""
+def check_pictures(shape: Sequence[int], setting: str = "clip", who: str = "CLIP") -> None:
+    """Raise SettingError about what `who` sees if what a teacher makes, of this shape without the batch, are no pictures."""
     if len(shape) != 3 or shape[0] not in (1, 3):
-        why = f"CLIP sees pictures, [1 or 3, height, width], and this teacher makes {list(shape)}"
-        raise SettingError("clip", why=why, todo="leave it out")
+        why = f"{who} sees pictures, [1 or 3, height, width], and this teacher makes {list(shape)}"
+        raise SettingError(setting, why=why, todo="leave it out")
 
 
 def _load(source: str, offline: bool) -> tuple[Any, Any]:

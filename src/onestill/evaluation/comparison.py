@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,20 +16,20 @@ from onestill.core.tensors import noise
 from onestill.evaluation import metrics, speed
 from onestill.evaluation.clip import ClipScore
 from onestill.evaluation.config import EvaluateConfig
-from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor, extract
-from onestill.evaluation.prompt_accuracy import PromptTargets, read_prompts
+from onestill.evaluation.features import FeatureExtractor
+from onestill.evaluation.gaussians import gaussian_of
+from onestill.evaluation.look import KERNEL_SUBSETS, NEIGHBOURS, Eyes, Standard, look
+from onestill.evaluation.prompt_accuracy import read_prompts
 from onestill.evaluation.references import Reference
 from onestill.evaluation.report import Report, package_versions
 from onestill.evaluation.rows import EvaluationProtocol, Row
-from onestill.evaluation.samples import Draw, Subjects, looks_at_latents
+from onestill.evaluation.samples import Draw, Subjects
 from onestill.sampling.samplers.base import Sampler
 
-NUM_SHOWN = 100
 SPEED_ROUNDS = 5
-NEIGHBOURS = 3
-"""k of precision and recall."""
-KERNEL_SUBSETS, LARGEST_SUBSET = 50, 1000
 NO_KERNEL = "no kernel distance: rows and reference show the same prompts, at least in part, and its estimator takes them for independent"
+
+NO_IMAGES = "no kernel distance, precision or recall: of the reference, a mean and a covariance alone are known"
 
 
 class Entry(NamedTuple):
@@ -72,57 +72,52 @@ class Comparison:
 
         All rows share seeds and what they show.
         """
-        self.say(f"features of {len(self.reference.images):,} reference images: {self.reference.name}")
-        real = extract(self.extractor, self.reference.images)
+        standard = self.standard
         seconds = self._seconds(entries) if self.config.speed else {}
         prompts = self._draw(entries[0]).rows.get("prompt", ())
         targets, notes = read_prompts(self.extractor, prompts) if len(prompts) else (None, ())
-        paired = not set(prompts).isdisjoint(self.reference.prompts)
-        notes = (*self.notes, *notes, *([NO_KERNEL] if paired else []), *_truncated(self.clip, prompts))
-        rows, shown = [], {}
+        notes = (*self.notes, *notes, *self._left_out(), *_truncated(self.clip, prompts))
+        eyes, rows, shown = Eyes(self.extractor, targets, self.clip), [], {}
         for entry in entries:
-            row, shown[entry.name] = self._row(entry, real, targets, paired)
-            rows.append(
-                row.model_copy(update=_speed_columns(entry.as_fast_as or entry.name, seconds, self.config.batch_size))
-            )
-        warning = metrics.sample_warning(len(real), self.config.num_samples, real.shape[1])
-        protocol = self._protocol(entries, real, paired, notes)
+            self.say(f"{entry.name}: {self.config.num_samples:,} images")
+            seen = look(self._draw(entry), eyes)
+            shown[entry.name] = seen.shown
+            speeds = _speed_columns(entry.as_fast_as or entry.name, seconds, self.config.batch_size)
+            numbers = standard.numbers(seen, targets, self.config.resamples)
+            rows.append(_row(entry, {**numbers, **speeds}))
+        num_features = len(standard.gaussian.mean)
+        warning = metrics.sample_warning(standard.num_images, self.config.num_samples, num_features)
+        protocol = self._protocol(entries, notes)
         return Report(protocol=protocol, rows=tuple(rows), warnings=(warning,) if warning else ()), shown
+
+    @cached_property
+    def standard(self) -> Standard:
+        """The features of the reference, or what is known of them."""
+        reference = self.reference
+        if reference.gaussian is not None:
+            return Standard(reference.gaussian, None)
+        held = reference.seen if reference.images is None else reference.images
+        assert held is not None
+        num = len(held)
+        self.say(f"features of {num:,} reference images: {reference.name}")
+        real = reference.features(self.extractor)
+        assert real is not None
+        shown = set(self.subjects.prompts[: self.config.num_samples])
+        return Standard(
+            replace(gaussian_of(real), num_images=num), real, paired=not shown.isdisjoint(reference.prompts)
+        )
+
+    def _left_out(self) -> list[str]:
+        """Return which numbers there are not, and why."""
+        if self.standard.features is None:
+            return [NO_IMAGES]
+        return [NO_KERNEL] if self.standard.paired else []
 
     def _draw(self, entry: Entry) -> Draw:
         config = self.config
         seeds = range(config.seed, config.seed + config.num_samples)
         rows = self.subjects.rows(entry.sampler, config.num_samples, seed=config.seed)
         return Draw(entry.sampler, seeds, rows, config.batch_size, self.show_progress)
-
-    def _row(self, entry: Entry, real: Tensor, targets: PromptTargets | None, paired: bool) -> tuple[Row, Tensor]:
-        """Return a sampler's numbers, but for its speeds, and its first images."""
-        self.say(f"{entry.name}: {self.config.num_samples:,} images")
-        draw = self._draw(entry)
-        seen = draw.seen_by(self.extractor)
-        shown = draw.drawn(slice(16)) if looks_at_latents(self.extractor, entry.sampler) else seen[:NUM_SHOWN]
-        fake = extract(self.extractor, seen)
-        subsets = {"subset_size": min(LARGEST_SUBSET, len(real), len(fake)), "num_subsets": KERNEL_SUBSETS}
-        kernel, spread = (None, None) if paired else metrics.kernel_distance(real, fake, **subsets)
-        precision, recall = metrics.precision_recall(real, fake, k=NEIGHBOURS)
-        row = Row(
-            name=entry.name,
-            is_student=entry.is_student,
-            num_steps=entry.sampler.num_steps,
-            network_evaluations=entry.sampler.evaluations,
-            frechet_distance=metrics.frechet_distance(real, fake),
-            kernel_distance=kernel,
-            kernel_distance_std=spread,
-            precision=precision,
-            recall=recall,
-            label_accuracy=_label_accuracy(self.extractor, seen, draw.rows.get("class_labels")),
-            prompt_accuracy=None if targets is None else targets.accuracies(seen),
-        )
-        if self.clip is None:
-            return row, shown
-        self.say(f"{entry.name}: CLIP score")
-        score = _clip_score(self.clip, draw.pictures(seen, self.extractor), draw.rows["prompt"])
-        return row.model_copy(update={"clip_score": score}), shown
 
     def _seconds(self, entries: Sequence[Entry]) -> dict[str, tuple[float, float]]:
         """Return seconds per call at batch 1 and at the large batch, all rows timed in turns."""
@@ -139,43 +134,36 @@ class Comparison:
         )
         return {name: (one[name], large[name]) for name in one}
 
-    def _protocol(
-        self, entries: Sequence[Entry], real: Tensor, paired: bool, notes: tuple[str, ...]
-    ) -> EvaluationProtocol:
-        config, reference = self.config, self.reference
+    def _protocol(self, entries: Sequence[Entry], notes: tuple[str, ...]) -> EvaluationProtocol:
+        config, standard = self.config, self.standard
+        has_kernel, real = standard.has_kernel, standard.features
         return EvaluationProtocol(
             teacher=self.teacher,
             student=next((_short_name(entry.sampler.name) for entry in entries if entry.is_student), None),
             extractor=self.extractor.name,
-            feature_dim=real.shape[1],
+            feature_dim=len(standard.gaussian.mean),
             num_images=config.num_samples,
-            reference=reference.name,
-            num_reference_images=len(reference.images),
+            reference=self.reference.name,
+            num_reference_images=standard.num_images,
             seeds=f"{config.seed}..{config.seed + config.num_samples - 1}",
             guidance_scale=config.guidance_scale,
             device=hardware(torch.device(config.device)),
             clip_model=None if self.clip is None else self.clip.name,
             large_batch_size=config.batch_size if config.speed else None,
-            kernel_subset_size=None if paired else min(LARGEST_SUBSET, len(real), config.num_samples),
-            kernel_num_subsets=None if paired else KERNEL_SUBSETS,
-            neighbours=NEIGHBOURS,
+            kernel_subset_size=standard.subset_size(config.num_samples) if has_kernel else None,
+            kernel_num_subsets=KERNEL_SUBSETS if has_kernel else None,
+            neighbours=None if real is None else NEIGHBOURS,
+            resamples=config.resamples or None,
             speedup_over=entries[0].name if config.speed else None,
             versions=package_versions(),
             notes=notes,
         )
 
 
-def _label_accuracy(extractor: FeatureExtractor, images: Tensor, labels: Tensor | None) -> float | None:
-    """Return the share of images that show their label; None without labels, or a classifier of one head."""
-    if labels is None or not isinstance(extractor, ClassifierFeatures) or extractor.classifier.heads:
-        return None
-    return metrics.label_accuracy(extractor.logits(images), labels)
-
-
-def _clip_score(clip: ClipScore, pictures: Iterator[Tensor], prompts: Sequence[str]) -> float:
-    texts = iter(prompts)
-    scores = [clip(batch.clamp(-1, 1), list(itertools.islice(texts, len(batch)))) for batch in pictures]
-    return float(torch.cat(scores).double().mean())
+def _row(entry: Entry, numbers: Mapping[str, Any]) -> Row:
+    sampler = entry.sampler
+    steps: dict[str, Any] = {"num_steps": sampler.num_steps, "network_evaluations": sampler.evaluations}
+    return Row(name=entry.name, is_student=entry.is_student, **steps, **numbers)
 
 
 def _truncated(clip: ClipScore | None, prompts: Sequence[str]) -> tuple[str, ...]:

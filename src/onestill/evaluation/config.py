@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from onestill.core.errors import SettingError, named
+from onestill.core.errors import SettingError, named, plain
 from onestill.core.settings import MOST_GUIDANCE, MOST_LABELS, MOST_ROWS, MOST_WIDTH, Label, setting
 from onestill.diffusion.names import SolverName
 from onestill.students.settings import FEW_STEPS
@@ -15,6 +16,11 @@ from onestill.teachers.settings import IntervalSettings, StoredSettings
 
 Format = Literal["json", "markdown", "csv", "latex"]
 """Forms of a table that other programs read."""
+Protocol = Literal["fid50k"]
+PROTOCOLS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "fid50k": {"num_samples": 50_000, "seed": 0, "class_labels": (), "features": "inception"}
+}
+"""What is the same wherever a number goes by the name of a protocol."""
 STUDENT, IMAGES, MEASURES, REPORT = "Student and teacher", "Images", "Measures", "Report"
 
 
@@ -74,8 +80,9 @@ class EvaluateConfig(IntervalSettings, StoredSettings):
     reference: str = setting(
         "auto",
         MEASURES,
-        "teacher (its own samples: no data needed), an embedded teacher's name (its real images), a folder, or auto: "
-        "the embedded images where the teacher is embedded and the features see images, else teacher.",
+        "teacher (its own samples: no data needed), an embedded teacher's name (its real images), a folder, an .npz of "
+        "a mean and a covariance ('mu', 'sigma'), or auto: the embedded images where the teacher is embedded and the "
+        "features see images, else teacher.",
         path=True,
     )
     num_reference_steps: int = setting(100, MEASURES, "DDIM steps of the teacher as reference.", ge=1, le=10_000)
@@ -83,8 +90,33 @@ class EvaluateConfig(IntervalSettings, StoredSettings):
         "auto",
         MEASURES,
         "teacher (its own middle features), digits or glyphs (their classifier, which also judges labels or prompts), "
-        "a .safetensors file of ConvFeatures, a transformers vision model by folder or id, or auto.",
+        f"inception (the network of the FID, from {named('features_weights')}), a .safetensors file of ConvFeatures, a "
+        "transformers vision model by folder or id, or auto.",
         path=True,
+    )
+    features_weights: Path | None = setting(
+        None,
+        MEASURES,
+        f"For {named('features')} inception: pt_inception-2015-12-05-6726825d.pth, or a .safetensors of its tensors.",
+    )
+    save_reference: Path | None = setting(
+        None,
+        MEASURES,
+        "An .npz to write the mean and covariance of the reference's features to; another evaluation may be compared "
+        "with it.",
+    )
+    protocol: Protocol | None = setting(
+        None,
+        MEASURES,
+        "fid50k: 50,000 images of seeds 0..49999, all labels in turn, Inception features. What it sets cannot be set "
+        "otherwise beside it; the reference and the teacher's rows can.",
+    )
+    resamples: int = setting(
+        1000,
+        MEASURES,
+        "Resamples of the images by which each number has its 95% interval; 0 for no intervals.",
+        ge=0,
+        le=100_000,
     )
     clip: str | None = setting(
         None,
@@ -100,6 +132,30 @@ class EvaluateConfig(IntervalSettings, StoredSettings):
         "FOLDER-evaluation, if it is not given.",
     )
     overwrite: bool = setting(False, REPORT, "Replace what is there.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_its_protocol(cls, data: Any) -> Any:
+        name = data.get("protocol") if isinstance(data, dict) else None
+        fixed = PROTOCOLS.get(name, {}) if isinstance(name, str) else {}
+        for setting_name, value in fixed.items():
+            given = data.get(setting_name, value)
+            if plain(given) != plain(value):
+                why = f"{named('protocol')} {name} has {plain(value) or 'all of them, in turn'}"
+                raise SettingError(setting_name, given, why, "leave out one of the two")
+        return {**data, **fixed} if fixed else data
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.features == "inception" and self.features_weights is None:
+            why = f"is needed by {named('features')} inception, which is never downloaded"
+            raise SettingError(
+                "features_weights", why=why, todo="give the path of pt_inception-2015-12-05-6726825d.pth"
+            )
+        if self.features != "inception" and self.features_weights is not None:
+            why = f"is for {named('features')} inception alone, and they are {self.features}"
+            raise SettingError("features_weights", self.features_weights, why, "leave it out")
+        return self
 
     @model_validator(mode="after")
     def _is_enough_to_measure(self) -> Self:

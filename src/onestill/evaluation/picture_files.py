@@ -19,7 +19,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 def pictures_in(folder: Path) -> list[Path]:
     """Return the files of pictures in a folder and below it, but hidden ones, by name; SettingError if it has not two."""
     why = "" if folder.is_dir() else "is a file" if folder.is_file() else "no such folder"
-    todo = "give 'teacher', an embedded teacher's name, or a folder of images" if why else ""
+    todo = (
+        "give 'teacher', an embedded teacher's name, a folder of images, or an .npz of 'mu' and 'sigma'" if why else ""
+    )
     if not why and not os.access(folder, os.R_OK | os.X_OK):
         why = "cannot be read: permission denied"
     named = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onestill.evaluation.features import ClassifierFeatures, FeatureExtractor
-from onestill.evaluation.heads import head_accuracies, head_hits, read_prompt
+from onestill.evaluation.heads import ALL, head_accuracies, head_hits, read_prompt
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,21 @@ class PromptTargets:
     rows: Tensor
     labels: Tensor
 
-    def accuracies(self, images: Tensor) -> dict[str, float]:
-        """Return the share of the judged images [N, C, H, W] on which every head is right, and that of each head."""
+    def hits(self, images: Tensor, first: int = 0) -> Tensor:
+        """Return whether each head is right, [K, num_heads], on the K images to judge of some [N, C, H, W] from `first` on."""
         heads = self.judge.classifier.heads
-        return head_accuracies(head_hits(self.judge.logits(images[self.rows]), self.labels, heads), heads)
+        here = (self.rows >= first) & (self.rows < first + len(images))
+        if not here.any():
+            return torch.empty(0, len(heads), dtype=torch.bool)
+        return head_hits(self.judge.logits(images[self.rows[here] - first]), self.labels[here], heads)
+
+    def accuracies(self, hits: Tensor) -> dict[str, float]:
+        """Return the share of the judged images on which every head is right, and that of each head."""
+        return head_accuracies(hits, self.judge.classifier.heads)
+
+    def parts(self, hits: Tensor) -> dict[str, Tensor]:
+        """Return what each judged image says of the accuracies, by their names, [M]."""
+        return {ALL: hits.all(dim=1), **dict(zip(self.judge.classifier.heads, hits.T, strict=True))}
 
 
 def read_prompts(extractor: FeatureExtractor, prompts: Sequence[str]) -> tuple[PromptTargets | None, tuple[str, ...]]:

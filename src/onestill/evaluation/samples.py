@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from onestill.core.errors import SettingError, named
-from onestill.evaluation.features import FeatureExtractor, sees_latents
-from onestill.sampling.generate import Rows, generate_images
+from onestill.evaluation.features import FeatureExtractor, extract, sees_latents
+from onestill.sampling.generate import Rows, generate_images, with_progress
 from onestill.sampling.samplers.base import Sampler
 
 
@@ -36,30 +36,37 @@ class Draw:
     batch_size: int
     show_progress: bool = False
 
-    def seen_by(self, extractor: FeatureExtractor) -> Tensor:
-        """Return what an extractor looks at: images, or the latents they are decoded from."""
-        how: dict[str, Any] = {"batch_size": self.batch_size, "show_progress": self.show_progress}
-        if looks_at_latents(extractor, self.sampler):
-            shape = self.sampler.sample_shape
-            return generate_images(self.sampler.latents, self.seeds, shape, self.rows, **how).float()
-        # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
-        return self.sampler.images(self.seeds, self.rows, **how).clamp(-1, 1)
+    def batches(self, extractor: FeatureExtractor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield what an extractor looks at, images or the latents they are decoded from, a batch at a time."""
+        firsts = range(0, len(self.seeds), self.batch_size)
+        for first in with_progress(firsts, self.show_progress):
+            part = slice(first, min(first + self.batch_size, len(self.seeds)))
+            yield part, self._latents(part) if looks_at_latents(extractor, self.sampler) else self.drawn(part)
 
-    def pictures(self, seen: Tensor, extractor: FeatureExtractor) -> Iterator[Tensor]:
-        """Yield the pictures in batches: what `seen_by` returned, or decoded from it."""
-        for first in range(0, len(seen), self.batch_size):
-            batch = slice(first, first + self.batch_size)
-            if not looks_at_latents(extractor, self.sampler):
-                yield seen[batch]
-            elif self.sampler.can_decode:
-                yield self.sampler.decode(seen[batch]).cpu()
-            else:  # an exported pipeline decodes inside its call
-                yield self.drawn(batch)
+    def features(self, extractor: FeatureExtractor) -> Tensor:
+        """Return the features [N, D] of all; of the images a batch alone is kept at a time."""
+        return torch.cat([extract(extractor, seen) for _, seen in self.batches(extractor)])
+
+    def pictures(self, seen: Tensor, part: slice, extractor: FeatureExtractor) -> Tensor:
+        """Return the pictures of a batch: what `batches` has yielded, or decoded from it."""
+        if not looks_at_latents(extractor, self.sampler):
+            return seen
+        # An exported pipeline decodes inside its call.
+        return self.sampler.decode(seen).cpu().clamp(-1, 1) if self.sampler.can_decode else self.drawn(part)
 
     def drawn(self, part: slice) -> Tensor:
         """Return some of the pictures, whatever an extractor looks at."""
-        rows, seeds = {name: value[part] for name, value in self.rows.items()}, self.seeds[part]
-        return self.sampler.images(seeds, rows, batch_size=len(seeds))
+        rows, seeds = self._part(part)
+        # What leaves the sampler is a picture: values beyond the range are clipped, as in any pipeline's output.
+        return self.sampler.images(seeds, rows, batch_size=len(seeds)).clamp(-1, 1)
+
+    def _latents(self, part: slice) -> Tensor:
+        rows, seeds = self._part(part)
+        shape = self.sampler.sample_shape
+        return generate_images(self.sampler.latents, seeds, shape, rows, batch_size=len(seeds)).float()
+
+    def _part(self, part: slice) -> tuple[Rows, range]:
+        return {name: value[part] for name, value in self.rows.items()}, self.seeds[part]
 
 
 def check_features(extractor: FeatureExtractor, sampler: Sampler) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 HEADS_TITLE = "Share of pictures that show what their prompt says, part by part"
-MISSING = "–"
+MISSING, SPREAD = "–", " ± "
 # Of the signs that tables have, those that LaTeX reads as something else, or has no letter for.
 _LATEX: Final = str.maketrans(
     {
@@ -30,6 +31,7 @@ _LATEX: Final = str.maketrans(
             "×": r"$\times$",
             "³": "$^3$",
             "–": "--",
+            "±": r"$\pm$",
         },
     }
 )
@@ -70,13 +72,14 @@ def columns_of(report: Reported) -> list[Column]:
         Column("sampler", lambda row: row.name, left=True),
         Column("steps", lambda row: f"{row.num_steps:,}"),
         Column("NFE", lambda row: f"{row.network_evaluations:,}", "NFE: network evaluations per image"),
-        Column("FD↓", lambda row: number(row.frechet_distance), "FD: Fréchet distance"),
-        Column("KD↓\n×10³", lambda row: number(row.kernel_distance, scale=1e3), "KD: kernel distance"),
-        Column("prec↑", lambda row: _share(row.precision)),
-        Column("rec↑", lambda row: _share(row.recall)),
-        Column("label↑", lambda row: _share(row.label_accuracy), "label: share that shows its label"),
+        Column("FD↓", partial(_measured, name="frechet_distance"), "FD: Fréchet distance"),
+        Column("KD↓\n×10³", partial(_measured, name="kernel_distance", scale=1e3), "KD: kernel distance"),
+        Column("IS↑", partial(_measured, name="inception_score"), "IS: Inception Score"),
+        Column("prec↑", partial(_share, name="precision")),
+        Column("rec↑", partial(_share, name="recall")),
+        Column("label↑", partial(_share, name="label_accuracy"), "label: share that shows its label"),
         Column("prompt↑", lambda row: _of_head(row, ALL), "prompt: share that shows all its prompt says"),
-        Column("CLIP↑", lambda row: number(row.clip_score), "CLIP: CLIP score"),
+        Column("CLIP↑", partial(_measured, name="clip_score"), "CLIP: CLIP score"),
         Column("img/s\n×1", lambda row: number(row.images_per_second), "×B: images per second in batches of B"),
         Column(f"img/s\n×{large:,}" if large else "img/s\nlarge", lambda row: number(row.images_per_second_large)),
         Column("speedup", lambda row: number(row.speedup, "×"), f"speedup over {baseline}" if baseline else ""),
@@ -107,12 +110,32 @@ def number(value: float | None, unit: str = "", scale: float = 1) -> str:
     return f"{value:,.{decimals}f}{unit}"
 
 
-def _share(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3f}"
+def _measured(row: Row, name: str, scale: float = 1) -> str:
+    """Return a number of a row with half of its interval: "0.692 ± 0.061"."""
+    return _with_spread(row, name, number(getattr(row, name), scale=scale), scale)
+
+
+def _share(row: Row, name: str) -> str:
+    return _with_spread(row, name, _in_thousandths(getattr(row, name)))
 
 
 def _of_head(row: Row, name: str) -> str:
-    return _share((row.prompt_accuracy or {}).get(name))
+    return _with_spread(row, f"prompt_accuracy.{name}", _in_thousandths((row.prompt_accuracy or {}).get(name)))
+
+
+def _in_thousandths(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3f}"
+
+
+def _with_spread(row: Row, name: str, text: str, scale: float = 1) -> str:
+    """Return a number as it is shown, with half of its interval to as many decimals, or to its first digit."""
+    if name not in row.intervals or text == MISSING:
+        return text
+    low, high = row.intervals[name]
+    half, decimals = scale * (high - low) / 2, len(text.partition(".")[2])
+    if 0 < half < 0.5 * 10**-decimals:
+        decimals = min(-math.floor(math.log10(half)), 9)
+    return f"{text}{SPREAD}{half:,.{decimals}f}"
 
 
 # The forms
@@ -144,13 +167,17 @@ def as_markdown(report: Reported) -> str:
 def as_csv(report: Reported) -> str:
     """Return the rows with every digit: a column for each field of `Row`, and of `prompt_accuracy` one for each head.
 
-    What was not measured is empty.
+    The ends of a number's interval stand in columns of its name with `.low` and `.high`. What was not measured is empty.
     """
+    ends = list(dict.fromkeys(name for row in report.rows for name in row.intervals))
     heads = list(dict.fromkeys(name for row in report.rows for name in row.prompt_accuracy or {}))
     lines = []
     for row in report.rows:
-        found = row.model_dump(exclude={"prompt_accuracy"})
-        lines.append(found | {f"prompt_accuracy.{name}": (row.prompt_accuracy or {}).get(name) for name in heads})
+        found = row.model_dump(exclude={"prompt_accuracy", "intervals"})
+        found |= {f"prompt_accuracy.{name}": (row.prompt_accuracy or {}).get(name) for name in heads}
+        for name in ends:
+            found |= dict(zip((f"{name}.low", f"{name}.high"), row.intervals.get(name, (None, None)), strict=True))
+        lines.append(found)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]) if lines else ["name"], lineterminator="\n")
     writer.writeheader()
@@ -193,7 +220,7 @@ def _print_table(columns: Sequence[Column], rows: Sequence[Row], console: Consol
     for column in columns:
         table.add_column(column.title, justify="left" if column.left else "right", no_wrap=True)
     for row in rows:
-        cells = [Text(column.cell(row)) for column in columns]
+        cells = [Text(column.cell(row).replace(SPREAD, "\n±")) for column in columns]
         table.add_row(*cells, style="bold green" if row.is_student else "")
     unbounded = console.options.update(max_width=10_000)
     if Measurement.get(console, unbounded, table).maximum > console.width:

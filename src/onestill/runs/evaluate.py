@@ -23,7 +23,16 @@ from onestill.evaluation.clip import ClipScore, check_pictures
 from onestill.evaluation.comparison import Comparison, Entry
 from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.features import FeatureExtractor, sees_latents
-from onestill.evaluation.references import Reference, embedded_reference, folder_reference, teacher_reference
+from onestill.evaluation.gaussians import is_statistics, write_gaussian
+from onestill.evaluation.inception import InceptionFeatures
+from onestill.evaluation.references import (
+    Reference,
+    check_save_reference,
+    embedded_reference,
+    folder_reference,
+    gaussian_reference,
+    teacher_reference,
+)
 from onestill.evaluation.report import Report
 from onestill.evaluation.samples import Subjects, check_features
 from onestill.runs.build import guided_as
@@ -73,6 +82,7 @@ def evaluate(
     config = _configured({**settings, "student": student, "teacher": teacher, "features": features}, config_file)
     resolve_device(config.device)
     check_folder(config.student)  # before the output, whose default it names
+    check_save_reference(config)
     if config.output is not None:
         there = "a report" if any((config.output / name).exists() for name in WRITTEN) else ""
         check_output(config.output, there, overwrite=config.overwrite)
@@ -92,10 +102,15 @@ def _evaluated(
     offline = config.local_files_only
     extractor = features
     if extractor is None or isinstance(extractor, (str, Path)):
-        extractor = choose_features(config.features, pair.teacher, local_files_only=offline, device=pair.device)
+        where: dict[str, Any] = {"device": pair.device, "weights": config.features_weights}
+        extractor = choose_features(config.features, pair.teacher, local_files_only=offline, **where)
     check_features(extractor, pair.student.sampler)
+    if isinstance(extractor, InceptionFeatures):
+        check_pictures(_decoded_shape(pair), "features", "the Inception network")
     source = _reference_source(config, pair, extractor)
     subjects, notes = _subjects(config, pair, source)
+    if config.protocol is not None:
+        say(f"protocol {config.protocol}: {_said_of(config)}")
     for warning in pair.student.sampler.warnings(subjects.prompts[: config.num_samples]):
         say(warning)
     clip = None if config.clip is None else _open_clip(config.clip, pair, offline=offline)
@@ -110,6 +125,9 @@ def _evaluated(
     )
     rows = [Entry(f"{WORDS[s]}-{n}", pair.many_steps(n, s)) for s in config.solver for n in config.steps]
     report, shown = comparison.run([*rows, *students])
+    if config.save_reference is not None:
+        num = report.protocol.num_reference_images or 0
+        write_gaussian(comparison.standard.gaussian, config.save_reference, features=extractor.name, num_images=num)
     if config.output is not None:
         try:
             write_report(report, shown, config, captions_of(pair.student, subjects), pair.student)
@@ -125,7 +143,11 @@ def _configured(values: Mapping[str, Any], config_file: str | Path | None) -> Ev
     """Return the settings; paths are given as text, as names are, and objects come beside them."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     objects = {name for name in ("student", "teacher", "features") if not isinstance(given[name], str)}
-    return make(EvaluateConfig, {name: v for name, v in given.items() if name not in objects}, config_file)
+    config = make(EvaluateConfig, {name: v for name, v in given.items() if name not in objects}, config_file)
+    if config.protocol is not None and given["features"] is not None and "features" in objects:
+        why = f"is an object, and {named('protocol')} {config.protocol} has {config.features}"
+        raise SettingError("features", type(given["features"]).__name__, why, "leave out one of the two")
+    return config
 
 
 @dataclass(frozen=True)
@@ -269,6 +291,9 @@ def _reference(
     if source == "teacher":
         sampler = pair.many_steps(config.num_reference_steps)
         return teacher_reference(sampler, extractor, subjects, config, show_progress=shows)
+    if is_statistics(source):
+        shape = pair.teacher.spec.sample_shape if sees_latents(extractor) else _decoded_shape(pair)
+        return gaussian_reference(Path(source), extractor, shape)
     embedded = source in EMBEDDED
     found = embedded_reference(source) if embedded else folder_reference(Path(source), _decoded_shape(pair))
     if sees_latents(extractor):
@@ -285,6 +310,8 @@ def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subject
     prompts, origin = _prompts_of(pair.student, config, held_out)
     student.conditions(1, config.class_labels, prompts)
     notes = [f"prompts: {origin}"] if origin else []
+    if config.protocol is not None:
+        notes.append(f"protocol {config.protocol}: {_said_of(config)}")
     if config.class_labels:
         notes.append(f"classes: {', '.join(map(str, config.class_labels))}, in turn")
     if (interval := pair.teacher.guidance_interval) is not None and config.guidance_scale != 1:
@@ -293,6 +320,12 @@ def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subject
         drawn = f"every row enlarges what {student.first_stage.name} draws in one step"
         notes.append(f"{drawn}, which its evaluations and its time include")
     return Subjects(config.class_labels or student.labels, prompts), tuple(notes)
+
+
+def _said_of(config: EvaluateConfig) -> str:
+    """Return what the protocol of an evaluation has set."""
+    seeds = f"seeds {config.seed}..{config.seed + config.num_samples - 1}"
+    return f"{config.num_samples:,} images a row, {seeds}, all labels in turn, {config.features} features"
 
 
 def _held_out_prompts(reference: str, teacher: str, run: DistillConfig | None) -> Path | None:
