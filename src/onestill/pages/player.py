@@ -120,7 +120,10 @@ def _sampler(played: Played, asked: Asked) -> Sampler:
         times = played.times
         is_finished = asked.target_time == 0 or (times is not None and asked.target_time < times[0])
         t = None if is_finished else asked.target_time  # which means t_min, the cleanest that is trained
-        return played.sampler.at(guidance_scale=w, target_time=t, num_inference_steps=asked.num_inference_steps)
+        num = asked.num_inference_steps
+        if w is t is num is None:
+            return played.sampler
+        return played.sampler.at(guidance_scale=w, target_time=t, num_inference_steps=num)
     if played.teacher is None:
         raise SettingError("by_teacher", True, "there is no teacher beside this student")
     for name, value in (("num_inference_steps", asked.num_inference_steps), ("target_time", asked.target_time or None)):

@@ -63,9 +63,9 @@ def _blocks(played: Played) -> gradio.Blocks:
                 gradio.HTML(read_part("playground.html"), elem_id="shown")
             with gradio.Column(scale=2, min_width=260, elem_id="controls"):
                 asked |= _how(played)
-                seeds = gradio.Button(f"The next {NUM_GALLERY} seeds", elem_id="ask-gallery")
-                beside = gradio.Button(f"The teacher beside it: {played.teacher_name}", elem_id="ask-teacher")
-                beside.visible = played.teacher is not None
+                seeds = gradio.Button(f"Show {NUM_GALLERY} seeds from here", elem_id="ask-gallery")
+                has_teacher = played.teacher is not None
+                beside = gradio.Button("Draw it with the teacher too", elem_id="ask-teacher", visible=has_teacher)
         gradio.HTML('<div id="gallery"></div>', elem_id="seeds")
         names, parts = list(asked), list(asked.values())
         triggers = [blocks.load, *(part.input if name == "prompt" else part.change for name, part in asked.items())]
@@ -118,7 +118,7 @@ def _how(played: Played) -> dict[str, Any]:
     """Return the parts that say how it is drawn, by the names of their fields in `Asked`: what the student takes."""
     import gradio
 
-    info = "between two whole numbers the noise goes from one to the other" if played.glides else None
+    info = "between two whole numbers, the noise on the way" if played.glides else None
     step = 0.01 if played.glides else 1
     found: dict[str, Any] = {
         "seed": gradio.Slider(
@@ -134,7 +134,7 @@ def _how(played: Played) -> dict[str, Any]:
             fewest, most, fewest, step=1, label="Steps", elem_id="num_inference_steps"
         )
     if (times := played.times) is not None:
-        said = "0 is the finished picture" + ("; of one step" if most > 1 else "")
+        said = "0 is the finished picture" + ("; others are for one step" if most > 1 else "")
         found["target_time"] = gradio.Slider(
             0, int(100 * times[1]) / 100, 0, step=0.01, label="Target time", info=said, elem_id="target_time"
         )

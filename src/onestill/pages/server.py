@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
+import gc
 import ipaddress
 import json
 import logging
@@ -239,6 +240,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until it is stopped; Ctrl-C is a KeyboardInterrupt, when the picture at hand is drawn."""
+        gc.freeze()  # a collection then looks at what requests have made, not at all of torch and of the page
         try:
             self.uvicorn.run(sockets=[self.socket])
         finally:

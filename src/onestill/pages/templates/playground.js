@@ -93,7 +93,8 @@
     try {
       const found = await request(wanted);
       if (own !== turn) return;
-      const times = fast ? ", " + (found.milliseconds / fast).toFixed(1) + " times the student's" : "";
+      const ratio = found.milliseconds / fast;
+      const times = fast ? " · " + (ratio < 10 ? ratio.toFixed(1) : Math.round(ratio)) + " × the student" : "";
       show(figure, found, steps(found.num_steps));
       figure.querySelector(".time").textContent += times;
       beside = JSON.stringify(wanted);
