@@ -68,7 +68,7 @@ def _blocks(played: Played) -> gradio.Blocks:
                 beside = gradio.Button("Draw it with the teacher too", elem_id="ask-teacher", visible=has_teacher)
         gradio.HTML('<div id="gallery"></div>', elem_id="seeds")
         names, parts = list(asked), list(asked.values())
-        triggers = [blocks.load, *(part.input if name == "prompt" else part.change for name, part in asked.items())]
+        triggers = [blocks.load, *(part.change for part in parts)]  # also of what is pasted, or said
         for where, what in ((triggers, "draw"), ([seeds.click], "gallery"), ([beside.click], "teacher")):
             gradio.on(where, fn=None, inputs=parts, outputs=None, js=_call(what, names), show_progress="hidden")
     return blocks
