@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_the_settings_are_inside_the_picture(server: Server, tmp_path: Path) -> 
         (tmp_path / f"{i}.png").write_bytes(base64.b64decode(picture["png"]))
         said.append(read_settings(tmp_path / f"{i}.png"))
     own = {"student": NAME, "class_label": "1", "seed": "4", "guidance_scale": "2.5"}
-    own["Software"] = f"onestill {onestill.__version__}"
+    own["Software"] = f"onestill {version('onestill')}"
     assert said[0] == {**own, "drawn_by": NAME, "num_inference_steps": "2", "target_time": "0.0"}
     assert said[1] == {**own, "drawn_by": "teacher-class (the teacher)", "num_inference_steps": str(TEACHER_STEPS)}
     assert said[2] == {**own, "drawn_by": NAME, "num_inference_steps": "1", "target_time": "0.3", "between": "0.5"}

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from onestill import __version__
 from onestill.sampling.pictures import to_pil
-from onestill.sampling.png import SOFTWARE, png_of, read_settings
+from onestill.sampling.png import png_of, read_settings
 
 HOSTILE = "</script> ${7*7} {{7*7}} \u2028 \u00fc \U0001f600 \n 'a' \"b\" " + "long " * 1000
 
@@ -20,12 +19,7 @@ HOSTILE = "</script> ${7*7} {{7*7}} \u2028 \u00fc \U0001f600 \n 'a' \"b\" " + "l
 def test_settings_are_read_again_and_the_pixels_are_those_of_samples(channels: int, tmp_path: Path) -> None:
     image = torch.randn(channels, 5, 7, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     (path := tmp_path / "a.png").write_bytes(png_of(image, {"prompt": HOSTILE, "seed": 2**62, "target_time": 0.25}))
-    assert read_settings(path) == {
-        "prompt": HOSTILE,
-        "seed": str(2**62),
-        "target_time": "0.25",
-        SOFTWARE: f"onestill {__version__}",
-    }
+    assert read_settings(path) == {"prompt": HOSTILE, "seed": str(2**62), "target_time": "0.25"}
     with Image.open(path) as picture:
         assert np.array_equal(np.asarray(picture), np.asarray(to_pil(image[None])[0]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from onestill.core.devices import seconds_of
 from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors, as_arguments
 from onestill.core.tensors import noise
+from onestill.evaluation.report import package_versions
 from onestill.pages.config import Asked
 from onestill.sampling.explore import slerp
 from onestill.sampling.generate import Rows
@@ -19,6 +21,8 @@ from onestill.sampling.samplers.base import Sampler
 from onestill.sampling.samplers.network import StudentSampler
 from onestill.students.settings import FEW_STEPS
 
+SOFTWARE = "Software"
+"""The PNG standard's own name of the text that says what has made a picture."""
 TeacherAt = Callable[[float | None], Sampler]
 """The teacher's sampler at a guidance scale; at that of the student if None."""
 
@@ -155,8 +159,14 @@ def _said(played: Played, asked: Asked, sampler: Sampler, rows: Rows) -> Iterato
         said |= {"prompt": rows["prompt"][i]} if "prompt" in rows else {}
         said |= {"class_label": int(rows["class_labels"][i])} if "class_labels" in rows else {}
         said |= {"seed": asked.seed + i} | ({"between": asked.between} if asked.between else {})
+        said[SOFTWARE] = f"onestill {_version()}"
         said |= {"num_inference_steps": sampler.num_steps} | ({} if w is None else {"guidance_scale": w})
         yield said | ({} if asked.by_teacher else {"target_time": asked.target_time})
+
+
+@functools.cache
+def _version() -> str:
+    return package_versions(["onestill"])["onestill"]
 
 
 def messages(error: SettingError | SettingErrors) -> str:

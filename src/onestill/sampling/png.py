@@ -9,22 +9,19 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from onestill import __version__
 from onestill.core.arguments import checked
 from onestill.core.errors import SettingError, in_short
 from onestill.core.writing import writing
 from onestill.sampling.pictures import to_pil
 
-SOFTWARE = "Software"
-"""The PNG standard's own name of the text that says what has made a picture."""
 FASTEST = 1
 """The level of compression: another makes a picture a tenth smaller, and takes longer than a student to draw it."""
 
 
 def png_of(image: Tensor, settings: Mapping[str, object]) -> bytes:
-    """Return an image [1 or 3, H, W] in [-1, 1] as a PNG that holds settings, a text each, and the version of onestill."""
+    """Return an image [1 or 3, H, W] in [-1, 1] as a PNG that holds settings, a text each under its name."""
     text, data = PngImagePlugin.PngInfo(), io.BytesIO()
-    for name, value in {**settings, SOFTWARE: f"onestill {__version__}"}.items():
+    for name, value in settings.items():
         text.add_itxt(name, str(value))
     with writing("a picture in memory"):
         to_pil(image[None])[0].save(data, "png", pnginfo=text, compress_level=FASTEST)
