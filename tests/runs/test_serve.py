@@ -443,6 +443,10 @@ def test_it_is_played_with_in_a_browser(server: Server, tmp_path: Path) -> None:
         page.keyboard.press("Tab")
         until_changed(page, fourth)
         assert "4 steps" in page.inner_text("#of-student figcaption") and page.locator("#target_time.off").count() == 1
+        page.fill("#seed input[type=number]", "100")
+        page.keyboard.press("Tab")
+        page.click("#ask-gallery")
+        page.wait_for_function("() => document.querySelector('#gallery span').textContent == '89'")
         assert page.heard == [] and page.evaluate("window.owned") is None
         assert page.locator("footer:visible").count() == 0
 

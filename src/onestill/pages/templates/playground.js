@@ -117,7 +117,9 @@
   const gallery = async (values) => {
     if (isEmpty(values)) return say("Say what to draw.");
     try {
-      const found = await request({ ...body(values), num_images: NUM_GALLERY });
+      // Each of them is on the slider, where a click puts it.
+      const last = Number(document.querySelector("#seed input[type=range]").max), first = last - NUM_GALLERY + 1;
+      const found = await request({ ...body({ ...values, seed: Math.min(values.seed, first) }), num_images: NUM_GALLERY });
       part("gallery").dataset.of = of(values);
       part("gallery").classList.remove("stale");
       part("gallery").replaceChildren(...found.pictures.map((picture) => {
