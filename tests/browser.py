@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @contextmanager
-def opened(path: Path, *, width: int = 1200, dark: bool = False) -> Iterator[Any]:
-    """Yield a page with a file in it, and what it asked of elsewhere or said in its console as `page.heard`.
+def opened(place: Path | str, *, width: int = 1200, dark: bool = False) -> Iterator[Any]:
+    """Yield a page with a file in it, or what is served at an address, and as `page.heard` what it said in its console
+    or asked of elsewhere.
 
     Skips the test where there is no Chromium, unless CI says that there is one.
     """
@@ -27,17 +29,21 @@ def opened(path: Path, *, width: int = 1200, dark: bool = False) -> Iterator[Any
     from playwright.sync_api import sync_playwright
 
     heard: list[str] = []
+    own = place if isinstance(place, str) else "file:"
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", offline=True
+            viewport={"width": width, "height": 900},
+            color_scheme="dark" if dark else "light",
+            offline=own == "file:",
         )
         page = context.new_page()
         page.on("console", lambda message: heard.append(message.text))
         page.on("pageerror", lambda error: heard.append(str(error)))
-        page.on("request", lambda request: heard.append(request.url) if request.url.startswith("http") else None)
+        elsewhere = re.compile(rf"(?!{re.escape(own)}/|data:|file:)")
+        page.on("request", lambda request: heard.append(request.url) if elsewhere.match(request.url) else None)
         page.on("dialog", lambda dialog: heard.append(dialog.message))
-        page.goto(path.as_uri())
+        page.goto(place if isinstance(place, str) else place.as_uri())
         page.heard = heard
         yield page
         browser.close()

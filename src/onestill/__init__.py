@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from onestill.evaluation.config import EvaluateConfig
     from onestill.export.export import export_student
     from onestill.export.module import load_module
-    from onestill.pages.config import CompareConfig
+    from onestill.pages.config import CompareConfig, ServeConfig
     from onestill.runs.compare import compare
     from onestill.runs.distill import RunResult, distill
     from onestill.runs.evaluate import evaluate
     from onestill.runs.inspect import inspect_teacher
     from onestill.runs.load import load_sampler
     from onestill.runs.sample import sample
+    from onestill.runs.serve import serve
     from onestill.sampling.config import SampleConfig
     from onestill.sampling.explore import fixed_noise, guidance_sweep, interpolate, student_trajectory
     from onestill.students.student import Student
@@ -42,6 +43,8 @@ _HOMES = {
     "sample": "runs.sample",
     "CompareConfig": "pages.config",
     "compare": "runs.compare",
+    "ServeConfig": "pages.config",
+    "serve": "runs.serve",
     "DistillConfig": "training.config",
     "EvaluateConfig": "evaluation.config",
     "SampleConfig": "sampling.config",
@@ -81,6 +84,7 @@ __all__ = [
     "MixtureTeacher",
     "RunResult",
     "SampleConfig",
+    "ServeConfig",
     "SettingError",
     "Student",
     "distill",
@@ -96,6 +100,7 @@ __all__ = [
     "load_teacher",
     "module_teacher",
     "sample",
+    "serve",
     "student_trajectory",
 ]
 

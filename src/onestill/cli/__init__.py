@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from onestill import __version__
-from onestill.cli import compare, demo, distill, evaluate, export, inspect, sample
+from onestill.cli import compare, demo, distill, evaluate, export, inspect, sample, serve
 from onestill.cli.fields import ALIASES
 from onestill.cli.guesses import meant
 from onestill.cli.help import Command
@@ -54,6 +54,7 @@ for command in (
     evaluate.evaluate,
     compare.compare,
     export.export,
+    serve.serve,
     demo.demo,
 ):
     app.command(cls=Command)(command)

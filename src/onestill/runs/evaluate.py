@@ -170,13 +170,24 @@ def _open_pair(config: EvaluateConfig, teacher: Teacher | None) -> _Pair:
     width = config.ema_width[0] if config.ema_width else None
     found = load_student(config.student, device=device, ema_width=width, local_files_only=offline, base_student=base)
     student = _at_scale(found, config)
+    return _Pair(student, teacher_beside(student, config, device, teacher), device)
+
+
+def teacher_beside(
+    student: LoadedStudent, config: EvaluateConfig, device: torch.device, teacher: Teacher | None = None
+) -> Teacher:
+    """Return the teacher of a student, loaded if it is no object, guided and thresholded as its rows are.
+
+    Raises:
+        SettingError: If it is unknown, or is not the student's.
+    """
     teacher = _load_teacher(config, student, device) if teacher is None else teacher
     refuse_student(teacher)
     one_step = student.sampler
     _check_pair(one_step, teacher)
     if one_step.first_stage is not None and one_step.noise_level is not None:
         teacher = teacher.with_image_condition(one_step.noise_level, one_step.first_stage.examples)
-    return _Pair(student, _guided(config, student, teacher), device)
+    return _guided(config, student, teacher)
 
 
 def _at_scale(student: LoadedStudent, config: EvaluateConfig) -> LoadedStudent:

@@ -135,12 +135,13 @@ def load_student(
     ema_width: float | None = None,
     local_files_only: bool = False,
     base_student: str | Path | None = None,
+    prefers_weights: bool = False,
 ) -> LoadedStudent:
     """Return the student in a run's folder, a checkpoint-N folder or an exported pipeline.
 
-    A run's exported pipeline is used where it can be; another target time, average, the guidance scale of a student that
-    takes one, or another number of steps, one if None, needs the run's checkpoint and teacher. `base_student`, or that of
-    the run, draws what is enlarged.
+    A run's exported pipeline is used where it can be, unless its own weights are preferred; another target time, average,
+    the guidance scale of a student that takes one, or another number of steps, one if None, needs the run's checkpoint
+    and teacher. `base_student`, or that of the run, draws what is enlarged.
     """
     path, device = Path(path), torch.device(device)
     check_folder(path)
@@ -166,7 +167,8 @@ def load_student(
         why = f"is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no {INDEX})"
         raise SettingError("student", path, why)
     trained = functools.partial(_trained, run, path, device, local_files_only, base_student, ema_width)
-    if is_usual and num_steps == 1 and run.path == path and (run.pipeline / INDEX).is_file():
+    is_exported = run.path == path and (run.pipeline / INDEX).is_file()
+    if is_usual and num_steps == 1 and is_exported and not prefers_weights:
         return _exported(path, run.pipeline, run, device, base_student, trained)
     return LoadedStudent(trained(target_time, guidance_scale, num_steps), None, run)
 
