@@ -60,6 +60,7 @@ def test_there_are_commands() -> None:
         "distill",
         "sample",
         "inspect",
+        "serve",
         "evaluate",
         "compare",
         "export",
