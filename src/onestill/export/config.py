@@ -14,7 +14,7 @@ from onestill.students.settings import FEW_STEPS
 
 EXPORT = "Export"
 DIFFUSERS = "diffusers"
-FormatName = Literal["diffusers"]
+FormatName = Literal["diffusers", "single_file", "lora"]
 """What a student is written as; each but the first, which is the teacher's own choice, is one file of this room."""
 
 

@@ -26,10 +26,12 @@ from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autoc
 from onestill.core.writing import is_refusal, written
 from onestill.export.base import Format
 from onestill.export.config import DIFFUSERS
+from onestill.export.lora import LoraFormat
 from onestill.export.lora_file import lora_words
 from onestill.export.module import ModuleFormat
 from onestill.export.pipeline import PipelineFormat
 from onestill.export.pixel import PixelFormat
+from onestill.export.single_file import SingleFileFormat
 from onestill.sampling.samplers.network import NOTHING_SAID, check_trained
 from onestill.students.bake import NO_TIME
 from onestill.students.injection import TimeEmbeddingInjection
@@ -38,8 +40,14 @@ from onestill.students.model_card import Facts, teacher_license, write_card
 from onestill.students.one_step import FewSteps, OneStep, few_steps_of, one_step_of
 from onestill.students.student import Student
 
-FORMATS: dict[str, type[Format]] = {"pixel": PixelFormat, "pipeline": PipelineFormat, "module": ModuleFormat}
-"""By the name that `Teacher.student_format` has for each."""
+FORMATS: dict[str, type[Format]] = {
+    "pixel": PixelFormat,
+    "pipeline": PipelineFormat,
+    "module": ModuleFormat,
+    "single_file": SingleFileFormat,
+    "lora": LoraFormat,
+}
+"""By name; the first three are what `Teacher.student_format` names."""
 _OF_TEACHERS = ("pixel", "pipeline")
 
 
@@ -200,7 +208,7 @@ def _describe(form: Format, folder: Path, facts: Facts, error: float) -> None:
     facts = form.facts(folder, facts)
     if not facts.license and teacher.folder is not None:
         facts = replace(facts, license=teacher_license(teacher.folder, teacher.spec.source))
-    if form.student.lora is not None:
+    if form.student.lora is not None and not facts.lora:
         facts = replace(facts, lora=lora_words(form.student, folder))
     facts = replace(facts, num_steps=form.num_steps)
     write_card(folder, teacher, facts, error, library=form.library, code=form.code(facts))
