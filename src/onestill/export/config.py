@@ -8,9 +8,9 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from onestill.core.errors import SettingError
-from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, Settings, setting
-from onestill.students.settings import FEW_STEPS
+from onestill.core.errors import SettingError, named
+from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, setting
+from onestill.students.settings import FEW_STEPS, HubSettings
 
 EXPORT = "Export"
 DIFFUSERS = "diffusers"
@@ -18,7 +18,7 @@ FormatName = Literal["diffusers", "single_file", "lora"]
 """What a student is written as; each but the first, which is the teacher's own choice, is one file of this room."""
 
 
-class ExportConfig(Settings):
+class ExportConfig(HubSettings):
     """Everything that decides what is exported of a run."""
 
     student: Path = setting(..., EXPORT, "Folder of a run, or one of its checkpoint-N folders.")
@@ -62,4 +62,7 @@ class ExportConfig(Settings):
     def _has_different_formats(self) -> Self:
         if not self.format or max(Counter(self.format).values()) > 1:
             raise SettingError("format", self.format, "must be different formats")
+        if self.push_to_hub and len(self.format) > 1:
+            why, todo = "uploads one folder with its card", f"export one {named('format')} after the other"
+            raise SettingError("push_to_hub", True, why, todo)
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,6 +81,7 @@ class Facts:
         num_steps: The steps that it was exported for.
         programs: How other programs than diffusers draw with it, in words; not said if empty.
         is_told: Whether its network reads the time that it is told; a folder of one step does not.
+        pictures: Some of its pictures, as (what each shows, its file in the folder), for the hub's page.
         relation: What it is to the teacher, as the hub says: "finetune" or "adapter".
     """
 
@@ -97,6 +98,7 @@ class Facts:
     num_steps: int = 1
     programs: str = ""
     is_told: bool = False
+    pictures: tuple[tuple[str, str], ...] = ()
     relation: str = "finetune"
 
 
@@ -120,6 +122,15 @@ def write_table(folder: Path, table: str) -> None:
         pattern = re.compile(re.escape(TABLE_START) + ".*?" + re.escape(TABLE_END), re.DOTALL)
         text = path.read_text(encoding="utf-8")
         write_text(path, pattern.sub(lambda _: f"{TABLE_START}\n{table}\n{TABLE_END}", text))
+
+
+def add_results(folder: Path, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Put measured results into the front matter of an exported folder's card, as the hub's model index of a name."""
+    text, front = read_text(folder / CARD_FILE), _read_front_matter(folder)
+    task = {"task": {"type": front.get("pipeline_tag", "unconditional-image-generation")}}
+    front["model-index"] = [{"name": name, "results": [task | dict(result) for result in results]}]
+    body = text.split("\n---", 1)[1]
+    write_text(folder / CARD_FILE, f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---{body}")
 
 
 def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
@@ -235,6 +246,8 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
     if is_hub_id(spec.source):
         front |= {"base_model": spec.source, "base_model_relation": facts.relation}
     front |= facts.license
+    if facts.pictures:
+        front["widget"] = [{"text": words, "output": {"url": file}} for words, file in facts.pictures]
     distilled = facts.distilled
     written = {
         GUIDANCE_SCALE: distilled.guidance_scale,
