@@ -68,7 +68,7 @@ def create(config: HubSettings) -> None:
         HfApi().create_repo(str(config.hub_model_id), private=config.hub_private or None, exist_ok=True)
 
 
-def tried(trainer: Trainer, folder: Path) -> dict[str, str]:
+def tried(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Upload what a run has exported, if it is to be, by its first process; return its `hub_url`, or its `upload_error`."""
     config = trainer.config
     if not config.push_to_hub or not trainer.accelerator.is_main_process:
