@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
-from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, setting
+from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, Settings, setting
 from onestill.students.settings import FEW_STEPS, HubSettings
 
 EXPORT = "Export"
@@ -18,8 +18,8 @@ FormatName = Literal["diffusers", "single_file", "lora"]
 """What a student is written as; each but the first, which is the teacher's own choice, is one file of this room."""
 
 
-class ExportConfig(HubSettings):
-    """Everything that decides what is exported of a run."""
+class ExportSettings(Settings):
+    """Which student, written as what, and where."""
 
     student: Path = setting(..., EXPORT, "Folder of a run, or one of its checkpoint-N folders.")
     output: Path = setting(..., EXPORT, "Folder to write.")
@@ -57,6 +57,10 @@ class ExportConfig(HubSettings):
         """The folder of each format: the output itself of one, folders in it of several."""
         alone = len(self.format) == 1
         return {name: self.output if alone else self.output / name for name in self.format}
+
+
+class ExportConfig(HubSettings, ExportSettings):
+    """Everything that decides what is exported of a run."""
 
     @model_validator(mode="after")
     def _has_different_formats(self) -> Self:

@@ -21,7 +21,7 @@ from onestill.core.files import save_tensors
 from onestill.export.lora_file import WEIGHTS_FILE, load_with_lora, why_no_file
 from onestill.export.pipeline import PipelineFormat
 from onestill.export.programs import Programs
-from onestill.export.single_file import why_no_checkpoint
+from onestill.export.single_file import why_unknown
 from onestill.students.model_card import Facts, is_hub_id
 from onestill.students.one_step import OneStep
 from onestill.students.student import Student
@@ -42,7 +42,7 @@ class LoraFormat(PipelineFormat):
     ) -> None:
         super().__init__(student, t, guidance_scale, num_steps)
         self.programs = Programs(student, num_steps)
-        self.second = None if why_no_checkpoint(student) else f"{self.programs.stem}-comfyui.safetensors"
+        self.second = None if why_unknown(student) else f"{self.programs.stem}-comfyui.safetensors"
         """The file for other programs, where those do not know the names of the first."""
         self.scheduler = ""
 

@@ -27,8 +27,8 @@ FILES_OF = "Stable Diffusion 1.x, 2.x and XL"
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def why_no_checkpoint(student: Student) -> str | None:
-    """Return why a student's pipeline has no file of original names, or None if it has."""
+def why_unknown(student: Student) -> str | None:
+    """Return why programs for Stable Diffusion's original names do not know a student's network, or None if they do."""
     pipeline: Any = getattr(student.teacher, "pipeline", None)
     spec, network, kind = student.spec, getattr(pipeline, "unet", None), type(pipeline).__name__
     whose = f"a student of a {kind}" if pipeline is not None else "one of a network alone"
@@ -40,6 +40,15 @@ def why_no_checkpoint(student: Student) -> str | None:
         return (
             f"holds networks of {', '.join(PREDICTIONS)} on a discrete schedule; this one is of {spec.prediction_type}"
         )
+    return None
+
+
+def why_no_checkpoint(student: Student) -> str | None:
+    """Return why a student's pipeline has no file of original names, or None if it has."""
+    if (why := why_unknown(student)) is not None:
+        return why
+    pipeline: Any = getattr(student.teacher, "pipeline", None)
+    network = pipeline.unet
     if pipeline.vae.config.get("latents_mean") is not None:
         return "has no place for the mean and deviation of these latents"
     second = getattr(pipeline, "text_encoder_2", None)

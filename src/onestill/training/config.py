@@ -164,12 +164,12 @@ class WatchSettings(Settings):
 
 # The help and the written YAML show the settings of the last base first.
 class DistillConfig(
+    HubSettings,
     WatchSettings,
     RecipeSettings,
     RunSettings,
     OptimisationSettings,
     LoraSettings,
-    HubSettings,
     ObjectiveSettings,
     PromptSettings,
     TeacherSettings,
