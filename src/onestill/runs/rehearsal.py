@@ -52,7 +52,7 @@ def rehearse(run: Run) -> tuple[str, ...]:
     messages = check_space(space, run.config.output_dir)
     said: list[str] = []
     with enough_memory(f"exporting a student of {run.config.teacher}", less_memory(run.config, run.student)):
-        on_one_process(lambda: said.extend(_try(run)), run.config)
+        _on_one_process(lambda: said.extend(_try(run)), run.config)
     return (*messages, *_off_its_times(run.config), *said)
 
 
@@ -138,8 +138,8 @@ def _place(output_dir: Path) -> Path:
     return parent / f"{REHEARSAL}-{sha256(os.fsencode(here)).hexdigest()[:16]}"
 
 
-def on_one_process(check: Callable[[], None], config: DistillConfig) -> None:
-    """Let the first process check or make something; the others wait, and what it refuses all refuse."""
+def _on_one_process(check: Callable[[], None], config: DistillConfig) -> None:
+    """Let the first process check; the others wait, and what it refuses all refuse."""
     if num_processes() == 1:
         check()
         return
