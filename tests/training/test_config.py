@@ -220,6 +220,7 @@ def test_every_unknown_name_is_listed() -> None:
 OUT_OF_RANGE = {
     "teacher": [""],
     "revision": [""],
+    "hub_model_id": [""],
     "variant": ["", "a/b", "x" * 65],
     "null_class": [-1],
     "t_max": [0, -0.5, 1.01],

@@ -39,6 +39,9 @@ def distill(
     if dry_run:
         note(f"dry run: every setting is usable, nothing was written to {folder}; what it takes: onestill inspect")
         return
+    from onestill.runs import hub
+
+    hub.create(run.config)
     result = _run(run)
     if result.stopped_by is not None:
         where = f"at step {result.step}" if result.step else "before the first step"
@@ -47,6 +50,7 @@ def distill(
     if result.export_error is None:
         if result.num_trained == 0:
             say(f"{result.pipeline} was finished before; nothing was left to train")
+            _say_upload(result)
         return  # otherwise another process of this run has exported, and says so
     say((str(result.pipeline), "bold"), ": loads with plain diffusers, one network evaluation per image")
     say(f"  self-check against the student: {result.export_error:.1e}")
@@ -54,6 +58,16 @@ def distill(
     for message in result.closing():
         say(f"  {message}")
     say(f"  next: {shlex.join(['onestill', 'evaluate', '--student', str(folder)])}")
+    _say_upload(result)
+
+
+def _say_upload(result: RunResult) -> None:
+    """Say where the student was uploaded to; end with 1 if it was to be and was not."""
+    if result.hub_url:
+        say("  uploaded to ", (result.hub_url, "bold"))
+    if result.upload_error:
+        note(("stopped:", "red"), f" {result.upload_error}")
+        raise typer.Exit(1)
 
 
 def _prepare(config: DistillConfig) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onestill.cli.fields import from_config
-from onestill.cli.output import quiet, say
+from onestill.cli.output import note, quiet, say
 from onestill.core.settings import make
 from onestill.export.config import ExportConfig
 
@@ -23,5 +23,5 @@ def export(settings: dict[str, Any]) -> None:
         if num == 1
         else f"; call it with num_inference_steps={num}, as its card shows: another number draws something else"
     )
-    for name, error in write_student(config).items():
+    for name, error in write_student(config, note).items():
         say((str(config.places[name]), "bold"), f": self-check against the student {error:.1e}{call}")

@@ -8,18 +8,18 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, Settings, setting
-from onestill.students.settings import FEW_STEPS
+from onestill.students.settings import FEW_STEPS, HubSettings
 
 EXPORT = "Export"
 DIFFUSERS = "diffusers"
-FormatName = Literal["diffusers"]
+FormatName = Literal["diffusers", "single_file", "lora"]
 """What a student is written as; each but the first, which is the teacher's own choice, is one file of this room."""
 
 
-class ExportConfig(Settings):
-    """Everything that decides what is exported of a run."""
+class ExportSettings(Settings):
+    """Which student, written as what, and where."""
 
     student: Path = setting(..., EXPORT, "Folder of a run, or one of its checkpoint-N folders.")
     output: Path = setting(..., EXPORT, "Folder to write.")
@@ -58,8 +58,15 @@ class ExportConfig(Settings):
         alone = len(self.format) == 1
         return {name: self.output if alone else self.output / name for name in self.format}
 
+
+class ExportConfig(HubSettings, ExportSettings):
+    """Everything that decides what is exported of a run."""
+
     @model_validator(mode="after")
     def _has_different_formats(self) -> Self:
         if not self.format or max(Counter(self.format).values()) > 1:
             raise SettingError("format", self.format, "must be different formats")
+        if self.push_to_hub and len(self.format) > 1:
+            why, todo = "uploads one folder with its card", f"export one {named('format')} after the other"
+            raise SettingError("push_to_hub", True, why, todo)
         return self

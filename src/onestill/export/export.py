@@ -26,10 +26,13 @@ from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autoc
 from onestill.core.writing import is_refusal, written
 from onestill.export.base import Format
 from onestill.export.config import DIFFUSERS
+from onestill.export.lora import LoraFormat
 from onestill.export.lora_file import lora_words
 from onestill.export.module import ModuleFormat
 from onestill.export.pipeline import PipelineFormat
 from onestill.export.pixel import PixelFormat
+from onestill.export.single_file import SingleFileFormat
+from onestill.sampling.pictures import is_picture, to_pil
 from onestill.sampling.samplers.network import NOTHING_SAID, check_trained
 from onestill.students.bake import NO_TIME
 from onestill.students.injection import TimeEmbeddingInjection
@@ -37,9 +40,18 @@ from onestill.students.mark import Head, Mark, read_mark
 from onestill.students.model_card import Facts, teacher_license, write_card
 from onestill.students.one_step import FewSteps, OneStep, few_steps_of, one_step_of
 from onestill.students.student import Student
+from onestill.teachers.pipelines.calls import EXAMPLE_PROMPTS
 
-FORMATS: dict[str, type[Format]] = {"pixel": PixelFormat, "pipeline": PipelineFormat, "module": ModuleFormat}
-"""By the name that `Teacher.student_format` has for each."""
+FORMATS: dict[str, type[Format]] = {
+    "pixel": PixelFormat,
+    "pipeline": PipelineFormat,
+    "module": ModuleFormat,
+    "single_file": SingleFileFormat,
+    "lora": LoraFormat,
+}
+"""By name; the first three are what `Teacher.student_format` names."""
+NUM_PICTURES, PICTURES_FOLDER = 4, "images"
+"""Pictures of a student that its folder may have, and where."""
 _OF_TEACHERS = ("pixel", "pipeline")
 
 
@@ -60,6 +72,7 @@ def export_student(
     facts: Facts | None = None,
     format: str | None = None,
     overwrite: bool = False,
+    pictures: bool = False,
 ) -> float:
     """Write the student as a stock diffusers folder (or, for modules, as safetensors and JSON).
 
@@ -73,6 +86,7 @@ def export_student(
         facts: What the model card says besides; nothing more if None.
         format: One of `FORMATS`; the teacher's if None or "diffusers".
         overwrite: Replace an existing folder, in one rename, after the new one passed its check.
+        pictures: Put some of the student's pictures into the folder, which its card shows on the hub.
 
     Returns:
         The largest difference between the reloaded folder's samples and the student's, same noise.
@@ -96,7 +110,8 @@ def export_student(
         _write(form, name, partial)
         gc.collect()  # what was written: modules know each other in circles
         error = _passed(form.check(partial), "the reloaded folder's images differ")
-        _describe(form, partial, facts or Facts(), error)
+        facts = facts or Facts()
+        _describe(form, partial, replace(facts, pictures=_draw(form, partial)) if pictures else facts, error)
         set_usual_mode(partial)
     return error
 
@@ -194,13 +209,29 @@ def _passed(error: float, what: str) -> float:
     return error
 
 
+def _draw(form: Format, folder: Path) -> tuple[tuple[str, str], ...]:
+    """Write some of the student's pictures into a folder; return (what each shows, its file), () of no pictures."""
+    teacher, spec = form.student.teacher, form.student.spec
+    eps, cond = form.example(NUM_PICTURES)
+    drawn = teacher.decode(form.expected(eps, cond)).cpu()
+    if not is_picture(drawn.shape[1:]):
+        return ()
+    (folder / PICTURES_FOLDER).mkdir()
+    words = [f"class {label}" for label in cond["class_labels"].tolist()] if spec.num_classes else []
+    words = words or [EXAMPLE_PROMPTS[0] if spec.text else "a sample"] * NUM_PICTURES
+    files = [f"{PICTURES_FOLDER}/{i}.png" for i in range(NUM_PICTURES)]
+    for picture, file in zip(to_pil(drawn), files, strict=True):
+        picture.save(folder / file)
+    return tuple(zip(words, files, strict=True))
+
+
 def _describe(form: Format, folder: Path, facts: Facts, error: float) -> None:
     """Write the card of a folder that passed its check."""
     teacher = form.student.teacher
     facts = form.facts(folder, facts)
     if not facts.license and teacher.folder is not None:
         facts = replace(facts, license=teacher_license(teacher.folder, teacher.spec.source))
-    if form.student.lora is not None:
+    if form.student.lora is not None and not facts.lora:
         facts = replace(facts, lora=lora_words(form.student, folder))
     facts = replace(facts, num_steps=form.num_steps)
     write_card(folder, teacher, facts, error, library=form.library, code=form.code(facts))

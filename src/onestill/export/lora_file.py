@@ -23,6 +23,7 @@ from onestill.students.student import Student
 from onestill.teachers.pipelines.teacher import PipelineTeacher
 
 LORA_FOLDER, SCHEDULER_FILE = "lora", "scheduler_config.json"
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 
 def why_no_file(student: Student) -> str | None:
@@ -44,7 +45,7 @@ def write_lora(
     scheduler: Any,
     folder: Path,
 ) -> None:
-    """Write `pytorch_lora_weights.safetensors` for the teacher's own pipeline, and the scheduler of the student's steps.
+    """Write `WEIGHTS_FILE` for the teacher's own pipeline, and the scheduler of the student's steps.
 
     The student's network has its adapters. Each time embedding is to give constants instead, [K, E] by its last layer's
     name in `wanted`; `net_times` are the times that the K steps give the network.
@@ -69,11 +70,11 @@ def constant_updates(
     return found
 
 
-def load_with_lora(teacher: PipelineTeacher, folder: Path) -> Any:
-    """Return the teacher's own pipeline, loaded afresh, with a LoRA file and the scheduler beside it."""
-    scheduler = getattr(diffusers, _scheduler_class(folder)).from_pretrained(folder, local_files_only=True)
+def load_with_lora(teacher: PipelineTeacher, folder: Path, name: str = WEIGHTS_FILE) -> Any:
+    """Return the teacher's own pipeline, loaded afresh, with a LoRA file of a name and the scheduler beside it."""
+    scheduler = getattr(diffusers, scheduler_class(folder)).from_pretrained(folder, local_files_only=True)
     pipeline = teacher.load_afresh({"scheduler": scheduler})
-    pipeline.load_lora_weights(folder, local_files_only=True, use_safetensors=True)
+    pipeline.load_lora_weights(folder, weight_name=name, local_files_only=True, use_safetensors=True)
     return pipeline
 
 
@@ -85,7 +86,7 @@ def lora_words(student: Student, folder: Path) -> str:
         reason = "the times of its steps hardly differ to the last layer of the teacher's time embedding"
     if reason is not None:
         return f"rank {student.lora.rank}, merged into the weights; there is no LoRA file: {reason}"
-    kind, place = _scheduler_class(folder / LORA_FOLDER), f'"path/to/this/folder/{LORA_FOLDER}"'
+    kind, place = scheduler_class(folder / LORA_FOLDER), f'"path/to/this/folder/{LORA_FOLDER}"'
     return (
         f"rank {student.lora.rank}, merged into the weights. `{LORA_FOLDER}/` holds the same student for the teacher's "
         f"own pipeline: `pipe.load_lora_weights({place})`, then `pipe.scheduler = diffusers.{kind}.from_pretrained({place})`, "
@@ -93,5 +94,6 @@ def lora_words(student: Student, folder: Path) -> str:
     )
 
 
-def _scheduler_class(folder: Path) -> str:
+def scheduler_class(folder: Path) -> str:
+    """Return the class of the scheduler in a folder of a LoRA file."""
     return str(json.loads((folder / SCHEDULER_FILE).read_text(encoding="utf-8"))["_class_name"])

@@ -56,37 +56,48 @@ class PipelineFormat(Format):
         """How the folder is called: without the size, if that is its default."""
 
     def write(self, step: OneStep, folder: Path) -> None:
-        teacher, spec, pipeline_spec, network = self.teacher, self.teacher.spec, self.plain, step.network
-        pipeline_spec.adapt(network)
+        self.plain.adapt(step.network)
+        pipeline, net_times = self.assembled(step, with_checker=True)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        _keep_facts(self.teacher.folder / INDEX, folder / INDEX)
+        kept = {name: value for name, value in self.plain.given.items() if isinstance(value, PLAIN)}
+        notes = dict(zip(CALL_NOTES, (self.num_steps, type(pipeline.scheduler).__name__), strict=True))
+        write_text(folder / CALL_FILE, json.dumps(kept | notes) + "\n")
+        if why_no_file(self.student) is None:
+            self.write_lora_file(step, pipeline, net_times, folder / LORA_FOLDER)
+
+    def assembled(self, step: OneStep, *, with_checker: bool = False) -> tuple[Any, list[float]]:
+        """Return (the teacher's pipeline around a student's network, with its scheduler; the times that K steps tell it)."""
+        spec, pipeline_spec, network = self.teacher.spec, self.plain, step.network
         size = (spec.sample_shape[-2], spec.sample_shape[-1])
         if "height" in pipeline_spec.given and pipeline_spec.set_size(network, size):
             rest = {name: value for name, value in pipeline_spec.arguments.items() if name not in ("height", "width")}
             self.plain = replace(pipeline_spec, arguments=rest)
-        schedulers = self._schedulers()
-        pipeline = teacher.load_afresh({pipeline_spec.network: network, "scheduler": schedulers[0]}, with_checker=True)
-        net_times = self._tell(step, pipeline, schedulers)
-        scheduler = pipeline.scheduler
-        pipeline.save_pretrained(folder, safe_serialization=True)
-        _keep_facts(teacher.folder / INDEX, folder / INDEX)
-        kept = {name: value for name, value in pipeline_spec.given.items() if isinstance(value, PLAIN)}
-        notes = dict(zip(CALL_NOTES, (self.num_steps, type(scheduler).__name__), strict=True))
-        write_text(folder / CALL_FILE, json.dumps(kept | notes) + "\n")
-        has_file = why_no_file(self.student) is None
-        if has_file and (not net_times or tells_apart(teacher, teacher.network, net_times)):
-            net_times = net_times or [PipelineCalls(self.plain, pipeline).one_step_time()]
-            wanted = constants(teacher, network, net_times)
-            write_lora(teacher, self.student.network, wanted, net_times, scheduler, folder / LORA_FOLDER)
+        schedulers = self.schedulers()
+        parts = {pipeline_spec.network: network, "scheduler": schedulers[0]}
+        pipeline = self.teacher.load_afresh(parts, with_checker=with_checker)
+        return pipeline, self._tell(step, pipeline, schedulers)
+
+    def write_lora_file(self, step: OneStep, pipeline: Any, net_times: Sequence[float], folder: Path) -> bool:
+        """Write the student as a LoRA file, if the teacher's time embedding tells its steps apart; return whether it does."""
+        teacher = self.teacher
+        if net_times and not tells_apart(teacher, teacher.network, net_times):
+            return False
+        net_times = net_times or [PipelineCalls(self.plain, pipeline).one_step_time()]
+        wanted = constants(teacher, step.network, net_times)
+        write_lora(teacher, self.student.network, wanted, net_times, pipeline.scheduler, folder)
+        return True
 
     def check(self, folder: Path) -> float:
-        error = self._difference(self.plain, load_stock(type(self.teacher.pipeline), folder))
+        error = self.difference(self.plain, load_stock(type(self.teacher.pipeline), folder))
         if not (folder / LORA_FOLDER).is_dir():
             return error
         gc.collect()  # what was checked
         # This pipeline is the teacher's own, whose default size is another.
         with_lora = load_with_lora(self.teacher, folder / LORA_FOLDER)
-        return max(error, self._difference(self.own, with_lora))
+        return max(error, self.difference(self.own, with_lora))
 
-    def _schedulers(self) -> Sequence[Any]:
+    def schedulers(self) -> Sequence[Any]:
         """Return the schedulers that the folder may have."""
         pipeline, spec = self.teacher.pipeline, self.teacher.spec
         if self.num_steps == 1:
@@ -132,7 +143,7 @@ class PipelineFormat(Format):
         size = f"{given}, as distilled and as in the call above; {default}" if given else facts.size
         return replace(facts, checked=has_checker(folder), size=size)
 
-    def _difference(self, pipeline_spec: PipelineSpec, pipeline: Any) -> float:
+    def difference(self, pipeline_spec: PipelineSpec, pipeline: Any) -> float:
         """Return the largest difference of images between the plain call of a pipeline, on the CPU, and the student."""
         calls, decoder = PipelineCalls(pipeline_spec, pipeline), getattr(pipeline, "vae", None)
         with computing_on(self.device, (calls.network, "forward"), (decoder, "decode")):

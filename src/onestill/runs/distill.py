@@ -30,6 +30,7 @@ from onestill.evaluation.held_out import HeldOut
 from onestill.evaluation.report import package_versions
 from onestill.export.export import ExportError, export_student
 from onestill.objectives.registry import objectives_of
+from onestill.runs import hub
 from onestill.runs.build import Run, chosen_threshold, configure
 from onestill.runs.folder import (
     CONFIG_FILE,
@@ -71,6 +72,7 @@ class RunResult:
         export_error: Largest difference between the exported folder and the student.
         stopped_by: Number of the signal that stopped the run, if one did.
         num_trained: Steps done by this call; 0 of a run that had been finished before, which is left as it was.
+        hub_url: Where it has been uploaded to, if it was to be; else `upload_error` says why not, and how it is still.
         distance: How far the student is from its teacher; None if nothing was trained, or another process knows.
         ema_width: The relative width of the average that is exported; 0 for the last weights themselves.
         ema_distances: Of several widths, how far the average of each was from the teacher on held-out noise.
@@ -86,6 +88,8 @@ class RunResult:
     export_error: float | None = None
     stopped_by: int | None = None
     num_trained: int = 0
+    hub_url: str = ""
+    upload_error: str = ""
     distance: Distance | None = None
     ema_width: float = 0.0
     ema_distances: Mapping[float, float] = field(default_factory=dict)
@@ -135,7 +139,7 @@ def distill(
     Raises:
         ValueError: If any input is unusable; nothing has been written then.
         NonFiniteLossError: If the loss stays non-finite; names the last good checkpoint.
-        RunError: If memory or disk is not enough, or the export fails; what was saved is kept.
+        RunError: If memory or disk is not enough, or the export or the upload fails; what was saved is kept.
     """
     config = configure(teacher, {**settings, "output_dir": Path(output_dir)}, config_file)
     run = planned_run(config, teacher if isinstance(teacher, Teacher) else None, network)
@@ -145,9 +149,11 @@ def distill(
         say(message)
     if dry_run:
         return RunResult(config.output_dir)
+    hub.create(run.config)
     result = carry_out(run, show_progress=show_progress, on_step=on_step)
     for message in result.closing() if show_progress else ():
         say(message)
+    hub.raise_failed(result.upload_error)
     return result
 
 
@@ -168,7 +174,7 @@ def _carried_out(run: Run, show_progress: bool, on_step: Callable[[StepLog], Non
     checkpoint = _begin(run, trainer)
     first, started = trainer.progress.step, time.monotonic()
     if first == steps and pipeline.is_dir():
-        return RunResult(config.output_dir, first, pipeline, checkpoint)
+        return RunResult(config.output_dir, first, pipeline, checkpoint, **hub.tried(trainer, pipeline))
     with _stopping(trainer) as signals:
         _make_pools(trainer, show_progress)
         shows = show_progress and not trainer.stop_requested
@@ -280,7 +286,8 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
             facts = card_facts(run, num_steps, seconds, trainer.ema_width)
             facts = replace(facts, quality=f"{verdict or ''}")
             try:
-                error = export_student(run.student, folder, t=config.t_min, facts=facts, overwrite=True)
+                how: dict[str, Any] = {"facts": facts, "overwrite": True, "pictures": config.push_to_hub}
+                error = export_student(run.student, folder, t=config.t_min, **how)
             except ExportError as failed:
                 raise ExportError(f"{failed.text}; the trained student is kept in {checkpoint}") from failed
         _show(trainer)
@@ -299,6 +306,7 @@ def _finish(trainer: Trainer, run: Run, checkpoint: Path | None, num_steps: int,
         verdict=verdict,
         unjudged=judge.why if isinstance(judge, HeldOut) else "",
         advice=what_helps(config, is_falling=verdict is not None and verdict.is_falling, budget=run.budget),
+        **hub.tried(trainer, folder),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from onestill.core.settings import make
 from onestill.data.cascade import with_first_stage
 from onestill.export.config import ExportConfig
 from onestill.export.export import check_format, export_student, is_exported
-from onestill.runs.distill import distilled_facts, in_words
+from onestill.runs import hub
+from onestill.runs.distill import distilled_facts, in_words, print_message
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import check_folder, restore_student, run_teacher
 from onestill.sampling.samplers.network import check_trained
@@ -36,21 +38,22 @@ def export(student: str | Path, output: str | Path, **settings: Any) -> float:
         The largest difference between the reloaded folder's images and the student's, of all formats.
 
     Raises:
-        ValueError: If there is no such run, the student was not trained for this, or `output` exists.
+        ValueError: If there is no such run, the student was not trained for this, `output` exists, or the hub refuses.
+        UploadError: If an upload fails; what was written is kept.
     """
-    return max(write_student(make(ExportConfig, {**settings, "student": student, "output": output})).values())
+    config = make(ExportConfig, {**settings, "student": student, "output": output})
+    return max(write_student(config, print_message).values())
 
 
 @enough_memory("the export", f"free some, or give {named('device')} cpu")
-def write_student(config: ExportConfig) -> dict[str, float]:
-    """Write the student that a configuration names; return the difference of each format, and raise as `export` does."""
+def write_student(config: ExportConfig, say: Callable[[str], None]) -> dict[str, float]:
+    """Write the student that a configuration names, and upload it if that says so; raise as `export` does.
+
+    `say` is told where it will be uploaded to. Returns the difference of each format.
+    """
     path, device = config.student, resolve_device(config.device)
-    check_folder(path)
-    run = RunFolder.of(path)
-    if run is None:
-        raise SettingError("student", path, "is no run and no checkpoint-N folder of one")
-    for place in config.places.values():
-        _check_free(place, config.overwrite)
+    run = _run_of(config)
+    config = hub.addressed(config, config.output)
     steps = config.num_inference_steps
     check_steps(steps, config.target_time or 0.0, is_map=run.is_map)
     teacher = run_teacher(run, device)
@@ -67,10 +70,28 @@ def write_student(config: ExportConfig) -> dict[str, float]:
     if config.ema_width is not None:
         training += f"; {in_words(config.ema_width)}"
     facts = replace(distilled_facts(run.config, student.teacher, scale), training=training)
+    is_usual = path == run.path and (t, scale, config.ema_width) == (None, None, None)
     t = run.config.t_min if t is None else max(t, run.config.t_min)
     how: dict[str, Any] = {"t": t, "guidance_scale": scale, "num_inference_steps": steps, "facts": facts}
-    how["overwrite"] = config.overwrite
-    return {name: export_student(student, place, format=name, **how) for name, place in config.places.items()}
+    how |= {"overwrite": config.overwrite, "pictures": config.push_to_hub}
+    hub.create(config)
+    if config.push_to_hub:
+        say(f"the student will be uploaded to {hub.destination(config)}")
+    found = {name: export_student(student, place, format=name, **how) for name, place in config.places.items()}
+    if config.push_to_hub:
+        hub.upload(config, config.output, hub.report_of(run.path) if is_usual else None)
+    return found
+
+
+def _run_of(config: ExportConfig) -> RunFolder:
+    """Return the run whose student is exported; SettingError if it is none, or its place is taken."""
+    check_folder(config.student)
+    run = RunFolder.of(config.student)
+    if run is None:
+        raise SettingError("student", config.student, "is no run and no checkpoint-N folder of one")
+    for place in config.places.values():
+        _check_free(place, config.overwrite)
+    return run
 
 
 def _check_free(place: Path, overwrite: bool) -> None:

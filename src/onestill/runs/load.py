@@ -162,6 +162,12 @@ def load_student(
         if (mark := read_mark(folder)) is not None and mark.format == "module":
             todo = f"load it in Python with onestill.load_module({str(folder)!r}, network)"
             raise SettingError("student", path, "is a network of your own", todo)
+        if mark is not None and folder == path:
+            why, todo = (
+                f"was exported as {mark.format}, for other programs",
+                "give the run's folder, or draw with it as its README.md says",
+            )
+            raise SettingError("student", path, why, todo)
     run = RunFolder.of(path)
     if run is None:
         why = f"is neither a run (no {CONFIG_FILE}) nor an exported pipeline (no {INDEX})"

@@ -27,6 +27,7 @@ from onestill.evaluation.speed import compare
 from onestill.objectives.anchors import Anchors
 from onestill.objectives.pool import STOPS
 from onestill.objectives.registry import rows_of
+from onestill.runs import hub
 from onestill.runs.build import (
     Run,
     build_run,
@@ -306,12 +307,14 @@ def planned_run(config: DistillConfig, teacher: Teacher | None = None, network: 
     A run that goes on keeps the plan in its folder, and nothing is measured.
     """
     check_output_dir(config.output_dir, resuming=config.resume_from_checkpoint is not None)
-    config, begun = _begun(config)
+    config, begun = _begun(hub.addressed(config, config.output_dir))
+    said = (f"the student will be uploaded to {hub.destination(config)}",) if config.push_to_hub else ()
     if config.budget is None:
-        return replace(build_run(config, teacher, network), budget=begun)
+        run = build_run(config, teacher, network)
+        return replace(run, budget=begun, messages=(*said, *run.messages))
     found, teacher = make_plan(config, teacher, network)
     run = build_run(found.config, teacher, network)
-    return replace(run, budget=found.budget, messages=(found.words, *run.messages))
+    return replace(run, budget=found.budget, messages=(*said, found.words, *run.messages))
 
 
 def _begun(config: DistillConfig) -> tuple[DistillConfig, str | None]:

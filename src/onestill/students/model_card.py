@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +34,7 @@ STEPS = """- One step, by this folder's own scheduler. It stays at the start unt
   picture at more cost; a `DDIMScheduler` or `DDPMScheduler` here refuses more than 16. Another scheduler in its place
   (DEIS, SASolver, multistep solvers with several steps) may draw something else, or black, without a word: keep this one.
 """
-FEW = """- {num} steps, by this folder's own scheduler: its levels and the times that its network is told are those of a call with
+FEW = """- {steps}, by this folder's own scheduler: its levels and the times that its network is told are those of a call with
   `num_inference_steps={num}`, and the call above says it. Another number, or another scheduler, draws something else without a word.
 """
 LICENSE = ("license", "license_name", "license_link")
@@ -79,6 +79,10 @@ class Facts:
         size: Arguments of the call it was distilled at, in words; not said if empty.
         checked: Whether the folder's own call runs a safety checker.
         num_steps: The steps that it was exported for.
+        programs: How other programs than diffusers draw with it, in words; not said if empty.
+        is_told: Whether its network reads the time that it is told; a folder of one step does not.
+        pictures: Some of its pictures, as (what each shows, its file in the folder), for the hub's page.
+        relation: What it is to the teacher, as the hub says: "finetune" or "adapter".
     """
 
     guidance: str = "none"
@@ -92,6 +96,10 @@ class Facts:
     size: str = ""
     checked: bool = False
     num_steps: int = 1
+    programs: str = ""
+    is_told: bool = False
+    pictures: tuple[tuple[str, str], ...] = ()
+    relation: str = "finetune"
 
 
 def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str) -> None:
@@ -100,7 +108,9 @@ def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, 
     `self_check` is the largest difference between the folder and the student.
     """
     front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
-    steps = STEPS if facts.num_steps == 1 else FEW.format(num=facts.num_steps)
+    num = facts.num_steps
+    few = FEW.format(num=num, steps="One step" if num == 1 else f"{num} steps")
+    steps = STEPS if num == 1 and not facts.is_told else few
     card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code, steps * (library == 'diffusers'))}"
     write_text(folder / CARD_FILE, card)
 
@@ -112,6 +122,15 @@ def write_table(folder: Path, table: str) -> None:
         pattern = re.compile(re.escape(TABLE_START) + ".*?" + re.escape(TABLE_END), re.DOTALL)
         text = path.read_text(encoding="utf-8")
         write_text(path, pattern.sub(lambda _: f"{TABLE_START}\n{table}\n{TABLE_END}", text))
+
+
+def add_results(folder: Path, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Put measured results into the front matter of an exported folder's card, as the hub's model index of a name."""
+    text, front = read_text(folder / CARD_FILE), _read_front_matter(folder)
+    task = {"task": {"type": front.get("pipeline_tag", "unconditional-image-generation")}}
+    front["model-index"] = [{"name": name, "results": [task | dict(result) for result in results]}]
+    body = text.split("\n---", 1)[1]
+    write_text(folder / CARD_FILE, f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---{body}")
 
 
 def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
@@ -129,7 +148,7 @@ def teacher_license(folder: Path, source: str = "") -> dict[str, str]:
     link = found.get("license_link", "https://")
     if not link.startswith(("https://", "http://")):
         del found["license_link"]
-        if _is_hub_id(source):
+        if is_hub_id(source):
             found["license_link"] = f"https://huggingface.co/{source}/blob/main/{link.removeprefix('./')}"
     return found
 
@@ -189,7 +208,8 @@ def _read_front_matter(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Return whether a source is the id of a repository on the hub, and no path here."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
 
 
@@ -223,9 +243,11 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
         "pipeline_tag": TEXT_TO[teacher.output_field] if spec.text else "unconditional-image-generation",
         "tags": ["diffusers", "distillation", f"{_in_words(facts.num_steps)}-step", "data-free", "onestill"],
     }
-    if _is_hub_id(spec.source):
-        front |= {"base_model": spec.source, "base_model_relation": "finetune"}
+    if is_hub_id(spec.source):
+        front |= {"base_model": spec.source, "base_model_relation": facts.relation}
     front |= facts.license
+    if facts.pictures:
+        front["widget"] = [{"text": words, "output": {"url": file}} for words, file in facts.pictures]
     distilled = facts.distilled
     written = {
         GUIDANCE_SCALE: distilled.guidance_scale,
@@ -242,7 +264,7 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
 def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str, steps: str) -> str:
     shape, name = " x ".join(map(str, spec.sample_shape)), Path(spec.source).name or "a network"
     given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
-    parts = (("Quality", facts.quality), ("Size", facts.size), ("LoRA", facts.lora))
+    parts = (("Quality", facts.quality), ("Size", facts.size), ("LoRA", facts.lora), ("Other programs", facts.programs))
     more = "".join(f"- {name}: {said}.\n" for name, said in parts if said)
     return f"""# {_in_words(facts.num_steps).capitalize()}-step student of {name}
 

@@ -1,15 +1,16 @@
-"""The settings that say what of a student is trained, and how many steps it may be asked for."""
+"""The settings that say what of a student is trained, how many steps it may be asked for, and where it is uploaded."""
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import Settings, setting
 
-LORA = "LoRA"
+LORA, HUB = "LoRA", "Hub"
 FEW_STEPS = 8
 """The most steps of a student."""
 
@@ -35,6 +36,35 @@ class LoraSettings(Settings):
             if self.lora_rank is None and (value := getattr(self, name)):
                 raise SettingError(name, value, "says how to train a LoRA", f"give {named('lora_rank')} too")
         return self
+
+
+class HubSettings(Settings):
+    """Where on the Hugging Face hub an exported folder goes, if it does."""
+
+    push_to_hub: bool = setting(
+        False, HUB, "Upload the exported folder to the hub, after its self-check.", may_change=True
+    )
+    hub_model_id: str | None = setting(
+        None,
+        HUB,
+        "Where it goes, as owner/name; your own name and the output folder's if not given.",
+        may_change=True,
+        min_length=1,
+    )
+    hub_private: bool = setting(False, HUB, "Make it a private repository.", may_change=True)
+
+    @model_validator(mode="after")
+    def _is_uploaded(self) -> Self:
+        for name in ("hub_model_id", "hub_private"):
+            if not self.push_to_hub and (value := getattr(self, name)):
+                raise SettingError(name, value, "says where to upload to", f"give {named('push_to_hub')} too")
+        return self
+
+    @classmethod
+    def overruled(cls, values: Mapping[str, Any], read: Mapping[str, Any]) -> set[str]:
+        """What a file says of the place gives way where nothing is uploaded."""
+        place = {"hub_model_id", "hub_private"} if values.get("push_to_hub") is False else set()
+        return super().overruled(values, read) | place
 
 
 def check_steps(num_steps: int, target_time: float = 0.0, *, is_map: bool) -> None:

@@ -20,7 +20,7 @@ from onestill.objectives.boot import Boot, num_boundary_rows
 from onestill.objectives.corrector import Corrector
 from onestill.objectives.flow_map import FlowMap, check_flow_map
 from onestill.objectives.registry import ObjectiveSettings, objectives_of, rows_of
-from onestill.students.settings import LoraSettings
+from onestill.students.settings import HubSettings, LoraSettings
 from onestill.teachers.settings import TeacherSettings
 from onestill.training.recipes import RUN, RecipeSettings, with_recipe
 
@@ -164,6 +164,7 @@ class WatchSettings(Settings):
 
 # The help and the written YAML show the settings of the last base first.
 class DistillConfig(
+    HubSettings,
     WatchSettings,
     RecipeSettings,
     RunSettings,
