@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,24 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @contextmanager
-def opened(path: Path, *, width: int = 1200, dark: bool = False) -> Iterator[Any]:
+def served(folder: Path) -> Iterator[str]:
+    """Yield the address of a plain static server of a folder, as `python -m http.server` is one."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            return None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@contextmanager
+def opened(place: Path | str, *, width: int = 1200, dark: bool = False) -> Iterator[Any]:
     """Yield a page with a file in it, and what it asked of elsewhere or said in its console as `page.heard`.
 
+    Of the address of a server, not of a file, everything else is out of reach. What it asks of it is heard too.
     Skips the test where there is no Chromium, unless CI says that there is one.
     """
     if CHROMIUM is None:
@@ -30,14 +48,18 @@ def opened(path: Path, *, width: int = 1200, dark: bool = False) -> Iterator[Any
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", offline=True
+            viewport={"width": width, "height": 900},
+            color_scheme="dark" if dark else "light",
+            offline=isinstance(place, Path),
         )
+        if isinstance(place, str):
+            context.route(lambda url: not url.startswith((place, "data:", "blob:")), lambda route: route.abort())
         page = context.new_page()
         page.on("console", lambda message: heard.append(message.text))
         page.on("pageerror", lambda error: heard.append(str(error)))
         page.on("request", lambda request: heard.append(request.url) if request.url.startswith("http") else None)
         page.on("dialog", lambda dialog: heard.append(dialog.message))
-        page.goto(path.as_uri())
+        page.goto(place.as_uri() if isinstance(place, Path) else place)
         page.heard = heard
         yield page
         browser.close()

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import model_validator
 
-from onestill.core.errors import SettingError
+from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, Settings, setting
 from onestill.students.settings import FEW_STEPS
 
 EXPORT = "Export"
 DIFFUSERS = "diffusers"
-FormatName = Literal["diffusers"]
+FormatName = Literal["diffusers", "torch", "onnx", "browser"]
 """What a student is written as; each but the first, which is the teacher's own choice, is one file of this room."""
+USED_BY = {"half": ("onnx", "browser"), "onnxruntime_web": ("browser",)}
+"""The formats that use a setting; it is refused beside others alone."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some formats are told besides, as `ExportConfig` has it."""
+
+    half: bool = False
+    onnxruntime_web: Path | None = None
+
+    def of(self, format: str) -> Options:
+        """Return what one format of several is told: what it uses of it."""
+        return Options(**{name: getattr(self, name) for name, users in USED_BY.items() if format in users})
+
+    def refuse_unused(self, formats: Collection[str | None]) -> None:
+        """Raise SettingError if one is given that none of some formats uses."""
+        for name, users in USED_BY.items():
+            if (value := getattr(self, name)) and not set(users) & set(formats):
+                known = f"format{'s' if len(users) > 1 else ''} {' and '.join(users)}"
+                raise SettingError(
+                    name, value, f"is of the {known}", f"give {named('format')} {users[0]}, or leave it out"
+                )
 
 
 class ExportConfig(Settings):
@@ -26,7 +51,7 @@ class ExportConfig(Settings):
     format: tuple[FormatName, ...] = setting(
         (DIFFUSERS,),
         EXPORT,
-        "What to write, with commas; of several each has a folder of its name in the output.",
+        "What to write, with commas: diffusers, torch, onnx, browser; of several each has a folder of its name in the output.",
         commas=True,
     )
     guidance_scale: float | None = setting(
@@ -49,6 +74,12 @@ class ExportConfig(Settings):
     num_inference_steps: int = setting(
         1, EXPORT, "Steps that the folder is called with; more than one of a run that trains them.", ge=1, le=FEW_STEPS
     )
+    half: bool = setting(
+        False, EXPORT, "Store the weights of onnx and browser in half precision: files of half the size."
+    )
+    onnxruntime_web: Path | None = setting(
+        None, EXPORT, "For browser: folder of the unpacked npm package onnxruntime-web, whose files are copied."
+    )
     device: str = setting("auto", EXPORT, "auto, cpu, cuda, cuda:N or mps.")
     overwrite: bool = setting(False, EXPORT, "Replace what was exported there before.")
 
@@ -57,6 +88,16 @@ class ExportConfig(Settings):
         """The folder of each format: the output itself of one, folders in it of several."""
         alone = len(self.format) == 1
         return {name: self.output if alone else self.output / name for name in self.format}
+
+    @property
+    def options(self) -> Options:
+        """What some formats are told besides."""
+        return Options(self.half, self.onnxruntime_web)
+
+    @model_validator(mode="after")
+    def _has_options_that_act(self) -> Self:
+        self.options.refuse_unused(self.format)
+        return self
 
     @model_validator(mode="after")
     def _has_different_formats(self) -> Self:

@@ -15,7 +15,7 @@ from onestill.core.memory import enough_memory
 from onestill.core.settings import make
 from onestill.data.cascade import with_first_stage
 from onestill.export.config import ExportConfig
-from onestill.export.export import check_format, export_student, is_exported
+from onestill.export.export import check_format, check_installed, export_student, is_exported
 from onestill.runs.distill import distilled_facts, in_words
 from onestill.runs.folder import RunFolder
 from onestill.runs.load import check_folder, restore_student, run_teacher
@@ -51,6 +51,8 @@ def write_student(config: ExportConfig) -> dict[str, float]:
         raise SettingError("student", path, "is no run and no checkpoint-N folder of one")
     for place in config.places.values():
         _check_free(place, config.overwrite)
+    for name in config.format:
+        check_installed(name, config.options)
     steps = config.num_inference_steps
     check_steps(steps, config.target_time or 0.0, is_map=run.is_map)
     teacher = run_teacher(run, device)
@@ -70,7 +72,10 @@ def write_student(config: ExportConfig) -> dict[str, float]:
     t = run.config.t_min if t is None else max(t, run.config.t_min)
     how: dict[str, Any] = {"t": t, "guidance_scale": scale, "num_inference_steps": steps, "facts": facts}
     how["overwrite"] = config.overwrite
-    return {name: export_student(student, place, format=name, **how) for name, place in config.places.items()}
+    return {
+        name: export_student(student, place, format=name, options=config.options.of(name), **how)
+        for name, place in config.places.items()
+    }
 
 
 def _check_free(place: Path, overwrite: bool) -> None:

@@ -79,6 +79,7 @@ class Facts:
         size: Arguments of the call it was distilled at, in words; not said if empty.
         checked: Whether the folder's own call runs a safety checker.
         num_steps: The steps that it was exported for.
+        files: What its files take and give, in words; not said if empty.
     """
 
     guidance: str = "none"
@@ -92,15 +93,19 @@ class Facts:
     size: str = ""
     checked: bool = False
     num_steps: int = 1
+    files: str = ""
 
 
-def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str) -> None:
-    """Write README.md into an exported folder, which `library` loads and `code` draws with.
+def write_card(
+    folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str | tuple[str, str]
+) -> None:
+    """Write README.md into an exported folder, which `library` loads and `code`, or (language, code), draws with.
 
     `self_check` is the largest difference between the folder and the student.
     """
     front = yaml.safe_dump(_front_matter(teacher, facts, library), sort_keys=False)
     steps = STEPS if facts.num_steps == 1 else FEW.format(num=facts.num_steps)
+    code = f"```python\n{code}\n```" if isinstance(code, str) else "```{}\n{}\n```".format(*code)
     card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code, steps * (library == 'diffusers'))}"
     write_text(folder / CARD_FILE, card)
 
@@ -242,16 +247,14 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
 def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str, steps: str) -> str:
     shape, name = " x ".join(map(str, spec.sample_shape)), Path(spec.source).name or "a network"
     given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
-    parts = (("Quality", facts.quality), ("Size", facts.size), ("LoRA", facts.lora))
+    parts = (("Quality", facts.quality), ("Size", facts.size), ("LoRA", facts.lora), ("Files", facts.files))
     more = "".join(f"- {name}: {said}.\n" for name, said in parts if said)
     return f"""# {_in_words(facts.num_steps).capitalize()}-step student of {name}
 
 Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}).
 **No training data was used**: only noise{given}.
 
-```python
 {code}
-```
 
 {steps}- Guidance distilled in: {facts.guidance}. Do not guide again.
 - Training: {facts.training or "not recorded"}.
