@@ -23,8 +23,8 @@ from onestill.core.errors import SettingError
 from onestill.core.tensors import Cond, noise
 from onestill.diffusion.process import CosineVP
 from onestill.export import onnx_file
-from onestill.export.config import Options
 from onestill.export.export import ExportError, export_student
+from onestill.export.settings import Options
 from onestill.sampling.generate import student_generator
 from onestill.students.student import Student
 from onestill.teachers.base import Teacher
@@ -66,10 +66,10 @@ def depend_on_nothing(model: onnx.ModelProto) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pixel_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Path]:
-    """A student of two steps of a class-conditional teacher, and its folder: read only."""
+    """A student of a class-conditional teacher, and its folder: read only."""
     student = trained(unet2d_teacher(tiny_network(num_classes=5), zero_snr_scheduler(), null_class=0))
     folder = tmp_path_factory.mktemp("onnx") / "out"
-    assert export_student(student, folder, format="onnx", num_inference_steps=2) <= 1e-5
+    assert export_student(student, folder, format="onnx") <= 1e-5
     return student, folder
 
 
@@ -77,7 +77,7 @@ def test_the_graph_is_the_student(pixel_folder: tuple[Student, Path], labels_for
     student, folder = pixel_folder
     for num in (1, 3, 65):
         cond = labels_for(student.teacher, num)
-        expected = drawn(student, cond, num, 2).clamp(-1, 1)
+        expected = drawn(student, cond, num).clamp(-1, 1)
         found = ran(folder / "student.onnx", noise=noise(range(num), (1, 8, 8)), **cond)
         assert (found - expected).abs().max() <= 1e-5 and (found.abs() < 1).any()
 
@@ -88,7 +88,7 @@ def test_the_file_says_what_it_is_and_computes_with_no_time(pixel_folder: tuple[
     assert [(entry.domain, entry.version) for entry in model.opset_import if not entry.domain] == [("", 18)]
     said = {entry.key: entry.value for entry in model.metadata_props}
     assert said["opset"] == "18" and said["batch"].startswith("dynamic") and said["picture"] == "in [-1, 1]"
-    assert (said["class_labels"], said["network_evaluations"]) == ("1,2,3,4", "2")
+    assert (said["class_labels"], said["network_evaluations"]) == ("1,2,3,4", "1")
     assert not depend_on_nothing(model)
     assert not {"Sin", "Cos"} & {node.op_type for node in model.graph.node}
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node), (
@@ -156,6 +156,16 @@ def test_weights_that_are_too_many_for_one_file_lie_beside_it(
     assert names == ["README.md", "onestill.json", "run.py", "student.onnx", "student.onnx.data"]
     found = ran(tmp_path / "out" / "student.onnx", noise=noise(range(4), (1, 8, 8)))
     assert (found - drawn(own_student, {}, 4)).abs().max() <= 1e-5
+
+
+def test_several_steps_are_one_graph(own_student: Student, tmp_path: Path) -> None:
+    assert export_student(own_student, tmp_path / "out", format="onnx", num_inference_steps=3) <= 1e-5
+    found = ran(tmp_path / "out" / "student.onnx", noise=noise(range(5), (1, 8, 8)))
+    assert (found - drawn(own_student, {}, 5, 3)).abs().max() <= 1e-5
+    assert (found - drawn(own_student, {}, 5)).abs().max() > 1e-3
+    model = onnx.load(tmp_path / "out" / "student.onnx")
+    assert not depend_on_nothing(model) and [node.op_type for node in model.graph.node].count("Conv") == 6
+    assert "# 3-step student" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_time_that_is_no_embedding_is_folded_too(cases: dict[str, Any], tmp_path: Path) -> None:

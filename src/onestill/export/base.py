@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, Cond, noise
 from onestill.data.conditions import LabelConditions
-from onestill.export.config import Options
+from onestill.export.settings import Options
 from onestill.sampling.generate import student_generator
 from onestill.students.model_card import Facts
 from onestill.students.one_step import OneStep

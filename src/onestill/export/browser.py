@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import onestill
 from onestill.core.errors import NOT_GIVEN, SettingError
 from onestill.core.reading import read_mapping
-from onestill.export.config import Options
-from onestill.export.onnx_file import DECODER, STUDENT, TEMPLATES, TEXT_ENCODER, OnnxFormat
+from onestill.export.onnx_file import DECODER, STUDENT, TEMPLATES, TEXT_ENCODER, OnnxFormat, made_by
+from onestill.export.settings import Options
 from onestill.export.text_parts import tokenizer_text
 from onestill.students.model_card import Facts, evaluations
 from onestill.students.one_step import OneStep
@@ -95,7 +94,7 @@ class BrowserFormat(OnnxFormat):
         return {
             "title": f"{name}, in {'one step' if self.num_steps == 1 else f'{self.num_steps} steps'}",
             "evaluations": evaluations(self.num_steps),
-            "made_with": f"Made with onestill {onestill.__version__}.",
+            "made_with": f"Made with onestill {made_by()}.",
             "sample_shape": spec.sample_shape,
             "picture_shape": list(self.checked[1].shape[1:]),
             "text": spec.text,
@@ -108,7 +107,7 @@ class BrowserFormat(OnnxFormat):
         }
 
     def code(self, facts: Facts) -> str:
-        return "cd path/to/this/folder\npython -m http.server --bind 127.0.0.1 8000\n# and open http://127.0.0.1:8000"
+        return "cd path/to/this/folder\npython -m http.server -b 127.0.0.1 8000\n# and open http://127.0.0.1:8000"
 
     def facts(self, folder: Path, facts: Facts) -> Facts:
         assert self.options.onnxruntime_web is not None, "asked for by `check_options`"

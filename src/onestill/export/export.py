@@ -26,13 +26,14 @@ from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autoc
 from onestill.core.writing import is_refusal, written
 from onestill.export.base import Format
 from onestill.export.browser import BrowserFormat
-from onestill.export.config import DIFFUSERS, Options
+from onestill.export.config import DIFFUSERS
 from onestill.export.lora_file import lora_words
 from onestill.export.module import ModuleFormat
 from onestill.export.onnx_file import OnnxFormat
 from onestill.export.pipeline import PipelineFormat
 from onestill.export.pixel import PixelFormat
 from onestill.export.program import ProgramFormat
+from onestill.export.settings import Options
 from onestill.sampling.samplers.network import NOTHING_SAID, check_trained
 from onestill.students.bake import NO_TIME
 from onestill.students.injection import TimeEmbeddingInjection

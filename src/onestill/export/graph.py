@@ -142,13 +142,13 @@ def _drop_unused(program: Any) -> None:
     graph.eliminate_dead_code()
     unused = {node.name: node for node in graph.nodes if node.op == "placeholder" and not node.users}
     kept = []
-    for spec in signature.input_specs:
-        if spec.arg.name in unused and spec.target is not None:
-            graph.erase_node(unused[spec.arg.name])
+    for entry in signature.input_specs:
+        if entry.arg.name in unused and entry.target is not None:
+            graph.erase_node(unused[entry.arg.name])
             for held in (program.state_dict, program.constants):
-                held.pop(spec.target, None)
+                held.pop(entry.target, None)
         else:
-            kept.append(spec)
+            kept.append(entry)
     signature.input_specs[:] = kept
     program.graph_module.recompile()
 

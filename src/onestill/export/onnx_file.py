@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import onestill
 from onestill.core.tensors import SELF_CHECK_TOLERANCE
 from onestill.export.graph import Drawing, traced
 from onestill.export.graph_format import NOISE, PICTURE, TOKENIZER_FILE, TOKENS, GraphFormat
@@ -102,7 +102,7 @@ class OnnxFormat(GraphFormat):
         """Return what the metadata of each file says."""
         labels = self.student.spec.labels if self.student.spec.num_classes else ()
         said = {
-            "made_with": f"onestill {onestill.__version__}",
+            "made_with": f"onestill {made_by()}",
             "opset": str(OPSET),
             "batch": "dynamic: any number of rows",
             "picture": "in [-1, 1]" if self.clamps else "as the student draws it",
@@ -140,6 +140,14 @@ class OnnxFormat(GraphFormat):
         return replace(facts, files=said if self.draws_pictures else said.rpartition(". ")[0])
 
 
+def made_by() -> str:
+    """Return the version of this package that writes the files."""
+    try:
+        return version("onestill")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def ran(path: Path, given: Mapping[str, Tensor]) -> Tensor:
     """Return what a file of ONNX, loaded afresh, makes of its inputs on the CPU."""
     import onnxruntime  # type: ignore[import-untyped]  # it has no types
@@ -163,7 +171,8 @@ def write_onnx(
 
     with _quiet():
         made = torch.onnx.export(
-            program, (), input_names=list(inputs), output_names=[output], opset_version=OPSET, dynamo=True, verbose=False
+            program, (), input_names=list(inputs), output_names=[output], opset_version=OPSET, dynamo=True, optimize=False,
+            verbose=False,
         )  # fmt: skip
         assert made is not None
         model: Any = made.model
@@ -175,7 +184,7 @@ def write_onnx(
     _name_batch(model.graph)
     if half:
         _halve(model.graph)
-    model.graph.name, model.producer_name, model.producer_version = path.stem, "onestill", onestill.__version__
+    model.graph.name, model.producer_name, model.producer_version = path.stem, "onestill", made_by()
     model.metadata_props.clear()
     model.metadata_props.update(said)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
