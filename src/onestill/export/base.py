@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from onestill.core.tensors import Cond, noise
+from onestill.core.tensors import SELF_CHECK_TOLERANCE, Cond, noise
 from onestill.data.conditions import LabelConditions
+from onestill.export.settings import Options
 from onestill.sampling.generate import student_generator
 from onestill.students.model_card import Facts
 from onestill.students.one_step import OneStep
@@ -30,6 +31,17 @@ class Format(ABC):
     """The extra of this package that brings what writes and checks it."""
     modules: ClassVar[tuple[str, ...]] = ()
     """What of that extra is imported."""
+    options: Options = Options()
+    """What is asked of it besides; given before it writes."""
+    prompt: str = Facts().prompt
+    """One to show; likewise."""
+    language: ClassVar[str] = "python"
+    """What the code on its card is written in."""
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference from the student that it may have."""
+        return SELF_CHECK_TOLERANCE
 
     def __init__(
         self, student: Student, t: float = 0.0, guidance_scale: float | None = None, num_steps: int = 1
@@ -41,6 +53,11 @@ class Format(ABC):
     @classmethod
     def why_not(cls, student: Student, num_steps: int) -> str | None:
         """Return why a student cannot be written like this, or None if it can; known before any work."""
+        return None
+
+    @classmethod
+    def check_options(cls, options: Options) -> None:
+        """Raise SettingError if what it is told besides cannot be used; known before a student is loaded."""
         return None
 
     @abstractmethod

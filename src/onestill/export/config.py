@@ -10,11 +10,12 @@ from pydantic import model_validator
 
 from onestill.core.errors import SettingError, named
 from onestill.core.settings import MOST_GUIDANCE, MOST_WIDTH, Settings, setting
+from onestill.export.settings import Options
 from onestill.students.settings import FEW_STEPS, HubSettings
 
 EXPORT = "Export"
 DIFFUSERS = "diffusers"
-FormatName = Literal["diffusers", "single_file", "lora"]
+FormatName = Literal["diffusers", "single_file", "lora", "torch", "onnx", "browser"]
 """What a student is written as; each but the first, which is the teacher's own choice, is one file of this room."""
 
 
@@ -26,7 +27,7 @@ class ExportSettings(Settings):
     format: tuple[FormatName, ...] = setting(
         (DIFFUSERS,),
         EXPORT,
-        "What to write, with commas; of several each has a folder of its name in the output.",
+        "What to write, with commas: diffusers, torch, onnx, browser; of several each has a folder of its name in the output.",
         commas=True,
     )
     guidance_scale: float | None = setting(
@@ -49,6 +50,12 @@ class ExportSettings(Settings):
     num_inference_steps: int = setting(
         1, EXPORT, "Steps that the folder is called with; more than one of a run that trains them.", ge=1, le=FEW_STEPS
     )
+    half: bool = setting(
+        False, EXPORT, "Store the weights of onnx and browser in half precision: files of half the size."
+    )
+    onnxruntime_web: Path | None = setting(
+        None, EXPORT, "For browser: folder of the unpacked npm package onnxruntime-web, whose files are copied."
+    )
     device: str = setting("auto", EXPORT, "auto, cpu, cuda, cuda:N or mps.")
     overwrite: bool = setting(False, EXPORT, "Replace what was exported there before.")
 
@@ -58,9 +65,19 @@ class ExportSettings(Settings):
         alone = len(self.format) == 1
         return {name: self.output if alone else self.output / name for name in self.format}
 
+    @property
+    def options(self) -> Options:
+        """What some formats are told besides."""
+        return Options(self.half, self.onnxruntime_web)
+
 
 class ExportConfig(HubSettings, ExportSettings):
     """Everything that decides what is exported of a run."""
+
+    @model_validator(mode="after")
+    def _has_options_that_act(self) -> Self:
+        self.options.refuse_unused(self.format)
+        return self
 
     @model_validator(mode="after")
     def _has_different_formats(self) -> Self:

@@ -25,12 +25,16 @@ from onestill.core.reading import reason
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autocast
 from onestill.core.writing import is_refusal, written
 from onestill.export.base import Format
+from onestill.export.browser import BrowserFormat
 from onestill.export.config import DIFFUSERS
 from onestill.export.lora import LoraFormat
 from onestill.export.lora_file import lora_words
 from onestill.export.module import ModuleFormat
+from onestill.export.onnx_file import OnnxFormat
 from onestill.export.pipeline import PipelineFormat
 from onestill.export.pixel import PixelFormat
+from onestill.export.program import ProgramFormat
+from onestill.export.settings import Options
 from onestill.export.single_file import SingleFileFormat
 from onestill.sampling.pictures import is_picture, to_pil
 from onestill.sampling.samplers.network import NOTHING_SAID, check_trained
@@ -48,6 +52,9 @@ FORMATS: dict[str, type[Format]] = {
     "module": ModuleFormat,
     "single_file": SingleFileFormat,
     "lora": LoraFormat,
+    "torch": ProgramFormat,
+    "onnx": OnnxFormat,
+    "browser": BrowserFormat,
 }
 """By name; the first three are what `Teacher.student_format` names."""
 NUM_PICTURES, PICTURES_FOLDER = 4, "images"
@@ -71,6 +78,7 @@ def export_student(
     num_inference_steps: int = 1,
     facts: Facts | None = None,
     format: str | None = None,
+    options: Options | None = None,
     overwrite: bool = False,
     pictures: bool = False,
 ) -> float:
@@ -85,6 +93,7 @@ def export_student(
             is theirs, eq. (28).
         facts: What the model card says besides; nothing more if None.
         format: One of `FORMATS`; the teacher's if None or "diffusers".
+        options: What some formats are told besides.
         overwrite: Replace an existing folder, in one rename, after the new one passed its check.
         pictures: Put some of the student's pictures into the folder, which its card shows on the hub.
 
@@ -96,6 +105,9 @@ def export_student(
         ExportError: If the self-check fails; nothing is left under the folder's name then.
         WriteError: If the system refuses, as when the disk is full; likewise.
     """
+    options = options or Options()
+    options.refuse_unused((format,))
+    check_installed(format, options)
     name = check_format(student, format, num_inference_steps)
     _check_trained(student, t, guidance_scale)
     check_writable(folder, "output")
@@ -107,10 +119,11 @@ def export_student(
     with written(folder, overwrite=overwrite) as partial, _exporting():
         partial.mkdir()
         form = FORMATS[name](student, t, guidance_scale, num_inference_steps)
+        facts = facts or Facts()
+        form.options, form.prompt = options, facts.prompt
         _write(form, name, partial)
         gc.collect()  # what was written: modules know each other in circles
-        error = _passed(form.check(partial), "the reloaded folder's images differ")
-        facts = facts or Facts()
+        error = _passed(form.check(partial), "the reloaded folder's images differ", form.tolerance)
         _describe(form, partial, replace(facts, pictures=_draw(form, partial)) if pictures else facts, error)
         set_usual_mode(partial)
     return error
@@ -119,7 +132,7 @@ def export_student(
 def check_format(student: Student, format: str | None, num_inference_steps: int = 1) -> str:
     """Return the name in `FORMATS` of a format; raise SettingError if a student cannot be written in it.
 
-    It is known before any work: a package may be missing, the family may have no such files, or no K steps of them.
+    It is known before any work: the family may have no such files, or no K steps of them.
     """
     own = student.teacher.student_format
     name = own if format in (None, DIFFUSERS) else format
@@ -127,15 +140,21 @@ def check_format(student: Student, format: str | None, num_inference_steps: int 
     if name not in known:
         raise SettingError("format", name, "is unknown of this teacher", f"known are {', '.join(known)}")
     kind = FORMATS[name]
-    if missing := [module for module in kind.modules if importlib.util.find_spec(module) is None]:
-        raise SettingError(
-            "format", name, f"needs {', '.join(missing)}", f"pip install 'onestill[{kind.extra}]' brings them"
-        )
     if num_inference_steps > 1 and (why := why_not_in_steps(student, num_inference_steps)) is not None:
         raise SettingError("num_inference_steps", num_inference_steps, why, "export it for one step, or sample the run")
     if (why := kind.why_not(student, num_inference_steps)) is not None:
         raise SettingError("format", name, why)
     return name
+
+
+def check_installed(format: str | None, options: Options) -> None:
+    """Raise SettingError if a package that a format needs is missing, or what it is told besides cannot be used."""
+    if (kind := FORMATS.get(format or DIFFUSERS)) is None:
+        return
+    if missing := [module for module in kind.modules if importlib.util.find_spec(module) is None]:
+        todo = f"pip install 'onestill[{kind.extra}]' brings them"
+        raise SettingError("format", format, f"needs {', '.join(missing)}", todo)
+    kind.check_options(options)
 
 
 @contextmanager
@@ -201,10 +220,10 @@ def _difference(step: OneStep, form: Format) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
-def _passed(error: float, what: str) -> float:
+def _passed(error: float, what: str, most: float = SELF_CHECK_TOLERANCE) -> float:
     """Return an error that is small enough; raise ExportError if it is not."""
-    if not error <= SELF_CHECK_TOLERANCE:
-        allowed = f"(allowed {SELF_CHECK_TOLERANCE:.0e})"
+    if not error <= most:
+        allowed = f"(allowed {most:.0e})"
         raise ExportError(f"export self-check failed: {what} from the student's by {error:.1e} {allowed}")
     return error
 
@@ -234,4 +253,4 @@ def _describe(form: Format, folder: Path, facts: Facts, error: float) -> None:
     if form.student.lora is not None and not facts.lora:
         facts = replace(facts, lora=lora_words(form.student, folder))
     facts = replace(facts, num_steps=form.num_steps)
-    write_card(folder, teacher, facts, error, library=form.library, code=form.code(facts))
+    write_card(folder, teacher, facts, error, library=form.library, code=(form.language, form.code(facts)))

@@ -16,7 +16,7 @@ from onestill.core.memory import enough_memory
 from onestill.core.settings import make
 from onestill.data.cascade import with_first_stage
 from onestill.export.config import ExportConfig
-from onestill.export.export import check_format, export_student, is_exported
+from onestill.export.export import check_format, check_installed, export_student, is_exported
 from onestill.runs import hub
 from onestill.runs.distill import distilled_facts, in_words, print_message
 from onestill.runs.folder import RunFolder
@@ -77,20 +77,25 @@ def write_student(config: ExportConfig, say: Callable[[str], None]) -> dict[str,
     hub.create(config)
     if config.push_to_hub:
         say(f"the student will be uploaded to {hub.destination(config)}")
-    found = {name: export_student(student, place, format=name, **how) for name, place in config.places.items()}
+    found = {
+        name: export_student(student, place, format=name, options=config.options.of(name), **how)
+        for name, place in config.places.items()
+    }
     if config.push_to_hub:
         hub.upload(config, config.output, hub.report_of(run.path) if is_usual else None)
     return found
 
 
 def _run_of(config: ExportConfig) -> RunFolder:
-    """Return the run whose student is exported; SettingError if it is none, or its place is taken."""
+    """Return the run whose student is exported; SettingError if it is none, its place is taken, or a package is missing."""
     check_folder(config.student)
     run = RunFolder.of(config.student)
     if run is None:
         raise SettingError("student", config.student, "is no run and no checkpoint-N folder of one")
     for place in config.places.values():
         _check_free(place, config.overwrite)
+    for name in config.format:
+        check_installed(name, config.options)
     return run
 
 

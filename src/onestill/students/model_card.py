@@ -83,6 +83,7 @@ class Facts:
         is_told: Whether its network reads the time that it is told; a folder of one step does not.
         pictures: Some of its pictures, as (what each shows, its file in the folder), for the hub's page.
         relation: What it is to the teacher, as the hub says: "finetune" or "adapter".
+        files: What its files take and give, in words; not said if empty.
     """
 
     guidance: str = "none"
@@ -100,10 +101,13 @@ class Facts:
     is_told: bool = False
     pictures: tuple[tuple[str, str], ...] = ()
     relation: str = "finetune"
+    files: str = ""
 
 
-def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str) -> None:
-    """Write README.md into an exported folder, which `library` loads and `code` draws with.
+def write_card(
+    folder: Path, teacher: Teacher, facts: Facts, self_check: float, *, library: str, code: str | tuple[str, str]
+) -> None:
+    """Write README.md into an exported folder, which `library` loads and `code`, or (language, code), draws with.
 
     `self_check` is the largest difference between the folder and the student.
     """
@@ -111,6 +115,7 @@ def write_card(folder: Path, teacher: Teacher, facts: Facts, self_check: float, 
     num = facts.num_steps
     few = FEW.format(num=num, steps="One step" if num == 1 else f"{num} steps")
     steps = STEPS if num == 1 and not facts.is_told else few
+    code = f"```python\n{code}\n```" if isinstance(code, str) else "```{}\n{}\n```".format(*code)
     card = f"---\n{front}---\n\n{_body(teacher.spec, facts, self_check, code, steps * (library == 'diffusers'))}"
     write_text(folder / CARD_FILE, card)
 
@@ -264,16 +269,20 @@ def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, obj
 def _body(spec: TeacherSpec, facts: Facts, self_check: float, code: str, steps: str) -> str:
     shape, name = " x ".join(map(str, spec.sample_shape)), Path(spec.source).name or "a network"
     given = " and prompts" if spec.text else " and class labels" if spec.num_classes else ""
-    parts = (("Quality", facts.quality), ("Size", facts.size), ("LoRA", facts.lora), ("Other programs", facts.programs))
+    parts = (
+        ("Quality", facts.quality),
+        ("Size", facts.size),
+        ("LoRA", facts.lora),
+        ("Files", facts.files),
+        ("Other programs", facts.programs),
+    )
     more = "".join(f"- {name}: {said}.\n" for name, said in parts if said)
     return f"""# {_in_words(facts.num_steps).capitalize()}-step student of {name}
 
 Distilled with onestill from {name} ({spec.family}, {spec.prediction_type}, samples {shape}).
 **No training data was used**: only noise{given}.
 
-```python
 {code}
-```
 
 {steps}- Guidance distilled in: {facts.guidance}. Do not guide again.
 - Training: {facts.training or "not recorded"}.
