@@ -461,7 +461,8 @@ SMALL = {"train_batch_size": 8, "num_teacher_steps": 2, "num_validation_images":
 
 def make_small(monkeypatch: pytest.MonkeyPatch, teacher: str) -> None:
     usual = demo.DEMOS[teacher]
-    evaluation = {**usual.evaluation, "num_samples": 40, "steps": (4, 1)}
+    few = {"num_samples": 12, "batch_size": 4} if teacher == "glyphs" else {"num_samples": 40}
+    evaluation = {**usual.evaluation, **few, "steps": (4, 1)}
     small = replace(usual, distillation={**usual.distillation, **SMALL}, evaluation=evaluation)
     monkeypatch.setitem(demo.DEMOS, teacher, small)
 
