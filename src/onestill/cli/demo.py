@@ -53,7 +53,8 @@ def demo(
         raise KeyboardInterrupt(_way_on(output_dir)) from None
     print_report(report, out)
     say(f"picture:  {picture}")
-    say(f"page:     {output_dir / PAGE_FILE}  (opens in a browser)")
+    say(f"report:   {output_dir / PAGE_FILE}  (opens in a browser)")
+    say(f"page:     {shlex.join(['onestill', 'serve', str(output_dir)])}  (to play with; pip install 'onestill[serve]')")
     say(f"pipeline: {output_dir / 'pipeline'}  (loads with plain diffusers)")
 
 
