@@ -34,11 +34,11 @@ import onestill
 from onestill.core.errors import FoundWarning
 from onestill.core.settings import LONGEST_TEXT
 from onestill.pages import server as room
-from onestill.pages.config import MOST_PICTURES, MOST_SEED, ServeConfig
-from onestill.pages.player import Played
+from onestill.pages.config import MOST_PICTURES, MOST_SEED, Asked, ServeConfig
+from onestill.pages.player import Played, draw
 from onestill.pages.playground import playground
 from onestill.pages.server import DRAW, MOST_BODY, Server, listening, serve_page
-from onestill.runs.serve import MISSING, open_server
+from onestill.runs.serve import MISSING, _played, open_server
 from onestill.sampling.pictures import to_pil
 from onestill.sampling.png import read_settings
 from onestill.sampling.samplers.network import StudentSampler
@@ -186,6 +186,19 @@ def test_the_settings_are_inside_the_picture(server: Server, tmp_path: Path) -> 
     assert said[2] == {**own, "drawn_by": NAME, "num_inference_steps": "1", "target_time": "0.3", "between": "0.5"}
 
 
+def test_a_request_that_names_no_scale_has_that_of_the_command(run: Path, tmp_path: Path) -> None:
+    for student, w, own in ((run, "2.75", {}), (run / "pipeline", "2.0", {"teacher": str(teacher_folder("class"))})):
+        played = _played(config_of(student, guidance_scale=2.75, **own), torch.device("cpu"))
+        made = [draw(played, Asked(class_label=1, seed=4, by_teacher=by)) for by in (False, True)]
+        for answer, scale in zip(made, (w, "2.75"), strict=True):
+            (tmp_path / "a.png").write_bytes(answer.pictures[0].png)
+            assert read_settings(tmp_path / "a.png")["guidance_scale"] == scale
+            sampler = onestill.load_sampler(student, device="cpu", guidance_scale=None if own else 2.75)
+            if answer is made[0]:
+                image = sampler.images([4], sampler.conditions(1, [1]))[0]
+                assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(to_pil(image[None])[0]))
+
+
 def test_a_prompt_that_is_cut_is_drawn_with_a_line(text_server: Server) -> None:
     assert drawn(text_server, prompt="a blue B")["warnings"] == []
     (line,) = drawn(text_server, prompt="a blue " + "very " * 200 + "big B")["warnings"]
@@ -299,6 +312,17 @@ def test_a_failure_is_one_line_and_the_next_is_drawn(
         "error": "this could not be drawn; the terminal of the server says why"
     }
     assert "a secret of the machine" in caplog.text and drawn(server)
+
+
+def test_who_goes_in_the_midst_of_a_request_is_no_failure(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        head = f"POST {DRAW} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
+        half.sendall(head.encode())
+        time.sleep(0.1)
+    assert drawn(server)
+    time.sleep(0.1)
+    assert caplog.text == ""
 
 
 def test_too_many_are_told_to_come_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ class Played:
         seed: The first of its seeds.
         teacher: The teacher beside it; None if there is none.
         teacher_name: What that is called.
+        teacher_scale: w of the teacher where a request names none; None if there is none, or none is known.
     """
 
     sampler: Sampler
@@ -50,6 +51,7 @@ class Played:
     seed: int = 0
     teacher: TeacherAt | None = None
     teacher_name: str = ""
+    teacher_scale: float | None = None
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -134,7 +136,8 @@ def _sampler(played: Played, asked: Asked) -> Sampler:
         if value is not None:
             raise SettingError(name, value, "is the student's; the teacher has its own steps to the finished image")
     if w is not None and played.guidance_range is None:
-        raise SettingError("guidance_scale", w, "one scale is distilled into this student, and its teacher has that")
+        why = "one scale is distilled into this student, and the teacher beside it was opened at one"
+        raise SettingError("guidance_scale", w, why)
     return played.teacher(w)
 
 
@@ -152,7 +155,8 @@ def _rows(sampler: Sampler, asked: Asked) -> Rows:
 
 def _said(played: Played, asked: Asked, sampler: Sampler, rows: Rows) -> Iterator[dict[str, object]]:
     """Yield the settings that each picture is drawn by, as they stand inside it."""
-    w = asked.guidance_scale if asked.guidance_scale is not None else played.guidance_scale
+    usual = played.teacher_scale if asked.by_teacher else played.guidance_scale
+    w = usual if asked.guidance_scale is None else asked.guidance_scale
     by = f"{played.teacher_name} (the teacher)" if asked.by_teacher else played.name
     for i in range(asked.num_images):
         said: dict[str, object] = {"student": played.name, "drawn_by": by}

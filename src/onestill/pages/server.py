@@ -92,12 +92,14 @@ class Door:
             await _say(404, "there is nothing here", send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
 
         request = Request(scope, receive)
         try:
             asked = _asked(await _body(request))
             drawn = await self._in_turn(request, asked)
+        except ClientDisconnect:
+            return  # in the midst of the request
         except _Refused as error:
             await _say(error.status, error.why, send)
         except (SettingError, SettingErrors) as error:
@@ -244,6 +246,7 @@ class Server:
         try:
             self.uvicorn.run(sockets=[self.socket])
         finally:
+            gc.unfreeze()
             self.socket.close()
             self.door.thread.shutdown(cancel_futures=True)
 
