@@ -416,6 +416,8 @@ def test_the_page_is_served_with_bounds(server: Server) -> None:
     status, page, headers = ask(server, "", "GET", "/")
     assert status == 200 and headers["x-frame-options"] == "DENY" and "server" not in headers
     assert "connect-src 'self'" in headers["content-security-policy"]
+    for query in ("page=../", "deep_link=..%2f..%2fa", "deep_link=a&page=a"):
+        assert ask(server, "", "GET", f"/?{query}")[:2] == (200, page), query
     for address in re.findall(rb'(?:src|href)="\./((?:assets|static)/[^"]+)"', page)[:4]:
         assert ask(server, "", "GET", f"/{address.decode()}")[0] == 200
     assert str(Path.cwd()).encode() not in page and str(Path.home()).encode() not in page

@@ -87,7 +87,8 @@ class Door:
         elif path == DRAW and scope["method"] == "POST":
             await self._answer(scope, receive, send)
         elif is_read and (path in _FILES or _FOLDERS.fullmatch(path)):
-            await self.page(scope, receive, _with_headers(send))
+            asked = {**scope, "query_string": b""}  # by which gradio opens other pages, and files of its own
+            await self.page(asked, receive, _with_headers(send))
         else:
             await _say(404, "there is nothing here", send)
 
