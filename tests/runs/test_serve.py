@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
@@ -314,6 +315,20 @@ def test_a_failure_is_one_line_and_the_next_is_drawn(
     assert "a secret of the machine" in caplog.text and drawn(server)
 
 
+def test_too_little_memory_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentSampler, "images", fail)
+        for num, words in ((12, "12 pictures at once"), (1, "1 picture at once")):
+            status, answer, _ = ask(server, json.dumps({"num_images": num}))
+            todo = "ask for fewer" if num > 1 else "end what else takes it"
+            said = f"not enough memory for {words} (2.00 GiB more were asked for); {todo}"
+            assert status == 503 and json.loads(answer) == {"error": said}
+    assert drawn(server)
+
+
 def test_who_goes_in_the_midst_of_a_request_is_no_failure(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as half:
@@ -564,6 +579,24 @@ def test_an_address_that_is_open_to_others_is_warned_of(run: Path, monkeypatch: 
     monkeypatch.setattr("onestill.runs.serve.is_own", lambda _: False)
     with pytest.warns(FoundWarning, match="whoever reaches this machine over its network can draw with this student"):
         open_server(config_of(run / "pipeline")).socket.close()
+
+
+def test_it_is_served_in_a_notebook_too(server: Server) -> None:
+    door, answers = server.door, list[int]()
+    found = serve_page(door.page, door.played, listening("127.0.0.1", 0), host="127.0.0.1", queue_size=1)
+
+    def visit() -> None:
+        answers.append(ask(found, '{"class_label": 1}')[0])
+        found.stop()
+
+    async def cell() -> None:
+        found.run()
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    asyncio.run(cell())
+    visitor.join()
+    assert answers == [200]
 
 
 def test_ctrl_c_ends_it_in_one_line(run: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onestill.core.devices import seconds_of
 from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors, as_arguments
+from onestill.core.memory import enough_memory
 from onestill.core.tensors import noise
 from onestill.evaluation.report import package_versions
 from onestill.pages.config import Asked
@@ -108,7 +109,9 @@ def draw(played: Played, asked: Asked) -> Drawn:
         u = torch.tensor([asked.between])
         start = torch.cat([slerp(ends[i], ends[i + 1], u) for i in range(len(seeds))])
     found: list[Tensor] = []
-    seconds = seconds_of(lambda: found.append(sampler.images(start, rows)), played.device)
+    many = f"{asked.num_images} picture{'s' if asked.num_images > 1 else ''} at once"
+    with enough_memory(many, "ask for fewer" if asked.num_images > 1 else "end what else takes it"):
+        seconds = seconds_of(lambda: found.append(sampler.images(start, rows)), played.device)
     said = [dict(each) for each in _said(played, asked, sampler, rows)]
     pictures = tuple(
         Picture(png_of(image, each), seed + asked.between)

@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import socket
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -245,11 +246,25 @@ class Server:
         """Serve until it is stopped; Ctrl-C is a KeyboardInterrupt, when the picture at hand is drawn."""
         gc.freeze()  # a collection then looks at what requests have made, not at all of torch and of the page
         try:
-            self.uvicorn.run(sockets=[self.socket])
+            self._listen()
         finally:
             gc.unfreeze()
             self.socket.close()
             self.door.thread.shutdown(cancel_futures=True)
+
+    def _listen(self) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self.uvicorn.run(sockets=[self.socket])
+        # In a notebook this thread runs a loop already, which cannot have another inside.
+        thread = threading.Thread(target=self.uvicorn.run, args=([self.socket],))
+        thread.start()
+        try:
+            thread.join()
+        finally:  # after an interrupt too
+            self.stop()
+            thread.join()
 
     def stop(self) -> None:
         """End `run`, which another thread is in."""
