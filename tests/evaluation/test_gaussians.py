@@ -58,6 +58,9 @@ def test_a_file_is_read_as_it_was_written_and_as_others_write(tmp_path: Path) ->
     found = read_gaussian(tmp_path / "b.npz")
     assert (found.features, found.num_images) == ("", None)
     assert frechet(found, gaussian) == pytest.approx(0, abs=1e-6)
+    # What others keep by the names of ours says nothing.
+    np.savez(tmp_path / "b.npz", mu=mean, sigma=covariance, features=np.zeros((9, 5)), num_images=np.array(-5))
+    assert (read_gaussian(tmp_path / "b.npz").features, read_gaussian(tmp_path / "b.npz").num_images) == ("", None)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.npz", "b.npz"]
 
 

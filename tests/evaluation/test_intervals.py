@@ -59,6 +59,9 @@ def test_no_share_goes_beyond_0_and_1_and_no_resamples_are_no_intervals() -> Non
     low, high = intervals(values, parts, 1000)["precision"]
     assert 0.8 <= low < 0.95 < high == 1
     assert intervals(values, parts, 0) == {}
+    assert (
+        intervals({"inception_score": 1.001}, {"inception_score": normal(20, 1)[:, 0]}, 1000)["inception_score"][0] == 1
+    )
 
 
 def test_the_inception_score_by_hand() -> None:

@@ -27,6 +27,7 @@ from onestill.core.settings import make
 from onestill.evaluation import choice
 from onestill.evaluation.config import EvaluateConfig
 from onestill.evaluation.inception import InceptionFeatures
+from onestill.evaluation.samples import Subjects
 from onestill.runs import evaluate as evaluate_module
 from onestill.runs.evaluate import default_report_folder
 from onestill.runs.export import export
@@ -276,8 +277,10 @@ def test_a_protocol_is_said_first_and_in_the_report(monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setattr(evaluate_module, "_configured", lambda *_: config)
     report = onestill.evaluate(finished_run(), say=said.append)
-    line = "protocol fid50k: 12 images a row, seeds 0..11, all labels in turn, teacher features"
+    line = "protocol fid50k: 12 images a row, seeds 0..11, teacher features"
     assert line in said and line in report.protocol.notes
+    with_labels = evaluate_module._said_of(config, Subjects(class_labels=(0, 1)))
+    assert with_labels == "12 images a row, seeds 0..11, all labels in turn, teacher features"
 
 
 def test_evaluate_is_the_same_twice_and_depends_on_the_seed() -> None:

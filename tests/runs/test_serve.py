@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
@@ -34,11 +35,11 @@ import onestill
 from onestill.core.errors import FoundWarning
 from onestill.core.settings import LONGEST_TEXT
 from onestill.pages import server as room
-from onestill.pages.config import MOST_PICTURES, MOST_SEED, ServeConfig
-from onestill.pages.player import Played
+from onestill.pages.config import MOST_PICTURES, MOST_SEED, Asked, ServeConfig
+from onestill.pages.player import Played, draw
 from onestill.pages.playground import playground
 from onestill.pages.server import DRAW, MOST_BODY, Server, listening, serve_page
-from onestill.runs.serve import MISSING, open_server
+from onestill.runs.serve import MISSING, _played, open_server
 from onestill.sampling.pictures import to_pil
 from onestill.sampling.png import read_settings
 from onestill.sampling.samplers.network import StudentSampler
@@ -186,6 +187,19 @@ def test_the_settings_are_inside_the_picture(server: Server, tmp_path: Path) -> 
     assert said[2] == {**own, "drawn_by": NAME, "num_inference_steps": "1", "target_time": "0.3", "between": "0.5"}
 
 
+def test_a_request_that_names_no_scale_has_that_of_the_command(run: Path, tmp_path: Path) -> None:
+    for student, w, own in ((run, "2.75", {}), (run / "pipeline", "2.0", {"teacher": str(teacher_folder("class"))})):
+        played = _played(config_of(student, guidance_scale=2.75, **own), torch.device("cpu"))
+        made = [draw(played, Asked(class_label=1, seed=4, by_teacher=by)) for by in (False, True)]
+        for answer, scale in zip(made, (w, "2.75"), strict=True):
+            (tmp_path / "a.png").write_bytes(answer.pictures[0].png)
+            assert read_settings(tmp_path / "a.png")["guidance_scale"] == scale
+            sampler = onestill.load_sampler(student, device="cpu", guidance_scale=None if own else 2.75)
+            if answer is made[0]:
+                image = sampler.images([4], sampler.conditions(1, [1]))[0]
+                assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(to_pil(image[None])[0]))
+
+
 def test_a_prompt_that_is_cut_is_drawn_with_a_line(text_server: Server) -> None:
     assert drawn(text_server, prompt="a blue B")["warnings"] == []
     (line,) = drawn(text_server, prompt="a blue " + "very " * 200 + "big B")["warnings"]
@@ -301,6 +315,31 @@ def test_a_failure_is_one_line_and_the_next_is_drawn(
     assert "a secret of the machine" in caplog.text and drawn(server)
 
 
+def test_too_little_memory_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentSampler, "images", fail)
+        for num, words in ((12, "12 pictures at once"), (1, "1 picture at once")):
+            status, answer, _ = ask(server, json.dumps({"num_images": num}))
+            todo = "ask for fewer" if num > 1 else "end what else takes it"
+            said = f"not enough memory for {words} (2.00 GiB more were asked for); {todo}"
+            assert status == 503 and json.loads(answer) == {"error": said}
+    assert drawn(server)
+
+
+def test_who_goes_in_the_midst_of_a_request_is_no_failure(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        head = f"POST {DRAW} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
+        half.sendall(head.encode())
+        time.sleep(0.1)
+    assert drawn(server)
+    time.sleep(0.1)
+    assert caplog.text == ""
+
+
 def test_too_many_are_told_to_come_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on, calls, answers = threading.Event(), [], list[tuple[int, bytes, dict[str, str]]]()
     draw = room.draw
@@ -392,6 +431,8 @@ def test_the_page_is_served_with_bounds(server: Server) -> None:
     status, page, headers = ask(server, "", "GET", "/")
     assert status == 200 and headers["x-frame-options"] == "DENY" and "server" not in headers
     assert "connect-src 'self'" in headers["content-security-policy"]
+    for query in ("page=../", "deep_link=..%2f..%2fa", "deep_link=a&page=a"):
+        assert ask(server, "", "GET", f"/?{query}")[:2] == (200, page), query
     for address in re.findall(rb'(?:src|href)="\./((?:assets|static)/[^"]+)"', page)[:4]:
         assert ask(server, "", "GET", f"/{address.decode()}")[0] == 200
     assert str(Path.cwd()).encode() not in page and str(Path.home()).encode() not in page
@@ -538,6 +579,24 @@ def test_an_address_that_is_open_to_others_is_warned_of(run: Path, monkeypatch: 
     monkeypatch.setattr("onestill.runs.serve.is_own", lambda _: False)
     with pytest.warns(FoundWarning, match="whoever reaches this machine over its network can draw with this student"):
         open_server(config_of(run / "pipeline")).socket.close()
+
+
+def test_it_is_served_in_a_notebook_too(server: Server) -> None:
+    door, answers = server.door, list[int]()
+    found = serve_page(door.page, door.played, listening("127.0.0.1", 0), host="127.0.0.1", queue_size=1)
+
+    def visit() -> None:
+        answers.append(ask(found, '{"class_label": 1}')[0])
+        found.stop()
+
+    async def cell() -> None:
+        found.run()
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    asyncio.run(cell())
+    visitor.join()
+    assert answers == [200]
 
 
 def test_ctrl_c_ends_it_in_one_line(run: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -94,9 +95,9 @@ def read_gaussian(path: Path) -> Gaussian:
         with loading("it"):
             found = _arrays(path)
             mean, covariance = (torch.from_numpy(found[name].astype(np.float64)) for name in ("mu", "sigma"))
-            features, num = str(found.get("features", "")), int(found.get("num_images", 0))
         _check(mean, covariance)
-        made = Gaussian(mean, (covariance + covariance.T) / 2, features, num or None)
+        features, num = _said(found, "features", "U"), _said(found, "num_images", "iu")
+        made = Gaussian(mean, (covariance + covariance.T) / 2, features or "", num if num and num > 0 else None)
         _check(made.mean, made.root)
     except ValueError as error:
         raise SettingError("reference", path, str(error).removeprefix("it "), _WANTED) from None
@@ -121,6 +122,12 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     if odd := [name for name in ("mu", "sigma") if arrays[name].dtype.kind not in "fiu"]:
         raise ValueError(f"its {odd[0]!r} holds no real numbers, but {arrays[odd[0]].dtype}")
     return arrays
+
+
+def _said(arrays: Mapping[str, np.ndarray], name: str, kind: str) -> Any:
+    """Return the one value of an array; None if there is none, or what others keep by that name."""
+    array = arrays.get(name)
+    return None if array is None or array.ndim or array.dtype.kind not in kind else array.item()
 
 
 def _check(mean: Tensor, covariance: Tensor) -> None:

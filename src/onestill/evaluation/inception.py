@@ -22,9 +22,9 @@ from onestill.core.errors import SettingError
 from onestill.core.reading import loading
 from onestill.evaluation.features import check_range
 
-SHA256: Final = "6726825d"
-"""How the SHA-256 of the usual file begins, pt_inception-2015-12-05-6726825d.pth: the only pickle that is ever opened."""
-USUAL_FILE: Final = f"pt_inception-2015-12-05-{SHA256}.pth"
+SHA256: Final = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of the usual file: the only pickle that is ever opened. Its first digits alone could be met by another file."""
+USUAL_FILE: Final = f"pt_inception-2015-12-05-{SHA256[:8]}.pth"
 SIDE, FEATURES, CLASSES = 299, 2048, 1008
 _MOST_BYTES = 2**28
 _BATCH = 32
@@ -71,8 +71,8 @@ def load_inception(path: str | os.PathLike[str], *, device: str | torch.device =
     is_pickle = file.suffix.lower() != ".safetensors"
     content = _content(file)
     digest = hashlib.sha256(content).hexdigest()
-    if is_pickle and not digest.startswith(SHA256):
-        why = f"has the SHA-256 {digest[:8]}..., which is not that of {USUAL_FILE} ({SHA256}...), and is not opened"
+    if is_pickle and digest != SHA256:
+        why = f"has the SHA-256 {digest[:8]}..., which is not that of {USUAL_FILE} ({SHA256[:8]}...), and is not opened"
         raise SettingError("features_weights", file, why, "give that file, or a .safetensors of its tensors")
     try:
         with loading("it"):
@@ -84,7 +84,7 @@ def load_inception(path: str | os.PathLike[str], *, device: str | torch.device =
         network = Inception()
     network.load_state_dict(_fit(found, network, file), assign=True)
     network.to(device).eval().requires_grad_(False)
-    kind = f"weights {digest[:8]}" if is_pickle else f"safetensors {digest[:8]}, not checked against {SHA256}"
+    kind = f"weights {digest[:8]}" if is_pickle else f"safetensors {digest[:8]}, not checked against {SHA256[:8]}"
     return InceptionFeatures(network, f"the Inception network of the FID ({kind})")
 
 

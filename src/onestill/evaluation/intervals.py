@@ -53,13 +53,18 @@ def intervals(
 ) -> dict[str, Interval]:
     """Return the interval of each value that has parts; none for no resamples.
 
-    No distance goes below 0, and no share beyond 0 and 1.
+    No Fréchet distance goes below 0, no share beyond 0 and 1, no Inception Score below 1.
     """
     if not resamples:
         return {}
     if classes is not None and len(classes) < 2 * len(set(classes.tolist())):
         classes = None  # of classes that are there once nothing could be drawn again
     found = {name: interval(values[name], rows, resamples, classes) for name, rows in parts.items()}
-    bounds = {"frechet_distance": (0.0, math.inf), "precision": (0.0, 1.0), "label_accuracy": (0.0, 1.0)}
+    bounds = {
+        "frechet_distance": (0.0, math.inf),
+        "precision": (0.0, 1.0),
+        "label_accuracy": (0.0, 1.0),
+        "inception_score": (1.0, math.inf),
+    }
     limits = {name: bounds.get(name, (-math.inf, math.inf)) for name in found}
     return {name: (max(low, limits[name][0]), min(high, limits[name][1])) for name, (low, high) in found.items()}

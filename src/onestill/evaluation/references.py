@@ -83,7 +83,8 @@ def gaussian_reference(path: Path, extractor: FeatureExtractor, shape: Sequence[
         why = f"is of features of length {num:,}, and those of {extractor.name} have {own:,}"
         raise SettingError("reference", path, why, f"name the features that it is of with {named('features')}")
     if gaussian.features not in ("", extractor.name):
-        raise SettingError("reference", path, f"is of other features: {gaussian.features}, and not {extractor.name}")
+        of = gaussian.features if gaussian.features.isprintable() else ascii(gaussian.features)
+        raise SettingError("reference", path, f"is of other features: {of[:200]}, and not {extractor.name}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Reference(None, f"the mean and covariance in {path.name} (sha256 {digest[:12]})", gaussian=gaussian)

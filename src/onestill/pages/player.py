@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onestill.core.devices import seconds_of
 from onestill.core.errors import NOT_GIVEN, SettingError, SettingErrors, as_arguments
+from onestill.core.memory import enough_memory
 from onestill.core.tensors import noise
 from onestill.evaluation.report import package_versions
 from onestill.pages.config import Asked
@@ -40,6 +41,7 @@ class Played:
         seed: The first of its seeds.
         teacher: The teacher beside it; None if there is none.
         teacher_name: What that is called.
+        teacher_scale: w of the teacher where a request names none; None if there is none, or none is known.
     """
 
     sampler: Sampler
@@ -50,6 +52,7 @@ class Played:
     seed: int = 0
     teacher: TeacherAt | None = None
     teacher_name: str = ""
+    teacher_scale: float | None = None
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -106,7 +109,9 @@ def draw(played: Played, asked: Asked) -> Drawn:
         u = torch.tensor([asked.between])
         start = torch.cat([slerp(ends[i], ends[i + 1], u) for i in range(len(seeds))])
     found: list[Tensor] = []
-    seconds = seconds_of(lambda: found.append(sampler.images(start, rows)), played.device)
+    many = f"{asked.num_images} picture{'s' if asked.num_images > 1 else ''} at once"
+    with enough_memory(many, "ask for fewer" if asked.num_images > 1 else "end what else takes it"):
+        seconds = seconds_of(lambda: found.append(sampler.images(start, rows)), played.device)
     said = [dict(each) for each in _said(played, asked, sampler, rows)]
     pictures = tuple(
         Picture(png_of(image, each), seed + asked.between)
@@ -134,7 +139,8 @@ def _sampler(played: Played, asked: Asked) -> Sampler:
         if value is not None:
             raise SettingError(name, value, "is the student's; the teacher has its own steps to the finished image")
     if w is not None and played.guidance_range is None:
-        raise SettingError("guidance_scale", w, "one scale is distilled into this student, and its teacher has that")
+        why = "one scale is distilled into this student, and the teacher beside it was opened at one"
+        raise SettingError("guidance_scale", w, why)
     return played.teacher(w)
 
 
@@ -152,7 +158,8 @@ def _rows(sampler: Sampler, asked: Asked) -> Rows:
 
 def _said(played: Played, asked: Asked, sampler: Sampler, rows: Rows) -> Iterator[dict[str, object]]:
     """Yield the settings that each picture is drawn by, as they stand inside it."""
-    w = asked.guidance_scale if asked.guidance_scale is not None else played.guidance_scale
+    usual = played.teacher_scale if asked.by_teacher else played.guidance_scale
+    w = usual if asked.guidance_scale is None else asked.guidance_scale
     by = f"{played.teacher_name} (the teacher)" if asked.by_teacher else played.name
     for i in range(asked.num_images):
         said: dict[str, object] = {"student": played.name, "drawn_by": by}

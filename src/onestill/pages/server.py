@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import socket
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,17 +88,20 @@ class Door:
         elif path == DRAW and scope["method"] == "POST":
             await self._answer(scope, receive, send)
         elif is_read and (path in _FILES or _FOLDERS.fullmatch(path)):
-            await self.page(scope, receive, _with_headers(send))
+            asked = {**scope, "query_string": b""}  # by which gradio opens other pages, and files of its own
+            await self.page(asked, receive, _with_headers(send))
         else:
             await _say(404, "there is nothing here", send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
 
         request = Request(scope, receive)
         try:
             asked = _asked(await _body(request))
             drawn = await self._in_turn(request, asked)
+        except ClientDisconnect:
+            return  # in the midst of the request
         except _Refused as error:
             await _say(error.status, error.why, send)
         except (SettingError, SettingErrors) as error:
@@ -242,10 +246,25 @@ class Server:
         """Serve until it is stopped; Ctrl-C is a KeyboardInterrupt, when the picture at hand is drawn."""
         gc.freeze()  # a collection then looks at what requests have made, not at all of torch and of the page
         try:
-            self.uvicorn.run(sockets=[self.socket])
+            self._listen()
         finally:
+            gc.unfreeze()
             self.socket.close()
             self.door.thread.shutdown(cancel_futures=True)
+
+    def _listen(self) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self.uvicorn.run(sockets=[self.socket])
+        # In a notebook this thread runs a loop already, which cannot have another inside.
+        thread = threading.Thread(target=self.uvicorn.run, args=([self.socket],))
+        thread.start()
+        try:
+            thread.join()
+        finally:  # after an interrupt too
+            self.stop()
+            thread.join()
 
     def stop(self) -> None:
         """End `run`, which another thread is in."""

@@ -110,7 +110,7 @@ def _evaluated(
     source = _reference_source(config, pair, extractor)
     subjects, notes = _subjects(config, pair, source)
     if config.protocol is not None:
-        say(f"protocol {config.protocol}: {_said_of(config)}")
+        say(f"protocol {config.protocol}: {_said_of(config, subjects)}")
     for warning in pair.student.sampler.warnings(subjects.prompts[: config.num_samples]):
         say(warning)
     clip = None if config.clip is None else _open_clip(config.clip, pair, offline=offline)
@@ -321,8 +321,9 @@ def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subject
     prompts, origin = _prompts_of(pair.student, config, held_out)
     student.conditions(1, config.class_labels, prompts)
     notes = [f"prompts: {origin}"] if origin else []
+    subjects = Subjects(config.class_labels or student.labels, prompts)
     if config.protocol is not None:
-        notes.append(f"protocol {config.protocol}: {_said_of(config)}")
+        notes.append(f"protocol {config.protocol}: {_said_of(config, subjects)}")
     if config.class_labels:
         notes.append(f"classes: {', '.join(map(str, config.class_labels))}, in turn")
     if (interval := pair.teacher.guidance_interval) is not None and config.guidance_scale != 1:
@@ -330,13 +331,14 @@ def _subjects(config: EvaluateConfig, pair: _Pair, source: str) -> tuple[Subject
     if student.first_stage is not None:
         drawn = f"every row enlarges what {student.first_stage.name} draws in one step"
         notes.append(f"{drawn}, which its evaluations and its time include")
-    return Subjects(config.class_labels or student.labels, prompts), tuple(notes)
+    return subjects, tuple(notes)
 
 
-def _said_of(config: EvaluateConfig) -> str:
+def _said_of(config: EvaluateConfig, subjects: Subjects) -> str:
     """Return what the protocol of an evaluation has set."""
+    labels = ", all labels in turn" if subjects.class_labels else ""
     seeds = f"seeds {config.seed}..{config.seed + config.num_samples - 1}"
-    return f"{config.num_samples:,} images a row, {seeds}, all labels in turn, {config.features} features"
+    return f"{config.num_samples:,} images a row, {seeds}{labels}, {config.features} features"
 
 
 def _held_out_prompts(reference: str, teacher: str, run: DistillConfig | None) -> Path | None:

@@ -88,15 +88,18 @@ def _played(config: ServeConfig, device: torch.device) -> Played:
     found = _opened(config, device)
     found.sampler.name = "this student"  # its own name is a path of this machine
     w = _scale(config, found)
-    beside = _beside(config, found, device, w)
+    sampler = found.sampler.at(guidance_scale=w) if _takes_scale(found.sampler) else found.sampler
+    teacher_scale = w if config.guidance_scale is None else config.guidance_scale
+    beside = _beside(config, found, device, teacher_scale)
     if config.guidance_scale is not None and beside is None and not _takes_scale(found.sampler):
         why = "one is distilled into this student, and no teacher stands beside it"
         raise SettingError("guidance_scale", config.guidance_scale, why, "leave it out")
-    played = Played(found.sampler, _name(Path(config.student)), device, w, _prompt(config, found), config.seed)
+    played = Played(sampler, _name(Path(config.student)), device, w, _prompt(config, found), config.seed)
     if beside is not None:
         teacher, at = beside
-        played = replace(played, teacher=at, teacher_name=_name(Path(teacher.spec.source)))
-    labels, text = found.sampler.labels, found.sampler.takes_text
+        name = _name(Path(teacher.spec.source))
+        played = replace(played, teacher=at, teacher_name=name, teacher_scale=teacher_scale)
+    labels, text = sampler.labels, sampler.takes_text
     asked = Asked(class_label=labels[0] if labels else None, prompt=(played.prompt or "one") if text else None)
     try:
         draw(played, asked)
@@ -135,7 +138,6 @@ def _takes_scale(sampler: Sampler) -> bool:
 def _scale(config: ServeConfig, found: LoadedStudent) -> float | None:
     """Return w of the student: what it begins at, or what is distilled into it; None if that is none or not known."""
     if _takes_scale(found.sampler):
-        found.sampler.at(guidance_scale=config.guidance_scale)  # which refuses what it was not trained on
         assert isinstance(found.sampler, StudentSampler) and found.sampler.student.guidance_range is not None
         return sum(found.sampler.student.guidance_range) / 2 if config.guidance_scale is None else config.guidance_scale
     if isinstance(found.sampler, StudentSampler):
@@ -144,13 +146,12 @@ def _scale(config: ServeConfig, found: LoadedStudent) -> float | None:
 
 
 def _beside(
-    config: ServeConfig, found: LoadedStudent, device: torch.device, w: float | None
+    config: ServeConfig, found: LoadedStudent, device: torch.device, scale: float | None
 ) -> tuple[Teacher, Callable[[float | None], Sampler]] | None:
     """Return the teacher, and its sampler at a guidance scale; None where an exported student is alone."""
     sampler, run = found.sampler, found.config
     if config.teacher is None and not isinstance(sampler, StudentSampler):
         return None
-    scale = config.guidance_scale if config.guidance_scale is not None else w
     if config.teacher is not None:
         given = {name: getattr(config, name) for name in ("student", "teacher", "base_student", "local_files_only")}
         given |= {"guidance_scale": scale, "device": str(device)}

@@ -121,7 +121,7 @@
       const last = Number(document.querySelector("#seed input[type=range]").max), first = last - NUM_GALLERY + 1;
       const found = await request({ ...body({ ...values, seed: Math.min(values.seed, first) }), num_images: NUM_GALLERY });
       part("gallery").dataset.of = of(values);
-      part("gallery").classList.remove("stale");
+      part("gallery").classList.toggle("stale", of(asked) !== of(values));
       part("gallery").replaceChildren(...found.pictures.map((picture) => {
         const button = document.createElement("button"), image = document.createElement("img"), words = document.createElement("span");
         image.onload = () => fit(image);
