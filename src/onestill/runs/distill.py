@@ -246,9 +246,8 @@ def _put_aside(config: DistillConfig, begun_with: int) -> None:
     """Give the export of a run that becomes longer, and what was measured of it, other names: theirs are the whole run's."""
     for name in (PIPELINE_FOLDER, EVALUATION_FOLDER):
         if begun_with != config.max_train_steps and (config.output_dir / name).is_dir():
-            names = chain([f"{name}-{begun_with}"], (f"{name}-{begun_with}-{i}" for i in count(2)))
-            kept = next(place for each in names if not (place := config.output_dir / each).exists())
-            (config.output_dir / name).rename(kept)
+            kept = (config.output_dir / f"{name}-{begun_with}{end}" for end in chain([""], map("-{}".format, count(2))))
+            (config.output_dir / name).rename(next(place for place in kept if not place.exists()))
 
 
 def _make_pools(trainer: Trainer, show_progress: bool) -> None:
