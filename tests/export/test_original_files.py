@@ -192,10 +192,11 @@ def test_a_file_is_the_student(name: str) -> None:
     assert ("v_pred" in keys, "ztsnr" in keys) == (is_v, name == "sd-v-zero-snr")
     assert said["modelspec.prediction_type"] == ("v" if is_v else "sample" if name == "sd-sample" else "epsilon")
     assert said["modelspec.resolution"] == "16x16"
-    kinds = {"v1": "stable-diffusion-v1", "sd2-v": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
+    kinds = {"v1": "stable-diffusion-v1", "sd2-v": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base"}
     assert said["modelspec.architecture"] == kinds[kind]
     assert "sampler euler, scheduler sgm_uniform, 1 step, CFG 1" in said["modelspec.usage_hint"]
-    # Nothing but the file and JSON: its configuration holds no weights.
+    # Nothing but the file and JSON: its configuration holds no weights, and says nothing of where they were.
+    assert not any(str(session_folder()) in path.read_text() for path in (out / "config").rglob("*.json"))
     assert {path.suffix for path in (out / "config").rglob("*") if path.is_file()} == {".json"}
 
 

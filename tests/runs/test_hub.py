@@ -199,9 +199,17 @@ def test_an_evaluation_is_on_the_card(fake: Hub, run: Path, tmp_path: Path) -> N
     ]
     assert fake.repos["team/digits"]["private"]
     assert "# One-step student of" in card.decode() and card == (tmp_path / "out" / "README.md").read_bytes()
-    # Of another average than the one that was measured it says nothing.
+    # Of another average than the one that was measured it says nothing, whichever of the two has been named.
     export(run, tmp_path / "other", device="cpu", push_to_hub=True, ema_width=0.0)
     assert "model-index" not in front_of(fake.repos["me/other"]["files"]["README.md"])
+    report["rows"][2]["name"] = "student, width 0"  # type: ignore[index]
+    (run / "evaluation" / "report.json").write_text(json.dumps(report))
+    export(run, tmp_path / "usual", device="cpu", push_to_hub=True)
+    files = fake.repos["me/usual"]["files"]
+    assert "model-index" not in front_of(files["README.md"])
+    # Where the teacher lies on this machine is nobody's business.
+    place = str(onestill.load_teacher(teacher_folder("class")).folder).encode()
+    assert not [name for name, content in files.items() if place in content]
 
 
 def distilled(folder: Path, **settings: Any) -> Any:
@@ -250,6 +258,9 @@ def test_tokens_that_do_not_do(fake: Hub, run: Path, tmp_path: Path, monkeypatch
     assert "may read and not write" in refused(fake, run, out)
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     assert "the hub refuses the token; log in with `hf auth login`" in refused(fake, run, out)
+    monkeypatch.setenv("HF_TOKEN", "hf_ä")
+    words = refused(fake, run, out)
+    assert "the token has a character that no token has" in words and "hf_ä" not in words
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.hf_api, "get_token", lambda: None)
     assert "there is no token for the hub" in refused(fake, run, out)

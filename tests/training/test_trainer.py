@@ -295,8 +295,12 @@ def test_a_longer_run_is_the_long_run_bit_by_bit(tmp_path: Path) -> None:
     distil(tmp_path / "straight", max_train_steps=6, **settings)
     distil(tmp_path / "longer", max_train_steps=4, **settings)
     (tmp_path / "longer" / "pipeline" / "README.md").write_text("of the shorter one")
+    (tmp_path / "longer" / "evaluation").mkdir()
+    (tmp_path / "longer" / "evaluation" / "report.json").write_text("of the shorter one")
     result = distil(tmp_path / "longer", max_train_steps=6, resume_from_checkpoint="latest", **settings)
     assert (result.step, result.num_trained) == (6, 2)
+    assert (tmp_path / "longer" / "evaluation-4" / "report.json").read_text() == "of the shorter one"
+    assert not (tmp_path / "longer" / "evaluation").exists(), "nobody takes its numbers for the longer run's"
     assert same_state(tmp_path / "straight" / "checkpoint-6", tmp_path / "longer" / "checkpoint-6")
     weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
     assert equal(load_file(tmp_path / "straight" / weights), load_file(tmp_path / "longer" / weights))

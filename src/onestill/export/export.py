@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import glob
 import importlib.util
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from onestill.core.files import check_writable, set_usual_mode
 from onestill.core.memory import is_out_of_memory
 from onestill.core.reading import reason
 from onestill.core.tensors import SELF_CHECK_TOLERANCE, to_device, without_autocast
-from onestill.core.writing import is_refusal, written
+from onestill.core.writing import is_refusal, write_text, written
 from onestill.export.base import Format
 from onestill.export.browser import BrowserFormat
 from onestill.export.config import DIFFUSERS
@@ -208,7 +209,16 @@ def _write(form: Format, name: str, folder: Path) -> None:
         guidance_scale=student.chosen_scale(scale),
     )
     form.write(step, folder)
+    _forget_places(folder)
     mark.write(folder)
+
+
+def _forget_places(folder: Path) -> None:
+    """Take out of a folder's configurations where on this machine their parts were loaded from: others get to see them."""
+    for path in folder.rglob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.pop("_name_or_path", None) is not None:
+            write_text(path, json.dumps(found, indent=2) + "\n")
 
 
 def _difference(step: OneStep, form: Format) -> float:

@@ -123,9 +123,10 @@ class SingleFileFormat(PipelineFormat):
 
     def _metadata(self, tensors: dict[str, Tensor]) -> dict[str, str]:
         """Return what the file says of itself, by the names of Stability AI's model metadata standard."""
-        prefixes = {OPEN_CLIP_XL: "stable-diffusion-xl-v1-base", OPEN_CLIP: "stable-diffusion-v2-512"}
+        is_v = self.student.spec.prediction_type == "v_prediction"
+        second = f"stable-diffusion-v2-{'768-v' if is_v else '512'}"
+        prefixes = {OPEN_CLIP_XL: "stable-diffusion-xl-v1-base", OPEN_CLIP: second}
         kinds = [kind for prefix, kind in prefixes.items() if any(name.startswith(prefix) for name in tensors)]
-        prediction = self.student.spec.prediction_type
         said = {
             "sai_model_spec": "1.0.0",
             "architecture": kinds[0] if kinds else "stable-diffusion-v1",
@@ -133,7 +134,7 @@ class SingleFileFormat(PipelineFormat):
             "title": self.file.removesuffix(".safetensors"),
             "description": f"{self.num_steps}-step student, distilled with onestill without training images",
             "resolution": self.programs.size,
-            "prediction_type": "v" if prediction == "v_prediction" else prediction,
+            "prediction_type": "v" if is_v else self.student.spec.prediction_type,
             "usage_hint": self.programs.sampler,
         }
         return {f"modelspec.{name}": value for name, value in said.items()}

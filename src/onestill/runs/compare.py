@@ -20,7 +20,7 @@ from onestill.evaluation.tables import number
 from onestill.pages.config import CompareConfig
 from onestill.pages.page import Page, PageTable
 from onestill.pages.plots import OTHERS, Curve, Plot, plot_files
-from onestill.runs.folder import RunFolder
+from onestill.runs.folder import EVALUATION_FOLDER, RunFolder
 from onestill.runs.run_page import (
     PAGE_FILE,
     differing,
@@ -113,7 +113,7 @@ def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
 
 
 def _report_of(run: RunFolder) -> Report | None:
-    path = run.path / "evaluation" / JSON_NAME
+    path = run.path / EVALUATION_FOLDER / JSON_NAME
     return read_object(path, Report) if path.is_file() else None
 
 
@@ -181,7 +181,7 @@ def _sheets(runs: Mapping[str, RunFolder]) -> list[tuple[str, str]]:
         files = [
             path
             for path in (
-                run.path / "evaluation" / "samples.png",
+                run.path / EVALUATION_FOLDER / "samples.png",
                 *sorted((run.path / "samples").glob("step-*.png"), reverse=True),
             )
             if path.is_file()

@@ -34,6 +34,7 @@ from onestill.runs import hub
 from onestill.runs.build import Run, chosen_threshold, configure
 from onestill.runs.folder import (
     CONFIG_FILE,
+    EVALUATION_FOLDER,
     PIPELINE_FOLDER,
     TEACHER_FILE,
     RunFacts,
@@ -242,12 +243,11 @@ def _begin(run: Run, trainer: Trainer) -> Path | None:
 
 
 def _put_aside(config: DistillConfig, begun_with: int) -> None:
-    """Give the export of a run that becomes longer another name: `pipeline` is that of the whole run, or not there."""
-    folder = config.output_dir / PIPELINE_FOLDER
-    if begun_with != config.max_train_steps and folder.is_dir():
-        kept = folder.with_name(f"{PIPELINE_FOLDER}-{begun_with}")
-        again = (kept.with_name(f"{kept.name}-{i}") for i in count(2))
-        folder.rename(next(name for name in chain([kept], again) if not name.exists()))
+    """Give the export of a run that becomes longer, and what was measured of it, other names: theirs are the whole run's."""
+    for name in (PIPELINE_FOLDER, EVALUATION_FOLDER):
+        if begun_with != config.max_train_steps and (config.output_dir / name).is_dir():
+            kept = (config.output_dir / f"{name}-{begun_with}{end}" for end in chain([""], map("-{}".format, count(2))))
+            (config.output_dir / name).rename(next(place for place in kept if not place.exists()))
 
 
 def _make_pools(trainer: Trainer, show_progress: bool) -> None:

@@ -37,7 +37,7 @@ from onestill.evaluation.report import Report
 from onestill.evaluation.samples import Subjects, check_features
 from onestill.runs.build import guided_as
 from onestill.runs.evaluation_files import WRITTEN, captions_of, write_report
-from onestill.runs.folder import PIPELINE_FOLDER, is_run
+from onestill.runs.folder import EVALUATION_FOLDER, PIPELINE_FOLDER, is_run
 from onestill.runs.load import LoadedStudent, at_widths, check_folder, load_student, run_teacher
 from onestill.runs.memory import enough_for_images
 from onestill.sampling.samplers.base import Sampler
@@ -389,4 +389,4 @@ def default_report_folder(student: str | Path) -> Path:
     if path.name == PIPELINE_FOLDER and is_run(path.parent):
         path = path.parent
     inside = is_run(path) or is_run(path.parent)
-    return path / "evaluation" if inside else path.with_name(f"{path.name}-evaluation")
+    return path / EVALUATION_FOLDER if inside else path.with_name(f"{path.name}-evaluation")

@@ -21,7 +21,7 @@ from onestill.students.model_card import Distilled
 from onestill.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, read_latest
 from onestill.training.config import DistillConfig, make_config
 
-CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER = "config.yaml", RUN_FILE, "pipeline"
+CONFIG_FILE, TEACHER_FILE, PIPELINE_FOLDER, EVALUATION_FOLDER = "config.yaml", RUN_FILE, "pipeline", "evaluation"
 """What a run's folder holds, besides checkpoints, logs and pictures."""
 REHEARSAL = ".onestill-rehearsal"
 """The folder of an export that is made for a try and removed; only a killed process leaves it."""

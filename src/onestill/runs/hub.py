@@ -14,7 +14,8 @@ from onestill.core.errors import NOT_GIVEN, RunError, SettingError, in_short, na
 from onestill.core.files import MARK_FILE
 from onestill.core.reading import read_object
 from onestill.evaluation.report import JSON_NAME, Report
-from onestill.students.mark import num_steps_of
+from onestill.runs.folder import EVALUATION_FOLDER
+from onestill.students.mark import read_mark
 from onestill.students.model_card import add_results
 from onestill.students.settings import HubSettings
 from onestill.training.trainer import Trainer
@@ -108,16 +109,20 @@ def raise_failed(upload_error: str) -> None:
 
 def report_of(run: Path) -> Path | None:
     """Return the report of a run's evaluation, where the command writes it; None if there is none."""
-    path = run / "evaluation" / JSON_NAME
+    path = run / EVALUATION_FOLDER / JSON_NAME
     return path if path.is_file() else None
 
 
 def _results(report: Path, folder: Path) -> list[dict[str, Any]]:
-    """Return what was measured of the student in a folder as the hub's model index has it; [] if it is of other steps."""
-    found = read_object(report, Report)
-    num = num_steps_of(folder)
-    rows = [row for row in found.rows if row.is_student and row.num_steps == num]
-    if not rows:
+    """Return what was measured of the student in a folder as the hub's model index has it; [] if it is of another.
+
+    It is of another with other steps, another average of the weights, which a row's name says, or another guidance scale.
+    """
+    found, mark = read_object(report, Report), read_mark(folder)
+    num, scale = (1, None) if mark is None else (mark.num_inference_steps, mark.guidance_scale)
+    name = "student" if num == 1 else f"student, {num} steps"
+    rows = [row for row in found.rows if row.is_student and (row.name, row.num_steps) == (name, num)]
+    if not rows or scale not in (None, found.protocol.guidance_scale):
         return []
     row, protocol = rows[0], found.protocol
     measured = (
@@ -219,6 +224,8 @@ def _reason(error: BaseException) -> str:
         if isinstance(status, int):
             return f"{_STATUS.get(status, 'the hub answers with an error')} ({status}){_said(each)}"
     first = causes[-1]
+    if isinstance(first, UnicodeEncodeError):
+        return f"the token has a character that no token has; {LOG_IN}"
     if any(isinstance(each, (ConnectionError, TimeoutError)) or _is_of_transport(each) for each in causes):
         return f"the hub cannot be reached, or the connection broke ({in_short(first, 120) or type(first).__name__})"
     return in_short(error, 200) or type(error).__name__

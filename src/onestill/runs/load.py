@@ -281,7 +281,7 @@ def at_widths(found: LoadedStudent, path: Path, widths: Sequence[float]) -> dict
     """
     first = found.sampler
     if len(widths) < 2 or found.run is None:
-        return {"": first}
+        return {f", width {width:g}": first for width in widths} or {"": first}
     assert isinstance(first, StudentSampler)  # of a width that is given
     checkpoint, student = checkpoint_at(found.run, path), first.student
     there = list(widths[:1])
