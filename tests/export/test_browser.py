@@ -58,6 +58,7 @@ def test_the_folder_holds_all_that_the_page_asks_for(labelled: Student, tmp_path
     assert (
         "```sh\ncd path/to/this/folder\npython -m http.server -b 127.0.0.1" in card and "onnxruntime-web 0.0.1" in card
     )
+    assert "library_name: onnx\n" in card and "- diffusers" not in card
     assert "a seed is not torch's" in card and "Opened as a file it does not draw" in card
 
 
@@ -117,6 +118,10 @@ def test_the_page_draws_what_the_student_draws(labelled: Student, tmp_path: Path
         )
         assert float(page.locator("#ms").inner_text()) > 0 and page.locator("#classes button").count() == 3
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        move = "document.querySelector('.pad').dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft' }));"
+        page.evaluate(f"{move} onestill.start('wasm'); {move}")  # pictures are asked for meanwhile
+        page.wait_for_function("onestill.times.length > 1", timeout=20_000)
+        assert not page.locator("#status").is_visible()
         said = [line for line in page.heard if not line.startswith(address)]
         assert set(said) <= {"No available adapters."}, "what Chromium says where it has no WebGPU"
     session = onnxruntime.InferenceSession(folder / "student.onnx")
@@ -142,6 +147,7 @@ def test_the_page_reads_prompts_as_the_tokenizer(tmp_path: Path) -> None:
         "x" * 60,
         "<|endoftext|> it's",
         "日本 ½ don't\n\ttab",
+        "ΟΔΟΣ İ a\u0085b\ufeffc",
     ]
     with served(tmp_path) as address, opened(address) as page:
         ask = "async ([file, prompts]) => { const { Tokenizer } = await import('/tokenizer.js'); const t = new Tokenizer(file); return prompts.map((p) => t.encode(p)); }"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def test_the_runner_draws_where_torch_cannot_be_imported(pixel_folder: tuple[Stu
     _, folder = pixel_folder
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "opset 18" in card and "for any number B of pictures" in card and "numpy's, not torch's" in card
+    assert "library_name: onnx\n" in card and "- onnx\n- distillation\n" in card and "- diffusers" not in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     none = "import sys\nsys.modules.update(dict.fromkeys(['torch', 'onestill', 'diffusers', 'transformers']))\n"
     code = f"{none}{code}\nprint(images.shape, images.min() >= -1)".replace("path/to/this/folder", str(folder))
@@ -120,17 +122,52 @@ def test_the_runner_draws_where_torch_cannot_be_imported(pixel_folder: tuple[Stu
     assert (pixels - torch.cat([*found[:, 0]], dim=1)).abs().max() <= 1 / 127
 
 
+def run_script(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """Run the runner of a folder, as python run.py does it."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    runpy.run_path(str(folder / "run.py"), run_name="__main__")
+
+
+def test_the_runner_knows_the_labels(
+    pixel_folder: tuple[Student, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, folder = pixel_folder
+    for label in ("0", "cat"):  # 0 is the null class
+        with pytest.raises(SystemExit, match="2"):
+            run_script(folder, monkeypatch, 3, label, "--output", tmp_path / "x.png")
+        assert f"run.py: error: {label} is no label of this student, which has 1, 2, 3, 4" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    run_script(folder, monkeypatch, "--output", tmp_path / "none.png")
+    run_script(folder, monkeypatch, 1, "--output", tmp_path / "first.png")
+    assert (tmp_path / "none.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+    draw = runpy.run_path(str(folder / "run.py"))["draw"]
+    with pytest.raises(ValueError, match="1 labels or prompts, and 2 seeds"):
+        draw([1], [0, 1])
+
+
 @pytest.fixture
 def own_student(timed_network: Callable[..., nn.Module]) -> Student:
     """A student of a network of one's own."""
     return trained(module_teacher(timed_network(width=16), CosineVP(), "v_prediction", (1, 8, 8)))
 
 
-def test_half_stores_half_and_has_a_bound_of_its_own(own_student: Student, tmp_path: Path) -> None:
+def test_half_stores_half_and_has_a_bound_of_its_own(
+    own_student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = own_student
     whole = export_student(student, tmp_path / "whole", format="onnx")
     error = export_student(student, tmp_path / "half", format="onnx", options=Options(half=True))
     assert whole <= 1e-5 < error <= onnx_file.HALF_TOLERANCE
+    run_script(tmp_path / "whole", monkeypatch, "--output", tmp_path / "x.png")
+    eps = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 1, 8, 8), dtype=np.float32))
+    (expected,) = ran(tmp_path / "whole" / "student.onnx", noise=eps)[0]
+    assert expected.abs().max() > 1.1, "what such a network draws has no bounds"
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "x.png"))).float() / 127.5 - 1
+    assert (pixels - expected.clamp(-1, 1)).abs().max() <= 1 / 127
+    (tmp_path / "x.png").unlink()
     types = {
         value.data_type
         for value in onnx.load(tmp_path / "half" / "student.onnx").graph.initializer

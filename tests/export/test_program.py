@@ -57,7 +57,10 @@ def test_the_program_of_a_pixel_student(labels_for: Labels, tmp_path: Path) -> N
         assert (found - expected.clamp(-1, 1)).abs().max() <= 1e-6 * max(1, float(expected.abs().max()))
     assert error <= 1e-6 and (found.abs() < 1).sum() > 20
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "onestill.json", PROGRAM_FILE]
-    assert "num_inference_steps" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "num_inference_steps" not in card
+    assert "library_name: pytorch\n" in card and "- pytorch\n- distillation\n- 2-step\n" in card
+    assert "- diffusers" not in card, "which does not load it"
 
     with zipfile.ZipFile(tmp_path / "out" / PROGRAM_FILE) as file:
         held = {name.partition("/")[2]: file.read(name) for name in file.namelist()}

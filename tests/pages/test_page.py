@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import opened
 
+from browser import opened
 from onestill.pages.gallery import MOST_BYTES, gallery_of
 from onestill.pages.page import Code, Page, PageTable
 from onestill.pages.plots import Curve, Plot

@@ -7,10 +7,10 @@ import io
 from pathlib import Path
 
 import pytest
-from browser import opened
 from runs_helpers import call_cli, copied, finished_run, snapshot
 
 import onestill
+from browser import opened
 from onestill.evaluation.merged import DECIDING, OF_THE_TEACHER, merged
 from onestill.evaluation.report import Report
 from onestill.runs.evaluate import evaluate

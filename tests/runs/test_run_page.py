@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import opened
 from runs_helpers import FAST, copied, finished_run, teacher_folder
 
 import onestill
+from browser import opened
 from onestill.core.errors import FoundWarning
 from onestill.data.conditions import VALIDATION_SEED
 from onestill.pages.page import Page

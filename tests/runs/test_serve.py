@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,6 +31,7 @@ from runs_helpers import FAST, NULL_CLASS, assert_refused, call_cli, copied, fin
 from torch import Tensor
 
 import onestill
+from browser import opened
 from onestill.core.errors import FoundWarning
 from onestill.core.settings import LONGEST_TEXT
 from onestill.pages import server as room

@@ -35,7 +35,6 @@ _POST_PROCESSORS = {"RobertaProcessing", "TemplateProcessing"}
 class BrowserFormat(OnnxFormat):
     """A folder that any static server serves: the page, the graphs, `student.json` for the page, and the runtime."""
 
-    library = "onnxruntime-web"
     language = "sh"
     runs_alone = False
 

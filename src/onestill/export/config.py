@@ -27,7 +27,8 @@ class ExportSettings(Settings):
     format: tuple[FormatName, ...] = setting(
         (DIFFUSERS,),
         EXPORT,
-        "What to write, with commas: diffusers, torch, onnx, browser; of several each has a folder of its name in the output.",
+        "What to write, with commas: diffusers, single_file, lora, torch, onnx, browser; of several each has a folder of its "
+        "name in the output.",
         commas=True,
     )
     guidance_scale: float | None = setting(

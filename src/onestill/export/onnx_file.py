@@ -94,9 +94,10 @@ class OnnxFormat(GraphFormat):
 
     @property
     def draws_pictures(self) -> bool:
-        """Whether what comes out is a grey or a coloured picture."""
-        shape = self.checked[1].shape[1:]
-        return len(shape) == 3 and shape[0] in (1, 3) and self.student.teacher.output_field == "images"
+        """Whether a grey or a coloured picture comes out of noise, and of labels or prompts where anything else goes in."""
+        shape, is_asked = self.checked[1].shape[1:], self.reads_tokens or self.student.spec.num_classes is not None
+        is_picture = len(shape) == 3 and shape[0] in (1, 3) and self.student.teacher.output_field == "images"
+        return is_picture and (is_asked or not self.input_names)
 
     def said(self) -> dict[str, str]:
         """Return what the metadata of each file says."""

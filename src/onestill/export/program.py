@@ -13,8 +13,11 @@ from onestill.export.graph import traced
 from onestill.export.graph_format import TOKENIZER_FILE, TOKENS, GraphFormat
 from onestill.students.model_card import Facts, evaluations, shown_labels
 from onestill.students.one_step import OneStep
+from onestill.students.student import Student
 
 PROGRAM_FILE = "student.pt2"
+UNTRACEABLE = ("flux", "lumina2")
+"""Families whose networks read numbers out of their inputs while they compute."""
 _SHOWN_PROMPT = """from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("path/to/this/folder/{file}")
@@ -27,7 +30,14 @@ class ProgramFormat(GraphFormat):
     A family whose prompts become more than what one text encoder makes of token ids gets its conditions as inputs.
     """
 
-    library = "torch"
+    library = "pytorch"
+
+    @classmethod
+    def why_not(cls, student: Student, num_steps: int) -> str | None:
+        if student.spec.family not in UNTRACEABLE:
+            return None
+        kind = student.teacher.kind
+        return f"cannot be had of a {kind}, whose network torch.export does not trace; diffusers is the whole pipeline"
 
     def write_graphs(self, step: OneStep, folder: Path) -> None:
         (inputs, _) = self.checked

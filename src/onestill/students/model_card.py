@@ -242,11 +242,11 @@ def shown_labels(spec: TeacherSpec, facts: Facts) -> list[int]:
 
 
 def _front_matter(teacher: Teacher, facts: Facts, library: str) -> dict[str, object]:
-    spec, condition = teacher.spec, teacher.image_condition
+    spec, condition, steps = teacher.spec, teacher.image_condition, f"{_in_words(facts.num_steps)}-step"
     front: dict[str, object] = {
         "library_name": library,
         "pipeline_tag": TEXT_TO[teacher.output_field] if spec.text else "unconditional-image-generation",
-        "tags": ["diffusers", "distillation", f"{_in_words(facts.num_steps)}-step", "data-free", "onestill"],
+        "tags": list(dict.fromkeys([library, "distillation", steps, "data-free", "onestill"])),
     }
     if is_hub_id(spec.source):
         front |= {"base_model": spec.source, "base_model_relation": facts.relation}

@@ -33,6 +33,7 @@ function answered({ data: { id, found, error } }) {
 async function start(backend) {
   worker?.terminate();
   waiting.clear();
+  isDrawing = false; // what was asked of the worker before is not answered any more
   times.length = 0;
   $("where").textContent = NAMES[backend];
   $("ms").textContent = "–";
@@ -239,8 +240,8 @@ async function main() {
   mark(0.5, 0.5);
 }
 
-/** For scripts: draw rows of noise, encode a prompt, make noise. */
-globalThis.onestill = { draw, gaussian, between, encode: (prompt) => tokenizer.encode(prompt), times };
+/** For scripts: load the student anew, draw rows of noise, encode a prompt, make noise. */
+globalThis.onestill = { start, draw, gaussian, between, encode: (prompt) => tokenizer.encode(prompt), times };
 
 guarded(async () => {
   await main();

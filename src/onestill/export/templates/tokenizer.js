@@ -10,7 +10,7 @@ function bytes() {
 }
 
 const steps = (part, many) => (part == null ? [] : part.type === "Sequence" ? part[many] : [part]);
-const pattern = ({ Regex, String: text }) => new RegExp(Regex ?? text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "gu");
+const pattern = ({ Regex, String: text }) => new RegExp(Regex?.replaceAll("\\s", "\\p{White_Space}") ?? text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "gu");
 
 export class Tokenizer {
   constructor(file) {
@@ -44,7 +44,7 @@ export class Tokenizer {
 
   normalized(text) {
     for (const step of steps(this.file.normalizer, "normalizers")) {
-      if (step.type === "Lowercase") text = text.toLowerCase();
+      if (step.type === "Lowercase") text = Array.from(text, (c) => c.toLowerCase()).join("");
       else if (step.type === "Replace") text = text.replace(pattern(step.pattern), step.content);
       else text = text.normalize(step.type);
     }

@@ -38,11 +38,15 @@ async function draw({ noise, num, labels, ids }) {
   return { pixels, shape: found.dims, ms: performance.now() - start };
 }
 
-self.onmessage = async ({ data: { id, load: what, ...asked } }) => {
+// One after the other: a session runs once at a time, and nothing is drawn before all is loaded.
+let last = Promise.resolve();
+self.onmessage = ({ data }) => (last = last.then(() => answer(data)));
+
+async function answer({ id, load: what, ...asked }) {
   try {
     const found = what ? await load(what.backend, what.info) : await draw(asked);
     self.postMessage({ id, found });
   } catch (error) {
     self.postMessage({ id, error: String(error?.message ?? error) });
   }
-};
+}
