@@ -54,7 +54,9 @@ def demo(
     print_report(report, out)
     say(f"picture:  {picture}")
     say(f"report:   {output_dir / PAGE_FILE}  (opens in a browser)")
-    say(f"page:     {shlex.join(['onestill', 'serve', str(output_dir)])}  (to play with; pip install 'onestill[serve]')")
+    say(
+        f"page:     {shlex.join(['onestill', 'serve', str(output_dir)])}  (to play with; pip install 'onestill[serve]')"
+    )
     say(f"pipeline: {output_dir / 'pipeline'}  (loads with plain diffusers)")
 
 
