@@ -16,8 +16,8 @@ from onestill.students.one_step import OneStep
 from onestill.students.student import Student
 
 PROGRAM_FILE = "student.pt2"
-UNTRACEABLE = ("flux", "lumina2")
-"""Families whose networks read numbers out of their inputs while they compute."""
+UNTRACEABLE = ("FluxPipeline", "Lumina2Pipeline")
+"""Pipelines whose networks read numbers out of their inputs while they compute."""
 _SHOWN_PROMPT = """from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("path/to/this/folder/{file}")
@@ -34,9 +34,8 @@ class ProgramFormat(GraphFormat):
 
     @classmethod
     def why_not(cls, student: Student, num_steps: int) -> str | None:
-        if student.spec.family not in UNTRACEABLE:
+        if (kind := student.teacher.kind) not in UNTRACEABLE:
             return None
-        kind = student.teacher.kind
         return f"cannot be had of a {kind}, whose network torch.export does not trace; diffusers is the whole pipeline"
 
     def write_graphs(self, step: OneStep, folder: Path) -> None:
