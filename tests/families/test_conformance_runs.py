@@ -71,7 +71,11 @@ FACTS: dict[str, tuple[str, str, tuple[int, ...], float, str, bool, tuple[int, .
 }  # fmt: skip
 # An argument of their call is no setting of a run, and without it they are refused.
 NO_RUN = {name for name, arguments in ARGUMENTS.items() if not arguments.keys() <= set(CALL_ARGUMENTS)}
-RUNS = sorted(BUILDERS.keys() - NO_RUN)
+# One of each class of pipeline, where a test is of what its network computes: others differ by schedule and conditions.
+OF_EACH = sorted(BUILDERS.keys() - NO_RUN - {
+    "flux-schnell", "if-static", "pixart-alpha-1024", "pixart-sigma", "sana-dpm", "sd-v", "sd-v-zero-snr", "sd3-two-encoders",
+    "sdxl-statistics", "unnamed-pag", "wan-unipc",
+})  # fmt: skip
 
 
 @functools.cache
@@ -144,7 +148,7 @@ def inspected(teacher: Teacher, **own: Any) -> Inspection:
     return inspect_teacher(teacher, **FAST, **own)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*OF_EACH, "sd-v-zero-snr"])
 def test_a_run_is_resumed_to_the_bit(name: str, tmp_path: Path) -> None:
     check_run(functools.partial(prepared_run, name), tmp_path)
 
@@ -156,7 +160,7 @@ def test_a_run_with_every_objective_is_resumed_to_the_bit(name: str, tmp_path: P
     check_run(functools.partial(prepared_run, name, **own), tmp_path)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", OF_EACH)
 def test_a_run_in_bfloat16(name: str, tmp_path: Path) -> None:
     check_bf16(prepared_run(name, tmp_path / "run", mixed_precision="bf16", max_train_steps=1))
 
