@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from export_helpers import trained
 from runs_helpers import copied, teacher_folder
 from torch import Tensor, nn
 
@@ -45,15 +46,6 @@ from onestill.teachers.teacher_spec import TeacherSpec
 
 Labels = Callable[[Teacher, int], Cond]
 NUM = 16
-
-
-@torch.no_grad()
-def trained(teacher: Teacher, guidance_range: tuple[float, float] | None = None, seed: int = 1) -> Student:
-    """Return a student whose every weight has moved, those that start at zero too."""
-    student, generator = Student(teacher, guidance_range=guidance_range), torch.Generator().manual_seed(seed)
-    for parameter in student.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return student
 
 
 def expected_images(student: Student, cond: Cond, t: float = 0.0, num: int = NUM) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from export_helpers import trained
 from runs_helpers import assert_refused, call_cli, finished_run, tiny_network, zero_snr_scheduler
 from torch import Tensor, nn
 
@@ -27,15 +28,6 @@ from onestill.teachers.module import module_teacher
 from onestill.teachers.pixel import unet2d_teacher
 
 Labels = Callable[[Teacher, int], Cond]
-
-
-@torch.no_grad()
-def trained(teacher: Teacher, **options: Any) -> Student:
-    """Return a student whose every weight has moved, those that start at zero too."""
-    student, generator = Student(teacher, **options), torch.Generator().manual_seed(1)
-    for parameter in student.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return student
 
 
 def drawn(student: Student, cond: Cond, num: int, num_steps: int = 1, t: float = 0.0) -> Tensor:

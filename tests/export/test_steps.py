@@ -14,6 +14,7 @@ from diffusers import (
     DiffusionPipeline,
 )
 from diffusers.models.embeddings import TimestepEmbedding
+from export_helpers import trained
 from torch import Tensor, nn
 
 from onestill.core.errors import SettingError
@@ -36,15 +37,6 @@ from onestill.teachers.teacher_spec import TeacherSpec, Threshold
 
 Labels = Callable[[Teacher, int], Cond]
 STEPS = [1, 2, 3, 4, 5, 7, 8]
-
-
-@torch.no_grad()
-def trained(teacher: Teacher, **options: Any) -> Student:
-    """Return a student whose every weight has moved, those that start at zero too."""
-    student, generator = Student(teacher, **options), torch.Generator().manual_seed(1)
-    for parameter in student.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return student
 
 
 def drawn(student: Student, cond: Cond, num_steps: int, num: int = 4) -> Tensor:
