@@ -1,4 +1,4 @@
-"""Every family of pipelines on tiny random weights: how far ours is from the pipeline's own call, and the export from the student.
+"""Every family of pipelines on tiny random weights: how far ours is from the pipeline's own call, and exports from the student.
 
 python benchmarks/families.py
 The pipelines are those of tests/families; nothing is downloaded.
@@ -15,6 +15,7 @@ import diffusers
 import torch
 import transformers
 
+from onestill.core.errors import SettingError
 from onestill.export.export import export_student
 from onestill.students.student import Student
 from onestill.teachers.load import load_teacher
@@ -34,6 +35,14 @@ def perturbed(teacher: PipelineTeacher, seed: int = 5) -> Student:
     return student
 
 
+def error_of(student: Student, folder: Path, name: str) -> str:
+    """Return how far an export in a format is from the student, or that it is refused before any work."""
+    try:
+        return f"{export_student(student, folder, format=name):.1e}"
+    except SettingError:
+        return "refused"
+
+
 def main() -> None:
     from pipelines import ARGUMENTS, BUILDERS, build
 
@@ -43,15 +52,17 @@ def main() -> None:
     diffusers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print("| pipeline | family | 4 guided steps against its own call | export against the student |\n|---|---|---|---|")
+    head = "| pipeline | family | 4 guided steps against its own call | export against the student | `--format torch` |"
+    print(f"{head}\n|---|---|---|---|---|")
     for name in sorted(BUILDERS):
         with tempfile.TemporaryDirectory() as folder:
             build(name).save_pretrained(Path(folder) / "teacher")
             teacher = load_teacher(Path(folder) / "teacher", arguments=ARGUMENTS.get(name))
             assert isinstance(teacher, PipelineTeacher)
             parity = self_check(teacher, teacher.pipeline_spec.schedule(teacher.pipeline).stock, num_steps=4)
-            exported = export_student(perturbed(teacher), Path(folder) / "student")
-        print(f"| {name} | {teacher.pipeline_spec.name} | {parity:.1e} | {exported:.1e} |", flush=True)
+            student = perturbed(teacher)
+            exported, program = (error_of(student, Path(folder) / each, each) for each in ("diffusers", "torch"))
+        print(f"| {name} | {teacher.pipeline_spec.name} | {parity:.1e} | {exported} | {program} |", flush=True)
 
 
 if __name__ == "__main__":

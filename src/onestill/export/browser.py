@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from onestill.core.errors import NOT_GIVEN, SettingError
 from onestill.core.reading import read_mapping
+from onestill.core.writing import write_text
 from onestill.export.onnx_file import DECODER, STUDENT, TEMPLATES, TEXT_ENCODER, OnnxFormat, made_by
 from onestill.export.settings import Options
 from onestill.export.text_parts import tokenizer_text
@@ -80,7 +81,7 @@ class BrowserFormat(OnnxFormat):
         for name in PAGE:
             shutil.copyfile(TEMPLATES / name, folder / name)
         said = json.dumps(self._for_the_page(folder, has_gpu), indent=1)
-        (folder / "student.json").write_text(said, encoding="utf-8")
+        write_text(folder / "student.json", said)
 
     def _for_the_page(self, folder: Path, has_gpu: bool) -> dict[str, Any]:
         teacher, spec = self.student.teacher, self.student.spec

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from onestill.core.tensors import Cond
+from onestill.core.writing import write_text
 from onestill.export.base import Format
 from onestill.export.graph import Drawing, Finish, fold_time
 from onestill.export.text_parts import PROMPTS, Encoder, reads_tokens, token_ids, tokenizer_text
@@ -41,11 +42,12 @@ class GraphFormat(Format):
         self.checked = (eps, *inputs), self.finish(sample.cpu())
         fold_time(step, teacher, eps[:2], {name: value[:2] for name, value in cond.items()})
         if self.reads_tokens:
-            tokenizer = tokenizer_text(self.pipeline_teacher)
-            (folder / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
-        self.write_graphs(step, folder)
-        teacher.to(self.device)
-        del self.finish
+            write_text(folder / TOKENIZER_FILE, tokenizer_text(self.pipeline_teacher))
+        try:
+            self.write_graphs(step, folder)
+        finally:
+            teacher.to(self.device)
+            del self.finish
 
     def check(self, folder: Path) -> float:
         (eps, *inputs), wanted = self.checked

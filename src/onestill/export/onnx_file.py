@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from onestill.core.tensors import SELF_CHECK_TOLERANCE
+from onestill.core.writing import write_text
 from onestill.export.graph import Drawing, traced
 from onestill.export.graph_format import NOISE, PICTURE, TOKENIZER_FILE, TOKENS, GraphFormat
 from onestill.export.text_parts import Encoder, reads_tokens
@@ -68,7 +69,7 @@ class OnnxFormat(GraphFormat):
         for name, (module, inputs, given, out) in self.graphs(step).items():
             write_onnx(traced(module, inputs), folder / f"{name}.onnx", given, out, self.said(), half=self.options.half)
         if self.draws_pictures and self.runs_alone:
-            (folder / RUNNER).write_text((TEMPLATES / "run.txt").read_text(encoding="utf-8"), encoding="utf-8")
+            write_text(folder / RUNNER, (TEMPLATES / "run.txt").read_text(encoding="utf-8"))
 
     def graphs(self, step: OneStep) -> dict[str, Graph]:
         """Return the graphs by name, with two rows of their inputs."""
@@ -151,7 +152,7 @@ def made_by() -> str:
 
 def ran(path: Path, given: Mapping[str, Tensor]) -> Tensor:
     """Return what a file of ONNX, loaded afresh, makes of its inputs on the CPU."""
-    import onnxruntime  # type: ignore[import-untyped]  # it has no types
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -17,7 +17,7 @@ from onestill.students.student import Student
 
 PROGRAM_FILE = "student.pt2"
 UNTRACEABLE = ("FluxPipeline", "Lumina2Pipeline")
-"""Pipelines whose networks read numbers out of their inputs while they compute."""
+"""Pipelines whose networks torch cannot trace: the first decides by numbers in its inputs, the second looks up their count."""
 _SHOWN_PROMPT = """from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("path/to/this/folder/{file}")

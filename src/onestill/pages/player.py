@@ -152,7 +152,7 @@ def _rows(sampler: Sampler, asked: Asked) -> Rows:
     try:
         return sampler.conditions(asked.num_images, labels, prompts, seed=asked.seed)
     except SettingError as error:
-        one = error.settings[0].removesuffix("s").replace("classe_", "class_")
+        one = error.settings[0].removesuffix("s")  # as a request has one label, or one prompt
         raise error.about(one, getattr(asked, one)) from None
 
 

@@ -126,7 +126,7 @@ def _how(played: Played) -> dict[str, Any]:
         )
     }
     if (scales := played.guidance_range) is not None:
-        w = sum(scales) / 2 if played.guidance_scale is None else played.guidance_scale
+        w = played.guidance_scale
         found["guidance_scale"] = gradio.Slider(*scales, w, step=0.1, label="Guidance scale", elem_id="guidance_scale")
     fewest, most = played.steps
     if fewest < most:

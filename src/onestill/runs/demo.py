@@ -20,7 +20,7 @@ from onestill.evaluation.report import Report
 from onestill.runs.build import configured_teacher
 from onestill.runs.distill import distill, print_message
 from onestill.runs.evaluate import evaluate
-from onestill.runs.folder import CONFIG_FILE, check_output_dir
+from onestill.runs.folder import CONFIG_FILE, EVALUATION_FOLDER, check_output_dir
 from onestill.runs.plan import Speed, measure
 from onestill.runs.sample import sample
 from onestill.sampling import pictures
@@ -179,7 +179,7 @@ def run_demo(
         raise KeyboardInterrupt
     if stopped_by is not None:
         signal.raise_signal(stopped_by)
-    place: dict[str, Any] = {"output": output_dir / "evaluation", "device": device}
+    place: dict[str, Any] = {"output": output_dir / EVALUATION_FOLDER, "device": device}
     report = evaluate(output_dir, show_progress=True, say=say, **place, **planned.evaluation)
     return report, draw(output_dir, teacher, device)
 

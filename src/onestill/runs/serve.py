@@ -137,11 +137,9 @@ def _takes_scale(sampler: Sampler) -> bool:
 
 def _scale(config: ServeConfig, found: LoadedStudent) -> float | None:
     """Return w of the student: what it begins at, or what is distilled into it; None if that is none or not known."""
-    if _takes_scale(found.sampler):
-        assert isinstance(found.sampler, StudentSampler) and found.sampler.student.guidance_range is not None
-        return sum(found.sampler.student.guidance_range) / 2 if config.guidance_scale is None else config.guidance_scale
     if isinstance(found.sampler, StudentSampler):
-        return found.sampler.distilled.guidance_scale
+        chosen = found.sampler.student.chosen_scale(config.guidance_scale)
+        return found.sampler.distilled.guidance_scale if chosen is None else chosen
     return model_card.distilled(found.pipeline).guidance_scale
 
 

@@ -97,7 +97,7 @@ def _shapes(file: Path, source: str) -> dict[str, SimpleNamespace]:
             "teacher", source, "is a file", f"give the folder of a pipeline (with {INDEX}), or a .safetensors"
         )
     with loading(source), safe_open(file, framework="pt") as opened:
-        return {name: SimpleNamespace(shape=tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
+        return {name: SimpleNamespace(shape=tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
 
 
 def _kind(shapes: Mapping[str, SimpleNamespace], source: str) -> str:
