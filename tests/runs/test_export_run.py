@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from runs_helpers import (
     FAST,
+    call_cli,
     copied,
     finished_run,
     snapshot,
@@ -69,6 +70,13 @@ def test_export_of_a_run_that_trains_several_steps(tmp_path: Path) -> None:
         tmp_path / "four", teacher=str(teacher_folder()), num_samples=12, steps=(2,), num_reference_steps=2, speed=False
     )
     assert [(row.name, row.num_steps) for row in report.rows] == [("DDIM-2", 2), ("student, 4 steps", 4)]
+    both = call_cli(
+        "export", run, "--num_inference_steps", 2, "--format", "diffusers,torch", "--output", tmp_path / "both"
+    )
+    # A pipeline is called with a number of steps; a graph holds them.
+    said = {Path(line.split(": ")[0]).name: line for line in both.out.splitlines()}
+    assert both.code == 0 and "call it with num_inference_steps=2" in said["diffusers"]
+    assert "self-check" in said["torch"] and "call it" not in said["torch"]
 
 
 def test_export_replaces_only_exports_and_only_when_told(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from onestill.cli.fields import from_config
 from onestill.cli.output import note, quiet, say
 from onestill.core.settings import make
-from onestill.export.config import ExportConfig
+from onestill.export.config import GRAPHS, ExportConfig
 
 
 @from_config(ExportConfig, positional="student")
@@ -18,10 +18,7 @@ def export(settings: dict[str, Any]) -> None:
 
     quiet()
     num = config.num_inference_steps
-    call = (
-        ""
-        if num == 1
-        else f"; call it with num_inference_steps={num}, as its card shows: another number draws something else"
-    )
+    called = f"; call it with num_inference_steps={num}, as its card shows: another number draws something else"
     for name, error in write_student(config, note).items():
+        call = "" if num == 1 or name in GRAPHS else called
         say((str(config.places[name]), "bold"), f": self-check against the student {error:.1e}{call}")

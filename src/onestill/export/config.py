@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import model_validator
 
@@ -17,6 +17,8 @@ EXPORT = "Export"
 DIFFUSERS = "diffusers"
 FormatName = Literal["diffusers", "single_file", "lora", "torch", "onnx", "browser"]
 """What a student is written as; each but the first, which is the teacher's own choice, is one file of this room."""
+GRAPHS: Final[tuple[FormatName, ...]] = ("torch", "onnx", "browser")
+"""Formats whose files hold all steps: a call of them says no number."""
 
 
 class ExportSettings(Settings):
